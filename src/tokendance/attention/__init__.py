@@ -1,0 +1,1 @@
+"""The arithmetic: attention that reads shared KV where it lies. Imports no other room."""

@@ -1,0 +1,108 @@
+"""The interface of attention over shared KV, and the legend of its shapes.
+
+    T   rows of the packed batch: one new token each, of any request
+    H   query heads        KVH  key/value heads        G = H / KVH  queries per key head
+    D   head size          S    slots of KV memory     L  layers
+    R   rows that read one piece of shared KV
+    n   keys of a piece
+
+    query          (KVH, G, T, D)
+    new key/value  (KVH, T, D)
+    memory         (KVH, S, D) per layer, keys and values apart
+    output         (T, H, D), where H runs over KVH, then G
+
+A key is stored once, rotated to the position at which its owner has it (`slot_position`). A
+request that has the same token at position p reads it with offset d = p - slot_position, by
+rotating its query by -d:  q . R(d) k = (R(-d) q) . k. So no key is ever copied or rotated again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tokendance.attention.rope import Rope
+
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRequest:
+    """One request's rows in a packed batch.
+
+    Attributes:
+        first_row: its rows are `first_row ... first_row + len(positions) - 1`.
+        positions: int, of its new tokens, ascending.
+        slots: int, of its tokens at positions 0 ... positions[-1], new ones included. Every slot
+            is either filled, or written by some request of the same batch.
+    """
+
+    first_row: int
+    positions: IntArray
+    slots: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """A packed batch as attention sees it.
+
+    Attributes:
+        requests: their rows are 0 ... T - 1, in order.
+        slot_position: int32 (S,), position at which each slot's key was rotated.
+    """
+
+    requests: Sequence[PackedRequest]
+    slot_position: IntArray
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return sum(len(request.positions) for request in self.requests)
+
+    def write_slots(self) -> IntArray:
+        """Slot that each row writes, (T,)."""
+        return np.concatenate([request.slots[request.positions] for request in self.requests])
+
+
+class Backend(Protocol):
+    """Computes attention of a packed batch; `prepare` once a step, `attend` once a layer."""
+
+    def prepare(self, batch: PackedBatch) -> None:
+        """Take the batch that the next calls of `attend` are about."""
+        ...
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Write the new keys and values into memory, then attend.
+
+        Args:
+            query: (KVH, G, T, D), rotated to each row's position.
+            key: (KVH, T, D), rotated likewise.
+            value: (KVH, T, D).
+            keys: (KVH, S, D), the layer's memory; written at `write_slots`.
+            values: (KVH, S, D), likewise.
+            scale: of the scores.
+
+        Returns:
+            (T, H, D), in the query's dtype.
+        """
+        ...
+
+
+class BackendFactory(Protocol):
+    """Makes a backend for a model on a device."""
+
+    def __call__(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> Backend:
+        """Make a backend."""
+        ...

@@ -1,0 +1,29 @@
+"""Merging attention over parts of the keys by log-sum-exp.
+
+Softmax over a union of key sets follows from the softmax over each set and the (natural)
+logarithm of its denominator: weights exp(lse_i - lse) with lse = log(sum(exp(lse_i))). It is
+exact, given the same keys and values (FlashAttention, arXiv 2205.14135, section 3.1).
+"""
+
+import torch
+from torch import Tensor
+
+
+def merge_rows(
+    output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Tensor | slice
+) -> None:
+    """Merge a part's result for some rows into the result so far, in place.
+
+    Args:
+        output: float32 (KVH, G, T, D), the result so far.
+        lse: float32 (KVH, G, T), its natural log-sum-exp.
+        part: (KVH, G, R, D), the part's softmax-weighted values.
+        part_lse: float32 (KVH, G, R).
+        rows: R distinct rows of T, as int64 or as a slice.
+    """
+    old_lse = lse[:, :, rows]
+    new_lse = torch.logaddexp(old_lse, part_lse)
+    keep = (old_lse - new_lse).exp_().unsqueeze(-1)
+    add = (part_lse - new_lse).exp_().unsqueeze(-1)
+    output[:, :, rows] = output[:, :, rows].mul(keep).addcmul_(part.float(), add)
+    lse[:, :, rows] = new_lse

@@ -1,0 +1,54 @@
+"""The plain reference: gathers and rotates each request's own dense KV, then attends.
+
+This is what engines do that restore a dense cache. It copies everything and is slow on purpose:
+the backends are tested against it.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendance.attention.interface import PackedBatch
+from tokendance.attention.rope import Rope
+
+
+class ReferenceBackend:
+    """Attention request by request, over a dense copy of its keys, in one softmax."""
+
+    def __init__(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> None:
+        """Keep the rotation; `dtype` is that of the memory, and unused: all is float32 here."""
+        del dtype
+        self._rope = rope
+        self._device = device
+        self._batch: PackedBatch | None = None
+
+    def prepare(self, batch: PackedBatch) -> None:
+        """Take the batch that the next calls of `attend` are about."""
+        self._batch = batch
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        """See `Backend.attend`."""
+        assert self._batch is not None, "attend() before prepare()"
+        write = torch.as_tensor(self._batch.write_slots().astype(np.int64), device=self._device)
+        keys[:, write] = key
+        values[:, write] = value
+        kv_heads, group, rows, size = query.shape
+        output = query.new_empty(rows, kv_heads * group, size)
+        for request in self._batch.requests:
+            length = int(request.positions[-1]) + 1
+            slots = torch.as_tensor(request.slots[:length].astype(np.int64), device=self._device)
+            offsets = np.arange(length) - self._batch.slot_position[request.slots[:length]]
+            tables = self._rope.tables(offsets, self._device)
+            dense_keys = self._rope.rotate(keys[:, slots].float(), tables)
+            dense_values = values[:, slots].float()
+
+            mine = slice(request.first_row, request.first_row + len(request.positions))
+            positions = torch.as_tensor(request.positions.astype(np.int64), device=self._device)
+            future = torch.arange(length, device=self._device) > positions[:, None]
+            scores = query[:, :, mine].float() @ dense_keys[:, None].transpose(-1, -2) * scale
+            weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+            result = weights @ dense_values[:, None]  # (KVH, G, rows, D)
+            output[mine] = result.flatten(0, 1).transpose(0, 1).to(output.dtype)
+        return output

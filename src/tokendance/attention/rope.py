@@ -1,0 +1,74 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): rotating by a difference of positions.
+
+Models rotate queries and keys themselves. What is added here is the rotation of a query that is
+rotated already, by an offset. Scaling factors of the model's tables (YaRN) are in its queries
+and keys already, so the offset's rotation has none.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class RopeLayout(Enum):
+    """Which two components of a head form a pair that is rotated."""
+
+    HALVES = "halves"  # (i, i + rotated/2)
+    INTERLEAVED = "interleaved"  # (2i, 2i + 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rope:
+    """The rotation of a model's heads.
+
+    Attributes:
+        inv_freq: float32 (rotated / 2,), radians per position; `rotated` components of a head
+            turn, the rest stay.
+        layout: how they pair up.
+    """
+
+    inv_freq: Tensor
+    layout: RopeLayout = RopeLayout.HALVES
+
+    def tables(self, offsets: npt.NDArray[np.integer], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for a rotation by each of `offsets` positions.
+
+        Angles are formed in float64: at thousands of positions float32 has lost the digits.
+
+        Returns:
+            Two float32 tensors (len(offsets), rotated / 2).
+        """
+        turns = torch.as_tensor(offsets.astype(np.float64), device=device)
+        angles = turns[:, None] * self.inv_freq.to(device=device, dtype=torch.float64)
+        return angles.cos().float(), angles.sin().float()
+
+    def rotate(self, heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate heads by the offsets of `tables`.
+
+        Args:
+            heads: (..., R, D).
+            tables: from `tables()`, for R offsets.
+
+        Returns:
+            The same shape and dtype; the arithmetic is float32.
+        """
+        cos, sin = tables
+        rotated = 2 * cos.shape[-1]
+        turning = heads[..., :rotated].float()
+        if self.layout is RopeLayout.HALVES:
+            first, second = turning.chunk(2, dim=-1)
+        else:
+            first, second = turning[..., 0::2], turning[..., 1::2]
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        if self.layout is RopeLayout.HALVES:
+            result = torch.cat(turned, dim=-1)
+        else:
+            result = torch.stack(turned, dim=-1).flatten(-2)
+        result = result.to(heads.dtype)
+        if rotated == heads.shape[-1]:
+            return result
+        return torch.cat([result, heads[..., rotated:]], dim=-1)

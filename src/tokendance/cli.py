@@ -1,0 +1,141 @@
+"""The command line: run rounds, list models."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from tokendance.collector.correction import CORRECTIONS, DEFAULT_FIRST_K
+from tokendance.config import REUSE_MODES
+from tokendance.errors import TokenDanceError
+
+app = typer.Typer(
+    help="Serve rounds of LLM agents that share the KV cache of what they all read.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Reuse = StrEnum("Reuse", {name: name for name in REUSE_MODES})
+Correction = StrEnum("Correction", {name: name for name in CORRECTIONS})
+
+
+@app.command()
+def run(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A trace: personas are run live, recorded rounds are replayed with the recorded "
+            "answers. The example town if left out."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="An alias, a folder, or a Hugging Face hub id.")
+    ] = "smollm2-135m",
+    reuse: Annotated[
+        Reuse, typer.Option(help="What KV is reused: nothing, equal beginnings, or both those and "
+                            "shared blocks wherever they stand.")
+    ] = Reuse("collective"),
+    correction: Annotated[
+        Correction,
+        typer.Option(help="Which tokens of a reused block each agent computes afresh."),
+    ] = Correction("first-k"),
+    first_k: Annotated[
+        int, typer.Option(min=0, help="How many, with the correction first-k.")
+    ] = DEFAULT_FIRST_K,
+    agents: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many agents of the trace.")
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rounds to run. Live rounds: 3 if left out; recorded: all."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest answer. Live rounds: 64 if left out; recorded: as long as recorded.",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers, with a temperature.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16, float16 or float32.")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(help="Memory for KV, like 2GiB; a quarter of the machine's if left out."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write figures and answers to this file.")
+    ] = None,
+) -> None:
+    """Run rounds of agents that hear each other, and show what it cost.
+
+    [bold]tokendance run[/bold] lets a town of 12 talk; [bold]tokendance run --agents 4 --reuse
+    prefix[/bold] does the same as an engine with prefix caching would.
+    """
+    from tokendance.commands.run import RunSettings, run_trace
+
+    run_trace(
+        RunSettings(
+            trace=trace,
+            model=model,
+            reuse=reuse.value,
+            correction=correction.value,
+            first_k=first_k,
+            agents=agents,
+            rounds=rounds,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+            threads=threads,
+            kv_budget=kv_budget,
+            json_file=json_file,
+        ),
+        Console(),
+    )
+
+
+@app.command()
+def models(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders or hub ids to look at, besides those at hand."),
+    ] = None,
+    prepare: Annotated[
+        str | None,
+        typer.Option(help="Load this model once and say what it is; converts the demo weights."),
+    ] = None,
+) -> None:
+    """List the models that can be loaded, and why others cannot."""
+    from tokendance.commands.models import list_models, prepare_model
+
+    if prepare is not None:
+        prepare_model(prepare, Console())
+    else:
+        list_models(names or [], Console())
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    try:
+        app()
+    except TokenDanceError as error:
+        complain(error)
+        sys.exit(2)
+
+
+def complain(error: TokenDanceError) -> None:
+    """Write an error to standard error, without markup of its own."""
+    Console(stderr=True).print(Text.assemble(("tokendance: ", "bold red"), str(error)))

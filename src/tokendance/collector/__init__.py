@@ -1,0 +1,1 @@
+"""Who computes what: owners, mirrors, correction policies and the placement of KV."""

@@ -1,0 +1,104 @@
+"""Correction policies: which tokens of a shared segment a mirror computes afresh.
+
+A policy knows a segment's length and nothing else, so that the positions are known before the
+forward pass and are the same for every mirror; a run can then be stored as
+[common | corrected] and mirrors read the first part as one piece.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tokendance.errors import ConfigError
+
+Mask = npt.NDArray[np.bool_]
+
+DEFAULT_FIRST_K = 4
+
+
+class CorrectionPolicy(Protocol):
+    """Chooses the corrected tokens of a segment."""
+
+    @property
+    def name(self) -> str:
+        """The policy as the command line spells it."""
+        ...
+
+    def corrected(self, num_tokens: int) -> Mask:
+        """Return bool of shape (num_tokens,): true where a mirror computes the token afresh."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FirstK:
+    """The first k tokens of each segment.
+
+    The tokens that open a block depend most on what stands before it. EPIC (arXiv 2410.15332)
+    recomputes them too, for blocks that were computed alone; with a master in context four are
+    enough (`docs/benchmarks.md`).
+    """
+
+    k: int = DEFAULT_FIRST_K
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ConfigError(f"first-k is {self.k}. Give a number of tokens, 0 or more.")
+
+    @property
+    def name(self) -> str:
+        """The policy as the command line spells it."""
+        return "first-k"
+
+    def corrected(self, num_tokens: int) -> Mask:
+        """Mark the first k tokens."""
+        return np.arange(num_tokens) < self.k
+
+
+@dataclass(frozen=True, slots=True)
+class NoCorrection:
+    """Reuse every token as the owner computed it: the cheapest, and the least faithful."""
+
+    @property
+    def name(self) -> str:
+        """The policy as the command line spells it."""
+        return "none"
+
+    def corrected(self, num_tokens: int) -> Mask:
+        """Mark nothing."""
+        return np.zeros(num_tokens, np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectAll:
+    """Compute every token afresh: the exact result, by the same path as the others."""
+
+    @property
+    def name(self) -> str:
+        """The policy as the command line spells it."""
+        return "all"
+
+    def corrected(self, num_tokens: int) -> Mask:
+        """Mark everything."""
+        return np.ones(num_tokens, np.bool_)
+
+
+CORRECTIONS = ("first-k", "none", "all")
+
+
+def make_correction(name: str, first_k: int = DEFAULT_FIRST_K) -> CorrectionPolicy:
+    """Make a policy from its name.
+
+    Raises:
+        ConfigError: for a name that is not in `CORRECTIONS`, or a negative `first_k`.
+    """
+    match name:
+        case "first-k":
+            return FirstK(first_k)
+        case "none":
+            return NoCorrection()
+        case "all":
+            return CorrectAll()
+        case _:
+            raise ConfigError(f"There is no correction {name!r}. Use one of {CORRECTIONS}.")

@@ -1,0 +1,301 @@
+"""Placement: where the KV of each token of a request lies, and which tokens it computes.
+
+A request's prompt falls into stretches:
+
+    positions   0 ......... m ..................................................... n
+                [ prefix    ][ private ][ run: c c . . . . c c . . . . ][ task       ]
+                known KV      own        c corrected, own    . common    own
+                                         (the owner: all in the run's pages)
+
+Own tokens go to pages of their own in the order in which they are computed, with room for the
+generated tokens behind them. A run goes to pages of its own too, as [common | corrected], so that
+its mirrors read one piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tokendance.collector.correction import CorrectionPolicy
+from tokendance.rounds.segments import EncodedPrompt, Segment
+from tokendance.store.entries import (
+    Entry,
+    PrefixBlock,
+    RoundId,
+    RunId,
+    SegmentCopy,
+    Slots,
+    pages_of,
+)
+from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import Holder, PageIds
+
+Positions = npt.NDArray[np.int64]
+
+UNPLACED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseRules:
+    """What a request may take from the store, and leave there.
+
+    Attributes:
+        prefix: match the prompt's beginning.
+        segments: reuse shared segments wherever they stand.
+        leave: list what it computes for others.
+        owns_order: compute segments that the store has in another order only.
+    """
+
+    prefix: bool
+    segments: bool
+    leave: bool
+    owns_order: bool = False
+
+
+@dataclass(slots=True)
+class Draft:
+    """A placement that was worked out and not carried out; valid until the store changes.
+
+    Attributes:
+        slots: int32, (prompt and generated tokens,); UNPLACED where the request computes.
+        blocks: of the prefix index, matched.
+        copies: of shared segments, reused.
+        own: positions that go to own pages, in this order.
+        runs: for each run it will own, its segments with their positions.
+        run_positions: for each run, its positions in storage order.
+        num_pages: new pages that it needs.
+        num_corrected: tokens of reused segments that it computes afresh.
+        num_exact: length of the prompt's beginning that is exact, generated tokens included.
+    """
+
+    slots: Slots
+    blocks: list[PrefixBlock]
+    copies: list[SegmentCopy]
+    own: Positions
+    runs: list[list[tuple[int, Segment]]]
+    run_positions: list[Positions]
+    num_pages: int
+    num_corrected: int
+    num_exact: int
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where the KV of a request lies. The request holds the pages until it is released.
+
+    Attributes:
+        slots: int32, (prompt and generated tokens,).
+        compute: prompt positions that the request computes, ascending.
+        pages: distinct pages of `slots`.
+        copies: of shared segments, reused.
+        entries: that the request put into the indexes and has yet to compute.
+        num_corrected: see `Draft`.
+        num_exact: see `Draft`.
+    """
+
+    slots: Slots
+    compute: Positions
+    pages: PageIds
+    copies: list[SegmentCopy]
+    entries: list[Entry] = field(default_factory=list)
+    num_corrected: int = 0
+    num_exact: int = 0
+
+
+def draft_placement(
+    prompt: EncodedPrompt,
+    max_new_tokens: int,
+    store: KVStore,
+    correction: CorrectionPolicy,
+    rules: ReuseRules,
+) -> Draft:
+    """Work out a placement. Changes nothing.
+
+    The last token of a prompt is always computed, since its logits are wanted.
+
+    Args:
+        prompt: at least one token.
+        max_new_tokens: how many tokens may be generated.
+        store: where to look for KV.
+        correction: which tokens of reused segments to compute afresh.
+        rules: what the request may take and leave.
+    """
+    length = len(prompt)
+    slots = np.full(length + max_new_tokens, UNPLACED, np.int32)
+    blocks: list[PrefixBlock] = []
+    num_prefix = 0
+    if rules.prefix:
+        blocks, matched = store.match_prefix(
+            prompt.token_ids[: length - 1], prompt.salt, exact=not rules.segments
+        )
+        num_prefix = len(matched)
+        slots[:num_prefix] = matched
+    num_exact = 0
+    for block in blocks:
+        if not block.exact:
+            break
+        num_exact += len(block.slots)
+
+    segments = [
+        (start, segment)
+        for start, segment in prompt.shared_segments()
+        if start + len(segment) > num_prefix
+    ]
+    chosen = choose_copies(segments, store, rules) if rules.segments else {}
+    owned: list[tuple[int, Segment]] = []
+    num_corrected = 0
+    first_reused = length + max_new_tokens
+    for place, (start, segment) in enumerate(segments):
+        copy = chosen.get(place)
+        if copy is None:
+            owned.append((start, segment))
+            continue
+        afresh = correction.corrected(len(segment))
+        afresh[length - 1 - start :] = True  # the prompt's last token, if it is in this segment
+        new = np.arange(start, start + len(segment)) >= num_prefix
+        reused = start + np.flatnonzero(new & ~afresh)
+        slots[reused] = copy.slots[reused - start]
+        num_corrected += int(np.count_nonzero(new & afresh))
+        if len(reused):
+            first_reused = min(first_reused, int(reused[0]))
+    if num_exact == num_prefix:
+        num_exact = first_reused
+
+    runs = join_runs(owned) if rules.leave and rules.segments else []
+    unplaced = slots == UNPLACED
+    in_run = np.zeros(len(slots), np.bool_)
+    run_positions: list[Positions] = []
+    for run in runs:
+        positions = _storage_order(run, correction)
+        positions = positions[unplaced[positions]]
+        in_run[positions] = True
+        run_positions.append(positions)
+    own = np.flatnonzero(unplaced & ~in_run)
+    size = store.pool.page_size
+    num_pages = sum(-(-len(positions) // size) for positions in (own, *run_positions))
+    return Draft(
+        slots,
+        blocks,
+        list(chosen.values()),
+        own,
+        runs,
+        run_positions,
+        num_pages,
+        num_corrected,
+        num_exact,
+    )
+
+
+def kept_pages(draft: Draft, store: KVStore) -> PageIds:
+    """Pages that a draft reads and that must not be evicted to make room for it."""
+    return pages_of(draft.slots[draft.slots != UNPLACED], store.pool.page_size)
+
+
+def place(
+    prompt: EncodedPrompt, draft: Draft, store: KVStore, rules: ReuseRules, round_id: RoundId
+) -> Placement | None:
+    """Carry out a draft: hold what it reads, allocate what it computes, list what it will leave.
+
+    Returns:
+        None, and the store as it was but for evicted entries, if there is no room now.
+    """
+    slots = draft.slots
+    length = len(prompt)
+    compute = np.flatnonzero(slots[:length] == UNPLACED)
+    kept = kept_pages(draft, store)
+    if not store.can_make_room(draft.num_pages, kept):
+        return None
+    store.pool.retain(kept, Holder.REQUEST)
+    if not store.make_room(draft.num_pages):
+        store.pool.release(kept, Holder.REQUEST)
+        return None
+    size = store.pool.page_size
+    pages = store.pool.allocate(draft.num_pages)
+    fresh = (pages[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
+    offset = 0
+    for positions in (*draft.run_positions, draft.own):
+        slots[positions] = fresh[offset : offset + len(positions)]
+        store.slot_position[slots[positions]] = positions
+        store.slot_ready[slots[positions]] = False
+        offset += -(-len(positions) // size) * size
+
+    placement = Placement(
+        slots,
+        compute,
+        np.union1d(kept, pages).astype(np.int32),
+        draft.copies,
+        num_corrected=draft.num_corrected,
+        num_exact=draft.num_exact,
+    )
+    store.count_reuse(draft.copies, round_id)
+    store.touch(draft.copies)
+    if rules.leave:
+        for run in draft.runs:
+            placement.entries += store.put_run(
+                [(segment.hash, slots[start : start + len(segment)]) for start, segment in run]
+            )
+        placement.entries += store.put_prefix(
+            prompt.token_ids, slots[:length], prompt.salt, draft.num_exact
+        )
+    return placement
+
+
+def choose_copies(
+    segments: Sequence[tuple[int, Segment]], store: KVStore, rules: ReuseRules
+) -> dict[int, SegmentCopy]:
+    """Choose a copy for each segment that has one, by its place in `segments`.
+
+    A run whose segments stand in the request's order comes first, and of those the one that
+    covers most tokens: inside one run all distances are the owner's, and one offset serves all
+    of it. What is left takes the newest copy, unless the request is to own its order.
+    """
+    by_run: dict[RunId, dict[int, list[SegmentCopy]]] = {}
+    for place_, (_, segment) in enumerate(segments):
+        for copy in store.copies(segment.hash):
+            by_run.setdefault(copy.run, {}).setdefault(place_, []).append(copy)
+
+    ranked: list[tuple[bool, int, RunId, dict[int, SegmentCopy]]] = []
+    for run, found in by_run.items():
+        in_order: dict[int, SegmentCopy] = {}
+        last = -1
+        for place_, copies in found.items():
+            following = [copy for copy in copies if copy.index > last]
+            if following:
+                in_order[place_] = min(following, key=lambda copy: copy.index)
+                last = in_order[place_].index
+        covered = sum(len(segments[place_][1]) for place_ in in_order)
+        ranked.append((len(in_order) == len(found), covered, run, in_order))
+    ranked.sort(key=lambda item: item[:3], reverse=True)
+
+    chosen: dict[int, SegmentCopy] = {}
+    for whole, _, _, in_order in ranked:
+        if whole or not rules.owns_order:
+            for place_, copy in in_order.items():
+                chosen.setdefault(place_, copy)
+    if not rules.owns_order:
+        for found in by_run.values():
+            for place_, copies in found.items():
+                chosen.setdefault(place_, copies[-1])
+    return dict(sorted(chosen.items()))
+
+
+def join_runs(owned: Sequence[tuple[int, Segment]]) -> list[list[tuple[int, Segment]]]:
+    """Join segments that follow each other without a gap into runs."""
+    runs: list[list[tuple[int, Segment]]] = []
+    for start, segment in owned:
+        if runs and runs[-1][-1][0] + len(runs[-1][-1][1]) == start:
+            runs[-1].append((start, segment))
+        else:
+            runs.append([(start, segment)])
+    return runs
+
+
+def _storage_order(run: Sequence[tuple[int, Segment]], correction: CorrectionPolicy) -> Positions:
+    """Positions of a run as they are stored: common tokens, then corrected ones."""
+    positions = np.concatenate(
+        [np.arange(start, start + len(segment)) for start, segment in run]
+    )
+    corrected = np.concatenate([correction.corrected(len(segment)) for _, segment in run])
+    return np.concatenate([positions[~corrected], positions[corrected]])

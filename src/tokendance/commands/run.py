@@ -1,0 +1,343 @@
+"""`tokendance run`: live or recorded rounds, with what they cost."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tokendance.collector.estimate import PrefixEstimate
+from tokendance.config import format_bytes
+from tokendance.engine.sampling import SamplingParams
+from tokendance.errors import ConfigError, RequestError, TokenDanceError
+from tokendance.llm import LLM, Progress as ReportProgress
+from tokendance.outputs import RoundResult, RoundStats
+from tokendance.rounds.prompts import Prompt, private, shared
+from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, read_trace
+from tokendance.session import Agent
+
+LIVE_ROUNDS = 3
+LIVE_MAX_TOKENS = 64
+FIRST_TASK = (
+    "Introduce yourself to the others in one or two sentences, and say what worries you most."
+)
+NEXT_TASK = (
+    "You have heard what everybody said. Answer them as yourself, in one or two sentences: "
+    "what will you do next, and whom do you need?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """The options of `tokendance run`; None leaves a choice to the kind of trace."""
+
+    trace: Path | None
+    model: str
+    reuse: str
+    correction: str
+    first_k: int
+    agents: int | None
+    rounds: int | None
+    max_tokens: int | None
+    temperature: float
+    seed: int
+    dtype: str
+    threads: int | None
+    kv_budget: str | None
+    json_file: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _DoneRound:
+    """A round that was run, and what prefix caching would have computed for it."""
+
+    number: int
+    result: RoundResult
+    prefix_tokens: int
+
+
+def example_trace() -> Path:
+    """Path of the example town, in an installed package or in a checkout."""
+    installed = resources.files("tokendance") / "examples" / "town.jsonl"
+    if installed.is_file():
+        return Path(str(installed))
+    return Path(__file__).parents[3] / "examples" / "town.jsonl"
+
+
+def run_trace(settings: RunSettings, console: Console) -> None:
+    """Run a trace, print words and figures, and write the JSON file if one is asked for.
+
+    Raises:
+        TokenDanceError: for a mistake of the user, or at the end if an agent has failed.
+        typer.Exit: with code 130 if the user interrupts; rounds that are done are still shown.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    trace = _first_agents(read_trace(settings.trace or example_trace()), settings.agents)
+    if settings.json_file is not None:
+        _check_writable(settings.json_file)
+    with console.status(f"Loading {escape(settings.model)} ..."):
+        llm = LLM(
+            settings.model,
+            reuse=settings.reuse,
+            correction=settings.correction,
+            first_k=settings.first_k if settings.correction == "first-k" else None,
+            kv_budget=settings.kv_budget,
+            dtype=settings.dtype,
+        )
+    console.print(
+        f"[bold]{escape(settings.model)}[/bold], {_dtype_name(llm)}, "
+        f"{torch.get_num_threads()} threads, reuse {settings.reuse}"
+        + (f", correction {settings.correction}" if settings.reuse == "collective" else "")
+        + f", KV budget {format_bytes(llm.engine.config.store.kv_budget)}"
+    )
+    player = _replay if trace.rounds else _live
+    estimate = PrefixEstimate(llm.engine.config.store.page_size)
+    done: list[_DoneRound] = []
+    interrupted = False
+    try:
+        for number, result in player(llm, trace, settings, console):
+            prompts = [(o.prompt_token_ids, o.token_ids) for o in result.outputs if not o.error]
+            done.append(_DoneRound(number, result, estimate.add_round(prompts)))
+            _print_words(result, console)
+    except KeyboardInterrupt:
+        interrupted = True
+    if done:
+        _print_table(done, console)
+        _print_summary(done, settings, console)
+    if settings.json_file is not None:
+        document = _document(settings, llm, done)
+        settings.json_file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+        console.print(f"Figures and answers are in {escape(str(settings.json_file))}.")
+    if interrupted:
+        console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
+        raise typer.Exit(130)
+    _raise_errors(done)
+
+
+def _first_agents(trace: Trace, count: int | None) -> Trace:
+    if count is None:
+        return trace
+    if count > len(trace.agents):
+        raise ConfigError(
+            f"The trace has {len(trace.agents)} agents, and --agents asks for {count}. "
+            "Ask for fewer, or give a trace with more."
+        )
+    names = set(list(trace.agents)[:count])
+    return Trace(
+        {name: agent for name, agent in trace.agents.items() if name in names},
+        [
+            TraceRound(
+                one.number,
+                tuple(block for block in one.shared if block[0] in names),
+                tuple(request for request in one.requests if request.agent in names),
+            )
+            for one in trace.rounds
+        ],
+    )
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the work, not after it."""
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Give --json another path."
+        ) from error
+
+
+def _live(
+    llm: LLM, trace: Trace, settings: RunSettings, console: Console
+) -> Iterator[tuple[int, RoundResult]]:
+    """Run rounds in which the agents hear each other's answers."""
+    session = llm.session([Agent(agent.name, agent.system) for agent in trace.agents.values()])
+    params = {
+        agent.name: _params(settings, settings.max_tokens or LIVE_MAX_TOKENS, index)
+        for index, agent in enumerate(session.agents)
+    }
+    for number in range(1, (settings.rounds or LIVE_ROUNDS) + 1):
+        task = FIRST_TASK if number == 1 else NEXT_TASK
+        with _progress(console, f"Round {number}", len(params)) as report:
+            result = session.run(task, params, report)
+        yield number, result
+
+
+def _replay(
+    llm: LLM, trace: Trace, settings: RunSettings, console: Console
+) -> Iterator[tuple[int, RoundResult]]:
+    """Run recorded rounds: their prompts, and their answers forced token by token."""
+    for one in trace.rounds[: settings.rounds]:
+        prompts, params = [], []
+        for index, request in enumerate(one.requests):
+            answer = llm.encoder.text_ids(request.recorded_output).tolist()
+            limit = settings.max_tokens or max(1, len(answer))
+            prompts.append(_recorded_prompt(trace, one, request))
+            params.append(_params(settings, limit, index, forced=tuple(answer) or None))
+        with _progress(console, f"Round {one.number}", len(prompts)) as report:
+            result = llm.run_round(prompts, params, report)
+        yield one.number, result
+
+
+def _recorded_prompt(trace: Trace, one: TraceRound, request: TraceRequest) -> Prompt:
+    content = [private(request.private_history + "\n\n")]
+    content += [shared(text + "\n\n") for _, text in one.shared]
+    content.append(private(request.task))
+    system = private(trace.agents[request.agent].system)
+    return Prompt(
+        [{"role": "system", "content": [system]}, {"role": "user", "content": content}],
+        agent=request.agent,
+    )
+
+
+def _params(
+    settings: RunSettings, limit: int, index: int, forced: tuple[int, ...] | None = None
+) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=limit,
+        temperature=settings.temperature,
+        seed=settings.seed + index,
+        forced_tokens=forced,
+    )
+
+
+class _progress:  # noqa: N801 - reads as a context manager
+    """A progress bar while a round runs; on a plain stream, one line when it begins."""
+
+    def __init__(self, console: Console, title: str, agents: int) -> None:
+        self._title, self._agents, self._console = title, agents, console
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> ReportProgress:
+        self._console.rule(f"{self._title}, {self._agents} agents")
+        self._bar.start()
+        self._task = self._bar.add_task(f"{self._title}: prefill", total=self._agents)
+        return self._report
+
+    def _report(self, phase: str, agents_done: int) -> None:
+        self._bar.update(
+            self._task, description=f"{self._title}: {phase}", completed=agents_done
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _print_words(result: RoundResult, console: Console) -> None:
+    for output in result.outputs:
+        if output.error is None:
+            words = escape(output.text.strip())
+        else:
+            words = f"[red]{escape(str(output.error))}[/red]"
+        console.print(f"[bold]{escape(output.agent)}[/bold]: {words}", highlight=False)
+
+
+_COLUMNS: dict[str, Callable[[RoundStats], str]] = {
+    "agents": lambda s: str(s.agents),
+    "prompt": lambda s: f"{s.prompt_tokens:,}",
+    "computed": lambda s: f"{s.computed_tokens:,}",
+    "reused": lambda s: f"{s.reused_tokens:,}",
+    "corrected": lambda s: f"{s.corrected_tokens:,}",
+    "generated": lambda s: f"{s.generated_tokens:,}",
+    "prefill s": lambda s: f"{s.prefill_s:.2f}",
+    "decode s": lambda s: f"{s.decode_s:.2f}",
+    "KV dense": lambda s: format_bytes(s.kv_bytes.dense),
+    "KV resident": lambda s: format_bytes(s.kv_bytes.resident),
+}
+
+
+def _print_table(done: list[_DoneRound], console: Console) -> None:
+    table = Table(title="Tokens, seconds and KV memory per round")
+    table.add_column("round", justify="right")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    for one in done:
+        table.add_row(str(one.number), *(show(one.result.stats) for show in _COLUMNS.values()))
+    console.print(table)
+
+
+def _print_summary(done: list[_DoneRound], settings: RunSettings, console: Console) -> None:
+    stats = [one.result.stats for one in done]
+    computed = sum(s.computed_tokens for s in stats)
+    prompt = sum(s.prompt_tokens for s in stats)
+    prefix = sum(one.prefix_tokens for one in done)
+    console.print(
+        f"Of {prompt:,} prompt tokens {computed:,} were computed with reuse "
+        f"[bold]{settings.reuse}[/bold]. Prefix caching would have computed {prefix:,} for the "
+        f"same rounds: [bold]{prefix / max(computed, 1):.1f} times[/bold] as many. "
+        f"From the second round on: {_ratio(done[1:])}."
+    )
+
+
+def _ratio(done: list[_DoneRound]) -> str:
+    computed = sum(one.result.stats.computed_tokens for one in done)
+    prefix = sum(one.prefix_tokens for one in done)
+    return f"{prefix:,} against {computed:,}, {prefix / computed:.1f} times" if computed else "none"
+
+
+def _document(settings: RunSettings, llm: LLM, done: list[_DoneRound]) -> dict[str, Any]:
+    return {
+        "model": settings.model,
+        "reuse": settings.reuse,
+        "correction": settings.correction,
+        "first_k": settings.first_k,
+        "dtype": _dtype_name(llm),
+        "threads": torch.get_num_threads(),
+        "rounds": [
+            {
+                "round": one.number,
+                "agents": one.result.stats.agents,
+                "prompt_tokens": one.result.stats.prompt_tokens,
+                "computed_tokens": one.result.stats.computed_tokens,
+                "reused_tokens": one.result.stats.reused_tokens,
+                "corrected_tokens": one.result.stats.corrected_tokens,
+                "generated_tokens": one.result.stats.generated_tokens,
+                "prefix_caching_tokens": one.prefix_tokens,
+                "prefill_s": one.result.stats.prefill_s,
+                "decode_s": one.result.stats.decode_s,
+                "kv_bytes": {
+                    "dense": one.result.stats.kv_bytes.dense,
+                    "resident": one.result.stats.kv_bytes.resident,
+                },
+            }
+            for one in done
+        ],
+        "outputs": [
+            {
+                "round": one.number,
+                "agent": output.agent,
+                "text": output.text,
+                "token_ids": list(output.token_ids),
+                "error": None if output.error is None else str(output.error),
+            }
+            for one in done
+            for output in one.result.outputs
+        ],
+    }
+
+
+def _dtype_name(llm: LLM) -> str:
+    return str(llm.model.dtype).removeprefix("torch.")
+
+
+def _raise_errors(done: list[_DoneRound]) -> None:
+    errors: list[TokenDanceError] = [
+        output.error for one in done for output in one.result.outputs if output.error is not None
+    ]
+    if errors:
+        raise RequestError(
+            f"{len(errors)} requests could not be run; the others were not affected. "
+            f"The first: {errors[0]}"
+        )

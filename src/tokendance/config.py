@@ -1,0 +1,85 @@
+"""Settings, one frozen class per room. Each default is written here and nowhere else."""
+
+import os
+import re
+from dataclasses import dataclass, field
+
+from tokendance.collector.correction import CorrectionPolicy, FirstK
+from tokendance.errors import ConfigError
+
+REUSE_MODES = ("none", "prefix", "collective")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Read a size such as 1000000, "512MiB" or "2 GB".
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(value).lower())
+    if match is None:
+        raise ConfigError(f"{value!r} is not a size in bytes. Write it like 512MiB or 2GiB.")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def format_bytes(count: float) -> str:
+    """Write a size in the largest binary unit that keeps it at 1 or more."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def default_kv_budget() -> int:
+    """A quarter of the machine's memory; pages that are never written take none of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Memory for KV.
+
+    Attributes:
+        kv_budget: bytes of KV memory, never exceeded.
+        page_size: tokens per page.
+        max_reuse_rounds: a shared segment that was reused in this many rounds is computed
+            afresh, since reuse of reused KV in ever new contexts drifts.
+    """
+
+    kv_budget: int = field(default_factory=default_kv_budget)
+    page_size: int = 16
+    max_reuse_rounds: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("kv_budget", "page_size", "max_reuse_rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The loop.
+
+    Attributes:
+        reuse: "none" computes every prompt whole; "prefix" reuses equal beginnings; "collective"
+            also reuses shared segments wherever they stand.
+        correction: which tokens of reused segments are computed afresh.
+        max_batch_tokens: most tokens of one forward pass; longer work is cut into chunks.
+        store: memory.
+    """
+
+    reuse: str = "collective"
+    correction: CorrectionPolicy = field(default_factory=FirstK)
+    max_batch_tokens: int = 4096
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        if self.reuse not in REUSE_MODES:
+            raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
+        if self.max_batch_tokens < 1:
+            raise ConfigError(
+                f"max_batch_tokens is {self.max_batch_tokens}. It must be 1 or more."
+            )

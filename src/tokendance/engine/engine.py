@@ -1,0 +1,240 @@
+"""The engine: one loop for rounds and single requests alike.
+
+    step():  schedule  ->  run  ->  postprocess
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokendance.collector.owners import order_starts
+from tokendance.config import EngineConfig
+from tokendance.engine.request import Request
+from tokendance.engine.runner import Runner
+from tokendance.engine.sampling import choose_tokens
+from tokendance.engine.scheduler import Scheduled, Scheduler
+from tokendance.errors import AbortedError, BudgetError, ConfigError, NumericsError
+from tokendance.models.loader import LoadedModel
+from tokendance.store.entries import RoundId
+from tokendance.store.kv_store import KVStore
+
+_MAX_RETRIES = 2
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """What the engine measures of a round while it runs.
+
+    Attributes:
+        requests: of the round, late ones included.
+        started_s: clock time at which the first of them came.
+        resident_pages: most pages that its requests held at one time.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    started_s: float = field(default_factory=time.perf_counter)
+    resident_pages: int = 0
+
+
+class Engine:
+    """Runs requests through a model, sharing KV as the configuration says.
+
+    Not safe for several threads at once.
+    """
+
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig, decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """Allocate memory under the budget.
+
+        Args:
+            model: to run.
+            config: of the loop and the memory.
+            decode: token ids to text, for stop strings and answers.
+
+        Raises:
+            ConfigError: if the budget does not hold a single page.
+        """
+        self.config = config
+        self.kv_bytes_per_token = model.shape.kv_bytes_per_token(model.dtype)
+        self.page_bytes = self.kv_bytes_per_token * config.store.page_size
+        num_pages = config.store.kv_budget // self.page_bytes
+        if num_pages == 0:
+            raise ConfigError(
+                f"The KV budget of {config.store.kv_budget} bytes is smaller than one page "
+                f"({self.page_bytes} bytes). Raise kv_budget (--kv-budget)."
+            )
+        num_pages = min(num_pages, (2**31 - 1) // config.store.page_size)  # slots are int32
+        self.store = KVStore(num_pages, config.store.page_size, config.store.max_reuse_rounds)
+        try:
+            self.runner = Runner(model, num_pages * config.store.page_size)
+        except RuntimeError as error:
+            raise BudgetError(
+                f"The KV budget of {config.store.kv_budget} bytes cannot be allocated on "
+                f"{model.device}: {str(error).splitlines()[0]} Lower kv_budget (--kv-budget)."
+            ) from error
+        self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
+        self._decode = decode
+        self._rounds: dict[RoundId, RoundRecord] = {}
+        self._round_ids = itertools.count()
+
+    def new_round_id(self) -> RoundId:
+        """Return an id for requests that belong together."""
+        return RoundId(next(self._round_ids))
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queue requests that arrive together; those of a running round join it.
+
+        Their order in the queue is chosen so that little is computed twice. A request whose
+        `error` is set already is done at once.
+        """
+        for request in requests:
+            self._rounds.setdefault(request.round_id, RoundRecord()).requests.append(request)
+            if request.error is not None:
+                self._finish(request, "error")
+        sound = [request for request in requests if request.error is None]
+        shared = [
+            [(segment.hash, len(segment)) for _, segment in request.prompt.shared_segments()]
+            for request in sound
+        ]
+        known = {h for segments in shared for h, _ in segments if self.store.copies(h)}
+        for start in order_starts(shared, known):
+            request = sound[start.index]
+            request.owns_order = start.owns_order
+            self.scheduler.waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        """Take a request back; the others go on. Does nothing if it is done."""
+        if request.finish_reason is None:
+            request.error = AbortedError(f"The request of {request.agent!r} was taken back.")
+            self._fail(request, keep_kv=True)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def step(self) -> list[Request]:
+        """Compute one batch; return the requests that are done."""
+        refused = self.scheduler.admit()
+        self._note_residency()
+        for request in refused:
+            self._finish(request, "error")
+        step = self.scheduler.schedule() or self.scheduler.schedule()
+        assert step or not self.scheduler.running, "nothing can be computed: requests wait in a circle"
+        if not step:
+            return refused
+        logits = self.runner.run(step, self.store.slot_position)
+        return refused + self._postprocess(step, logits)
+
+    def pop_round(self, round_id: RoundId) -> RoundRecord:
+        """Hand over the record of a round whose requests are all done, and forget it."""
+        return self._rounds.pop(round_id)
+
+    def check_integrity(self) -> None:
+        """Assert that page counts, indexes and running requests agree."""
+        held = [
+            request.placement.pages
+            for request in self.scheduler.running
+            if request.placement is not None
+        ]
+        self.store.check_integrity(held)
+
+    # -- after a step -------------------------------------------------------------------------
+
+    def _postprocess(self, step: Sequence[Scheduled], logits: Tensor) -> list[Request]:
+        """Choose next tokens, and let go of requests that are done or have failed."""
+        done: list[Request] = []
+        wanting = [item.request for item in step if item.wants_logits]
+        finite = logits.isfinite().all(dim=-1).tolist()
+        for request, is_finite in zip(wanting, finite, strict=True):
+            if not is_finite and request.placement is not None:
+                done += self._numerics(request)
+        rows = [
+            row for row, request in enumerate(wanting)
+            if finite[row] and request.placement is not None  # else it failed or began anew
+        ]
+        if not rows:
+            return done
+        alive = [wanting[row] for row in rows]
+        logits = logits[rows]
+        chosen = choose_tokens(
+            logits, [r.params for r in alive], [r.generator for r in alive]
+        )
+        now = time.perf_counter()
+        for request, row_logits, token in zip(alive, logits, chosen, strict=True):
+            forced = request.params.forced_tokens
+            if forced is not None:
+                token = forced[len(request.generated)]
+            if request.params.keep_logprobs:
+                request.logprobs.append(torch.log_softmax(row_logits, dim=-1))
+            if request.first_token_s is None:
+                request.first_token_s = now
+            reason = self._append(request, token)
+            if reason is not None:
+                self.scheduler.keep_answer(request)
+                self.scheduler.release(request, keep_kv=True)
+                self._finish(request, reason)
+                done.append(request)
+        return done
+
+    def _append(self, request: Request, token: int) -> str | None:
+        """Add a token to a request's answer; return why it is done, if it is."""
+        params = request.params
+        if params.forced_tokens is None:
+            ends = () if params.ignore_eos else request.stop_ids
+            if token in ends or token in params.stop_token_ids:
+                return "stop"
+        request.generated.append(token)
+        if params.stop and params.forced_tokens is None:
+            text = self._decode(request.generated)
+            found = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
+            if found:
+                request.text = text[: min(found)]
+                return "stop"
+        return "length" if len(request.generated) >= request.max_new_tokens else None
+
+    def _numerics(self, request: Request) -> list[Request]:
+        """Fail a request whose logits are not finite, or let it begin anew if others may be why.
+
+        KV that it computed is dropped, and whoever read it begins anew without it. If it read
+        runs of an owner that has yet to show that it is sound, those are dropped too.
+        """
+        assert request.placement is not None
+        if request.placement.copies and request.num_retries < _MAX_RETRIES:
+            for copy in request.placement.copies:
+                self.store.drop(copy)
+            self.scheduler.restart(request)
+            return []
+        request.error = NumericsError(
+            f"The model produced NaN or infinity for {request.agent!r}. "
+            "Try dtype float32, or check the weights."
+        )
+        return self._fail(request, keep_kv=False)
+
+    def _fail(self, request: Request, *, keep_kv: bool) -> list[Request]:
+        self.scheduler.release(request, keep_kv=keep_kv)
+        self._finish(request, "error")
+        return [request]
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        request.finished_s = time.perf_counter()
+        if reason == "error":
+            request.generated.clear()
+        elif not request.text:
+            request.text = self._decode(request.generated)
+
+    def _note_residency(self) -> None:
+        """Note how many pages each round's running requests hold."""
+        by_round: dict[RoundId, list[Request]] = {}
+        for request in self.scheduler.running:
+            by_round.setdefault(request.round_id, []).append(request)
+        for round_id, requests in by_round.items():
+            record = self._rounds[round_id]
+            pages = self.scheduler.resident_pages(requests)
+            record.resident_pages = max(record.resident_pages, pages)

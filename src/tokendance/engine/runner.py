@@ -1,0 +1,82 @@
+"""The runner: the only part of the loop that touches tensors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
+from tokendance.attention.torch_backend import TorchBackend
+from tokendance.engine.scheduler import Scheduled
+from tokendance.models import hook
+from tokendance.models.loader import LoadedModel
+
+
+class Runner:
+    """Owns KV memory and runs packed batches through the model.
+
+    Attributes:
+        on_logits: called with the logits of each step before anything is chosen from them; for
+            tests that want to see or spoil them.
+    """
+
+    def __init__(
+        self, model: LoadedModel, num_slots: int, backend: BackendFactory = TorchBackend
+    ) -> None:
+        """Allocate KV memory for `num_slots` tokens; the system maps it when it is written."""
+        self._model = model
+        shape = model.shape
+        size = (shape.num_layers, shape.num_kv_heads, num_slots, shape.head_dim)
+        self._keys = torch.empty(size, dtype=model.dtype, device=model.device)
+        self._values = torch.empty(size, dtype=model.dtype, device=model.device)
+        self._backend = backend(model.rope, model.device, model.dtype)
+        self.on_logits: Callable[[Sequence[Scheduled], Tensor], None] | None = None
+
+    def run(self, step: Sequence[Scheduled], slot_position: np.ndarray) -> Tensor:
+        """Run one packed forward pass.
+
+        Args:
+            step: what to compute; its requests' rows lie in this order.
+            slot_position: int32 (S,), of the store.
+
+        Returns:
+            float32 (R, vocabulary): logits of the last token of each item that wants them.
+        """
+        requests: list[PackedRequest] = []
+        tokens: list[np.ndarray] = []
+        logit_rows: list[int] = []
+        first_row = 0
+        for item in step:
+            assert item.request.placement is not None
+            requests.append(
+                PackedRequest(first_row, item.positions, item.request.placement.slots)
+            )
+            tokens.append(item.request.tokens_at(item.positions))
+            first_row += len(item.positions)
+            if item.wants_logits:
+                logit_rows.append(first_row - 1)
+        self._backend.prepare(PackedBatch(requests, slot_position))
+        device = self._model.device
+        logits = hook.forward(
+            self._model.module,
+            torch.as_tensor(np.concatenate(tokens).astype(np.int64), device=device),
+            torch.as_tensor(np.concatenate([item.positions for item in step]), device=device),
+            torch.as_tensor(logit_rows, dtype=torch.int64, device=device),
+            self,
+        ).float()
+        if self.on_logits is not None:
+            self.on_logits(step, logits)
+        return logits
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extra: dict[str, Any]
+    ) -> Tensor:
+        """Attend in one layer; see `models.hook.LayerHook`."""
+        del extra  # the probe at load time has seen to it that it changes nothing
+        kv_heads = key.shape[1]
+        stacked = query[0].unflatten(0, (kv_heads, -1))  # (KVH, G, T, D)
+        return self._backend.attend(
+            stacked, key[0], value[0], self._keys[layer], self._values[layer], scale
+        )

@@ -1,0 +1,70 @@
+"""The errors that TokenDance raises.
+
+    TokenDanceError
+    ├── ConfigError               a setting that cannot be
+    ├── ModelError
+    │   ├── ModelNotFoundError    no such folder, hub id or alias, or its files are broken
+    │   └── UnsupportedModelError the shared-attention arithmetic does not hold for it
+    ├── InputError
+    │   ├── PromptError           one prompt is empty, too long, or refused by the template
+    │   ├── RoundError            the round as a whole is wrong: empty, a name twice
+    │   └── TraceError            a line of a trace cannot be read
+    └── RequestError              a request could not be finished; the others are unharmed
+        ├── BudgetError           the KV budget cannot hold it
+        ├── NumericsError         the model produced NaN or infinity for it
+        └── AbortedError          the caller took it back
+
+Each message is one sentence that says what happened, and one that says what to do.
+"""
+
+
+class TokenDanceError(Exception):
+    """Anything that a user of the package can cause and mend."""
+
+
+class ConfigError(TokenDanceError, ValueError):
+    """A setting that cannot be."""
+
+
+class ModelError(TokenDanceError):
+    """A model that cannot be used."""
+
+
+class ModelNotFoundError(ModelError):
+    """There is no such folder, hub id or alias, or its files are broken."""
+
+
+class UnsupportedModelError(ModelError):
+    """The arithmetic of shared attention does not hold for this model."""
+
+
+class InputError(TokenDanceError, ValueError):
+    """What was asked cannot be run."""
+
+
+class PromptError(InputError):
+    """One prompt is empty, too long, or refused by the chat template."""
+
+
+class RoundError(InputError):
+    """A round as a whole is wrong."""
+
+
+class TraceError(InputError):
+    """A line of a trace cannot be read."""
+
+
+class RequestError(TokenDanceError):
+    """A request could not be finished; the others of its batch are unharmed."""
+
+
+class BudgetError(RequestError):
+    """The KV budget cannot hold the request."""
+
+
+class NumericsError(RequestError):
+    """The model produced NaN or infinity for the request."""
+
+
+class AbortedError(RequestError):
+    """The caller took the request back."""

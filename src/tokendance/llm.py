@@ -1,0 +1,290 @@
+"""The offline entry: load a model, run prompts and rounds."""
+
+import secrets
+from collections.abc import Callable, Sequence
+
+from tokendance.collector.correction import CorrectionPolicy, make_correction
+from tokendance.config import EngineConfig, StoreConfig, default_kv_budget, parse_bytes
+from tokendance.engine.engine import Engine, RoundRecord
+from tokendance.engine.request import Request
+from tokendance.engine.sampling import SamplingParams
+from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
+from tokendance.models.encoder import PromptEncoder
+from tokendance.models.loader import LoadedModel, load_model
+from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
+from tokendance.rounds.prompts import PromptLike, as_prompt
+from tokendance.rounds.segments import EncodedPrompt, make_salt
+from tokendance.session import Agent, Session
+from tokendance.store.entries import RoundId
+
+ParamsLike = SamplingParams | Sequence[SamplingParams] | None
+Progress = Callable[[str, int], None]
+
+
+class LLM:
+    """A model with an engine around it.
+
+    What one prompt computes stays in memory for the next ones, within `kv_budget`.
+
+    Attributes:
+        model: the loaded model.
+        engine: the loop under it, for callers that add and step by themselves.
+        encoder: text to token ids and back.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        reuse: str = "collective",
+        correction: str | CorrectionPolicy = "first-k",
+        first_k: int | None = None,
+        kv_budget: int | str | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        max_batch_tokens: int | None = None,
+        page_size: int | None = None,
+        max_reuse_rounds: int | None = None,
+    ) -> None:
+        """Load a model and allocate its memory.
+
+        Args:
+            model: "smollm2-135m", a local folder, or the id of a model on the Hugging Face hub.
+            reuse: "none", "prefix" or "collective"; see `EngineConfig`.
+            correction: "first-k", "none", "all", or a policy of your own.
+            first_k: tokens of each shared segment that a mirror computes afresh, for "first-k".
+            kv_budget: bytes of KV memory, as a number or like "2GiB"; a quarter of the machine's
+                memory if left out.
+            dtype: "auto", "bfloat16", "float16" or "float32".
+            device: as torch names it.
+            max_batch_tokens: most tokens of one forward pass.
+            page_size: tokens per page.
+            max_reuse_rounds: see `StoreConfig`.
+
+        Raises:
+            ConfigError: for a setting that cannot be.
+            ModelNotFoundError: if there is no such model.
+            UnsupportedModelError: if the arithmetic does not hold for it.
+        """
+        if isinstance(correction, str):
+            correction = make_correction(correction, **_given(first_k=first_k))
+        elif first_k is not None:
+            raise ConfigError("first_k goes with correction='first-k', not with another policy.")
+        store = StoreConfig(
+            default_kv_budget() if kv_budget is None else parse_bytes(kv_budget),
+            **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
+        )
+        config = EngineConfig(
+            reuse=reuse,
+            correction=correction,
+            store=store,
+            **_given(max_batch_tokens=max_batch_tokens),
+        )
+        self._start(load_model(model, dtype, device), config)
+
+    @classmethod
+    def from_loaded(cls, model: LoadedModel, config: EngineConfig) -> "LLM":
+        """Put an engine around a model that is loaded already; several may share one model."""
+        llm = cls.__new__(cls)
+        llm._start(model, config)
+        return llm
+
+    def _start(self, model: LoadedModel, config: EngineConfig) -> None:
+        self.model = model
+        self.encoder = PromptEncoder(
+            model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
+        )
+        self.engine = Engine(model, config, self.encoder.decode)
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        params: ParamsLike = None,
+    ) -> list[Output]:
+        """Run prompts that have nothing to do with each other, batched together.
+
+        Args:
+            prompts: a text, a Prompt, or a list of prompts.
+            params: for all prompts, or one for each.
+
+        Returns:
+            One output per prompt. A prompt that cannot be run has its `error` set.
+        """
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+            prompts = [prompts]  # type: ignore[list-item]
+        requests = [
+            self.make_request(prompt, one, self.engine.new_round_id(), f"prompt {index}")
+            for index, (prompt, one) in enumerate(self._pair(prompts, params))
+        ]
+        self._run([request for request in requests], None, together=False)
+        for request in requests:
+            self.engine.pop_round(request.round_id)
+        return [make_output(request) for request in requests]
+
+    def run_round(
+        self,
+        prompts: Sequence[PromptLike],
+        params: ParamsLike = None,
+        progress: Progress | None = None,
+    ) -> RoundResult:
+        """Run the prompts of one round as one batch, sharing what they all read.
+
+        Args:
+            prompts: one per agent.
+            params: for all agents, or one for each.
+            progress: called after each step with a phase ("prefill" or "decode") and the number
+                of agents that are done with it.
+
+        Returns:
+            One output per prompt, in their order. An agent that cannot be run has its `error`
+            set; the others are unharmed.
+
+        Raises:
+            RoundError: for a round without prompts, or two agents of one name.
+        """
+        if not prompts:
+            raise RoundError("The round is empty. Give it at least one prompt.")
+        round_id = self.engine.new_round_id()
+        requests = [
+            self.make_request(prompt, one, round_id, f"agent {index}")
+            for index, (prompt, one) in enumerate(self._pair(prompts, params))
+        ]
+        names = [request.agent for request in requests]
+        for name in names:
+            if names.count(name) > 1:
+                raise RoundError(f"Two agents are called {name!r}. Give each its own name.")
+        self._run(requests, progress, together=True)
+        record = self.engine.pop_round(round_id)
+        outputs = tuple(make_output(request) for request in requests)
+        return RoundResult(outputs, self._stats(record))
+
+    def session(
+        self,
+        agents: Sequence[Agent] = (),
+        *,
+        params: SamplingParams | None = None,
+        max_history: int | None = None,
+    ) -> Session:
+        """Begin a session: agents that hear each other from round to round.
+
+        Args:
+            agents: who is there at first.
+            params: of every answer, if a round does not say otherwise.
+            max_history: past rounds that agents remember; as many as fit the context if left out.
+        """
+        return Session(self, agents, params=params, max_history=max_history)
+
+    def make_request(
+        self, prompt: PromptLike, params: SamplingParams, round_id: RoundId, name: str
+    ) -> Request:
+        """Encode a prompt into a request. A prompt that cannot be run has its `error` set."""
+        prompt = as_prompt(prompt)
+        error: TokenDanceError | None = None
+        try:
+            encoded = self.encoder.encode(prompt)
+        except PromptError as reason:
+            encoded, error = EncodedPrompt((), make_salt()), reason
+        max_context = self.model.shape.max_context
+        if len(encoded) >= max_context:
+            error = PromptError(
+                f"The prompt of {prompt.agent or name!r} has {len(encoded)} tokens, and the "
+                f"model's context holds {max_context}, the answer included. Shorten the prompt."
+            )
+        wanted = params.max_tokens
+        if params.forced_tokens is not None:
+            wanted = min(wanted, len(params.forced_tokens))
+        request = Request(
+            prompt.agent or name,
+            round_id,
+            encoded,
+            params,
+            max_new_tokens=min(wanted, max(1, max_context - len(encoded))),
+            exact=prompt.reuse == "exact",
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            stop_ids=self.model.stop_ids,
+        )
+        request.error = error
+        return request
+
+    def _pair(
+        self, prompts: Sequence[PromptLike], params: ParamsLike
+    ) -> list[tuple[PromptLike, SamplingParams]]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ConfigError(
+                f"There are {len(prompts)} prompts and {len(params)} sampling parameters. "
+                "Give one for all, or one for each."
+            )
+        return list(zip(prompts, params, strict=True))
+
+    def _run(self, requests: list[Request], progress: Progress | None, *, together: bool) -> None:
+        """Run requests until all are done; take them back if the caller is interrupted."""
+        self.engine.add(requests)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.engine.step()
+                if progress is not None:
+                    _report(requests, progress)
+        except BaseException:
+            for request in requests:
+                self.engine.abort(request)
+            raise
+
+    def _stats(self, record: RoundRecord) -> RoundStats:
+        done = [request for request in record.requests if request.error is None]
+        first = max((r.first_token_s for r in done if r.first_token_s), default=record.started_s)
+        last = max((r.finished_s for r in done if r.finished_s), default=first)
+        outputs = [make_output(request) for request in done]
+        tokens = sum(len(r.prompt) + len(r.generated) for r in done)
+        return RoundStats(
+            agents=len(done),
+            prompt_tokens=sum(output.prompt_tokens for output in outputs),
+            computed_tokens=sum(output.computed_tokens for output in outputs),
+            reused_tokens=sum(output.reused_tokens for output in outputs),
+            corrected_tokens=sum(output.corrected_tokens for output in outputs),
+            generated_tokens=sum(len(output.token_ids) for output in outputs),
+            prefill_s=first - record.started_s,
+            decode_s=last - first,
+            kv_bytes=KVBytes(
+                dense=tokens * self.engine.kv_bytes_per_token,
+                resident=record.resident_pages * self.engine.page_bytes,
+            ),
+        )
+
+
+def make_output(request: Request) -> Output:
+    """Turn a finished request into what the caller gets."""
+    failed = request.error is not None
+    length = 0 if failed else len(request.prompt)
+    reused = 0 if failed else request.num_cached
+    return Output(
+        agent=request.agent,
+        text=request.text,
+        token_ids=tuple(request.generated),
+        finish_reason=request.finish_reason or "error",
+        error=request.error,
+        prompt_token_ids=request.prompt.token_ids[:length],
+        prompt_tokens=length,
+        computed_tokens=length - reused,
+        reused_tokens=reused,
+        corrected_tokens=0 if failed else request.num_corrected,
+        logprobs=tuple(request.logprobs),
+    )
+
+
+def _report(requests: Sequence[Request], progress: Progress) -> None:
+    ended = sum(request.finish_reason is not None for request in requests)
+    begun = sum(
+        request.finish_reason is not None or request.first_token_s is not None
+        for request in requests
+    )
+    if begun < len(requests):
+        progress("prefill", begun)
+    else:
+        progress("decode", ended)
+
+
+def _given(**settings: int | None) -> dict[str, int]:
+    """Settings that were given; the others keep the default of their configuration class."""
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,152 @@
+"""From what a caller writes to token ids, and back.
+
+Every part is tokenized by itself, so that a shared part has the same ids in every prompt. Special
+tokens are recognized in the chat template's own text only: a user's text that spells one becomes
+ordinary tokens.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from tokendance.errors import PromptError
+from tokendance.rounds.prompts import Message, Part, Prompt, message_parts, split_text
+from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids, build_prompt
+
+
+class PromptEncoder:
+    """Encodes prompts with a model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, salt: Salt) -> None:
+        """Wrap a transformers tokenizer; `vocab_size` bounds the ids that callers may give."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._salt = salt
+        self._cache: dict[str, TokenIds] = {}
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Encode one prompt.
+
+        Raises:
+            PromptError: if it is empty, of an unknown kind, or refused by the chat template.
+        """
+        content = prompt.content
+        if isinstance(content, str):
+            pieces = self._parts(split_text(content), begin=True)
+        elif not isinstance(content, Sequence) and not isinstance(content, np.ndarray):
+            raise PromptError(
+                f"A prompt is a {type(content).__name__}. "
+                "Give text, token ids, a list of shared()/private() parts, or chat messages."
+            )
+        elif all(isinstance(item, Part) for item in content):
+            pieces = self._parts(content, begin=True)  # type: ignore[arg-type]
+        elif all(isinstance(item, Mapping) for item in content):
+            pieces = self._messages(content)  # type: ignore[arg-type]
+        elif all(isinstance(item, int | np.integer) for item in content):
+            pieces = [(self._checked(content), False)]  # type: ignore[arg-type]
+        else:
+            raise PromptError(
+                "A prompt's list mixes kinds. Give token ids, parts or messages, one kind only."
+            )
+        encoded = build_prompt(pieces, self._salt)
+        if len(encoded) == 0:
+            raise PromptError("A prompt is empty. Give it at least one token.")
+        return encoded
+
+    def text_ids(self, text: str) -> TokenIds:
+        """Token ids of a user's text; what spells a special token becomes ordinary tokens."""
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return as_token_ids(ids.input_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def _parts(self, parts: Sequence[Part], *, begin: bool) -> list[tuple[TokenIds, bool]]:
+        pieces = [(self._part_ids(part), part.shared) for part in parts]
+        # A prompt that begins as text begins with the token that the model expects there.
+        if begin and parts and isinstance(parts[0].content, str):
+            pieces.insert(0, (self._template_ids_begin(), False))
+        return pieces
+
+    def _template_ids_begin(self) -> TokenIds:
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        first = self._tokenizer("a").input_ids[:1]
+        return as_token_ids([bos] if bos is not None and first == [bos] else [])
+
+    def _part_ids(self, part: Part) -> TokenIds:
+        if isinstance(part.content, str):
+            return self.text_ids(part.content)
+        return self._checked(part.content)
+
+    def _checked(self, values: Sequence[int]) -> TokenIds:
+        for value in values:
+            if not 0 <= value < self._vocab_size:
+                raise PromptError(
+                    f"The token id {value} is not in the model's vocabulary of "
+                    f"{self._vocab_size}. Encode the prompt with this model's tokenizer."
+                )
+        return as_token_ids(values)
+
+    def _messages(self, messages: Sequence[Message]) -> list[tuple[TokenIds, bool]]:
+        """Render the chat template around placeholders, then fill in the parts' ids.
+
+        The template's text before a message goes with the message's first part: where that is
+        shared, so is the text, and messages that follow each other form one run.
+        """
+        nonce = secrets.token_hex(8)
+        parts: list[Part] = []
+        marked: list[dict[str, Any]] = []
+        for message in messages:
+            own = message_parts(message)
+            marks = [f"{nonce}x{len(parts) + index}x" for index in range(len(own))]
+            parts.extend(own)
+            marked.append({**message, "content": "".join(marks)})
+        text = self._render(marked)
+        pieces: list[tuple[TokenIds, bool]] = []
+        glue: TokenIds = as_token_ids([])
+        used: list[int] = []
+        for index, piece in enumerate(re.split(f"{nonce}x(\\d+)x", text)):
+            if index % 2 == 0:
+                glue = self._template_ids(piece)
+                continue
+            part = parts[int(piece)]
+            used.append(int(piece))
+            pieces.append((np.concatenate([glue, self._part_ids(part)]), part.shared))
+            glue = as_token_ids([])
+        if used != list(range(len(parts))):
+            raise PromptError(
+                "The model's chat template leaves out or reorders messages of this conversation. "
+                "Check which roles it knows and the order that it wants."
+            )
+        pieces.append((glue, False))
+        return pieces
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise PromptError(
+                "The model's tokenizer has no chat template. Give text or parts, not messages."
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
+            raise PromptError(
+                f"The model's chat template refuses the messages: {error}. "
+                "Check which roles it knows and the order that it wants."
+            ) from error
+        return text
+
+    def _template_ids(self, text: str) -> TokenIds:
+        if text not in self._cache:
+            ids = self._tokenizer(text, add_special_tokens=False).input_ids
+            if len(self._cache) > 1000:  # a template may print the time of day
+                self._cache.clear()
+            self._cache[text] = as_token_ids(ids)
+        return self._cache[text]

@@ -1,0 +1,94 @@
+"""The one place where we enter a model: the attention function registered with transformers.
+
+A model calls it in each layer with that layer's rotated queries and keys. It passes them on to
+whatever `LayerHook` the forward call was given as the keyword argument `tokendance`.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+ATTENTION_NAME = "tokendance"
+
+
+class LayerHook(Protocol):
+    """Stands in for the attention of every layer during one forward call."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extra: dict[str, Any]
+    ) -> Tensor:
+        """Attend in one layer.
+
+        Args:
+            layer: index of the layer.
+            query: (1, H, T, D), rotated.
+            key: (1, KVH, T, D), rotated.
+            value: (1, KVH, T, D).
+            scale: of the scores.
+            extra: keyword arguments of the model's own making, such as a sliding window.
+
+        Returns:
+            (T, H, D).
+        """
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tokendance: LayerHook | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """Attention function in the form that transformers calls."""
+    del attention_mask, dropout
+    if tokendance is None:
+        raise RuntimeError("the model dropped the keyword argument 'tokendance' on its way")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = tokendance.attend(int(module.layer_idx), query, key, value, scale, extra)  # type: ignore[call-overload]
+    return output.unsqueeze(0), None
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    """Mask function in the form that transformers calls: the plan knows who sees what."""
+    del args, kwargs
+
+
+def register() -> None:
+    """Make the attention function known to transformers. May be called many times."""
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def forward(
+    model: nn.Module, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, hook: LayerHook
+) -> Tensor:
+    """Run a packed batch through a model.
+
+    Args:
+        model: a causal language model loaded with the attention `ATTENTION_NAME`.
+        token_ids: int64 (T,).
+        positions: int64 (T,).
+        logit_rows: int64 (R,), the rows whose logits are wanted.
+        hook: what attends.
+
+    Returns:
+        Logits (R, vocabulary), in the model's dtype.
+    """
+    with torch.inference_mode():
+        result = model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=logit_rows,
+            tokendance=hook,
+        )
+    logits: Tensor = result.logits[0]
+    return logits

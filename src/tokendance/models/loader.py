@@ -1,0 +1,156 @@
+"""Finding and loading a model, its tokenizer, and what the engine needs to know of both."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from tokendance.attention.rope import Rope
+from tokendance.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from tokendance.models import demo, hook
+from tokendance.models.support import ModelShape, probe, why_unsupported
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model that can be served.
+
+    Attributes:
+        name: as the user gave it.
+        module: the transformers model, with our attention.
+        tokenizer: its own.
+        shape: see there.
+        rope: its rotation.
+        dtype: of its weights and of the KV.
+        device: where it lies.
+        stop_ids: tokens that end an answer.
+    """
+
+    name: str
+    module: nn.Module
+    tokenizer: Any
+    shape: ModelShape
+    rope: Rope
+    dtype: torch.dtype
+    device: torch.device
+    stop_ids: frozenset[int]
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn a dtype's name into the dtype; "auto" takes bfloat16 where the machine computes it.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name == "auto":
+        fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"There is no dtype {name!r}. Use one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+    """Load a model by alias, folder or hub id.
+
+    Args:
+        name: "smollm2-135m", a folder, or the id of a model on the Hugging Face hub.
+        dtype: "auto", "bfloat16", "float16" or "float32".
+        device: as torch names it.
+
+    Raises:
+        ModelNotFoundError: if there is none of that name, or its files are broken.
+        UnsupportedModelError: if the arithmetic does not hold for it.
+    """
+    hook.register()
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device {device!r} cannot be used: {error}") from error
+    chosen = choose_dtype(dtype, target)
+    with _quiet(), _readable_errors(name):
+        source = str(demo.checkpoint()) if name == demo.ALIAS else name
+        config = AutoConfig.from_pretrained(source)
+        _refuse(why_unsupported(config))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        module = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=chosen,
+            attn_implementation=hook.ATTENTION_NAME,
+            use_safetensors=True,  # the other format is pickle, which runs code
+        )
+    module = module.to(target).eval()
+    shape, rope = probe(module, config)
+    return LoadedModel(
+        name, module, tokenizer, shape, rope, chosen, target, _stop_ids(module, tokenizer)
+    )
+
+
+def why_not_loadable(name: str) -> str | None:
+    """Say why a model cannot be loaded, from its configuration alone; None if it seems fine."""
+    if name == demo.ALIAS:
+        return demo.why_missing()
+    try:
+        with _quiet(), _readable_errors(name):
+            return why_unsupported(AutoConfig.from_pretrained(name))
+    except ModelNotFoundError as error:
+        return str(error)
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"This model cannot be served: {reason}. "
+            "Choose a decoder with plain RoPE, such as Llama, Qwen2, Qwen3, Mistral or Phi-3."
+        )
+
+
+def _stop_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer, by the model's generation settings and its tokenizer."""
+    found: set[int] = set()
+    for source in (getattr(module, "generation_config", None), module.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found |= set(value) if isinstance(value, list | tuple) else {value} - {None}
+    return frozenset(int(token) for token in found)
+
+
+@contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a wrong name or broken files into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = "The folder" if Path(name).is_dir() else "The model"
+        raise ModelNotFoundError(
+            f"{where} {name!r} cannot be loaded: {first_line} "
+            f"Give {demo.ALIAS!r}, a folder with config.json, tokenizer and safetensors weights, "
+            "or the id of a model on the Hugging Face hub; `tokendance models` lists those at hand."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and advice of transformers off the screen while loading."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,201 @@
+"""Which models the arithmetic of shared attention holds for.
+
+It needs keys whose only trace of position is a rotation by fixed frequencies, the same in every
+layer, and a plain softmax over all earlier tokens. A model's configuration says most of it; what
+it does not say is found by a probe: with attention switched off, a token's query in any layer
+depends on the token and its position alone, so the queries of one token at two positions must
+differ by exactly the rotation that we would apply.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokendance.attention.rope import Rope, RopeLayout
+from tokendance.errors import UnsupportedModelError
+from tokendance.models import hook
+
+# Fixed frequencies: rotations add up. "longrope" is fixed below its original context length.
+_FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
+_PROBE_OFFSET = 7
+# What a model may hand to attention without changing the arithmetic.
+_HARMLESS_EXTRAS = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position",
+                    "position_embeddings", "output_router_logits"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the engine needs to know of a model.
+
+    Attributes:
+        num_layers: L.
+        num_heads: H.
+        num_kv_heads: KVH.
+        head_dim: D.
+        vocab_size: number of logits.
+        max_context: positions that the model was made for.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+def why_unsupported(config: Any) -> str | None:
+    """Say from its configuration why a model cannot be used; None if nothing speaks against it.
+
+    Args:
+        config: the transformers configuration of a model.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model, and only decoders are served"
+    if getattr(config, "text_config", None) is not None:
+        return "it is a model of several modalities, and only text models are served"
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    hybrid = layer_types - {"full_attention", "sliding_attention"}
+    state_space = [
+        name
+        for name in ("mamba_d_state", "ssm_state_size", "state_size", "conv_kernel", "layers_block_type")
+        if getattr(config, name, None) is not None
+    ]
+    if hybrid or state_space:
+        found = ", ".join(sorted(hybrid) or state_space)
+        return f"it has layers without a KV cache ({found}), which cannot be shared in place"
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "it uses multi-head latent attention (MLA), whose cache holds no rotated keys"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and ("sliding_attention" in layer_types or not layer_types):
+        if getattr(config, "use_sliding_window", True):
+            return f"it has sliding-window attention ({window} tokens), which is not built yet"
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return "it has no rotary position embedding (RoPE), so cached keys cannot change position"
+    if "rope_type" not in rope:
+        return "its layers have rotations of different kinds, which is not built yet"
+    if rope["rope_type"] not in _FIXED_ROPE_TYPES:
+        return (
+            f"its rotation ({rope['rope_type']}) changes with the length of the text, "
+            "so rotations do not add up"
+        )
+    return None
+
+
+def max_context(config: Any) -> int:
+    """Positions that a model was made for, with one set of frequencies."""
+    rope = config.rope_parameters
+    length = int(config.max_position_embeddings)
+    if rope["rope_type"] == "longrope":
+        length = min(length, int(rope.get("original_max_position_embeddings", length)))
+    return length
+
+
+@dataclass(slots=True)
+class _Probe:
+    """Records each layer's queries and keys, and answers zero."""
+
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    extras: set[str] = field(default_factory=set)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extra: dict[str, Any]
+    ) -> Tensor:
+        """See `hook.LayerHook`."""
+        del scale
+        self.queries[layer] = query[0]
+        self.keys[layer] = key[0]
+        self.extras |= {name for name, given in extra.items() if given is not None}
+        return query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
+
+
+def probe(model: nn.Module, config: Any) -> tuple[ModelShape, Rope]:
+    """Run two tokens through a model to see whether its arithmetic is the one we need.
+
+    Args:
+        model: loaded with the attention `hook.ATTENTION_NAME`.
+        config: its configuration.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    device = next(model.parameters()).device
+    recorder = _Probe()
+    token = min(100, config.vocab_size - 1)
+    try:
+        logits = hook.forward(
+            model,
+            torch.tensor([token, token], device=device),
+            torch.tensor([0, _PROBE_OFFSET], device=device),
+            torch.tensor([1], device=device),
+            recorder,
+        )
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise _refusal(f"its attention cannot be replaced ({error})") from error
+    odd = sorted(recorder.extras - _HARMLESS_EXTRAS)
+    if odd:
+        raise _refusal(f"its attention takes {', '.join(odd)}, which is not built yet")
+    num_layers = int(config.num_hidden_layers)
+    if sorted(recorder.keys) != list(range(num_layers)):
+        raise _refusal(
+            f"only {len(recorder.keys)} of its {num_layers} layers have attention that can be replaced"
+        )
+    shapes = {(*recorder.queries[i].shape, *recorder.keys[i].shape) for i in recorder.keys}
+    if len(shapes) > 1:
+        raise _refusal("its layers have heads of different shapes")
+    heads, _, head_dim, kv_heads, _, _ = shapes.pop()
+    rope = _find_rope(model, recorder)
+    return ModelShape(
+        num_layers, heads, kv_heads, head_dim, int(logits.shape[-1]), max_context(config)
+    ), rope
+
+
+def _find_rope(model: nn.Module, recorder: _Probe) -> Rope:
+    frequencies = [
+        module.inv_freq
+        for module in model.modules()
+        if isinstance(getattr(module, "inv_freq", None), Tensor)
+    ]
+    if not frequencies:
+        raise _refusal("no rotary frequencies were found in it")
+    if any(not torch.equal(found, frequencies[0]) for found in frequencies):
+        raise _refusal("its layers rotate at different frequencies, which is not built yet")
+    inv_freq = frequencies[0].float()
+    for layout in RopeLayout:
+        rope = Rope(inv_freq, layout)
+        tables = rope.tables(np.array([_PROBE_OFFSET]), inv_freq.device)
+        if all(
+            _is_rotation(heads, rope, tables)
+            for heads in (*recorder.queries.values(), *recorder.keys.values())
+        ):
+            return rope
+    raise _refusal("its queries and keys do not turn with position as RoPE says in every layer")
+
+
+def _is_rotation(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> bool:
+    """Whether the second token's heads (..., 2, D) are the first's, rotated."""
+    first, second = heads[:, :1].float(), heads[:, 1:].float()
+    turned = rope.rotate(first, tables)
+    if not second.isfinite().all():
+        return True  # the numbers are wrong, not the rotation; runs report it
+    # Rounding of the model's own dtype is allowed; another rotation is far beyond it.
+    tolerance = 0.05 if heads.dtype != torch.float32 else 1e-3
+    size = float(second.norm())
+    moved = float((first - second).norm())
+    return size > 0 and moved > 0 and float((turned - second).norm()) <= tolerance * moved
+
+
+def _refusal(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"This model cannot be served: {reason}. "
+        "Choose a decoder with plain RoPE, such as Llama, Qwen2, Qwen3, Mistral or Phi-3."
+    )

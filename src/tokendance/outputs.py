@@ -1,0 +1,94 @@
+"""What comes back: an answer per agent, and the figures of a round."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokendance.errors import TokenDanceError
+from tokendance.rounds.segments import TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """One agent's answer.
+
+    Attributes:
+        agent: whose.
+        text: the answer, without the stop text; empty after an error.
+        token_ids: of the answer, without the token that ended it.
+        finish_reason: "stop", "length" or "error".
+        error: why there is no answer, with reason "error".
+        prompt_token_ids: int32, what the model read; empty after an error.
+        prompt_tokens: its length.
+        computed_tokens: prompt tokens that the request computed.
+        reused_tokens: prompt tokens whose KV was there already; the rest of `prompt_tokens`.
+        corrected_tokens: of the computed ones, shared tokens that had KV and were computed afresh.
+        logprobs: float32 (vocabulary,) for each generated token, if asked for.
+    """
+
+    agent: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    error: TokenDanceError | None
+    prompt_token_ids: TokenIds
+    prompt_tokens: int
+    computed_tokens: int
+    reused_tokens: int
+    corrected_tokens: int
+    logprobs: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KVBytes:
+    """KV memory of a round.
+
+    Attributes:
+        dense: bytes of one full cache per agent, prompt and answer, without rounding to pages.
+        resident: most bytes of distinct pages that the agents held at one time, room reserved
+            for answers included.
+    """
+
+    dense: int
+    resident: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStats:
+    """Figures of a round; tokens and bytes over all its agents, failed ones left out.
+
+    Attributes:
+        agents: with an answer.
+        prompt_tokens: `computed_tokens` and `reused_tokens` together.
+        computed_tokens: prompt tokens computed.
+        reused_tokens: prompt tokens whose KV was there already.
+        corrected_tokens: of the computed ones, shared tokens computed afresh by mirrors.
+        generated_tokens: of the answers.
+        prefill_s: seconds from the round's start to the last agent's first token.
+        decode_s: seconds from there to the end of the round.
+        kv_bytes: see there.
+    """
+
+    agents: int
+    prompt_tokens: int
+    computed_tokens: int
+    reused_tokens: int
+    corrected_tokens: int
+    generated_tokens: int
+    prefill_s: float
+    decode_s: float
+    kv_bytes: KVBytes
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """Answers of a round, in the order of its prompts, and its figures."""
+
+    outputs: tuple[Output, ...]
+    stats: RoundStats
+
+    def raise_for_errors(self) -> None:
+        """Raise the first agent's error, if any agent has one."""
+        for output in self.outputs:
+            if output.error is not None:
+                raise output.error

@@ -1,0 +1,134 @@
+"""What a caller writes: parts of text or token ids, chat messages, and `<TTSEP>`.
+
+The separator is an application's way to say where the blocks of a prompt begin (TokenDance,
+section "Round-Aware Prompt Interface"). It is read only in text that the application hands
+over as a whole: a string prompt, or the string content of a chat message. Inside a part that
+was marked by `shared()` or `private()` it has no meaning, and it is taken out of the text, so
+that words of an agent or a user that contain it neither move a boundary nor reach the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokendance.errors import PromptError
+
+SEPARATOR = "<TTSEP>"
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a prompt before it is tokenized.
+
+    Attributes:
+        content: text, or token ids that are taken as they are.
+        shared: whether other prompts may have the same piece.
+    """
+
+    content: str | tuple[int, ...]
+    shared: bool
+
+
+def shared(content: str | Sequence[int]) -> Part:
+    """Mark a piece that several agents read: its KV is computed once."""
+    return _part(content, shared=True)
+
+
+def private(content: str | Sequence[int]) -> Part:
+    """Mark a piece that belongs to one agent."""
+    return _part(content, shared=False)
+
+
+def _part(content: str | Sequence[int], *, shared: bool) -> Part:
+    if isinstance(content, str):
+        return Part(strip_separator(content), shared)
+    return Part(tuple(int(token) for token in content), shared)
+
+
+def strip_separator(text: str) -> str:
+    """Take every separator out of `text`, also those that appear when others are gone.
+
+    For applications that paste words of others into a text with separators of their own.
+    """
+    while SEPARATOR in text:
+        text = text.replace(SEPARATOR, "")
+    return text
+
+
+def split_text(text: str, *, shared_without_separator: bool = False) -> list[Part]:
+    """Split a text at its separators.
+
+    With a separator, each piece may be shared: which ones are is seen from the other prompts.
+    Without one, the text is a single part, private unless said otherwise.
+    """
+    pieces = text.split(SEPARATOR)
+    if len(pieces) == 1:
+        return [Part(text, shared_without_separator)]
+    return [Part(piece, True) for piece in pieces if piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One agent's prompt in a round.
+
+    Attributes:
+        content: text (split at `<TTSEP>`), token ids, parts made by `shared()` and `private()`,
+            or chat messages, whose content is a string, a list of parts, or a list of
+            `{"type": "text", "text": ...}`.
+        agent: the agent's name; a round wants each name once. Numbered if left out.
+        reuse: "exact" computes this prompt whole and by itself, bit for bit what a round of one
+            gives; None does as the engine does.
+    """
+
+    content: str | Sequence[int] | Sequence[Part] | Sequence[Message]
+    agent: str | None = None
+    reuse: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reuse not in (None, "exact"):
+            raise PromptError(
+                f"A prompt's reuse is {self.reuse!r}. Use None for the engine's way, or 'exact'."
+            )
+
+
+PromptLike = str | Sequence[int] | Sequence[Part] | Sequence[Message] | Prompt
+
+
+def as_prompt(value: PromptLike) -> Prompt:
+    """Wrap a bare content into a Prompt."""
+    return value if isinstance(value, Prompt) else Prompt(value)
+
+
+def message_parts(message: Message) -> list[Part]:
+    """Cut the content of a chat message into parts.
+
+    A system message is private; any other may be shared as a whole, which the other prompts of
+    the round decide. A `name` is put before the content, since most chat templates drop it.
+
+    Raises:
+        PromptError: for a content that is neither text nor a list of texts and parts.
+    """
+    content = message.get("content")
+    may_share = message.get("role") != "system"
+    name = message.get("name")
+    if name and isinstance(content, str):
+        content = f"{name}: {content}"
+        name = None
+    parts = [Part(f"{name}: ", False)] if name else []
+    if content is None:
+        return parts
+    if isinstance(content, str):
+        return split_text(content, shared_without_separator=may_share)
+    for item in content:
+        if isinstance(item, Part):
+            parts.append(item)
+        elif isinstance(item, Mapping) and item.get("type") == "text":
+            parts.extend(split_text(str(item.get("text", "")), shared_without_separator=may_share))
+        else:
+            raise PromptError(
+                f"A message holds {type(item).__name__!r}, which is not text. "
+                "Use a string, shared()/private() parts, or {'type': 'text', 'text': ...}."
+            )
+    return parts

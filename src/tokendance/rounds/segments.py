@@ -1,0 +1,126 @@
+"""Segments: immutable runs of token ids, known by the hash of their content."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int32]
+
+SegmentHash = NewType("SegmentHash", bytes)
+ChainHash = NewType("ChainHash", bytes)
+Salt = NewType("Salt", bytes)
+
+_DIGEST_BYTES = 16
+
+
+def make_salt(*parts: str) -> Salt:
+    """Fold what must never share KV (model, tokenizer, tenant) into one key.
+
+    Args:
+        parts: any strings; their boundaries count ("ab", "c" differs from "a", "bc").
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return Salt(digest.digest())
+
+
+def hash_segment(token_ids: TokenIds, salt: Salt) -> SegmentHash:
+    """Hash a segment by its content alone, wherever it stands."""
+    return SegmentHash(_digest(token_ids.tobytes(), salt))
+
+
+def hash_chain(parent: ChainHash | None, token_ids: TokenIds, salt: Salt) -> ChainHash:
+    """Hash a block of a prompt together with everything before it."""
+    return ChainHash(_digest((parent or b"") + token_ids.tobytes(), salt))
+
+
+def _digest(data: bytes, salt: Salt) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, key=salt).digest()
+
+
+def as_token_ids(values: Iterable[int]) -> TokenIds:
+    """Copy token ids into a read-only int32 array."""
+    array = np.fromiter(values, dtype=np.int32)
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A run of token ids in a prompt.
+
+    Attributes:
+        token_ids: int32, read-only, at least one.
+        shared: what this prompt says of the segment: other prompts may have it too.
+        hash: of the content, salted.
+    """
+
+    token_ids: TokenIds
+    shared: bool
+    hash: SegmentHash
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPrompt:
+    """One agent's ordered segments, as token ids.
+
+    Attributes:
+        segments: in the order that the model reads them.
+        salt: what the hashes were made with; prompts of different salts never share.
+        token_ids: int32, all segments in a row.
+        starts: position of the first token of each segment.
+    """
+
+    segments: tuple[Segment, ...]
+    salt: Salt
+    token_ids: TokenIds = field(init=False)
+    starts: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = [segment.token_ids for segment in self.segments]
+        token_ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        token_ids.setflags(write=False)
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        object.__setattr__(self, "token_ids", token_ids)
+        object.__setattr__(self, "starts", (0, *ends[:-1].tolist()) if parts else ())
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def shared_segments(self) -> list[tuple[int, Segment]]:
+        """Position and segment of each shared one, in order."""
+        return [
+            (start, segment)
+            for start, segment in zip(self.starts, self.segments, strict=True)
+            if segment.shared
+        ]
+
+
+def build_prompt(pieces: Sequence[tuple[TokenIds, bool]], salt: Salt) -> EncodedPrompt:
+    """Join `(token_ids, shared)` pieces into a prompt.
+
+    Private neighbours become one segment; empty pieces vanish.
+    """
+    merged: list[tuple[TokenIds, bool]] = []
+    for token_ids, shared in pieces:
+        if len(token_ids) == 0:
+            continue
+        if merged and not shared and not merged[-1][1]:
+            merged[-1] = (np.concatenate([merged[-1][0], token_ids]), False)
+        else:
+            merged.append((token_ids, shared))
+    for token_ids, _ in merged:
+        token_ids.setflags(write=False)
+    return EncodedPrompt(
+        tuple(Segment(ids, shared, hash_segment(ids, salt)) for ids, shared in merged), salt
+    )

@@ -1,0 +1,1 @@
+"""What stays: pages of KV, and the indexes that find them again. Imports `rounds` alone."""

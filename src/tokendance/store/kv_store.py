@@ -1,0 +1,235 @@
+"""The store: finds KV that was computed before, and makes room when memory is short.
+
+Two indexes over one page pool:
+
+    prefix     hash of all tokens up to the end of a block  ->  where the block's KV lies
+    segments   hash of a shared segment's content           ->  its copies, one per context
+
+Both hold references to pages, never tensors. An entry may be listed before its KV is computed:
+`slot_ready` says which slots can be read, and a request that found unready ones waits for the
+request that computes them. So requests that start together share like any others.
+
+Eviction takes the least recently used entry whose pages no running request reads. Entries of one
+prompt are touched from its end to its beginning, so the end of a prompt goes before its start.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tokendance.rounds.segments import ChainHash, Salt, SegmentHash, TokenIds, hash_chain
+from tokendance.store.entries import (
+    Entry,
+    PrefixBlock,
+    RoundId,
+    RunId,
+    SegmentCopy,
+    Slots,
+    pages_of,
+)
+from tokendance.store.pages import Holder, PageIds, PagePool
+
+
+class KVStore:
+    """Pages, what is known of each slot, and the two indexes.
+
+    Attributes:
+        pool: the pages.
+        slot_position: int32, position at which the key of a slot was rotated; the request that
+            allocates the slot writes it.
+        slot_ready: bool, whether the slot's KV is computed, or will be in the step that is being
+            scheduled; the scheduler writes it.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, max_reuse_rounds: int) -> None:
+        """Make an empty store.
+
+        Args:
+            num_pages: pages of the pool.
+            page_size: tokens per page, and per block of the prefix index.
+            max_reuse_rounds: a segment that was reused in this many rounds is computed afresh.
+        """
+        self.pool = PagePool(num_pages, page_size)
+        self.slot_position = np.zeros(num_pages * page_size, np.int32)
+        self.slot_ready = np.zeros(num_pages * page_size, np.bool_)
+        self._max_reuse_rounds = max_reuse_rounds
+        self._lru: OrderedDict[Entry, None] = OrderedDict()  # least recently used first
+        self._prefix: dict[tuple[ChainHash, bool], PrefixBlock] = {}
+        self._segments: dict[SegmentHash, list[SegmentCopy]] = {}
+        self._num_runs = 0
+
+    # -- looking up ---------------------------------------------------------------------------
+
+    def match_prefix(
+        self, token_ids: TokenIds, salt: Salt, *, exact: bool
+    ) -> tuple[list[PrefixBlock], Slots]:
+        """Find the longest known beginning of a prompt. Changes nothing.
+
+        Args:
+            token_ids: int32, the tokens that may be matched.
+            salt: the prompt's.
+            exact: leave out blocks that hold reused KV of another context.
+
+        Returns:
+            The blocks, and the slots of their tokens; valid until the next eviction.
+        """
+        size = self.pool.page_size
+        blocks: list[PrefixBlock] = []
+        parent: ChainHash | None = None
+        start = 0
+        while start < len(token_ids):
+            found = None
+            longest = min(size, len(token_ids) - start)
+            # A block that ends a prompt may be shorter than a page.
+            for length in range(longest, 0, -1):
+                chain = hash_chain(parent, token_ids[start : start + length], salt)
+                found = self._prefix.get((chain, True))
+                if found is None and not exact:
+                    found = self._prefix.get((chain, False))
+                if found is not None:
+                    break
+            if found is None:
+                break
+            blocks.append(found)
+            parent = found.chain
+            start += len(found.slots)
+            if len(found.slots) < size:
+                break
+        slots = [block.slots for block in blocks]
+        return blocks, np.concatenate(slots) if slots else np.empty(0, np.int32)
+
+    def copies(self, segment: SegmentHash) -> Sequence[SegmentCopy]:
+        """List the copies of a segment that may still be reused. Changes nothing."""
+        return [
+            copy
+            for copy in self._segments.get(segment, ())
+            if len(copy.rounds) < self._max_reuse_rounds
+        ]
+
+    # -- putting in ---------------------------------------------------------------------------
+
+    def put_prefix(
+        self, token_ids: TokenIds, slots: Slots, salt: Salt, num_exact: int
+    ) -> list[Entry]:
+        """List the blocks of a prompt, each with the tokens before it.
+
+        Args:
+            token_ids: int32, the prompt up to the last token whose KV is or will be computed.
+            slots: int32, as long as `token_ids`.
+            salt: the prompt's.
+            num_exact: length of the beginning that holds no reused KV of another context.
+
+        Returns:
+            The entries that are new; the caller drops them if it fails to compute them.
+        """
+        size = self.pool.page_size
+        new: list[Entry] = []
+        touched: list[Entry] = []
+        parent: ChainHash | None = None
+        for start in range(0, len(token_ids), size):
+            block_ids = token_ids[start : start + size]
+            parent = hash_chain(parent, block_ids, salt)
+            block_slots = slots[start : start + size]
+            exact = start + len(block_ids) <= num_exact
+            entry = self._prefix.get((parent, exact))
+            if entry is None:
+                entry = PrefixBlock(parent, block_slots.copy(), self._pages(block_slots), exact)
+                self._prefix[parent, exact] = entry
+                self._add(entry)
+                new.append(entry)
+            touched.append(entry)
+        self.touch(touched)
+        return new
+
+    def put_run(self, segments: Sequence[tuple[SegmentHash, Slots]]) -> list[Entry]:
+        """List the segments of a run as copies, in the order in which their owner reads them."""
+        run = RunId(self._num_runs)
+        self._num_runs += 1
+        new: list[Entry] = []
+        for index, (segment, slots) in enumerate(segments):
+            copy = SegmentCopy(segment, run, index, slots.copy(), self._pages(slots))
+            self._segments.setdefault(segment, []).append(copy)
+            self._add(copy)
+            new.append(copy)
+        return new
+
+    def touch(self, entries: Sequence[Entry]) -> None:
+        """Mark entries of one prompt, given from its beginning to its end, as just used."""
+        for entry in reversed(entries):
+            if entry in self._lru:
+                self._lru.move_to_end(entry)
+
+    def count_reuse(self, copies: Iterable[SegmentCopy], round_id: RoundId) -> None:
+        """Note that mirrors of a round reuse these copies."""
+        for copy in copies:
+            copy.rounds.add(round_id)
+
+    # -- taking out ---------------------------------------------------------------------------
+
+    def can_make_room(self, count: int, keep: PageIds) -> bool:
+        """Say whether `count` pages could be free, with `keep` left alone. Changes nothing."""
+        pool = self.pool
+        all_pages = np.arange(pool.num_pages, dtype=np.int32)
+        taken = pool.num_refs(all_pages, Holder.REQUEST) > 0
+        taken[keep] = True
+        return count <= pool.num_pages - int(np.count_nonzero(taken))
+
+    def make_room(self, count: int) -> bool:
+        """Evict least recently used entries until `count` pages are free; say if they are."""
+        missing = count - self.pool.num_free
+        if missing <= 0:
+            return True
+        for entry in list(self._lru):
+            if (self.pool.num_refs(entry.pages, Holder.REQUEST) > 0).any():
+                continue  # a running request reads it: taking it out would free nothing
+            self.drop(entry)
+            if self.pool.can_allocate(count):
+                return True
+        return False
+
+    def drop(self, entry: Entry) -> None:
+        """Take one entry out of its index. Does nothing if it is gone already."""
+        if entry not in self._lru:
+            return
+        del self._lru[entry]
+        self.pool.release(entry.pages, Holder.INDEX)
+        if isinstance(entry, PrefixBlock):
+            del self._prefix[entry.chain, entry.exact]
+        else:
+            copies = self._segments[entry.hash]
+            copies.remove(entry)
+            if not copies:
+                del self._segments[entry.hash]
+
+    def clear(self) -> None:
+        """Drop every entry that no running request reads."""
+        for entry in list(self._lru):
+            self.drop(entry)
+
+    # -- bookkeeping --------------------------------------------------------------------------
+
+    def _pages(self, slots: Slots) -> PageIds:
+        return pages_of(slots, self.pool.page_size)
+
+    def _add(self, entry: Entry) -> None:
+        self._lru[entry] = None
+        self.pool.retain(entry.pages, Holder.INDEX)
+
+    def check_integrity(self, request_pages: Iterable[PageIds]) -> None:
+        """Assert that counts, indexes and requests agree.
+
+        Args:
+            request_pages: the pages of each request that runs.
+        """
+        expected = np.zeros((len(Holder), self.pool.num_pages), np.int32)
+        for pages in request_pages:
+            expected[Holder.REQUEST][pages] += 1
+        for entry in self._lru:
+            expected[Holder.INDEX][entry.pages] += 1
+            assert np.array_equal(entry.pages, self._pages(entry.slots))
+        self.pool.check_integrity(expected)
+        listed = set(self._prefix.values()) | {
+            copy for copies in self._segments.values() for copy in copies
+        }
+        assert listed == set(self._lru), "the indexes and the eviction order disagree"

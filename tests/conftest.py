@@ -1,0 +1,129 @@
+"""Tiny random models with a byte-like tokenizer, made once per test run."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tokendance import LLM
+from tokendance.models.loader import LoadedModel, load_model
+
+VOCAB = 300
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # large enough for answers that differ
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    specials = ["<pad>", "<|start|>", "<|end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*specials, *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|end|>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that saves a tiny model of an architecture and returns its folder."""
+    folders: dict[str, Path] = {}
+
+    def make(architecture: str, **changes: object) -> Path:
+        key = architecture + repr(sorted(changes.items()))
+        if key not in folders:
+            config_class, model_class, extra = MODELS[architecture]
+            torch.manual_seed(7)
+            model = model_class(config_class(**{**COMMON, **extra, **changes}))
+            folder = tmp_path_factory.mktemp(architecture)
+            model.save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+            folders[key] = folder
+        return folders[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(model_folder: Callable[..., Path]) -> LoadedModel:
+    return load_model(str(model_folder("llama")), "float32")
+
+
+@pytest.fixture
+def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
+    """Return a function that puts an engine around the tiny model; checks its books at the end."""
+    from tokendance.collector.correction import make_correction
+    from tokendance.config import EngineConfig, StoreConfig
+
+    made: list[LLM] = []
+
+    def make(
+        reuse: str = "collective",
+        correction: str = "first-k",
+        first_k: int = 4,
+        max_batch_tokens: int = 4096,
+        num_pages: int = 400,
+        page_size: int = 16,
+        max_reuse_rounds: int = 16,
+        model: LoadedModel = tiny,
+    ) -> LLM:
+        page_bytes = model.shape.kv_bytes_per_token(model.dtype) * page_size
+        config = EngineConfig(
+            reuse,
+            make_correction(correction, first_k),
+            max_batch_tokens,
+            StoreConfig(num_pages * page_bytes, page_size, max_reuse_rounds),
+        )
+        made.append(LLM.from_loaded(model, config))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.engine.check_integrity()
+        assert not llm.engine.has_work
+        llm.engine.store.clear()
+        llm.engine.check_integrity()
+        assert llm.engine.store.pool.num_free == llm.engine.store.pool.num_pages

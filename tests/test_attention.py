@@ -1,0 +1,157 @@
+"""Shared-in-place attention against the plain reference, on random rounds."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance.attention.interface import PackedBatch, PackedRequest
+from tokendance.attention.merge import merge_rows
+from tokendance.attention.reference import ReferenceBackend
+from tokendance.attention.rope import Rope, RopeLayout
+from tokendance.attention.torch_backend import TorchBackend
+
+NUM_SLOTS = 400
+CPU = torch.device("cpu")
+
+
+def random_batch(rng: np.random.Generator, num_agents: int, chunk: int | None) -> PackedBatch:
+    """Agents that read subsets of shared blocks in any order, with own tokens in between.
+
+    Each agent's context is a list of pieces; a piece is own tokens, or a block somebody else
+    owns, of which some tokens are corrected. A suffix of the own tokens is new.
+    """
+    slot_position = np.zeros(NUM_SLOTS, np.int32)
+    next_slot = 0
+
+    def take(positions: np.ndarray) -> np.ndarray:
+        nonlocal next_slot
+        slots = np.arange(next_slot, next_slot + len(positions), dtype=np.int32)
+        assert next_slot + len(positions) <= NUM_SLOTS
+        slot_position[slots] = positions
+        next_slot += len(positions) + int(rng.integers(0, 3))
+        return slots
+
+    # Blocks in the store, some of them adjacent so that they form runs.
+    blocks = []
+    position = int(rng.integers(0, 30))
+    for _ in range(int(rng.integers(0, 4))):
+        length = int(rng.integers(1, 20))
+        blocks.append(take(np.arange(position, position + length)))
+        position += length + int(rng.integers(0, 2)) * 5
+
+    requests = []
+    first_row = 0
+    for _ in range(num_agents):
+        slots: list[np.ndarray] = []
+        own: list[np.ndarray] = []
+        length = 0
+
+        def add_own(count: int, slots: list = slots, own: list = own) -> None:
+            nonlocal length
+            positions = np.arange(length, length + count)
+            slots.append(take(positions))
+            own.append(positions)
+            length += count
+
+        if rng.random() < 0.8:
+            add_own(int(rng.integers(1, 12)))
+        for index in rng.permutation(len(blocks))[: int(rng.integers(0, len(blocks) + 1))]:
+            block = blocks[index]
+            corrected = min(int(rng.integers(0, 4)), len(block))
+            if corrected:
+                add_own(corrected)
+            slots.append(block[corrected:])
+            length += len(block) - corrected
+        add_own(int(rng.integers(1, 8)))
+        positions = np.concatenate(own)
+        num_new = int(rng.integers(1, len(positions) + 1)) if chunk is None else 1
+        new = positions[-num_new:]
+        if chunk is not None and len(positions) > chunk:
+            new = positions[-chunk:]
+        requests.append(PackedRequest(first_row, new, np.concatenate(slots)))
+        first_row += len(new)
+    return PackedBatch(requests, slot_position)
+
+
+def run(backend_class: type, batch: PackedBatch, rope: Rope, shape: tuple[int, int, int],
+        dtype: torch.dtype, seed: int) -> torch.Tensor:
+    kv_heads, group, size = shape
+    generator = torch.Generator().manual_seed(seed)
+    rows = batch.num_rows
+
+    def random(*dims: int) -> torch.Tensor:
+        return torch.randn(*dims, generator=generator).to(dtype)
+
+    query = random(kv_heads, group, rows, size)
+    key, value = random(kv_heads, rows, size), random(kv_heads, rows, size)
+    keys, values = random(kv_heads, NUM_SLOTS, size), random(kv_heads, NUM_SLOTS, size)
+    # What nobody may read is poisoned.
+    readable = np.concatenate([request.slots for request in batch.requests])
+    poison = np.setdiff1d(np.arange(NUM_SLOTS), readable)
+    keys[:, poison] = float("nan")
+    values[:, poison] = float("nan")
+    backend = backend_class(rope, CPU, dtype)
+    backend.prepare(batch)
+    return backend.attend(query, key, value, keys, values, size**-0.5)
+
+
+@pytest.mark.parametrize("layout", RopeLayout)
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    agents=st.integers(1, 6),
+    chunk=st.sampled_from([None, 1, 5]),
+    kv_heads=st.sampled_from([1, 3]),
+    group=st.sampled_from([1, 2, 4]),
+    rotated=st.sampled_from([8, 16]),
+)
+def test_torch_backend_equals_reference(
+    layout: RopeLayout, seed: int, agents: int, chunk: int | None, kv_heads: int, group: int,
+    rotated: int,
+) -> None:
+    batch = random_batch(np.random.default_rng(seed), agents, chunk)
+    rope = Rope(10000.0 ** (-torch.arange(0, rotated, 2) / rotated), layout)
+    shape = (kv_heads, group, 16)
+    expected = run(ReferenceBackend, batch, rope, shape, torch.float32, seed)
+    result = run(TorchBackend, batch, rope, shape, torch.float32, seed)
+    # float32 with other orders of summation over at most a hundred keys.
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_torch_backend_in_bfloat16() -> None:
+    rope = Rope(10000.0 ** (-torch.arange(0, 16, 2) / 16))
+    for seed in range(20):
+        batch = random_batch(np.random.default_rng(seed), 4, None)
+        expected = run(ReferenceBackend, batch, rope, (2, 2, 16), torch.bfloat16, seed)
+        result = run(TorchBackend, batch, rope, (2, 2, 16), torch.bfloat16, seed)
+        # bfloat16 keeps 8 bits; a shifted query is rounded once more than in the reference.
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("layout", RopeLayout)
+def test_rotations_add_up(layout: RopeLayout) -> None:
+    rope = Rope(10000.0 ** (-torch.arange(0, 16, 2) / 16), layout)
+    heads = torch.randn(3, 5, 24)
+    once = rope.rotate(heads, rope.tables(np.full(5, 700), CPU))
+    twice = rope.rotate(
+        rope.rotate(heads, rope.tables(np.full(5, 1000), CPU)), rope.tables(np.full(5, -300), CPU)
+    )
+    torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
+    assert torch.equal(once[..., 16:], heads[..., 16:])
+
+
+def test_merge_survives_large_scores() -> None:
+    scores = torch.tensor([300.0, -300.0, 250.0, 301.0])
+    values = torch.randn(4, 8)
+    expected = scores.softmax(0) @ values
+
+    def part(chosen: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        result = scores[chosen].softmax(0) @ values[chosen]
+        return result.view(1, 1, 1, 8), scores[chosen].logsumexp(0).view(1, 1, 1)
+
+    output, lse = part(slice(0, 2))
+    merge_rows(output, lse, *part(slice(2, 4)), slice(0, 1))
+    torch.testing.assert_close(output.view(8), expected)
+    torch.testing.assert_close(lse.view(()), scores.logsumexp(0))
