@@ -27,7 +27,7 @@ $(DEMO): $(STAMP)
 	@touch $@
 
 demo: demo-weights ## 10 agents talk for 3 rounds
-	$(BIN)/tokendance run --agents 10 --rounds 3
+	$(BIN)/tokendance run --agents 10 --rounds 3 --temperature 0.6
 
 test: demo-weights ## run the tests
 	$(BIN)/pytest

@@ -48,7 +48,9 @@ def random_batch(rng: np.random.Generator, num_agents: int, chunk: int | None) -
         own: list[np.ndarray] = []
         length = 0
 
-        def add_own(count: int, slots: list = slots, own: list = own) -> None:
+        def add_own(
+            count: int, slots: list[np.ndarray] = slots, own: list[np.ndarray] = own
+        ) -> None:
             nonlocal length
             positions = np.arange(length, length + count)
             slots.append(take(positions))
@@ -75,8 +77,14 @@ def random_batch(rng: np.random.Generator, num_agents: int, chunk: int | None) -
     return PackedBatch(requests, slot_position)
 
 
-def run(backend_class: type, batch: PackedBatch, rope: Rope, shape: tuple[int, int, int],
-        dtype: torch.dtype, seed: int) -> torch.Tensor:
+def run(
+    backend_class: type,
+    batch: PackedBatch,
+    rope: Rope,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    seed: int,
+) -> torch.Tensor:
     kv_heads, group, size = shape
     generator = torch.Generator().manual_seed(seed)
     rows = batch.num_rows
@@ -94,7 +102,8 @@ def run(backend_class: type, batch: PackedBatch, rope: Rope, shape: tuple[int, i
     values[:, poison] = float("nan")
     backend = backend_class(rope, CPU, dtype)
     backend.prepare(batch)
-    return backend.attend(query, key, value, keys, values, size**-0.5)
+    result: torch.Tensor = backend.attend(query, key, value, keys, values, size**-0.5)
+    return result
 
 
 @pytest.mark.parametrize("layout", RopeLayout)
@@ -108,7 +117,12 @@ def run(backend_class: type, batch: PackedBatch, rope: Rope, shape: tuple[int, i
     rotated=st.sampled_from([8, 16]),
 )
 def test_torch_backend_equals_reference(
-    layout: RopeLayout, seed: int, agents: int, chunk: int | None, kv_heads: int, group: int,
+    layout: RopeLayout,
+    seed: int,
+    agents: int,
+    chunk: int | None,
+    kv_heads: int,
+    group: int,
     rotated: int,
 ) -> None:
     batch = random_batch(np.random.default_rng(seed), agents, chunk)

@@ -14,7 +14,7 @@ MakeLLM = Callable[..., LLM]
 
 
 def random_ids(rng: np.random.Generator, length: int) -> list[int]:
-    return rng.integers(3, 250, length).tolist()
+    return [int(token) for token in rng.integers(3, 250, length)]
 
 
 def random_round(seed: int, agents: int = 5, blocks: int = 4) -> list[Prompt]:
@@ -95,7 +95,7 @@ def test_exact_modes_agree_in_chunks_and_over_rounds(
         torch.testing.assert_close(logprobs(result), logprobs(exact), rtol=0, atol=1e-4)
         assert [o.token_ids for o in result.outputs] == [o.token_ids for o in exact.outputs]
         prompts = [
-            Prompt([*prompt.content, private(output.token_ids), private([9, 8, 7])])  # type: ignore[list-item]
+            Prompt([*prompt.content, private(output.token_ids), private([9, 8, 7])])
             for prompt, output in zip(prompts, exact.outputs, strict=True)
         ]
 

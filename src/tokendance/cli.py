@@ -1,7 +1,6 @@
 """The command line: run rounds, list models."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from tokendance.collector.correction import CORRECTIONS, DEFAULT_FIRST_K
-from tokendance.config import REUSE_MODES
+from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
+from tokendance.config import ReuseMode
 from tokendance.errors import TokenDanceError
 
 app = typer.Typer(
@@ -19,9 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Reuse = StrEnum("Reuse", {name: name for name in REUSE_MODES})
-Correction = StrEnum("Correction", {name: name for name in CORRECTIONS})
 
 
 @app.command()
@@ -37,13 +33,16 @@ def run(
         str, typer.Option(help="An alias, a folder, or a Hugging Face hub id.")
     ] = "smollm2-135m",
     reuse: Annotated[
-        Reuse, typer.Option(help="What KV is reused: nothing, equal beginnings, or both those and "
-                            "shared blocks wherever they stand.")
-    ] = Reuse("collective"),
+        ReuseMode,
+        typer.Option(
+            help="What KV is reused: nothing, equal beginnings, or both those and "
+            "shared blocks wherever they stand."
+        ),
+    ] = "collective",
     correction: Annotated[
-        Correction,
+        CorrectionName,
         typer.Option(help="Which tokens of a reused block each agent computes afresh."),
-    ] = Correction("first-k"),
+    ] = "first-k",
     first_k: Annotated[
         int, typer.Option(min=0, help="How many, with the correction first-k.")
     ] = DEFAULT_FIRST_K,
@@ -65,9 +64,7 @@ def run(
         float, typer.Option(min=0, help="0 always takes the likeliest token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers, with a temperature.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16, float16 or float32.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
     ] = None,
@@ -90,8 +87,8 @@ def run(
         RunSettings(
             trace=trace,
             model=model,
-            reuse=reuse.value,
-            correction=correction.value,
+            reuse=reuse,
+            correction=correction,
             first_k=first_k,
             agents=agents,
             rounds=rounds,

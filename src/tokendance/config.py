@@ -3,11 +3,13 @@
 import os
 import re
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from tokendance.collector.correction import CorrectionPolicy, FirstK
 from tokendance.errors import ConfigError
 
-REUSE_MODES = ("none", "prefix", "collective")
+ReuseMode = Literal["none", "prefix", "collective"]
+REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -73,13 +75,11 @@ class EngineConfig:
 
     reuse: str = "collective"
     correction: CorrectionPolicy = field(default_factory=FirstK)
-    max_batch_tokens: int = 4096
+    max_batch_tokens: int = 2048
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
         if self.reuse not in REUSE_MODES:
             raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
         if self.max_batch_tokens < 1:
-            raise ConfigError(
-                f"max_batch_tokens is {self.max_batch_tokens}. It must be 1 or more."
-            )
+            raise ConfigError(f"max_batch_tokens is {self.max_batch_tokens}. It must be 1 or more.")

@@ -12,7 +12,7 @@ from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceEr
 from tokendance.models.encoder import PromptEncoder
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
-from tokendance.rounds.prompts import PromptLike, as_prompt
+from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Agent, Session
 from tokendance.store.entries import RoundId
@@ -98,25 +98,25 @@ class LLM:
 
     def generate(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: str | Prompt | Sequence[PromptLike],
         params: ParamsLike = None,
     ) -> list[Output]:
         """Run prompts that have nothing to do with each other, batched together.
 
         Args:
-            prompts: a text, a Prompt, or a list of prompts.
+            prompts: a list of prompts; a single text or Prompt will do too.
             params: for all prompts, or one for each.
 
         Returns:
             One output per prompt. A prompt that cannot be run has its `error` set.
         """
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
-            prompts = [prompts]  # type: ignore[list-item]
+        if isinstance(prompts, str | Prompt):
+            prompts = [prompts]
         requests = [
             self.make_request(prompt, one, self.engine.new_round_id(), f"prompt {index}")
             for index, (prompt, one) in enumerate(self._pair(prompts, params))
         ]
-        self._run([request for request in requests], None, together=False)
+        self._run(requests, None)
         for request in requests:
             self.engine.pop_round(request.round_id)
         return [make_output(request) for request in requests]
@@ -153,7 +153,7 @@ class LLM:
         for name in names:
             if names.count(name) > 1:
                 raise RoundError(f"Two agents are called {name!r}. Give each its own name.")
-        self._run(requests, progress, together=True)
+        self._run(requests, progress)
         record = self.engine.pop_round(round_id)
         outputs = tuple(make_output(request) for request in requests)
         return RoundResult(outputs, self._stats(record))
@@ -218,7 +218,7 @@ class LLM:
             )
         return list(zip(prompts, params, strict=True))
 
-    def _run(self, requests: list[Request], progress: Progress | None, *, together: bool) -> None:
+    def _run(self, requests: list[Request], progress: Progress | None) -> None:
         """Run requests until all are done; take them back if the caller is interrupted."""
         self.engine.add(requests)
         try:

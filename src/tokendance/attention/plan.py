@@ -22,6 +22,7 @@ different numbers, rows are taken together and masked.
 This file deals in numpy integers; tensors are made by the backend.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -200,9 +201,7 @@ def _stack(
         offsets.append(request.positions - reading.offset)
     all_rows = np.concatenate(rows)
     owner_positions = np.concatenate(offsets)  # of the rows, as the keys' owner counts
-    all_offsets = np.repeat(
-        [reading.offset for reading in readers], [len(piece) for piece in rows]
-    )
+    all_offsets = np.repeat([reading.offset for reading in readers], [len(piece) for piece in rows])
     num_visible = np.searchsorted(key_positions, owner_positions, side="right")
     seeing = np.flatnonzero(num_visible)
     if len(seeing) == 0:
@@ -221,7 +220,7 @@ def _tiers(num_visible: IntArray) -> Iterator[Tier]:
     if masked:
         cuts = np.unique(np.linspace(0, len(num_visible), MAX_TIERS + 1).astype(np.int64))[1:-1]
     bounds = [0, *cuts.tolist(), len(num_visible)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         seen = num_visible[start:stop]
         num_keys = int(seen[-1])
         visible = np.arange(num_keys) < seen[:, None] if int(seen[0]) < num_keys else None

@@ -34,7 +34,9 @@ class Rope:
     inv_freq: Tensor
     layout: RopeLayout = RopeLayout.HALVES
 
-    def tables(self, offsets: npt.NDArray[np.integer], device: torch.device) -> tuple[Tensor, Tensor]:
+    def tables(
+        self, offsets: npt.NDArray[np.integer], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines for a rotation by each of `offsets` positions.
 
         Angles are formed in float64: at thousands of positions float32 has lost the digits.

@@ -106,7 +106,10 @@ class TorchBackend:
             seen = slice(part.start, part.start + tier.num_keys)
             results.append(
                 _attention(
-                    stacked[:, :, tier.start : tier.stop], keys[:, seen], values[:, seen], scale,
+                    stacked[:, :, tier.start : tier.stop],
+                    keys[:, seen],
+                    values[:, seen],
+                    scale,
                     mask=mask,
                 )
             )
@@ -175,8 +178,13 @@ def _attention(
             batch = query.reshape(1, kv_heads, group * rows, size)
             wide_keys, wide_values = keys[None], values[None]
         result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            batch, wide_keys, wide_values, 0.0, causal,
-            attn_mask=None if mask is None else mask[None, None], scale=scale,
+            batch,
+            wide_keys,
+            wide_values,
+            0.0,
+            causal,
+            attn_mask=None if mask is None else mask[None, None],
+            scale=scale,
         )
         return result.reshape(query.shape), lse.reshape(query.shape[:-1])
     scores = (query.reshape(kv_heads, group * rows, size) @ keys.transpose(-1, -2)).float() * scale

@@ -6,7 +6,7 @@ forward pass and are the same for every mirror; a run can then be stored as
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +84,8 @@ class CorrectAll:
         return np.ones(num_tokens, np.bool_)
 
 
-CORRECTIONS = ("first-k", "none", "all")
+CorrectionName = Literal["first-k", "none", "all"]
+CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
 
 
 def make_correction(name: str, first_k: int = DEFAULT_FIRST_K) -> CorrectionPolicy:

@@ -294,8 +294,6 @@ def join_runs(owned: Sequence[tuple[int, Segment]]) -> list[list[tuple[int, Segm
 
 def _storage_order(run: Sequence[tuple[int, Segment]], correction: CorrectionPolicy) -> Positions:
     """Positions of a run as they are stored: common tokens, then corrected ones."""
-    positions = np.concatenate(
-        [np.arange(start, start + len(segment)) for start, segment in run]
-    )
+    positions = np.concatenate([np.arange(start, start + len(segment)) for start, segment in run])
     corrected = np.concatenate([correction.corrected(len(segment)) for _, segment in run])
     return np.concatenate([positions[~corrected], positions[corrected]])

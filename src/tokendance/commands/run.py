@@ -18,7 +18,8 @@ from tokendance.collector.estimate import PrefixEstimate
 from tokendance.config import format_bytes
 from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
-from tokendance.llm import LLM, Progress as ReportProgress
+from tokendance.llm import LLM
+from tokendance.llm import Progress as ReportProgress
 from tokendance.outputs import RoundResult, RoundStats
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, read_trace
@@ -26,12 +27,10 @@ from tokendance.session import Agent
 
 LIVE_ROUNDS = 3
 LIVE_MAX_TOKENS = 64
-FIRST_TASK = (
-    "Introduce yourself to the others in one or two sentences, and say what worries you most."
-)
+FIRST_TASK = "In one sentence, what will you do tomorrow?"
 NEXT_TASK = (
-    "You have heard what everybody said. Answer them as yourself, in one or two sentences: "
-    "what will you do next, and whom do you need?"
+    "You have heard what everybody wants to do. "
+    "In one sentence, what will you do now, and whom do you need?"
 )
 
 
@@ -161,12 +160,13 @@ def _live(
 ) -> Iterator[tuple[int, RoundResult]]:
     """Run rounds in which the agents hear each other's answers."""
     session = llm.session([Agent(agent.name, agent.system) for agent in trace.agents.values()])
-    params = {
-        agent.name: _params(settings, settings.max_tokens or LIVE_MAX_TOKENS, index)
-        for index, agent in enumerate(session.agents)
-    }
+    limit = settings.max_tokens or LIVE_MAX_TOKENS
     for number in range(1, (settings.rounds or LIVE_ROUNDS) + 1):
         task = FIRST_TASK if number == 1 else NEXT_TASK
+        params = {
+            agent.name: _params(settings, limit, number, index)
+            for index, agent in enumerate(session.agents)
+        }
         with _progress(console, f"Round {number}", len(params)) as report:
             result = session.run(task, params, report)
         yield number, result
@@ -182,7 +182,7 @@ def _replay(
             answer = llm.encoder.text_ids(request.recorded_output).tolist()
             limit = settings.max_tokens or max(1, len(answer))
             prompts.append(_recorded_prompt(trace, one, request))
-            params.append(_params(settings, limit, index, forced=tuple(answer) or None))
+            params.append(_params(settings, limit, one.number, index, forced=tuple(answer) or None))
         with _progress(console, f"Round {one.number}", len(prompts)) as report:
             result = llm.run_round(prompts, params, report)
         yield one.number, result
@@ -200,12 +200,16 @@ def _recorded_prompt(trace: Trace, one: TraceRound, request: TraceRequest) -> Pr
 
 
 def _params(
-    settings: RunSettings, limit: int, index: int, forced: tuple[int, ...] | None = None
+    settings: RunSettings,
+    limit: int,
+    number: int,
+    index: int,
+    forced: tuple[int, ...] | None = None,
 ) -> SamplingParams:
     return SamplingParams(
         max_tokens=limit,
         temperature=settings.temperature,
-        seed=settings.seed + index,
+        seed=settings.seed + 1_000_000 * number + index,
         forced_tokens=forced,
     )
 
@@ -216,8 +220,13 @@ class _progress:  # noqa: N801 - reads as a context manager
     def __init__(self, console: Console, title: str, agents: int) -> None:
         self._title, self._agents, self._console = title, agents, console
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> ReportProgress:
@@ -227,9 +236,7 @@ class _progress:  # noqa: N801 - reads as a context manager
         return self._report
 
     def _report(self, phase: str, agents_done: int) -> None:
-        self._bar.update(
-            self._task, description=f"{self._title}: {phase}", completed=agents_done
-        )
+        self._bar.update(self._task, description=f"{self._title}: {phase}", completed=agents_done)
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
@@ -244,47 +251,50 @@ def _print_words(result: RoundResult, console: Console) -> None:
         console.print(f"[bold]{escape(output.agent)}[/bold]: {words}", highlight=False)
 
 
+# Headings of two lines: the table fits 80 columns.
 _COLUMNS: dict[str, Callable[[RoundStats], str]] = {
-    "agents": lambda s: str(s.agents),
-    "prompt": lambda s: f"{s.prompt_tokens:,}",
-    "computed": lambda s: f"{s.computed_tokens:,}",
-    "reused": lambda s: f"{s.reused_tokens:,}",
-    "corrected": lambda s: f"{s.corrected_tokens:,}",
-    "generated": lambda s: f"{s.generated_tokens:,}",
-    "prefill s": lambda s: f"{s.prefill_s:.2f}",
-    "decode s": lambda s: f"{s.decode_s:.2f}",
-    "KV dense": lambda s: format_bytes(s.kv_bytes.dense),
-    "KV resident": lambda s: format_bytes(s.kv_bytes.resident),
+    "prompt\ntokens": lambda s: f"{s.prompt_tokens:,}",
+    "\ncomputed": lambda s: f"{s.computed_tokens:,}",
+    "\nreused": lambda s: f"{s.reused_tokens:,}",
+    "\ncorrected": lambda s: f"{s.corrected_tokens:,}",
+    "\ngenerated": lambda s: f"{s.generated_tokens:,}",
+    "prefill\nseconds": lambda s: f"{s.prefill_s:.2f}",
+    "decode\nseconds": lambda s: f"{s.decode_s:.2f}",
+    "KV MiB\ndense": lambda s: f"{s.kv_bytes.dense / 2**20:,.1f}",
+    "KV MiB\nresident": lambda s: f"{s.kv_bytes.resident / 2**20:,.1f}",
 }
 
 
 def _print_table(done: list[_DoneRound], console: Console) -> None:
-    table = Table(title="Tokens, seconds and KV memory per round")
-    table.add_column("round", justify="right")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("\nround", *_COLUMNS):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in done:
         table.add_row(str(one.number), *(show(one.result.stats) for show in _COLUMNS.values()))
+    console.print()
     console.print(table)
+    console.print()
 
 
 def _print_summary(done: list[_DoneRound], settings: RunSettings, console: Console) -> None:
-    stats = [one.result.stats for one in done]
-    computed = sum(s.computed_tokens for s in stats)
-    prompt = sum(s.prompt_tokens for s in stats)
-    prefix = sum(one.prefix_tokens for one in done)
+    prompt = sum(one.result.stats.prompt_tokens for one in done)
+    computed, prefix = _computed(done), sum(one.prefix_tokens for one in done)
     console.print(
-        f"Of {prompt:,} prompt tokens {computed:,} were computed with reuse "
-        f"[bold]{settings.reuse}[/bold]. Prefix caching would have computed {prefix:,} for the "
-        f"same rounds: [bold]{prefix / max(computed, 1):.1f} times[/bold] as many. "
-        f"From the second round on: {_ratio(done[1:])}."
+        f"Of {prompt:,} prompt tokens {computed:,} were computed (reuse {settings.reuse}). "
+        f"Prefix caching would have computed {prefix:,} for the same rounds, "
+        f"{prefix / max(computed, 1):.1f} times as many."
     )
+    later = done[1:]
+    if _computed(later):
+        prefix = sum(one.prefix_tokens for one in later)
+        console.print(
+            f"Without the first round, in which nobody has heard anybody yet: {prefix:,} against "
+            f"{_computed(later):,}, {prefix / _computed(later):.1f} times as many."
+        )
 
 
-def _ratio(done: list[_DoneRound]) -> str:
-    computed = sum(one.result.stats.computed_tokens for one in done)
-    prefix = sum(one.prefix_tokens for one in done)
-    return f"{prefix:,} against {computed:,}, {prefix / computed:.1f} times" if computed else "none"
+def _computed(done: list[_DoneRound]) -> int:
+    return sum(one.result.stats.computed_tokens for one in done)
 
 
 def _document(settings: RunSettings, llm: LLM, done: list[_DoneRound]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The engine: one loop for rounds and single requests alike.
 
-    step():  schedule  ->  run  ->  postprocess
+step():  schedule  ->  run  ->  postprocess
 """
 
 import itertools
@@ -125,7 +125,9 @@ class Engine:
         for request in refused:
             self._finish(request, "error")
         step = self.scheduler.schedule() or self.scheduler.schedule()
-        assert step or not self.scheduler.running, "nothing can be computed: requests wait in a circle"
+        assert step or not self.scheduler.running, (
+            "nothing can be computed: requests wait in a circle"
+        )
         if not step:
             return refused
         logits = self.runner.run(step, self.store.slot_position)
@@ -155,16 +157,15 @@ class Engine:
             if not is_finite and request.placement is not None:
                 done += self._numerics(request)
         rows = [
-            row for row, request in enumerate(wanting)
+            row
+            for row, request in enumerate(wanting)
             if finite[row] and request.placement is not None  # else it failed or began anew
         ]
         if not rows:
             return done
         alive = [wanting[row] for row in rows]
         logits = logits[rows]
-        chosen = choose_tokens(
-            logits, [r.params for r in alive], [r.generator for r in alive]
-        )
+        chosen = choose_tokens(logits, [r.params for r in alive], [r.generator for r in alive])
         now = time.perf_counter()
         for request, row_logits, token in zip(alive, logits, chosen, strict=True):
             forced = request.params.forced_tokens

@@ -50,9 +50,7 @@ class Runner:
         first_row = 0
         for item in step:
             assert item.request.placement is not None
-            requests.append(
-                PackedRequest(first_row, item.positions, item.request.placement.slots)
-            )
+            requests.append(PackedRequest(first_row, item.positions, item.request.placement.slots))
             tokens.append(item.request.tokens_at(item.positions))
             first_row += len(item.positions)
             if item.wants_logits:
@@ -71,12 +69,18 @@ class Runner:
         return logits
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extra: dict[str, Any]
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        extra: dict[str, Any],
     ) -> Tensor:
         """Attend in one layer; see `models.hook.LayerHook`."""
         del extra  # the probe at load time has seen to it that it changes nothing
-        kv_heads = key.shape[1]
-        stacked = query[0].unflatten(0, (kv_heads, -1))  # (KVH, G, T, D)
+        kv_heads, (_, _, rows, size) = key.shape[1], query.shape
+        stacked = query[0].reshape(kv_heads, -1, rows, size)  # (KVH, G, T, D)
         return self._backend.attend(
             stacked, key[0], value[0], self._keys[layer], self._values[layer], scale
         )

@@ -54,7 +54,10 @@ class SamplingParams:
                 not isinstance(self.stop, str) and all(self.stop),
                 "a tuple of texts that are not empty",
             ),
-            "forced_tokens": (self.forced_tokens is None or len(self.forced_tokens) > 0, "not empty"),
+            "forced_tokens": (
+                self.forced_tokens is None or len(self.forced_tokens) > 0,
+                "not empty",
+            ),
         }
         for name, (holds, rule) in checks.items():
             if not holds:

@@ -226,9 +226,9 @@ class Scheduler:
             return
         # The KV of the last token is not computed: nothing came after it.
         length = len(request.prompt) + len(request.generated) - 1
-        tokens = np.concatenate(
-            [request.prompt.token_ids, np.array(request.generated, np.int32)]
-        )[:length]
+        tokens = np.concatenate([request.prompt.token_ids, np.array(request.generated, np.int32)])[
+            :length
+        ]
         self._store.put_prefix(
             tokens,
             request.placement.slots[:length],

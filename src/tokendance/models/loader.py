@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from tokendance.attention.rope import Rope
 from tokendance.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from tokendance.models import demo, hook
+from tokendance.models.packing import pack_linear_layers
 from tokendance.models.support import ModelShape, probe, why_unsupported
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -90,6 +91,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
             use_safetensors=True,  # the other format is pickle, which runs code
         )
     module = module.to(target).eval()
+    pack_linear_layers(module)
     shape, rope = probe(module, config)
     return LoadedModel(
         name, module, tokenizer, shape, rope, chosen, target, _stop_ids(module, tokenizer)
@@ -117,11 +119,11 @@ def _refuse(reason: str | None) -> None:
 
 def _stop_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer, by the model's generation settings and its tokenizer."""
-    found: set[int] = set()
+    found: list[Any] = []
     for source in (getattr(module, "generation_config", None), module.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
-        found |= set(value) if isinstance(value, list | tuple) else {value} - {None}
-    return frozenset(int(token) for token in found)
+        found += value if isinstance(value, list | tuple) else [value]
+    return frozenset(int(token) for token in found if token is not None)
 
 
 @contextmanager

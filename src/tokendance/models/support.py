@@ -22,8 +22,15 @@ from tokendance.models import hook
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 _PROBE_OFFSET = 7
 # What a model may hand to attention without changing the arithmetic.
-_HARMLESS_EXTRAS = {"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position",
-                    "position_embeddings", "output_router_logits"}
+_HARMLESS_EXTRAS = {
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "cache_position",
+    "position_embeddings",
+    "output_router_logits",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,13 @@ def why_unsupported(config: Any) -> str | None:
     hybrid = layer_types - {"full_attention", "sliding_attention"}
     state_space = [
         name
-        for name in ("mamba_d_state", "ssm_state_size", "state_size", "conv_kernel", "layers_block_type")
+        for name in (
+            "mamba_d_state",
+            "ssm_state_size",
+            "state_size",
+            "conv_kernel",
+            "layers_block_type",
+        )
         if getattr(config, name, None) is not None
     ]
     if hybrid or state_space:
@@ -74,9 +87,9 @@ def why_unsupported(config: Any) -> str | None:
     if getattr(config, "kv_lora_rank", None) is not None:
         return "it uses multi-head latent attention (MLA), whose cache holds no rotated keys"
     window = getattr(config, "sliding_window", None)
-    if window is not None and ("sliding_attention" in layer_types or not layer_types):
-        if getattr(config, "use_sliding_window", True):
-            return f"it has sliding-window attention ({window} tokens), which is not built yet"
+    windowed = "sliding_attention" in layer_types or not layer_types
+    if window is not None and windowed and getattr(config, "use_sliding_window", True):
+        return f"it has sliding-window attention ({window} tokens), which is not built yet"
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return "it has no rotary position embedding (RoPE), so cached keys cannot change position"
@@ -108,7 +121,13 @@ class _Probe:
     extras: set[str] = field(default_factory=set)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extra: dict[str, Any]
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        extra: dict[str, Any],
     ) -> Tensor:
         """See `hook.LayerHook`."""
         del scale
@@ -147,7 +166,7 @@ def probe(model: nn.Module, config: Any) -> tuple[ModelShape, Rope]:
     num_layers = int(config.num_hidden_layers)
     if sorted(recorder.keys) != list(range(num_layers)):
         raise _refusal(
-            f"only {len(recorder.keys)} of its {num_layers} layers have attention that can be replaced"
+            f"attention can be replaced in only {len(recorder.keys)} of its {num_layers} layers"
         )
     shapes = {(*recorder.queries[i].shape, *recorder.keys[i].shape) for i in recorder.keys}
     if len(shapes) > 1:
@@ -160,11 +179,8 @@ def probe(model: nn.Module, config: Any) -> tuple[ModelShape, Rope]:
 
 
 def _find_rope(model: nn.Module, recorder: _Probe) -> Rope:
-    frequencies = [
-        module.inv_freq
-        for module in model.modules()
-        if isinstance(getattr(module, "inv_freq", None), Tensor)
-    ]
+    buffers = [getattr(module, "inv_freq", None) for module in model.modules()]
+    frequencies = [found for found in buffers if isinstance(found, Tensor)]
     if not frequencies:
         raise _refusal("no rotary frequencies were found in it")
     if any(not torch.equal(found, frequencies[0]) for found in frequencies):

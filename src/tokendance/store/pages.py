@@ -41,7 +41,8 @@ class PagePool:
 
     def num_refs(self, pages: PageIds, holder: Holder) -> npt.NDArray[np.int32]:
         """References by `holder` to each of `pages`."""
-        return self._refs[holder][pages]
+        refs: npt.NDArray[np.int32] = self._refs[holder][pages]
+        return refs
 
     def can_allocate(self, count: int) -> bool:
         """Say whether `count` pages are free now; holds until the next change."""

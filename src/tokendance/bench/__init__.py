@@ -1,0 +1,1 @@
+"""Measurements: workloads, fidelity, and the figures of docs/benchmarks.md."""
