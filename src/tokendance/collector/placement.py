@@ -128,8 +128,9 @@ def draft_placement(
     num_prefix = 0
     if rules.prefix:
         blocks, matched = store.match_prefix(
-            prompt.token_ids[: length - 1], prompt.salt, exact=not rules.segments
+            prompt.token_ids, prompt.salt, exact=not rules.segments
         )
+        matched = matched[: length - 1]
         num_prefix = len(matched)
         slots[:num_prefix] = matched
     num_exact = 0
@@ -137,6 +138,7 @@ def draft_placement(
         if not block.exact:
             break
         num_exact += len(block.slots)
+    num_exact = min(num_exact, num_prefix)
 
     segments = [
         (start, segment)
@@ -189,8 +191,10 @@ def draft_placement(
 
 
 def kept_pages(draft: Draft, store: KVStore) -> PageIds:
-    """Pages that a draft reads and that must not be evicted to make room for it."""
-    return pages_of(draft.slots[draft.slots != UNPLACED], store.pool.page_size)
+    """Pages that a draft reads, runs as a whole; they must not be evicted to make room for it."""
+    read = pages_of(draft.slots[draft.slots != UNPLACED], store.pool.page_size)
+    pages = np.concatenate([read, *(copy.pages for copy in draft.copies)])
+    return np.unique(pages).astype(np.int32)
 
 
 def place(

@@ -9,8 +9,9 @@ Both hold references to pages, never tensors. An entry may be listed before its 
 `slot_ready` says which slots can be read, and a request that found unready ones waits for the
 request that computes them. So requests that start together share like any others.
 
-Eviction takes the least recently used entry whose pages no running request reads. Entries of one
-prompt are touched from its end to its beginning, so the end of a prompt goes before its start.
+Eviction takes the least recently used entry that has a page which no running request holds.
+A mirror holds the runs that it reads whole, so they stay as long as it runs. Entries of one prompt
+are touched from its end to its beginning, so the end of a prompt goes before its start.
 """
 
 from collections import OrderedDict
@@ -181,8 +182,8 @@ class KVStore:
         if missing <= 0:
             return True
         for entry in list(self._lru):
-            if (self.pool.num_refs(entry.pages, Holder.REQUEST) > 0).any():
-                continue  # a running request reads it: taking it out would free nothing
+            if (self.pool.num_refs(entry.pages, Holder.REQUEST) > 0).all():
+                continue  # running requests hold all of it: taking it out would free nothing
             self.drop(entry)
             if self.pool.can_allocate(count):
                 return True
