@@ -45,14 +45,10 @@ def test_all_gather_is_the_formula(make_llm: MakeLLM) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("correction", "per_mirror"), [("none", 3), ("all", 63), ("first-k", 15)]
-)
+@pytest.mark.parametrize(("correction", "per_mirror"), [("none", 3), ("all", 63), ("first-k", 15)])
 def test_corrections(make_llm: MakeLLM, correction: str, per_mirror: int) -> None:
     blocks = [block(i) for i in range(3)]
-    result = make_llm(correction=correction).run_round(
-        [prompt(n, *blocks) for n in range(3)], ONE
-    )
+    result = make_llm(correction=correction).run_round([prompt(n, *blocks) for n in range(3)], ONE)
     assert [c for c, _, _ in counts(result)] == [
         5 + 63,
         6 + per_mirror,
@@ -135,9 +131,7 @@ def test_singletons_and_blocks_shorter_than_k(make_llm: MakeLLM) -> None:
 
 
 def test_a_prompt_that_ends_in_a_shared_block_computes_its_last_token(make_llm: MakeLLM) -> None:
-    prompts = [
-        Prompt([private([100 + n] * 5), block(0)], agent=f"agent {n}") for n in range(2)
-    ]
+    prompts = [Prompt([private([100 + n] * 5), block(0)], agent=f"agent {n}") for n in range(2)]
     assert counts(make_llm().run_round(prompts, ONE)) == [(25, 0, 0), (5 + 4 + 1, 15, 5)]
 
 

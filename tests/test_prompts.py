@@ -1,5 +1,6 @@
 """Parts, separators, segments, chat messages: what reaches the model, and what is shared."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,12 @@ def test_special_tokens_in_text_are_ordinary(encoder: PromptEncoder) -> None:
 
 
 def test_messages_equal_the_template(encoder: PromptEncoder) -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "hear "}, {"type": "text", "text": "me"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "hear "}, {"type": "text", "text": "me"}],
+        },
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "go"},
     ]
@@ -137,7 +141,7 @@ def test_building_keeps_tokens_and_order(pieces: list[tuple[list[int], bool]]) -
     prompt = build_prompt([(as_token_ids(ids), flag) for ids, flag in pieces], SALT)
     assert prompt.token_ids.tolist() == [token for ids, _ in pieces for token in ids]
     flags = [segment.shared for segment in prompt.segments]
-    assert all(a or b for a, b in zip(flags, flags[1:], strict=False)), "private neighbours merge"
+    assert all(a or b for a, b in itertools.pairwise(flags)), "private neighbours merge"
     for start, segment in zip(prompt.starts, prompt.segments, strict=True):
         assert np.array_equal(prompt.token_ids[start : start + len(segment)], segment.token_ids)
 

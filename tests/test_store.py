@@ -125,7 +125,10 @@ class EngineMachine(RuleBasedStateMachine):
         round_id = self.llm.engine.new_round_id()
         requests = []
         for n in range(agents):
-            order = blocks[n * shift % max(1, len(blocks)) :] + blocks[: n * shift % max(1, len(blocks))]
+            order = (
+                blocks[n * shift % max(1, len(blocks)) :]
+                + blocks[: n * shift % max(1, len(blocks))]
+            )
             parts = [private([60 + n] * (n + 1)), *(shared([10 + b] * (5 + b)) for b in order)]
             prompt = Prompt([*parts, private([7])], reuse="exact" if exact and n == 0 else None)
             params = SamplingParams(max_tokens=tokens, ignore_eos=True)

@@ -41,6 +41,18 @@ class RoundWorkload:
             agent=name,
         )
 
+    def formula(self, llm: LLM, k: int) -> int:
+        """Tokens that a round should compute, private parts cached: S + t + (N - 1)(k B + t).
+
+        S and t are counted on a prompt: the chat template's text before the first block belongs
+        to it, and the text after the task to the task.
+        """
+        prompt = llm.encoder.encode(self.prompts()[0])
+        num_shared = sum(len(segment) for segment in prompt.segments if segment.shared)
+        num_task = len(prompt.segments[-1])
+        mirrors = len(self.systems) - 1
+        return num_shared + num_task + mirrors * (k * len(self.blocks) + num_task)
+
     def warm(self, llm: LLM) -> None:
         """Leave an engine with every agent's private part in its store, and nothing else."""
         llm.engine.store.clear()
@@ -97,7 +109,11 @@ def make_workload(
 
 
 def _private_text(
-    llm: LLM, person: TraceAgent, people: Sequence[TraceAgent], length: int, rng: np.random.Generator
+    llm: LLM,
+    person: TraceAgent,
+    people: Sequence[TraceAgent],
+    length: int,
+    rng: np.random.Generator,
 ) -> str:
     """A person's own text, filled up to `length` tokens with what it knows of others."""
     text = person.system + "\n"
@@ -111,5 +127,3 @@ def _private_text(
 def shared_tokens(blocks: Sequence[Part]) -> int:
     """Tokens of blocks that were made as token ids."""
     return sum(len(block.content) for block in blocks)
-
-

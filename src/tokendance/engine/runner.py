@@ -18,8 +18,8 @@ class Runner:
     """Owns KV memory and runs packed batches through the model.
 
     Attributes:
-        on_logits: called with the logits of each step before anything is chosen from them; for
-            tests that want to see or spoil them.
+        on_logits: replaces the logits of each step before anything is chosen from them; for tests
+            that want to see or spoil them.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Runner:
         self._keys = torch.empty(size, dtype=model.dtype, device=model.device)
         self._values = torch.empty(size, dtype=model.dtype, device=model.device)
         self._backend = backend(model.rope, model.device, model.dtype)
-        self.on_logits: Callable[[Sequence[Scheduled], Tensor], None] | None = None
+        self.on_logits: Callable[[Sequence[Scheduled], Tensor], Tensor] | None = None
 
     def run(self, step: Sequence[Scheduled], slot_position: np.ndarray) -> Tensor:
         """Run one packed forward pass.
@@ -65,7 +65,7 @@ class Runner:
             self,
         ).float()
         if self.on_logits is not None:
-            self.on_logits(step, logits)
+            logits = self.on_logits(step, logits)
         return logits
 
     def attend(

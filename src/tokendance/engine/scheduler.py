@@ -202,7 +202,7 @@ class Scheduler:
             if request.placement is not None and is_bad[request.placement.slots].any()
         ]
         restarted: list[Request] = []
-        for request in readers:
+        for request in reversed(readers):  # so that they stand in the queue as they ran
             restarted += self.restart(request)
         return restarted
 

@@ -1,0 +1,71 @@
+"""The demo weights: words, fidelity and generality on a real model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tokendance import LLM, Prompt, SamplingParams
+from tokendance.bench.fidelity import measure_fidelity, reference_answers
+from tokendance.bench.workload import RoundWorkload, make_workload
+from tokendance.config import EngineConfig, StoreConfig
+from tokendance.models import demo
+from tokendance.models.loader import LoadedModel, load_model
+
+pytestmark = pytest.mark.demo
+STORE = StoreConfig(2**30)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model(demo.ALIAS, "float32")
+
+
+@pytest.fixture(scope="module")
+def exact(model: LoadedModel) -> LLM:
+    return LLM.from_loaded(model, EngineConfig("none", store=STORE))
+
+
+@pytest.fixture(scope="module")
+def workload(exact: LLM) -> RoundWorkload:
+    return make_workload(exact, 10, block_tokens=60, private_tokens=(150, 500))
+
+
+def test_it_answers_and_ends_its_turn(exact: LLM) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France? One word."}]
+    output = exact.generate([messages], SamplingParams(max_tokens=20))[0]
+    assert "Paris" in output.text
+    assert output.finish_reason == "stop"
+
+
+def test_it_equals_transformers(exact: LLM) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(demo.checkpoint(), dtype=torch.float32)
+    messages = [{"role": "user", "content": "Name three things that float on water."}]
+    prompt = exact.encoder.encode(Prompt(messages)).token_ids.tolist()
+    expected = plain.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+    )[0, len(prompt) :].tolist()
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    assert list(exact.generate([messages], params)[0].token_ids) == expected
+
+
+def test_fidelity_of_a_round(model: LoadedModel, exact: LLM, workload: RoundWorkload) -> None:
+    prompts = workload.prompts()
+    reference = reference_answers(exact, prompts, 16)
+    llm = LLM.from_loaded(model, EngineConfig("collective", store=STORE))
+    workload.warm(llm)
+    fidelity = measure_fidelity(llm, prompts, reference)
+    assert fidelity.corrected > 0
+    # Required of the default correction; measured values are in docs/benchmarks.md.
+    assert fidelity.kl_next <= 0.02
+    assert fidelity.top1 >= 0.95
+
+
+def test_computed_tokens_are_the_formula(model: LoadedModel, workload: RoundWorkload) -> None:
+    llm = LLM.from_loaded(model, EngineConfig("collective", store=STORE))
+    workload.warm(llm)
+    result = llm.run_round(workload.prompts(), SamplingParams(max_tokens=1))
+    assert result.stats.computed_tokens == pytest.approx(workload.formula(llm, k=4), rel=0.05)

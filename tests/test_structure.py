@@ -1,0 +1,50 @@
+"""The rooms of the package, and who may import whom."""
+
+import ast
+from pathlib import Path
+
+import tokendance
+
+PACKAGE = Path(tokendance.__file__).parent
+# A room may import the rooms named after it, and config and errors.
+MAY_IMPORT = {
+    "rounds": set(),
+    "attention": set(),
+    "store": {"rounds"},
+    "models": {"rounds", "attention"},
+    "collector": {"rounds", "store"},
+    "engine": {"rounds", "attention", "store", "models", "collector"},
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        found |= {name.split(".")[1] for name in names if name.startswith("tokendance.")}
+    return found
+
+
+def test_rooms_import_only_what_they_may() -> None:
+    for room, allowed in MAY_IMPORT.items():
+        for path in (PACKAGE / room).rglob("*.py"):
+            extra = imported_rooms(path) - allowed - {room, "config", "errors"}
+            assert not extra, f"{path.name} in {room} imports {extra}"
+
+
+def test_scheduler_and_collector_touch_no_tensor() -> None:
+    for path in [*(PACKAGE / "collector").glob("*.py"), *(PACKAGE / "store").glob("*.py")]:
+        assert "torch" not in path.read_text().replace("no torch", ""), path
+    assert "torch" not in (PACKAGE / "engine" / "scheduler.py").read_text()
+
+
+def test_public_names() -> None:
+    assert set(tokendance.__all__) == {
+        "LLM", "Agent", "KVBytes", "Output", "Part", "Prompt", "RoundResult", "RoundStats",
+        "SamplingParams", "Session", "private", "shared", "strip_separator",
+    }  # fmt: skip
+    assert all(hasattr(tokendance, name) for name in tokendance.__all__)
