@@ -22,7 +22,7 @@ ROUND = {
         {"agent": "Bo", "private_history": "You know", "task": "go", "recorded_output": "I stay."},
     ],
 }
-AGENTS = [
+AGENTS: list[dict[str, object]] = [
     {"type": "agent", "agent": "Ann", "system": "Ann"},
     {"type": "agent", "agent": "Bo", "persona": "Bo", "memories": ["one", "two"]},
 ]

@@ -78,7 +78,7 @@ def test_real_nan_in_kv_is_not_handed_on(
         # The bad agent owns the run: it misses most.
         prompts = round_of(own, blocks=2)
         content = prompts[1].content
-        prompts[1] = Prompt([*content[:-1], shared([50] * 30), private([7])], agent="bad")  # type: ignore[index]
+        prompts[1] = Prompt([*content[:-1], shared([50] * 30), private([7])], agent="bad")
         result = llm.run_round(prompts, PARAMS)
         assert isinstance(result.outputs[1].error, NumericsError)
         good = make_llm(model=model).run_round([prompts[i] for i in (0, 2, 3)], PARAMS)
@@ -182,7 +182,7 @@ def test_wrong_sampling(settings: dict[str, Any]) -> None:
 
 def test_wrong_settings(tiny: LoadedModel, model_folder: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="sometimes"):
-        EngineConfig("sometimes")  # type: ignore[arg-type]
+        EngineConfig("sometimes")
     with pytest.raises(ConfigError, match="smaller than one page"):
         LLM.from_loaded(tiny, EngineConfig(store=StoreConfig(10)))
     with pytest.raises(ConfigError, match="lots"):

@@ -90,16 +90,13 @@ def test_messages_equal_the_template(encoder: PromptEncoder) -> None:
 
 
 def test_messages_of_others_form_one_run(encoder: PromptEncoder) -> None:
-    prompt = encoder.encode(
-        Prompt(
-            [
-                {"role": "system", "content": "me"},
-                {"role": "assistant", "name": "Ann", "content": "one"},
-                {"role": "assistant", "name": "Bob", "content": "two"},
-                {"role": "user", "content": [private("task")]},
-            ]
-        )
-    )
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "me"},
+        {"role": "assistant", "name": "Ann", "content": "one"},
+        {"role": "assistant", "name": "Bob", "content": "two"},
+        {"role": "user", "content": [private("task")]},
+    ]
+    prompt = encoder.encode(Prompt(messages))
     assert [segment.shared for segment in prompt.segments] == [False, True, True, False]
     assert "Ann: one" in text_of(encoder, prompt)
     again = encoder.encode(

@@ -89,7 +89,12 @@ def make_workload(
         name = person.name if index < len(people) else f"{person.name} {index // len(people) + 1}"
         systems.append((name, _private_text(llm, person, people, int(length), rng)))
     openings = [
-        Prompt([{"role": "system", "content": [private(text)]}, {"role": "user", "content": TASK}])
+        Prompt(
+            [
+                {"role": "system", "content": [private(text)]},
+                {"role": "user", "content": [private(TASK)]},
+            ]
+        )
         for _, text in systems
     ]
     params = [
