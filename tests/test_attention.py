@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from tokendance.attention.interface import PackedBatch, PackedRequest
 from tokendance.attention.merge import merge_rows
+from tokendance.attention.plan import make_plan
 from tokendance.attention.reference import ReferenceBackend
 from tokendance.attention.rope import Rope, RopeLayout
-from tokendance.attention.torch_backend import TorchBackend
+from tokendance.attention.torch_backend import TorchBackend, _attention, _written_out
 
 NUM_SLOTS = 400
 CPU = torch.device("cpu")
@@ -33,13 +34,15 @@ def random_batch(rng: np.random.Generator, num_agents: int, chunk: int | None) -
         next_slot += len(positions) + int(rng.integers(0, 3))
         return slots
 
-    # Blocks in the store, some of them adjacent so that they form runs.
-    blocks = []
-    position = int(rng.integers(0, 30))
-    for _ in range(int(rng.integers(0, 4))):
-        length = int(rng.integers(1, 20))
-        blocks.append(take(np.arange(position, position + length)))
-        position += length + int(rng.integers(0, 2)) * 5
+    # A run in the store as its owner left it: common tokens, then corrected ones.
+    lengths = rng.integers(1, 20, int(rng.integers(0, 5)))
+    start, num_corrected = int(rng.integers(0, 30)), int(rng.integers(0, 4))
+    block_of = np.repeat(np.arange(len(lengths)), lengths)
+    inside = np.concatenate([np.arange(length) for length in (*lengths, 0)])
+    order = np.argsort(inside < num_corrected, kind="stable")
+    slot_of = np.empty(len(order), np.int32)
+    slot_of[order] = take(start + order)
+    blocks = [slot_of[block_of == index] for index in range(len(lengths))]
 
     requests = []
     first_row = 0
@@ -59,16 +62,19 @@ def random_batch(rng: np.random.Generator, num_agents: int, chunk: int | None) -
 
         if rng.random() < 0.8:
             add_own(int(rng.integers(1, 12)))
-        for index in rng.permutation(len(blocks))[: int(rng.integers(0, len(blocks) + 1))]:
+        chosen = np.arange(len(blocks))
+        if rng.random() < 0.4:
+            chosen = rng.permutation(len(blocks))[: int(rng.integers(0, len(blocks) + 1))]
+        for index in chosen:
             block = blocks[index]
-            corrected = min(int(rng.integers(0, 4)), len(block))
+            corrected = min(num_corrected, len(block))
             if corrected:
                 add_own(corrected)
             slots.append(block[corrected:])
             length += len(block) - corrected
         add_own(int(rng.integers(1, 8)))
         positions = np.concatenate(own)
-        num_new = int(rng.integers(1, len(positions) + 1)) if chunk is None else 1
+        num_new = len(positions) if rng.random() < 0.5 else int(rng.integers(1, len(positions) + 1))
         new = positions[-num_new:]
         if chunk is not None and len(positions) > chunk:
             new = positions[-chunk:]
@@ -132,6 +138,33 @@ def test_torch_backend_equals_reference(
     result = run(TorchBackend, batch, rope, shape, torch.float32, seed)
     # float32 with other orders of summation over at most a hundred keys.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_rows_that_see_too_many_different_keys_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokendance.attention.plan.MAX_TIERS", 1)
+    rope = Rope(10000.0 ** (-torch.arange(0, 16, 2) / 16))
+    num_masked = 0
+    for seed in range(60):
+        batch = random_batch(np.random.default_rng(seed), 2, None)
+        tiers = [tier for part in make_plan(batch).shared for tier in part.tiers]
+        num_masked += sum(tier.visible is not None for tier in tiers)
+        expected = run(ReferenceBackend, batch, rope, (2, 2, 16), torch.float32, seed)
+        result = run(TorchBackend, batch, rope, (2, 2, 16), torch.float32, seed)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-5)
+    assert num_masked > 20
+
+
+def test_the_written_out_attention_equals_the_fused_one() -> None:
+    """The path of devices other than a CPU."""
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(2, 3, 7, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
+    mask = torch.zeros(7, 7).masked_fill_(torch.rand(7, 7) < 0.3, float("-inf"))
+    mask[:, 0] = 0
+    for options in ({}, {"causal": True}, {"mask": mask}):
+        fused = _attention(query, keys, values, 0.25, **options)
+        plain = _written_out(query, keys, values, 0.25, **options)
+        for one, other in zip(fused, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_torch_backend_in_bfloat16() -> None:

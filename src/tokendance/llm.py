@@ -229,6 +229,8 @@ class LLM:
         except BaseException:
             for request in requests:
                 self.engine.abort(request)
+            for round_id in {request.round_id for request in requests}:
+                self.engine.pop_round(round_id)
             raise
 
     def _stats(self, record: RoundRecord) -> RoundStats:

@@ -167,28 +167,42 @@ def _attention(
     Returns:
         The result (KVH, G, R, D) and its natural log-sum-exp (KVH, G, R), float32.
     """
+    if query.device.type != "cpu":
+        return _written_out(query, keys, values, scale, causal=causal, mask=mask)
     kv_heads, group, rows, size = query.shape
-    if query.device.type == "cpu":
-        if causal or mask is not None:
-            batch = query
-            wide_keys = keys[:, None].expand(-1, group, -1, -1)
-            wide_values = values[:, None].expand(-1, group, -1, -1)
-        else:
-            # Without a mask the G queries of a key head are just more rows.
-            batch = query.reshape(1, kv_heads, group * rows, size)
-            wide_keys, wide_values = keys[None], values[None]
-        result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            batch,
-            wide_keys,
-            wide_values,
-            0.0,
-            causal,
-            attn_mask=None if mask is None else mask[None, None],
-            scale=scale,
-        )
-        return result.reshape(query.shape), lse.reshape(query.shape[:-1])
-    scores = (query.reshape(kv_heads, group * rows, size) @ keys.transpose(-1, -2)).float() * scale
-    scores = scores.view(kv_heads, group, rows, -1)
+    if causal or mask is not None:
+        stacked = query
+        wide_keys = keys[:, None].expand(-1, group, -1, -1)
+        wide_values = values[:, None].expand(-1, group, -1, -1)
+    else:
+        # Without a mask the G queries of a key head are just more rows.
+        stacked = query.reshape(1, kv_heads, group * rows, size)
+        wide_keys, wide_values = keys[None], values[None]
+    result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        stacked,
+        wide_keys,
+        wide_values,
+        0.0,
+        causal,
+        attn_mask=None if mask is None else mask[None, None],
+        scale=scale,
+    )
+    return result.reshape(query.shape), lse.reshape(query.shape[:-1])
+
+
+def _written_out(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same as `_attention`, in matrix products that any device has."""
+    kv_heads, group, rows, size = query.shape
+    scores = query.reshape(kv_heads, group * rows, size) @ keys.transpose(-1, -2)
+    scores = scores.float().mul_(scale).view(kv_heads, group, rows, -1)
     if causal:
         future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu_(1)
         scores = scores.masked_fill(future, -math.inf)

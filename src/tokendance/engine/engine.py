@@ -120,8 +120,10 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one batch; return the requests that are done."""
+        num_running = len(self.scheduler.running)
         refused = self.scheduler.admit()
-        self._note_residency()
+        if len(self.scheduler.running) > num_running:
+            self._note_residency()
         for request in refused:
             self._finish(request, "error")
         step = self.scheduler.schedule() or self.scheduler.schedule()
