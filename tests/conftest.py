@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tokendance import LLM
+from tokendance.config import ReuseMode
 from tokendance.models.loader import LoadedModel, load_model
 
 VOCAB = 300
@@ -101,7 +102,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
     made: list[LLM] = []
 
     def make(
-        reuse: str = "collective",
+        reuse: ReuseMode = "collective",
         correction: str = "first-k",
         first_k: int = 4,
         max_batch_tokens: int = 4096,

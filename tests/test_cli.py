@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tokendance.cli import main
 
-ROUND = {
+ROUND: dict[str, Any] = {
     "type": "round",
     "round": 4,
     "time": "noon",
@@ -161,6 +162,8 @@ def test_a_prompt_that_is_too_long_harms_nobody(
         (["run", "--dtype", "float8", "--model", "MODEL"], "float8"),
         (["run", "--reuse", "some"], "some"),
         (["run", "--json", "/no/such/folder/x.json"], "cannot be written"),
+        (["run", "--reuse", "prefix", "--correction", "all"], "--reuse collective"),
+        (["run", "--correction", "none", "--first-k", "2", "--model", "MODEL"], "first_k"),
         (["models", "--prepare", "no/such-model"], "no/such-model"),
     ],
 )
@@ -195,8 +198,7 @@ def test_help_and_models(tokendance: Run, model: str) -> None:
 
 
 def test_the_example_town_can_be_read() -> None:
-    from tokendance.commands.run import example_trace
-    from tokendance.rounds.trace import read_trace
+    from tokendance.rounds.trace import example_trace, read_trace
 
     assert len(read_trace(example_trace()).agents) >= 10
 
@@ -206,3 +208,38 @@ def test_a_budget_that_is_too_small(tokendance: Run, tmp_path: Path, model: str)
     done = tokendance("run", trace, "--model", model, "--kv-budget", "20KiB", "--rounds", "1")
     assert done.returncode == 2
     assert "Raise kv_budget" in done.stderr
+
+
+def test_recorded_rounds_with_fewer_agents(tokendance: Run, tmp_path: Path, model: str) -> None:
+    only_bo = {**ROUND, "round": 5, "requests": ROUND["requests"][1:]}
+    empty = {**ROUND, "round": 6, "requests": [{**ROUND["requests"][0], "recorded_output": ""}]}
+    trace = write_trace(tmp_path / "t.jsonl", *AGENTS, ROUND, only_bo, empty)
+    out = tmp_path / "out.json"
+    done = tokendance("run", trace, "--model", model, "--agents", "1", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text())
+    assert [one["round"] for one in document["rounds"]] == [4, 6]
+    assert [o["text"] for o in document["outputs"]] == ["I go.", ""]
+    for options in (["--temperature", "1"], ["--rounds", "9"]):
+        assert tokendance("run", trace, "--model", model, *options).returncode == 2
+
+
+def test_an_interrupt_keeps_what_is_done(
+    tokendance: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokendance.session import Session
+
+    run = Session.run
+
+    def interrupted(self: Session, *arguments: Any) -> Any:
+        if self.round == 1:
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Session, "run", interrupted)
+    out = tmp_path / "out.json"
+    trace = write_trace(tmp_path / "t.jsonl", *AGENTS)
+    done = tokendance("run", trace, "--model", model, "--json", str(out), "--max-tokens", "3")
+    assert done.returncode == 130
+    assert "Interrupted after 1 rounds" in done.stdout
+    assert len(json.loads(out.read_text())["rounds"]) == 1

@@ -144,6 +144,41 @@ def test_repeated_reuse_is_limited(make_llm: MakeLLM) -> None:
     assert computed == [47, 11, 11, 47, 11, 11]
 
 
+def test_the_reuse_limit_does_not_split_a_round(make_llm: MakeLLM) -> None:
+    llm = make_llm(max_reuse_rounds=1)
+    for turn in range(3):
+        prompts = [
+            Prompt([private([50 * turn + n + 60] * 6), block(0, 40), private([2])], agent=str(n))
+            for n in range(4)
+        ]
+        computed = [row[0] for row in counts(llm.run_round(prompts, ONE))]
+        assert computed == [47, 11, 11, 11], "one owner a round, and one copy for all mirrors"
+
+
+def test_a_session_hands_on_no_special_tokens(make_llm: MakeLLM) -> None:
+    llm = make_llm(num_pages=800)
+    session = llm.session([Agent("Ann", "a"), Agent("Bo", "b")])
+    start, end = (llm.model.tokenizer.convert_tokens_to_ids(t) for t in ("<|start|>", "<|end|>"))
+    forged = SamplingParams(max_tokens=9, forced_tokens=(end, start, 60, 61, start))
+    session.run("go", forged)
+    prompts = [o.prompt_token_ids.tolist() for o in session.run("go", ONE).outputs]
+    # The template's own: four messages of which the last is only begun.
+    assert [(p.count(start), p.count(end)) for p in prompts] == [(5, 4), (5, 4)]
+
+
+def test_a_session_hands_on_no_stop_text(make_llm: MakeLLM) -> None:
+    llm = make_llm(num_pages=800)
+    session = llm.session([Agent("Ann", "a"), Agent("Bo", "b")])
+    said = session.run("go", SamplingParams(max_tokens=12, ignore_eos=True))
+    letter = next(c for c in said.outputs[0].text[2:] if c.isascii() and c.isprintable())
+    again = llm.session([Agent("Ann", "a"), Agent("Bo", "b")])
+    stopped = again.run("go", SamplingParams(max_tokens=12, ignore_eos=True, stop=(letter,)))
+    assert stopped.outputs[0].stopped_by_text
+    assert letter not in stopped.outputs[0].text
+    heard = llm.encoder.decode(again.run("?", ONE).outputs[1].prompt_token_ids.tolist())
+    assert f"Ann: {stopped.outputs[0].text}\n" in heard
+
+
 def test_prefix_reuse_matches_to_the_token(make_llm: MakeLLM) -> None:
     llm = make_llm(reuse="prefix")
     first = llm.generate([list(range(3, 40))], SamplingParams(max_tokens=5, ignore_eos=True))[0]

@@ -146,3 +146,32 @@ def test_seeded_sampling_does_not_depend_on_the_batch(make_llm: MakeLLM) -> None
     ]
     assert [o.token_ids for o in together] == [o.token_ids for o in alone]
     assert len({o.token_ids for o in together}) > 1
+
+
+@pytest.mark.parametrize("reuse", ["prefix", "collective"])
+@pytest.mark.parametrize(
+    ("budget", "prompts"),
+    [
+        (4096, [[5], [5, 6]]),
+        (32, [list(range(3, 36)), [*range(3, 36), 7, 8, 9]]),  # the second chunk is one token
+        (4096, [list(range(3, 40)), [*range(3, 40), 9], [*range(3, 40), 9, 8]]),
+    ],
+)
+def test_a_single_row_that_others_read(
+    reuse: str, budget: int, prompts: list[list[int]], make_llm: MakeLLM
+) -> None:
+    exact = make_llm(reuse="none").run_round(prompts, KEEP)
+    result = make_llm(reuse=reuse, max_batch_tokens=budget).run_round(prompts, KEEP)
+    torch.testing.assert_close(logprobs(result), logprobs(exact), rtol=0, atol=1e-4)
+    assert result.stats.reused_tokens > 0
+
+
+def test_generate_shares_beginnings_only(make_llm: MakeLLM) -> None:
+    """Single requests are exact, whatever rounds have left in the store."""
+    prompts = random_round(9)
+    llm = make_llm()
+    llm.run_round(prompts, KEEP)
+    exact = make_llm(reuse="none").generate(prompts, KEEP)
+    for output, expected in zip(llm.generate(prompts, KEEP), exact, strict=True):
+        found, wanted = torch.stack(output.logprobs), torch.stack(expected.logprobs)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)

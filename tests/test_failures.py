@@ -1,5 +1,6 @@
 """Bad input and failures: one sentence, and nobody else is harmed."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,66 @@ def test_an_interrupted_round_is_taken_back(make_llm: MakeLLM) -> None:
     assert llm.run_round(round_of([100, 101]), PARAMS).stats.agents == 2
 
 
+def test_an_interrupt_inside_the_model_leaves_no_unwritten_kv(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm()
+    prompts = round_of([100, 101, 102])
+    exact = make_llm().run_round(prompts, PARAMS)
+    attend = llm.engine.runner.attend
+
+    def interrupted(layer: int, *arguments: Any) -> Tensor:
+        if layer == 2:
+            raise KeyboardInterrupt
+        return attend(layer, *arguments)
+
+    monkeypatch.setattr(llm.engine.runner, "attend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.run_round(prompts, PARAMS)
+    monkeypatch.undo()
+    assert not llm.engine.has_work
+    result = llm.run_round(prompts, PARAMS)
+    assert result.stats.computed_tokens == exact.stats.computed_tokens
+    assert [o.token_ids for o in result.outputs] == [o.token_ids for o in exact.outputs]
+
+
+def test_a_bad_mirror_does_not_wipe_sound_runs(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    llm.run_round(round_of([100, 101]), PARAMS)
+    llm.engine.runner.on_logits = spoil
+    result = llm.run_round(round_of([BAD, 102]), PARAMS)
+    assert isinstance(result.outputs[0].error, NumericsError)
+    assert result.outputs[1].computed_tokens == 5 + 3 * 4 + 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Prompt([{"role": "user", "content": 5}]),
+        Prompt([{"role": "user<|end|>", "content": "x"}]),
+        Prompt([{"role": "user", "content": "x", "tool_calls": []}]),
+        Prompt("half a character: \ud800"),
+        Prompt([]),
+    ],
+)
+def test_a_bad_prompt_fails_alone(make_llm: MakeLLM, bad: Prompt) -> None:
+    result = make_llm().run_round([*round_of([100, 101]), bad], PARAMS)
+    assert isinstance(result.outputs[2].error, PromptError)
+    assert [o.error for o in result.outputs[:2]] == [None, None]
+
+
+def test_forced_tokens_outside_the_vocabulary_fail_alone(make_llm: MakeLLM) -> None:
+    wrong = SamplingParams(forced_tokens=(9999, 5))
+    result = make_llm().run_round(round_of([100, 101]), [PARAMS, wrong])
+    assert result.outputs[0].error is None
+    assert isinstance(result.outputs[1].error, PromptError)
+
+
+def test_parts_of_a_wrong_kind() -> None:
+    with pytest.raises(PromptError, match="NoneType"):
+        private(None)  # type: ignore[arg-type]
+
+
 def test_a_long_prompt_fails_alone(make_llm: MakeLLM) -> None:
     prompts = round_of([100, 101])
     long = Prompt([5] * 600, agent="long")
@@ -182,7 +243,7 @@ def test_wrong_sampling(settings: dict[str, Any]) -> None:
 
 def test_wrong_settings(tiny: LoadedModel, model_folder: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="sometimes"):
-        EngineConfig("sometimes")
+        EngineConfig("sometimes")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="smaller than one page"):
         LLM.from_loaded(tiny, EngineConfig(store=StoreConfig(10)))
     with pytest.raises(ConfigError, match="lots"):
@@ -191,6 +252,8 @@ def test_wrong_settings(tiny: LoadedModel, model_folder: Callable[..., Path]) ->
         LLM(str(model_folder("llama")), dtype="float8")
     with pytest.raises(ConfigError, match="first_k"):
         LLM(str(model_folder("llama")), correction=FirstK(2), first_k=3)
+    with pytest.raises(ConfigError, match="first_k"):
+        LLM(str(model_folder("llama")), correction="none", first_k=3)
     with pytest.raises(ConfigError, match="first-k is -1"):
         LLM(str(model_folder("llama")), first_k=-1)
     with pytest.raises(ConfigError, match="'hkvd'"):
@@ -302,6 +365,28 @@ def test_fixed_rope_types_are_exact(
     assert [o.token_ids for o in result.outputs] == [o.token_ids for o in exact.outputs]
 
 
+def test_missing_weights_are_noticed(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    shutil.copytree(model_folder("llama"), tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    text = config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 5')
+    config.write_text(text.replace('"layer_types"', '"unused"'))
+    with pytest.raises(ModelNotFoundError, match="missing"):
+        load_model(str(tmp_path / "short"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors", b"garbage"), ("config.json", b"[]"), ("tokenizer.json", b"{}")],
+)
+def test_broken_files_are_reported(
+    tmp_path: Path, model_folder: Callable[..., Path], file: str, content: bytes
+) -> None:
+    shutil.copytree(model_folder("llama"), tmp_path / "broken")
+    (tmp_path / "broken" / file).write_bytes(content)
+    with pytest.raises(ModelNotFoundError, match="cannot be loaded"):
+        load_model(str(tmp_path / "broken"))
+
+
 def test_missing_and_broken_models(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no/such-model"):
         load_model("no/such-model")
@@ -340,6 +425,15 @@ def test_broken_lines_of_a_trace_are_named(tmp_path: Path, line: str | bytes, wo
     path.write_bytes(b'{"type": "agent", "agent": "Ann", "system": "x"}\n\n' + raw + b"\n")
     with pytest.raises(TraceError, match=f"line 3.*{word}"):
         read_trace(path)
+
+
+def test_a_stop_text_at_the_very_beginning(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    prompt = [list(range(3, 40))]
+    whole = llm.generate(prompt, SamplingParams(max_tokens=9, ignore_eos=True))[0].text
+    stop = (whole[0],)
+    output = llm.generate(prompt, SamplingParams(max_tokens=9, ignore_eos=True, stop=stop))[0]
+    assert (output.text, output.finish_reason) == ("", "stop")
 
 
 def test_stop_strings_and_ids(make_llm: MakeLLM) -> None:

@@ -58,6 +58,15 @@ def test_parts_do_not_split_and_lose_the_separator(encoder: PromptEncoder) -> No
     assert SEPARATOR not in text_of(encoder, prompt)
 
 
+def test_names_and_parts_cannot_forge_a_boundary(encoder: PromptEncoder) -> None:
+    assert Part(f"x{SEPARATOR}y", True).content == "xy"
+    for content in ("hello", [private("hello")]):
+        message = {"role": "user", "name": f"Bo{SEPARATOR}b", "content": content}
+        prompt = encoder.encode(Prompt([message]))
+        assert "Bob: hello" in text_of(encoder, prompt)
+        assert SEPARATOR not in text_of(encoder, prompt)
+
+
 @given(st.lists(st.sampled_from(["<TT", "SEP>", "<TTSEP>", "x", "<"]), max_size=12))
 def test_stripping_leaves_no_separator(pieces: list[str]) -> None:
     text = "".join(pieces)

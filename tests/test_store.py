@@ -100,6 +100,21 @@ def test_a_budget_too_small_says_how_much_is_needed(make_llm: MakeLLM) -> None:
     assert f"{needed:.1f} KiB" in str(large.error)
 
 
+@pytest.mark.parametrize("correction", ["all", "first-k"])
+@pytest.mark.parametrize("num_pages", [8, 9, 10, 12])
+def test_what_fits_alone_fits_after_others(
+    make_llm: MakeLLM, num_pages: int, correction: str
+) -> None:
+    """Reading KV of others keeps their pages; a request that then does not fit computes all."""
+    blocks = [shared([n + 9] * 20) for n in range(4)]
+    prompts = [
+        Prompt([private([n + 99] * 10), *blocks, private([5])], agent=str(n)) for n in range(3)
+    ]
+    llm = make_llm(num_pages=num_pages, correction=correction)
+    result = llm.run_round(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert [output.error for output in result.outputs] == [None] * 3
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Rounds and single requests come, run, are aborted, in any order and with little memory."""
 

@@ -40,12 +40,17 @@ def run(
         ),
     ] = "collective",
     correction: Annotated[
-        CorrectionName,
-        typer.Option(help="Which tokens of a reused block each agent computes afresh."),
-    ] = "first-k",
+        CorrectionName | None,
+        typer.Option(
+            help="Which tokens of a reused block each agent computes afresh; first-k if left out."
+        ),
+    ] = None,
     first_k: Annotated[
-        int, typer.Option(min=0, help="How many, with the correction first-k.")
-    ] = DEFAULT_FIRST_K,
+        int | None,
+        typer.Option(
+            min=0, help=f"How many, with the correction first-k; {DEFAULT_FIRST_K} if left out."
+        ),
+    ] = None,
     agents: Annotated[
         int | None, typer.Option(min=1, help="Use the first so many agents of the trace.")
     ] = None,

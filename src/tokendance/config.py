@@ -1,8 +1,10 @@
 """Settings, one frozen class per room. Each default is written here and nowhere else."""
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from tokendance.collector.correction import CorrectionPolicy, FirstK
@@ -36,8 +38,12 @@ def format_bytes(count: float) -> str:
 
 
 def default_kv_budget() -> int:
-    """A quarter of the machine's memory; pages that are never written take none of it."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    """A quarter of the memory that this process may use; unwritten pages take none of it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    with contextlib.suppress(OSError, ValueError):
+        memory = min(memory, int(limit.read_text()))
+    return memory // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class EngineConfig:
         store: memory.
     """
 
-    reuse: str = "collective"
+    reuse: ReuseMode = "collective"
     correction: CorrectionPolicy = field(default_factory=FirstK)
     max_batch_tokens: int = 2048
     store: StoreConfig = field(default_factory=StoreConfig)

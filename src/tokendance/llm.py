@@ -1,10 +1,21 @@
 """The offline entry: load a model, run prompts and rounds."""
 
+import itertools
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
 
 from tokendance.collector.correction import CorrectionPolicy, make_correction
-from tokendance.config import EngineConfig, StoreConfig, default_kv_budget, parse_bytes
+from tokendance.config import (
+    EngineConfig,
+    ReuseMode,
+    StoreConfig,
+    default_kv_budget,
+    parse_bytes,
+)
 from tokendance.engine.engine import Engine, RoundRecord
 from tokendance.engine.request import Request
 from tokendance.engine.sampling import SamplingParams
@@ -34,9 +45,9 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | Path,
         *,
-        reuse: str = "collective",
+        reuse: ReuseMode = "collective",
         correction: str | CorrectionPolicy = "first-k",
         first_k: int | None = None,
         kv_budget: int | str | None = None,
@@ -54,7 +65,7 @@ class LLM:
             correction: "first-k", "none", "all", or a policy of your own.
             first_k: tokens of each shared segment that a mirror computes afresh, for "first-k".
             kv_budget: bytes of KV memory, as a number or like "2GiB"; a quarter of the machine's
-                memory if left out.
+                memory if left out, half of what is free on another device.
             dtype: "auto", "bfloat16", "float16" or "float32".
             device: as torch names it.
             max_batch_tokens: most tokens of one forward pass.
@@ -67,11 +78,13 @@ class LLM:
             UnsupportedModelError: if the arithmetic does not hold for it.
         """
         if isinstance(correction, str):
+            if first_k is not None and correction != "first-k":
+                raise ConfigError(f"first_k goes with correction 'first-k', not {correction!r}.")
             correction = make_correction(correction, **_given(first_k=first_k))
         elif first_k is not None:
-            raise ConfigError("first_k goes with correction='first-k', not with another policy.")
+            raise ConfigError("first_k goes with correction 'first-k', not with another policy.")
         store = StoreConfig(
-            default_kv_budget() if kv_budget is None else parse_bytes(kv_budget),
+            _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
             **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
         )
         config = EngineConfig(
@@ -80,7 +93,7 @@ class LLM:
             store=store,
             **_given(max_batch_tokens=max_batch_tokens),
         )
-        self._start(load_model(model, dtype, device), config)
+        self._start(load_model(str(model), dtype, device), config)
 
     @classmethod
     def from_loaded(cls, model: LoadedModel, config: EngineConfig) -> "LLM":
@@ -103,6 +116,9 @@ class LLM:
     ) -> list[Output]:
         """Run prompts that have nothing to do with each other, batched together.
 
+        They share equal beginnings only, so each answer is what the prompt alone would give (but
+        for rounding). For blocks that several prompts read, use `run_round`.
+
         Args:
             prompts: a list of prompts; a single text or Prompt will do too.
             params: for all prompts, or one for each.
@@ -112,13 +128,14 @@ class LLM:
         """
         if isinstance(prompts, str | Prompt):
             prompts = [prompts]
+        round_id = self.engine.new_round_id()
         requests = [
-            self.make_request(prompt, one, self.engine.new_round_id(), f"prompt {index}")
+            self.make_request(prompt, one, round_id, f"prompt {index}", in_round=False)
             for index, (prompt, one) in enumerate(self._pair(prompts, params))
         ]
-        self._run(requests, None)
-        for request in requests:
-            self.engine.pop_round(request.round_id)
+        if requests:
+            self._run(requests, None)
+            self.engine.pop_round(round_id)
         return [make_output(request) for request in requests]
 
     def run_round(
@@ -142,17 +159,21 @@ class LLM:
         Raises:
             RoundError: for a round without prompts, or two agents of one name.
         """
+        if isinstance(prompts, str | Prompt):
+            raise RoundError("A round is a list of prompts, one per agent. Put yours into a list.")
         if not prompts:
             raise RoundError("The round is empty. Give it at least one prompt.")
+        pairs = self._pair(prompts, params)
+        given = [prompt.agent for prompt, _ in pairs if prompt.agent is not None]
+        for name, count in Counter(given).items():
+            if count > 1:
+                raise RoundError(f"Two agents are called {name!r}. Give each its own name.")
+        free = (name for name in map("agent {}".format, itertools.count()) if name not in given)
         round_id = self.engine.new_round_id()
         requests = [
-            self.make_request(prompt, one, round_id, f"agent {index}")
-            for index, (prompt, one) in enumerate(self._pair(prompts, params))
+            self.make_request(prompt, one, round_id, prompt.agent or next(free))
+            for prompt, one in pairs
         ]
-        names = [request.agent for request in requests]
-        for name in names:
-            if names.count(name) > 1:
-                raise RoundError(f"Two agents are called {name!r}. Give each its own name.")
         self._run(requests, progress)
         record = self.engine.pop_round(round_id)
         outputs = tuple(make_output(request) for request in requests)
@@ -175,7 +196,13 @@ class LLM:
         return Session(self, agents, params=params, max_history=max_history)
 
     def make_request(
-        self, prompt: PromptLike, params: SamplingParams, round_id: RoundId, name: str
+        self,
+        prompt: PromptLike,
+        params: SamplingParams,
+        round_id: RoundId,
+        name: str,
+        *,
+        in_round: bool = True,
     ) -> Request:
         """Encode a prompt into a request. A prompt that cannot be run has its `error` set."""
         prompt = as_prompt(prompt)
@@ -184,21 +211,26 @@ class LLM:
             encoded = self.encoder.encode(prompt)
         except PromptError as reason:
             encoded, error = EncodedPrompt((), make_salt()), reason
+        forced = params.forced_tokens or ()
+        if any(not 0 <= token < self.model.shape.vocab_size for token in forced):
+            error = PromptError(
+                f"The forced tokens of {prompt.agent or name!r} are not all in the model's "
+                "vocabulary. Encode them with this model's tokenizer."
+            )
         max_context = self.model.shape.max_context
         if len(encoded) >= max_context:
             error = PromptError(
                 f"The prompt of {prompt.agent or name!r} has {len(encoded)} tokens, and the "
                 f"model's context holds {max_context}, the answer included. Shorten the prompt."
             )
-        wanted = params.max_tokens
-        if params.forced_tokens is not None:
-            wanted = min(wanted, len(params.forced_tokens))
+        wanted = min(params.max_tokens, len(forced)) if forced else params.max_tokens
         request = Request(
             prompt.agent or name,
             round_id,
             encoded,
             params,
             max_new_tokens=min(wanted, max(1, max_context - len(encoded))),
+            in_round=in_round,
             exact=prompt.reuse == "exact",
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=self.model.stop_ids,
@@ -208,7 +240,7 @@ class LLM:
 
     def _pair(
         self, prompts: Sequence[PromptLike], params: ParamsLike
-    ) -> list[tuple[PromptLike, SamplingParams]]:
+    ) -> list[tuple[Prompt, SamplingParams]]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
@@ -216,7 +248,7 @@ class LLM:
                 f"There are {len(prompts)} prompts and {len(params)} sampling parameters. "
                 "Give one for all, or one for each."
             )
-        return list(zip(prompts, params, strict=True))
+        return list(zip(map(as_prompt, prompts), params, strict=True))
 
     def _run(self, requests: list[Request], progress: Progress | None) -> None:
         """Run requests until all are done; take them back if the caller is interrupted."""
@@ -262,7 +294,7 @@ def make_output(request: Request) -> Output:
     reused = 0 if failed else request.num_cached
     return Output(
         agent=request.agent,
-        text=request.text,
+        text=request.text or "",
         token_ids=tuple(request.generated),
         finish_reason=request.finish_reason or "error",
         error=request.error,
@@ -271,6 +303,7 @@ def make_output(request: Request) -> Output:
         computed_tokens=length - reused,
         reused_tokens=reused,
         corrected_tokens=0 if failed else request.num_corrected,
+        stopped_by_text=request.stopped_by_text,
         logprobs=tuple(request.logprobs),
     )
 
@@ -285,6 +318,13 @@ def _report(requests: Sequence[Request], progress: Progress) -> None:
         progress("prefill", begun)
     else:
         progress("decode", ended)
+
+
+def _default_budget(device: str) -> int:
+    if device == "cpu":
+        return default_kv_budget()
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return int(free) // 2
 
 
 def _given(**settings: int | None) -> dict[str, int]:

@@ -15,7 +15,9 @@ class Output:
     Attributes:
         agent: whose.
         text: the answer, without the stop text; empty after an error.
-        token_ids: of the answer, without the token that ended it.
+        token_ids: generated, without the token that ended the answer; where a stop text ended
+            it, the tokens that spell it are among them.
+        stopped_by_text: whether a stop text ended the answer.
         finish_reason: "stop", "length" or "error".
         error: why there is no answer, with reason "error".
         prompt_token_ids: int32, what the model read; empty after an error.
@@ -36,6 +38,7 @@ class Output:
     computed_tokens: int
     reused_tokens: int
     corrected_tokens: int
+    stopped_by_text: bool = False
     logprobs: tuple[Tensor, ...] = ()
 
 

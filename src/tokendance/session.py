@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import RoundError
-from tokendance.outputs import RoundResult
+from tokendance.outputs import Output, RoundResult
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Session:
     ) -> RoundResult:
         """Run one round: every agent hears the last round, is given its task, and answers.
 
-        An agent that fails says nothing this round and stays in the session.
+        An agent that fails has heard the others, says nothing, and stays in the session.
 
         Args:
             task: for all agents, or by name.
@@ -137,9 +137,10 @@ class Session:
         for output, member, one_task in zip(
             result.outputs, self._members.values(), tasks, strict=True
         ):
+            words = self._words(output)
+            member.turns.append(_Turn(self._heard, one_task, words))
             if output.error is None:
-                member.turns.append(_Turn(self._heard, one_task, output.token_ids))
-                blocks.append(self.block(output.agent, output.token_ids))
+                blocks.append(self.block(output.agent, words))
         self._heard = tuple(blocks)
         self.round += 1
         return result
@@ -149,6 +150,13 @@ class Session:
         encoder = self._llm.encoder
         name, end = encoder.text_ids(f"{speaker}: "), encoder.text_ids("\n")
         return shared([*name.tolist(), *token_ids, *end.tolist()])
+
+    def _words(self, output: Output) -> tuple[int, ...]:
+        """What an agent said, as token ids that are safe in everybody's prompt."""
+        encoder = self._llm.encoder
+        if output.stopped_by_text:  # the last tokens spell the stop text
+            return tuple(encoder.text_ids(output.text).tolist())
+        return tuple(encoder.without_special(output.token_ids))
 
     def _prompt(self, member: _Member, task: str, max_tokens: int) -> Prompt:
         """Build an agent's prompt with as much of its history as is remembered and fits."""

@@ -119,6 +119,8 @@ def make_plan(batch: PackedBatch) -> AttentionPlan:
         # All rows must see what is read alone. A single row sees its own slot too.
         before = batch.slot_position[slots] <= request.positions[0]
         alone = (num_readers[slots] == 1) & (offsets == 0) & before
+        if len(request.positions) == 1:
+            alone[-1] = True  # the row's own slot, also where others read it
         own.append(
             OwnPart(
                 request.first_row,

@@ -27,13 +27,12 @@ from tokendance.collector.correction import (
     FirstK,
     NoCorrection,
 )
-from tokendance.commands.run import example_trace
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.rounds.trace import read_trace
+from tokendance.rounds.trace import example_trace, read_trace
 
 STORE = StoreConfig(2**31)
 CONTINUATION = 25

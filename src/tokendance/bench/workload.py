@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokendance.commands.run import example_trace
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.rounds.prompts import Part, Prompt, private
-from tokendance.rounds.trace import TraceAgent, read_trace
+from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
 
 TASK = "In one sentence, what will you do now, and whom do you need?"
 _DIARY = "Looking back, {name} remembers what is known of the others. {text}\n"

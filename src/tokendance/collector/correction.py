@@ -85,6 +85,7 @@ class CorrectAll:
 
 
 CorrectionName = Literal["first-k", "none", "all"]
+DEFAULT_CORRECTION: CorrectionName = "first-k"
 CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
 
 

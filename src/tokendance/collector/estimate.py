@@ -13,6 +13,7 @@ from tokendance.store.pages import Holder
 
 _RULES = ReuseRules(prefix=True, segments=False, leave=True)
 _SALT = make_salt("estimate")
+_ROUND = RoundId(0)
 
 
 class PrefixEstimate:
@@ -33,8 +34,10 @@ class PrefixEstimate:
         placements = []
         for token_ids, answer in prompts:
             prompt = build_prompt([(token_ids, False)], _SALT)
-            draft = draft_placement(prompt, len(answer) + 1, self._store, NoCorrection(), _RULES)
-            placement = place(prompt, draft, self._store, _RULES, RoundId(0))
+            draft = draft_placement(
+                prompt, len(answer) + 1, self._store, NoCorrection(), _RULES, _ROUND
+            )
+            placement = place(prompt, draft, self._store, _RULES, _ROUND)
             assert placement is not None, "the estimate's cache is full"
             computed += len(placement.compute)
             placements.append((token_ids, answer, placement))

@@ -110,6 +110,7 @@ def draft_placement(
     store: KVStore,
     correction: CorrectionPolicy,
     rules: ReuseRules,
+    round_id: RoundId,
 ) -> Draft:
     """Work out a placement. Changes nothing.
 
@@ -121,6 +122,7 @@ def draft_placement(
         store: where to look for KV.
         correction: which tokens of reused segments to compute afresh.
         rules: what the request may take and leave.
+        round_id: the round that it is of.
     """
     length = len(prompt)
     slots = np.full(length + max_new_tokens, UNPLACED, np.int32)
@@ -145,7 +147,8 @@ def draft_placement(
         for start, segment in prompt.shared_segments()
         if start + len(segment) > num_prefix
     ]
-    chosen = choose_copies(segments, store, rules) if rules.segments else {}
+    chosen = choose_copies(segments, store, rules, round_id) if rules.segments else {}
+    used: list[SegmentCopy] = []
     owned: list[tuple[int, Segment]] = []
     num_corrected = 0
     first_reused = length + max_new_tokens
@@ -161,6 +164,7 @@ def draft_placement(
         slots[reused] = copy.slots[reused - start]
         num_corrected += int(np.count_nonzero(new & afresh))
         if len(reused):
+            used.append(copy)
             first_reused = min(first_reused, int(reused[0]))
     if num_exact == num_prefix:
         num_exact = first_reused
@@ -180,7 +184,7 @@ def draft_placement(
     return Draft(
         slots,
         blocks,
-        list(chosen.values()),
+        used,
         own,
         runs,
         run_positions,
@@ -247,7 +251,7 @@ def place(
 
 
 def choose_copies(
-    segments: Sequence[tuple[int, Segment]], store: KVStore, rules: ReuseRules
+    segments: Sequence[tuple[int, Segment]], store: KVStore, rules: ReuseRules, round_id: RoundId
 ) -> dict[int, SegmentCopy]:
     """Choose a copy for each segment that has one, by its place in `segments`.
 
@@ -257,7 +261,7 @@ def choose_copies(
     """
     by_run: dict[RunId, dict[int, list[SegmentCopy]]] = {}
     for place_, (_, segment) in enumerate(segments):
-        for copy in store.copies(segment.hash):
+        for copy in store.copies(segment.hash, round_id):
             by_run.setdefault(copy.run, {}).setdefault(place_, []).append(copy)
 
     ranked: list[tuple[bool, int, RunId, dict[int, SegmentCopy]]] = []
@@ -279,7 +283,7 @@ def choose_copies(
             for place_, copy in in_order.items():
                 chosen.setdefault(place_, copy)
     if not rules.owns_order:
-        for found in by_run.values():
+        for _, found in sorted(by_run.items(), reverse=True):
             for place_, copies in found.items():
                 chosen.setdefault(place_, copies[-1])
     return dict(sorted(chosen.items()))

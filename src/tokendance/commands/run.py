@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionName, FirstK
 from tokendance.collector.estimate import PrefixEstimate
-from tokendance.config import format_bytes
+from tokendance.config import ReuseMode, format_bytes
 from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
 from tokendance.llm import LLM
 from tokendance.llm import Progress as ReportProgress
 from tokendance.outputs import RoundResult, RoundStats
 from tokendance.rounds.prompts import Prompt, private, shared
-from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, read_trace
+from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
 from tokendance.session import Agent
 
 LIVE_ROUNDS = 3
@@ -40,9 +40,9 @@ class RunSettings:
 
     trace: Path | None
     model: str
-    reuse: str
-    correction: str
-    first_k: int
+    reuse: ReuseMode
+    correction: CorrectionName | None
+    first_k: int | None
     agents: int | None
     rounds: int | None
     max_tokens: int | None
@@ -63,14 +63,6 @@ class _DoneRound:
     prefix_tokens: int
 
 
-def example_trace() -> Path:
-    """Path of the example town, in an installed package or in a checkout."""
-    installed = resources.files("tokendance") / "examples" / "town.jsonl"
-    if installed.is_file():
-        return Path(str(installed))
-    return Path(__file__).parents[3] / "examples" / "town.jsonl"
-
-
 def run_trace(settings: RunSettings, console: Console) -> None:
     """Run a trace, print words and figures, and write the JSON file if one is asked for.
 
@@ -81,45 +73,67 @@ def run_trace(settings: RunSettings, console: Console) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     trace = _first_agents(read_trace(settings.trace or example_trace()), settings.agents)
-    if settings.json_file is not None:
-        _check_writable(settings.json_file)
+    _check_settings(settings, trace)
     with console.status(f"Loading {escape(settings.model)} ..."):
         llm = LLM(
             settings.model,
             reuse=settings.reuse,
-            correction=settings.correction,
-            first_k=settings.first_k if settings.correction == "first-k" else None,
+            correction=settings.correction or DEFAULT_CORRECTION,
+            first_k=settings.first_k,
             kv_budget=settings.kv_budget,
             dtype=settings.dtype,
         )
     console.print(
         f"[bold]{escape(settings.model)}[/bold], {_dtype_name(llm)}, "
-        f"{torch.get_num_threads()} threads, reuse {settings.reuse}"
-        + (f", correction {settings.correction}" if settings.reuse == "collective" else "")
-        + f", KV budget {format_bytes(llm.engine.config.store.kv_budget)}"
+        f"{torch.get_num_threads()} threads, {_reuse_name(llm)}, "
+        f"KV budget {format_bytes(llm.engine.config.store.kv_budget)}"
     )
     player = _replay if trace.rounds else _live
     estimate = PrefixEstimate(llm.engine.config.store.page_size)
     done: list[_DoneRound] = []
-    interrupted = False
     try:
         for number, result in player(llm, trace, settings, console):
             prompts = [(o.prompt_token_ids, o.token_ids) for o in result.outputs if not o.error]
             done.append(_DoneRound(number, result, estimate.add_round(prompts)))
             _print_words(result, console)
     except KeyboardInterrupt:
-        interrupted = True
-    if done:
-        _print_table(done, console)
-        _print_summary(done, settings, console)
-    if settings.json_file is not None:
-        document = _document(settings, llm, done)
-        settings.json_file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-        console.print(f"Figures and answers are in {escape(str(settings.json_file))}.")
-    if interrupted:
         console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
-        raise typer.Exit(130)
+        raise typer.Exit(130) from None
+    finally:
+        # Rounds that are done are shown and written, whatever became of the next.
+        if done:
+            _print_table(done, console)
+            _print_summary(done, settings, console)
+        if settings.json_file is not None:
+            text = json.dumps(_document(settings, llm, done), ensure_ascii=False, indent=1)
+            settings.json_file.write_text(text + "\n")
+            console.print(f"Figures and answers are in {escape(str(settings.json_file))}.")
     _raise_errors(done)
+
+
+def _check_settings(settings: RunSettings, trace: Trace) -> None:
+    """Refuse options that would have no effect, before the model is loaded.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if settings.reuse != "collective" and (settings.correction or settings.first_k is not None):
+        raise ConfigError(
+            f"--correction and --first-k go with --reuse collective, not with {settings.reuse}. "
+            "Leave them out."
+        )
+    if trace.rounds and settings.temperature > 0:
+        raise ConfigError(
+            "The answers of recorded rounds are replayed as recorded, so --temperature has no "
+            "effect. Leave it out."
+        )
+    if trace.rounds and (settings.rounds or 0) > len(trace.rounds):
+        raise ConfigError(
+            f"The trace has {len(trace.rounds)} rounds, and --rounds asks for {settings.rounds}. "
+            "Ask for fewer."
+        )
+    if settings.json_file is not None:
+        _check_writable(settings.json_file)
 
 
 def _first_agents(trace: Trace, count: int | None) -> Trace:
@@ -130,18 +144,17 @@ def _first_agents(trace: Trace, count: int | None) -> Trace:
             f"The trace has {len(trace.agents)} agents, and --agents asks for {count}. "
             "Ask for fewer, or give a trace with more."
         )
-    names = set(list(trace.agents)[:count])
-    return Trace(
-        {name: agent for name, agent in trace.agents.items() if name in names},
-        [
-            TraceRound(
-                one.number,
-                tuple(block for block in one.shared if block[0] in names),
-                tuple(request for request in one.requests if request.agent in names),
-            )
-            for one in trace.rounds
-        ],
-    )
+    kept = dict(list(trace.agents.items())[:count])
+    dropped = trace.agents.keys() - kept.keys()
+    rounds = [
+        TraceRound(
+            one.number,
+            tuple(block for block in one.shared if block[0] not in dropped),
+            tuple(request for request in one.requests if request.agent not in dropped),
+        )
+        for one in trace.rounds
+    ]
+    return Trace(kept, [one for one in rounds if one.requests])
 
 
 def _check_writable(path: Path) -> None:
@@ -179,10 +192,12 @@ def _replay(
     for one in trace.rounds[: settings.rounds]:
         prompts, params = [], []
         for index, request in enumerate(one.requests):
-            answer = llm.encoder.text_ids(request.recorded_output).tolist()
-            limit = settings.max_tokens or max(1, len(answer))
+            answer = tuple(llm.encoder.text_ids(request.recorded_output).tolist())
+            # An empty answer is the token that ends it.
+            answer = answer or (min(llm.model.stop_ids, default=0),)
+            limit = settings.max_tokens or len(answer)
             prompts.append(_recorded_prompt(trace, one, request))
-            params.append(_params(settings, limit, one.number, index, forced=tuple(answer) or None))
+            params.append(_params(settings, limit, one.number, index, forced=answer))
         with _progress(console, f"Round {one.number}", len(prompts)) as report:
             result = llm.run_round(prompts, params, report)
         yield one.number, result
@@ -301,8 +316,7 @@ def _document(settings: RunSettings, llm: LLM, done: list[_DoneRound]) -> dict[s
     return {
         "model": settings.model,
         "reuse": settings.reuse,
-        "correction": settings.correction,
-        "first_k": settings.first_k,
+        "correction": _correction_name(llm),
         "dtype": _dtype_name(llm),
         "threads": torch.get_num_threads(),
         "rounds": [
@@ -340,6 +354,21 @@ def _document(settings: RunSettings, llm: LLM, done: list[_DoneRound]) -> dict[s
 
 def _dtype_name(llm: LLM) -> str:
     return str(llm.model.dtype).removeprefix("torch.")
+
+
+def _reuse_name(llm: LLM) -> str:
+    correction = _correction_name(llm)
+    reuse = f"reuse {llm.engine.config.reuse}"
+    return reuse if correction is None else f"{reuse}, correction {correction}"
+
+
+def _correction_name(llm: LLM) -> str | None:
+    """The correction, as in "first-4"; None where nothing is corrected."""
+    config = llm.engine.config
+    if config.reuse != "collective":
+        return None
+    policy = config.correction
+    return f"first-{policy.k}" if isinstance(policy, FirstK) else policy.name
 
 
 def _raise_errors(done: list[_DoneRound]) -> None:

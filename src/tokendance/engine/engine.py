@@ -17,7 +17,7 @@ from tokendance.engine.request import Request
 from tokendance.engine.runner import Runner
 from tokendance.engine.sampling import choose_tokens
 from tokendance.engine.scheduler import Scheduled, Scheduler
-from tokendance.errors import AbortedError, BudgetError, ConfigError, NumericsError
+from tokendance.errors import AbortedError, ConfigError, NumericsError
 from tokendance.models.loader import LoadedModel
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
@@ -57,7 +57,7 @@ class Engine:
             decode: token ids to text, for stop strings and answers.
 
         Raises:
-            ConfigError: if the budget does not hold a single page.
+            ConfigError: if the budget does not hold a single page, or cannot be allocated.
         """
         self.config = config
         self.kv_bytes_per_token = model.shape.kv_bytes_per_token(model.dtype)
@@ -73,7 +73,7 @@ class Engine:
         try:
             self.runner = Runner(model, num_pages * config.store.page_size)
         except RuntimeError as error:
-            raise BudgetError(
+            raise ConfigError(
                 f"The KV budget of {config.store.kv_budget} bytes cannot be allocated on "
                 f"{model.device}: {str(error).splitlines()[0]} Lower kv_budget (--kv-budget)."
             ) from error
@@ -97,15 +97,21 @@ class Engine:
             if request.error is not None:
                 self._finish(request, "error")
         sound = [request for request in requests if request.error is None]
+        together = [request for request in sound if request.in_round]
         shared = [
             [(segment.hash, len(segment)) for _, segment in request.prompt.shared_segments()]
-            for request in sound
+            for request in together
         ]
-        known = {h for segments in shared for h, _ in segments if self.store.copies(h)}
+        known = {
+            segment
+            for request, segments in zip(together, shared, strict=True)
+            for segment, _ in segments
+            if self.store.copies(segment, request.round_id)
+        }
         for start in order_starts(shared, known):
-            request = sound[start.index]
-            request.owns_order = start.owns_order
-            self.scheduler.waiting.append(request)
+            together[start.index].owns_order = start.owns_order
+            self.scheduler.waiting.append(together[start.index])
+        self.scheduler.waiting.extend(request for request in sound if not request.in_round)
 
     def abort(self, request: Request) -> None:
         """Take a request back; the others go on. Does nothing if it is done."""
@@ -132,7 +138,12 @@ class Engine:
         )
         if not step:
             return refused
-        logits = self.runner.run(step, self.store.slot_position)
+        try:
+            logits = self.runner.run(step, self.store.slot_position)
+        except BaseException:
+            # An interrupt, most often: what was to be written is not there.
+            self.scheduler.undo(step)
+            raise
         return refused + self._postprocess(step, logits)
 
     def pop_round(self, round_id: RoundId) -> RoundRecord:
@@ -177,6 +188,7 @@ class Engine:
                 request.logprobs.append(torch.log_softmax(row_logits, dim=-1))
             if request.first_token_s is None:
                 request.first_token_s = now
+                self.scheduler.mark_sound(request)
             reason = self._append(request, token)
             if reason is not None:
                 self.scheduler.keep_answer(request)
@@ -198,6 +210,7 @@ class Engine:
             found = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
             if found:
                 request.text = text[: min(found)]
+                request.stopped_by_text = True
                 return "stop"
         return "length" if len(request.generated) >= request.max_new_tokens else None
 
@@ -208,8 +221,9 @@ class Engine:
         runs of an owner that has yet to show that it is sound, those are dropped too.
         """
         assert request.placement is not None
-        if request.placement.copies and request.num_retries < _MAX_RETRIES:
-            for copy in request.placement.copies:
+        suspects = [copy for copy in request.placement.copies if not copy.sound]
+        if suspects and request.num_retries < _MAX_RETRIES:
+            for copy in suspects:
                 self.store.drop(copy)
             self.scheduler.restart(request)
             return []
@@ -229,7 +243,7 @@ class Engine:
         request.finished_s = time.perf_counter()
         if reason == "error":
             request.generated.clear()
-        elif not request.text:
+        elif request.text is None:
             request.text = self._decode(request.generated)
 
     def _note_residency(self) -> None:

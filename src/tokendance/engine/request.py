@@ -28,6 +28,7 @@ class Request:
         prompt: what the model reads.
         params: how the answer is chosen.
         max_new_tokens: most tokens that it may generate, within the model's context.
+        in_round: whether it may reuse shared segments wherever they stand, and leave its own.
         exact: computed whole, in forward passes of its own.
         owns_order: see `collector.owners.Start`; the engine writes it.
         seed: of its random numbers.
@@ -38,8 +39,9 @@ class Request:
         generated: the answer so far; the engine writes it.
         logprobs: float32 (vocabulary,) per generated token, if asked for; the engine writes it.
         finish_reason: "stop", "length" or "error" when it is done; the engine writes it.
+        stopped_by_text: whether a stop text ended it; the engine writes it.
         error: what went wrong, with reason "error".
-        text: the answer as text, when it is done; the engine writes it.
+        text: the answer as text, when it is known; the engine writes it.
         num_cached: prompt tokens that were not computed; the scheduler writes it on admission.
         num_corrected: shared tokens computed afresh; the scheduler writes it on admission.
         num_retries: times that it began anew because an owner failed.
@@ -51,6 +53,7 @@ class Request:
     prompt: EncodedPrompt
     params: SamplingParams
     max_new_tokens: int
+    in_round: bool = True
     exact: bool = False
     owns_order: bool = False
     seed: int = 0
@@ -61,8 +64,9 @@ class Request:
     generated: list[int] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)
     finish_reason: str | None = None
+    stopped_by_text: bool = False
     error: TokenDanceError | None = None
-    text: str = ""
+    text: str | None = None
     num_cached: int = 0
     num_corrected: int = 0
     num_retries: int = 0

@@ -54,6 +54,7 @@ class SamplingParams:
                 not isinstance(self.stop, str) and all(self.stop),
                 "a tuple of texts that are not empty",
             ),
+            "seed": (self.seed is None or self.seed >= 0, "0 or more"),
             "forced_tokens": (
                 self.forced_tokens is None or len(self.forced_tokens) > 0,
                 "not empty",
@@ -87,10 +88,13 @@ def _sample(logits: Tensor, params: SamplingParams, uniform: float) -> int:
     That order does not depend on the logits, so a rounding error in them moves the choice only
     where `uniform` falls on an edge.
     """
-    probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
+    logits = logits.double()
+    probabilities = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
     if params.top_k and params.top_k < len(probabilities):
-        smallest = probabilities.topk(params.top_k).values[-1]
-        probabilities = probabilities.where(probabilities >= smallest, 0.0)
+        likeliest = probabilities.topk(params.top_k)
+        probabilities = torch.zeros_like(probabilities).scatter_(
+            0, likeliest.indices, likeliest.values
+        )
     if params.top_p < 1:
         ordered, ids = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered

@@ -8,16 +8,17 @@ goes as far as the KV that it reads is computed, or is about to be in the same p
 """
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.collector.placement import ReuseRules, draft_placement, kept_pages, place
+from tokendance.collector.placement import Draft, ReuseRules, draft_placement, place
 from tokendance.config import EngineConfig, format_bytes
 from tokendance.engine.request import Request
 from tokendance.errors import BudgetError
+from tokendance.store.entries import SegmentCopy
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
 
@@ -63,7 +64,7 @@ class Scheduler:
             return ReuseRules(prefix=False, segments=False, leave=reuse != "none")
         return ReuseRules(
             prefix=reuse != "none",
-            segments=reuse == "collective",
+            segments=reuse == "collective" and request.in_round,
             leave=reuse != "none",
             owns_order=request.owns_order,
         )
@@ -77,23 +78,25 @@ class Scheduler:
         refused: list[Request] = []
         while self.waiting:
             request = self.waiting[0]
-            if not self._admit(request):
-                if self.running:
-                    break  # its turn comes when others have finished
-                request.error = self._too_large(request)
-                refused.append(request)
-            else:
+            rules = self.rules(request)
+            if self._admit(request, rules):
                 self.running.append(request)
+            elif self.running:
+                break  # its turn comes when others have finished
+            else:
+                # Reading KV of others keeps their pages; computing all of it may need fewer.
+                rules = replace(rules, prefix=False, segments=False)
+                if self._admit(request, rules):
+                    self.running.append(request)
+                else:
+                    request.error = self._too_large(request, rules)
+                    refused.append(request)
             self.waiting.popleft()
         return refused
 
-    def _admit(self, request: Request) -> bool:
-        rules = self.rules(request)
-        draft = draft_placement(
-            request.prompt, request.max_new_tokens, self._store, self._config.correction, rules
-        )
-        if draft.blocks:
-            self._store.touch(draft.blocks)
+    def _admit(self, request: Request, rules: ReuseRules) -> bool:
+        draft = self._draft(request, rules)
+        self._store.touch(draft.blocks)
         placement = place(request.prompt, draft, self._store, rules, request.round_id)
         if placement is None:
             return False
@@ -103,18 +106,21 @@ class Scheduler:
         request.num_corrected = placement.num_corrected
         return True
 
-    def _too_large(self, request: Request) -> BudgetError:
-        draft = draft_placement(
+    def _draft(self, request: Request, rules: ReuseRules) -> Draft:
+        return draft_placement(
             request.prompt,
             request.max_new_tokens,
             self._store,
             self._config.correction,
-            self.rules(request),
+            rules,
+            request.round_id,
         )
-        pages = draft.num_pages + len(kept_pages(draft, self._store))
+
+    def _too_large(self, request: Request, rules: ReuseRules) -> BudgetError:
         page_bytes = self._kv_bytes_per_token * self._store.pool.page_size
+        needed = format_bytes(self._draft(request, rules).num_pages * page_bytes)
         return BudgetError(
-            f"The request of {request.agent!r} needs {format_bytes(pages * page_bytes)} of KV for "
+            f"The request of {request.agent!r} needs {needed} of KV for "
             f"{len(request.prompt)} prompt tokens and up to {request.max_new_tokens} more, and "
             f"the budget is {format_bytes(self._store.pool.num_pages * page_bytes)}. "
             "Raise kv_budget (--kv-budget), or lower max_tokens."
@@ -134,8 +140,10 @@ class Scheduler:
         self._exact_turn = not self._exact_turn
         budget = self._config.max_batch_tokens
         step: list[Scheduled] = []
-        # A stable sort: decoding requests first, else the order of admission.
-        for request in sorted(chosen, key=lambda request: not request.is_decoding):
+        # Decoding requests first, those that have said least before the others, so that none waits
+        # for ever where the budget is small; then the order of admission.
+        turns = sorted(chosen, key=lambda one: (not one.is_decoding, len(one.generated)))
+        for request in turns:
             if budget == 0:
                 break
             positions = self._computable(request, budget)
@@ -224,8 +232,9 @@ class Scheduler:
         rules = self.rules(request)
         if not rules.leave or request.placement is None:
             return
-        # The KV of the last token is not computed: nothing came after it.
-        length = len(request.prompt) + len(request.generated) - 1
+        # The last token's KV is there only if the model went on from it, to a token that ended it.
+        num_fed = request.num_computed - len(request.placement.compute)
+        length = len(request.prompt) + num_fed
         tokens = np.concatenate([request.prompt.token_ids, np.array(request.generated, np.int32)])[
             :length
         ]
@@ -235,6 +244,22 @@ class Scheduler:
             request.prompt.salt,
             request.placement.num_exact,
         )
+
+    def mark_sound(self, request: Request) -> None:
+        """Note that what a request owns led to finite logits."""
+        assert request.placement is not None
+        for entry in request.placement.entries:
+            if isinstance(entry, SegmentCopy):
+                entry.sound = True
+
+    def undo(self, step: Sequence[Scheduled]) -> None:
+        """Send the requests of a step that was not computed back to the queue."""
+        for item in step:
+            if item.request.placement is not None:
+                slots = item.request.placement.slots[item.positions]
+                self._store.slot_ready[slots] = False
+        for item in reversed(step):
+            self.restart(item.request)
 
     def resident_pages(self, requests: Iterable[Request]) -> int:
         """Distinct pages that some running requests hold."""

@@ -27,6 +27,8 @@ class PromptEncoder:
         self._vocab_size = vocab_size
         self._salt = salt
         self._cache: dict[str, TokenIds] = {}
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Encode one prompt.
@@ -59,8 +61,18 @@ class PromptEncoder:
 
     def text_ids(self, text: str) -> TokenIds:
         """Token ids of a user's text; what spells a special token becomes ordinary tokens."""
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        try:
+            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        except (TypeError, UnicodeError) as error:
+            raise PromptError(
+                "A text holds half a character (a lone surrogate), which no tokenizer reads. "
+                "Decode it as UTF-16 first, or leave the character out."
+            ) from error
         return as_token_ids(ids.input_ids)
+
+    def without_special(self, token_ids: Sequence[int]) -> list[int]:
+        """Token ids without special ones, which would end or forge a turn in another's prompt."""
+        return [token for token in token_ids if token not in self._special_ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -106,7 +118,7 @@ class PromptEncoder:
             own = message_parts(message)
             marks = [f"{nonce}x{len(parts) + index}x" for index in range(len(own))]
             parts.extend(own)
-            marked.append({**message, "content": "".join(marks)})
+            marked.append({"role": self._role(message), "content": "".join(marks)})
         text = self._render(marked)
         pieces: list[tuple[TokenIds, bool]] = []
         glue: TokenIds = as_token_ids([])
@@ -126,6 +138,19 @@ class PromptEncoder:
             )
         pieces.append((glue, False))
         return pieces
+
+    def _role(self, message: Message) -> str:
+        """A message's role; it goes into the template's text, where special tokens are read."""
+        unknown = set(message) - {"role", "content", "name"}
+        role = message.get("role")
+        if unknown:
+            raise PromptError(
+                f"A message has {', '.join(sorted(map(repr, unknown)))}, which is not known. "
+                "Give it role, content and name."
+            )
+        if not isinstance(role, str) or not re.fullmatch("[A-Za-z_]+", role):
+            raise PromptError(f"A message's role is {role!r}. It must be a word, such as 'user'.")
+        return role
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         if not getattr(self._tokenizer, "chat_template", None):

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tokendance.attention.rope import Rope
-from tokendance.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from tokendance.errors import ConfigError, ModelNotFoundError, TokenDanceError
 from tokendance.models import demo, hook
 from tokendance.models.packing import pack_linear_layers
-from tokendance.models.support import ModelShape, probe, why_unsupported
+from tokendance.models.support import ModelShape, probe, refusal, why_unsupported
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -82,14 +82,20 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     with _quiet(), _readable_errors(name):
         source = str(demo.checkpoint()) if name == demo.ALIAS else name
         config = AutoConfig.from_pretrained(source)
-        _refuse(why_unsupported(config))
+        reason = why_unsupported(config)
+        if reason is not None:
+            raise refusal(reason)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        module = AutoModelForCausalLM.from_pretrained(
+        module, found = AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             dtype=chosen,
             attn_implementation=hook.ATTENTION_NAME,
             use_safetensors=True,  # the other format is pickle, which runs code
         )
+        missing = [*found["missing_keys"], *found["mismatched_keys"]]
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them.")
     module = module.to(target).eval()
     pack_linear_layers(module)
     shape, rope = probe(module, config)
@@ -109,14 +115,6 @@ def why_not_loadable(name: str) -> str | None:
         return str(error)
 
 
-def _refuse(reason: str | None) -> None:
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"This model cannot be served: {reason}. "
-            "Choose a decoder with plain RoPE, such as Llama, Qwen2, Qwen3, Mistral or Phi-3."
-        )
-
-
 def _stop_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer, by the model's generation settings and its tokenizer."""
     found: list[Any] = []
@@ -131,7 +129,9 @@ def _readable_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises for a wrong name or broken files into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except TokenDanceError:
+        raise
+    except Exception as error:  # broken files raise what their parsers raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = "The folder" if Path(name).is_dir() else "The model"
         raise ModelNotFoundError(

@@ -159,18 +159,18 @@ def probe(model: nn.Module, config: Any) -> tuple[ModelShape, Rope]:
             recorder,
         )
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise _refusal(f"its attention cannot be replaced ({error})") from error
+        raise refusal(f"its attention cannot be replaced ({error})") from error
     odd = sorted(recorder.extras - _HARMLESS_EXTRAS)
     if odd:
-        raise _refusal(f"its attention takes {', '.join(odd)}, which is not built yet")
+        raise refusal(f"its attention takes {', '.join(odd)}, which is not built yet")
     num_layers = int(config.num_hidden_layers)
     if sorted(recorder.keys) != list(range(num_layers)):
-        raise _refusal(
+        raise refusal(
             f"attention can be replaced in only {len(recorder.keys)} of its {num_layers} layers"
         )
     shapes = {(*recorder.queries[i].shape, *recorder.keys[i].shape) for i in recorder.keys}
     if len(shapes) > 1:
-        raise _refusal("its layers have heads of different shapes")
+        raise refusal("its layers have heads of different shapes")
     heads, _, head_dim, kv_heads, _, _ = shapes.pop()
     rope = _find_rope(model, recorder)
     return ModelShape(
@@ -182,9 +182,9 @@ def _find_rope(model: nn.Module, recorder: _Probe) -> Rope:
     buffers = [getattr(module, "inv_freq", None) for module in model.modules()]
     frequencies = [found for found in buffers if isinstance(found, Tensor)]
     if not frequencies:
-        raise _refusal("no rotary frequencies were found in it")
+        raise refusal("no rotary frequencies were found in it")
     if any(not torch.equal(found, frequencies[0]) for found in frequencies):
-        raise _refusal("its layers rotate at different frequencies, which is not built yet")
+        raise refusal("its layers rotate at different frequencies, which is not built yet")
     inv_freq = frequencies[0].float()
     for layout in RopeLayout:
         rope = Rope(inv_freq, layout)
@@ -194,7 +194,7 @@ def _find_rope(model: nn.Module, recorder: _Probe) -> Rope:
             for heads in (*recorder.queries.values(), *recorder.keys.values())
         ):
             return rope
-    raise _refusal("its queries and keys do not turn with position as RoPE says in every layer")
+    raise refusal("its queries and keys do not turn with position as RoPE says in every layer")
 
 
 def _is_rotation(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> bool:
@@ -210,7 +210,8 @@ def _is_rotation(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> bo
     return size > 0 and moved > 0 and float((turned - second).norm()) <= tolerance * moved
 
 
-def _refusal(reason: str) -> UnsupportedModelError:
+def refusal(reason: str) -> UnsupportedModelError:
+    """Make the error for a model that cannot be served."""
     return UnsupportedModelError(
         f"This model cannot be served: {reason}. "
         "Choose a decoder with plain RoPE, such as Llama, Qwen2, Qwen3, Mistral or Phi-3."

@@ -7,6 +7,7 @@ was marked by `shared()` or `private()` it has no meaning, and it is taken out o
 that words of an agent or a user that contain it neither move a boundary nor reach the model.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ class Part:
     content: str | tuple[int, ...]
     shared: bool
 
+    def __post_init__(self) -> None:
+        if isinstance(self.content, str):
+            object.__setattr__(self, "content", strip_separator(self.content))
+
 
 def shared(content: str | Sequence[int]) -> Part:
     """Mark a piece that several agents read: its KV is computed once."""
@@ -43,8 +48,13 @@ def private(content: str | Sequence[int]) -> Part:
 
 def _part(content: str | Sequence[int], *, shared: bool) -> Part:
     if isinstance(content, str):
-        return Part(strip_separator(content), shared)
-    return Part(tuple(int(token) for token in content), shared)
+        return Part(content, shared)
+    try:
+        return Part(tuple(operator.index(token) for token in content), shared)
+    except TypeError as error:
+        raise PromptError(
+            f"A part is a {type(content).__name__}. Give it text, or a list of token ids."
+        ) from error
 
 
 def strip_separator(text: str) -> str:
@@ -78,8 +88,8 @@ class Prompt:
             or chat messages, whose content is a string, a list of parts, or a list of
             `{"type": "text", "text": ...}`.
         agent: the agent's name; a round wants each name once. Numbered if left out.
-        reuse: "exact" computes this prompt whole and by itself, bit for bit what a round of one
-            gives; None does as the engine does.
+        reuse: "exact" computes this prompt whole and in passes of its own, so that the answer is
+            the same to the bit whatever else runs; None does as the engine does.
     """
 
     content: str | Sequence[int] | Sequence[Part] | Sequence[Message]
@@ -112,15 +122,19 @@ def message_parts(message: Message) -> list[Part]:
     """
     content = message.get("content")
     may_share = message.get("role") != "system"
-    name = message.get("name")
+    name = strip_separator(str(message.get("name") or ""))
     if name and isinstance(content, str):
         content = f"{name}: {content}"
-        name = None
+        name = ""
     parts = [Part(f"{name}: ", False)] if name else []
     if content is None:
         return parts
     if isinstance(content, str):
         return split_text(content, shared_without_separator=may_share)
+    if not isinstance(content, Sequence):
+        raise PromptError(
+            f"A message's content is a {type(content).__name__}. Give it text or a list of parts."
+        )
     for item in content:
         if isinstance(item, Part):
             parts.append(item)

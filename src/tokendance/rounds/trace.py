@@ -14,6 +14,7 @@ round before.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ class Trace:
 
     agents: dict[str, TraceAgent] = field(default_factory=dict)
     rounds: list[TraceRound] = field(default_factory=list)
+
+
+def example_trace() -> Path:
+    """Path of the example town, in an installed package or in a checkout."""
+    installed = resources.files("tokendance") / "examples" / "town.jsonl"
+    if installed.is_file():
+        return Path(str(installed))
+    return Path(__file__).parents[3] / "examples" / "town.jsonl"
 
 
 def read_trace(path: Path) -> Trace:

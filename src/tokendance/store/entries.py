@@ -43,6 +43,7 @@ class SegmentCopy:
         slots: where the KV of each of its tokens lies, in the order of the tokens.
         pages: the distinct pages of `slots`.
         rounds: the rounds in which mirrors have reused it so far; the store counts them.
+        sound: whether its owner has had finite logits; the scheduler writes it.
     """
 
     hash: SegmentHash
@@ -51,6 +52,7 @@ class SegmentCopy:
     slots: Slots
     pages: PageIds
     rounds: set[RoundId] = field(default_factory=set)
+    sound: bool = False
 
 
 Entry = PrefixBlock | SegmentCopy

@@ -100,12 +100,15 @@ class KVStore:
         slots = [block.slots for block in blocks]
         return blocks, np.concatenate(slots) if slots else np.empty(0, np.int32)
 
-    def copies(self, segment: SegmentHash) -> Sequence[SegmentCopy]:
-        """List the copies of a segment that may still be reused. Changes nothing."""
+    def copies(self, segment: SegmentHash, round_id: RoundId) -> Sequence[SegmentCopy]:
+        """List the copies of a segment that a round may reuse. Changes nothing.
+
+        A round that has begun to reuse a copy may go on, so that its agents all read the same.
+        """
         return [
             copy
             for copy in self._segments.get(segment, ())
-            if len(copy.rounds) < self._max_reuse_rounds
+            if round_id in copy.rounds or len(copy.rounds) < self._max_reuse_rounds
         ]
 
     # -- putting in ---------------------------------------------------------------------------
@@ -204,7 +207,7 @@ class KVStore:
                 del self._segments[entry.hash]
 
     def clear(self) -> None:
-        """Drop every entry that no running request reads."""
+        """Drop every entry; pages that running requests hold live on until these are done."""
         for entry in list(self._lru):
             self.drop(entry)
 
