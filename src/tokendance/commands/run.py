@@ -1,26 +1,33 @@
 """`tokendance run`: live or recorded rounds, with what they cost."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionName, FirstK
+from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionName
 from tokendance.collector.estimate import PrefixEstimate
+from tokendance.commands.report import (
+    DoneRound,
+    document,
+    dtype_name,
+    print_summary,
+    print_table,
+    print_words,
+    reuse_name,
+)
 from tokendance.config import ReuseMode, format_bytes
 from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
 from tokendance.llm import LLM
 from tokendance.llm import Progress as ReportProgress
-from tokendance.outputs import RoundResult, RoundStats
+from tokendance.outputs import RoundResult
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
 from tokendance.session import Agent
@@ -54,15 +61,6 @@ class RunSettings:
     json_file: Path | None
 
 
-@dataclass(frozen=True, slots=True)
-class _DoneRound:
-    """A round that was run, and what prefix caching would have computed for it."""
-
-    number: int
-    result: RoundResult
-    prefix_tokens: int
-
-
 def run_trace(settings: RunSettings, console: Console) -> None:
     """Run a trace, print words and figures, and write the JSON file if one is asked for.
 
@@ -84,28 +82,28 @@ def run_trace(settings: RunSettings, console: Console) -> None:
             dtype=settings.dtype,
         )
     console.print(
-        f"[bold]{escape(settings.model)}[/bold], {_dtype_name(llm)}, "
-        f"{torch.get_num_threads()} threads, {_reuse_name(llm)}, "
+        f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm)}, "
+        f"{torch.get_num_threads()} threads, {reuse_name(llm)}, "
         f"KV budget {format_bytes(llm.engine.config.store.kv_budget)}"
     )
     player = _replay if trace.rounds else _live
     estimate = PrefixEstimate(llm.engine.config.store.page_size)
-    done: list[_DoneRound] = []
+    done: list[DoneRound] = []
     try:
         for number, result in player(llm, trace, settings, console):
             prompts = [(o.prompt_token_ids, o.token_ids) for o in result.outputs if not o.error]
-            done.append(_DoneRound(number, result, estimate.add_round(prompts)))
-            _print_words(result, console)
+            done.append(DoneRound(number, result, estimate.add_round(prompts)))
+            print_words(result, console)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
         raise typer.Exit(130) from None
     finally:
         # Rounds that are done are shown and written, whatever became of the next.
         if done:
-            _print_table(done, console)
-            _print_summary(done, settings, console)
+            print_table(done, console)
+            print_summary(done, llm, console)
         if settings.json_file is not None:
-            text = json.dumps(_document(settings, llm, done), ensure_ascii=False, indent=1)
+            text = json.dumps(document(llm, done), ensure_ascii=False, indent=1)
             settings.json_file.write_text(text + "\n")
             console.print(f"Figures and answers are in {escape(str(settings.json_file))}.")
     _raise_errors(done)
@@ -257,121 +255,7 @@ class _progress:  # noqa: N801 - reads as a context manager
         self._bar.stop()
 
 
-def _print_words(result: RoundResult, console: Console) -> None:
-    for output in result.outputs:
-        if output.error is None:
-            words = escape(output.text.strip())
-        else:
-            words = f"[red]{escape(str(output.error))}[/red]"
-        console.print(f"[bold]{escape(output.agent)}[/bold]: {words}", highlight=False)
-
-
-# Headings of two lines: the table fits 80 columns.
-_COLUMNS: dict[str, Callable[[RoundStats], str]] = {
-    "prompt\ntokens": lambda s: f"{s.prompt_tokens:,}",
-    "\ncomputed": lambda s: f"{s.computed_tokens:,}",
-    "\nreused": lambda s: f"{s.reused_tokens:,}",
-    "\ncorrected": lambda s: f"{s.corrected_tokens:,}",
-    "\ngenerated": lambda s: f"{s.generated_tokens:,}",
-    "prefill\nseconds": lambda s: f"{s.prefill_s:.2f}",
-    "decode\nseconds": lambda s: f"{s.decode_s:.2f}",
-    "KV MiB\ndense": lambda s: f"{s.kv_bytes.dense / 2**20:,.1f}",
-    "KV MiB\nresident": lambda s: f"{s.kv_bytes.resident / 2**20:,.1f}",
-}
-
-
-def _print_table(done: list[_DoneRound], console: Console) -> None:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("\nround", *_COLUMNS):
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in done:
-        table.add_row(str(one.number), *(show(one.result.stats) for show in _COLUMNS.values()))
-    console.print()
-    console.print(table)
-    console.print()
-
-
-def _print_summary(done: list[_DoneRound], settings: RunSettings, console: Console) -> None:
-    prompt = sum(one.result.stats.prompt_tokens for one in done)
-    computed, prefix = _computed(done), sum(one.prefix_tokens for one in done)
-    console.print(
-        f"Of {prompt:,} prompt tokens {computed:,} were computed (reuse {settings.reuse}). "
-        f"Prefix caching would have computed {prefix:,} for the same rounds, "
-        f"{prefix / max(computed, 1):.1f} times as many."
-    )
-    later = done[1:]
-    if _computed(later):
-        prefix = sum(one.prefix_tokens for one in later)
-        console.print(
-            f"Without the first round, in which nobody has heard anybody yet: {prefix:,} against "
-            f"{_computed(later):,}, {prefix / _computed(later):.1f} times as many."
-        )
-
-
-def _computed(done: list[_DoneRound]) -> int:
-    return sum(one.result.stats.computed_tokens for one in done)
-
-
-def _document(settings: RunSettings, llm: LLM, done: list[_DoneRound]) -> dict[str, Any]:
-    return {
-        "model": settings.model,
-        "reuse": settings.reuse,
-        "correction": _correction_name(llm),
-        "dtype": _dtype_name(llm),
-        "threads": torch.get_num_threads(),
-        "rounds": [
-            {
-                "round": one.number,
-                "agents": one.result.stats.agents,
-                "prompt_tokens": one.result.stats.prompt_tokens,
-                "computed_tokens": one.result.stats.computed_tokens,
-                "reused_tokens": one.result.stats.reused_tokens,
-                "corrected_tokens": one.result.stats.corrected_tokens,
-                "generated_tokens": one.result.stats.generated_tokens,
-                "prefix_caching_tokens": one.prefix_tokens,
-                "prefill_s": one.result.stats.prefill_s,
-                "decode_s": one.result.stats.decode_s,
-                "kv_bytes": {
-                    "dense": one.result.stats.kv_bytes.dense,
-                    "resident": one.result.stats.kv_bytes.resident,
-                },
-            }
-            for one in done
-        ],
-        "outputs": [
-            {
-                "round": one.number,
-                "agent": output.agent,
-                "text": output.text,
-                "token_ids": list(output.token_ids),
-                "error": None if output.error is None else str(output.error),
-            }
-            for one in done
-            for output in one.result.outputs
-        ],
-    }
-
-
-def _dtype_name(llm: LLM) -> str:
-    return str(llm.model.dtype).removeprefix("torch.")
-
-
-def _reuse_name(llm: LLM) -> str:
-    correction = _correction_name(llm)
-    reuse = f"reuse {llm.engine.config.reuse}"
-    return reuse if correction is None else f"{reuse}, correction {correction}"
-
-
-def _correction_name(llm: LLM) -> str | None:
-    """The correction, as in "first-4"; None where nothing is corrected."""
-    config = llm.engine.config
-    if config.reuse != "collective":
-        return None
-    policy = config.correction
-    return f"first-{policy.k}" if isinstance(policy, FirstK) else policy.name
-
-
-def _raise_errors(done: list[_DoneRound]) -> None:
+def _raise_errors(done: list[DoneRound]) -> None:
     errors: list[TokenDanceError] = [
         output.error for one in done for output in one.result.outputs if output.error is not None
     ]
