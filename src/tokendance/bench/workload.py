@@ -126,8 +126,3 @@ def _private_text(
         text += _DIARY.format(name=person.name, text=" ".join(other.system.split("\n")))
     ids = llm.encoder.text_ids(text)[:length]
     return llm.encoder.decode(ids.tolist())
-
-
-def shared_tokens(blocks: Sequence[Part]) -> int:
-    """Tokens of blocks that were made as token ids."""
-    return sum(len(block.content) for block in blocks)

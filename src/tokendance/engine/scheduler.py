@@ -79,18 +79,15 @@ class Scheduler:
         while self.waiting:
             request = self.waiting[0]
             rules = self.rules(request)
-            if self._admit(request, rules):
+            # Reading KV of others keeps their pages; computing all of it may need fewer.
+            alone = replace(rules, prefix=False, segments=False)
+            if self._admit(request, rules) or (not self.running and self._admit(request, alone)):
                 self.running.append(request)
             elif self.running:
                 break  # its turn comes when others have finished
             else:
-                # Reading KV of others keeps their pages; computing all of it may need fewer.
-                rules = replace(rules, prefix=False, segments=False)
-                if self._admit(request, rules):
-                    self.running.append(request)
-                else:
-                    request.error = self._too_large(request, rules)
-                    refused.append(request)
+                request.error = self._too_large(request, alone)
+                refused.append(request)
             self.waiting.popleft()
         return refused
 
@@ -101,7 +98,6 @@ class Scheduler:
         if placement is None:
             return False
         request.placement = placement
-        request.num_computed = 0
         request.num_cached = len(request.prompt) - len(placement.compute)
         request.num_corrected = placement.num_corrected
         return True
