@@ -1,6 +1,6 @@
 """Correction policies: which tokens of a shared segment a mirror computes afresh.
 
-A policy knows a segment's length and nothing else, so that the positions are known before the
+A policy knows a segment's tokens and nothing else, so that the positions are known before the
 forward pass and are the same for every mirror; a run can then be stored as
 [common | corrected] and mirrors read the first part as one piece.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.errors import ConfigError
+from tokendance.rounds.segments import TokenIds
 
 Mask = npt.NDArray[np.bool_]
 
@@ -26,8 +27,8 @@ class CorrectionPolicy(Protocol):
         """The policy as the command line spells it."""
         ...
 
-    def corrected(self, num_tokens: int) -> Mask:
-        """Return bool of shape (num_tokens,): true where a mirror computes the token afresh."""
+    def corrected(self, token_ids: TokenIds) -> Mask:
+        """Return bool of the shape of `token_ids`: true where a mirror computes afresh."""
         ...
 
 
@@ -51,9 +52,9 @@ class FirstK:
         """The policy as the command line spells it."""
         return "first-k"
 
-    def corrected(self, num_tokens: int) -> Mask:
+    def corrected(self, token_ids: TokenIds) -> Mask:
         """Mark the first k tokens."""
-        return np.arange(num_tokens) < self.k
+        return np.arange(len(token_ids)) < self.k
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,9 @@ class NoCorrection:
         """The policy as the command line spells it."""
         return "none"
 
-    def corrected(self, num_tokens: int) -> Mask:
+    def corrected(self, token_ids: TokenIds) -> Mask:
         """Mark nothing."""
-        return np.zeros(num_tokens, np.bool_)
+        return np.zeros(len(token_ids), np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,9 @@ class CorrectAll:
         """The policy as the command line spells it."""
         return "all"
 
-    def corrected(self, num_tokens: int) -> Mask:
+    def corrected(self, token_ids: TokenIds) -> Mask:
         """Mark everything."""
-        return np.ones(num_tokens, np.bool_)
+        return np.ones(len(token_ids), np.bool_)
 
 
 CorrectionName = Literal["first-k", "none", "all"]

@@ -157,7 +157,7 @@ def draft_placement(
         if copy is None:
             owned.append((start, segment))
             continue
-        afresh = correction.corrected(len(segment))
+        afresh = correction.corrected(segment.token_ids)
         afresh[length - 1 - start :] = True  # the prompt's last token, if it is in this segment
         new = np.arange(start, start + len(segment)) >= num_prefix
         reused = start + np.flatnonzero(new & ~afresh)
@@ -303,5 +303,5 @@ def join_runs(owned: Sequence[tuple[int, Segment]]) -> list[list[tuple[int, Segm
 def _storage_order(run: Sequence[tuple[int, Segment]], correction: CorrectionPolicy) -> Positions:
     """Positions of a run as they are stored: common tokens, then corrected ones."""
     positions = np.concatenate([np.arange(start, start + len(segment)) for start, segment in run])
-    corrected = np.concatenate([correction.corrected(len(segment)) for _, segment in run])
+    corrected = np.concatenate([correction.corrected(segment.token_ids) for _, segment in run])
     return np.concatenate([positions[~corrected], positions[corrected]])

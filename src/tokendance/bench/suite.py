@@ -1,0 +1,168 @@
+"""What every benchmark suite has in common: settings, a live table, fair turns, a JSON line.
+
+A suite measures on one machine in one process and returns rows (what was measured) and a headline
+(the few figures that claims are made of). Ratios come from runs in turn: each kind runs once
+without being counted, then all of them in turn, so that a machine whose speed drifts slows all
+alike.
+"""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from tokendance.models import demo
+
+Row = dict[str, Any]
+Size = Literal["tiny", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What a user chooses of a suite.
+
+    Attributes:
+        model: as `load_model` takes it.
+        size: "full" is what docs/benchmarks.md shows; "tiny" runs every line in seconds and its
+            figures mean nothing.
+        repeats: counted runs of each kind.
+        seed: of texts, lengths and orders.
+        against_vllm: measure vLLM too, where a suite has a place for it.
+    """
+
+    model: str = demo.ALIAS
+    size: Size = "full"
+    repeats: int = 3
+    seed: int = 0
+    against_vllm: bool = False
+
+    @property
+    def tiny(self) -> bool:
+        """Whether only the shape of the results counts."""
+        return self.size == "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteResult:
+    """What a suite found.
+
+    Attributes:
+        suite: its name.
+        model: measured.
+        rows: one mapping per measurement; the same keys in all rows of a kind.
+        headline: name to figure; None where it was not measured, with the reason in `notes`.
+        notes: what a reader must know.
+    """
+
+    suite: str
+    model: str
+    rows: list[Row]
+    headline: dict[str, float | None]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """One line: suite, machine, model, rows, headline, notes."""
+        document = {
+            "suite": self.suite,
+            "machine": describe_machine(),
+            "model": self.model,
+            "rows": self.rows,
+            "headline": self.headline,
+            "notes": self.notes,
+        }
+        return json.dumps(document, ensure_ascii=False)
+
+
+class LiveTable:
+    """A table that grows while the work goes on, a line per row.
+
+    Not rich's: that one measures all rows before it prints the first.
+    """
+
+    def __init__(self, console: Console, title: str, columns: Mapping[str, str]) -> None:
+        """Print title and headings.
+
+        Args:
+            console: to print on.
+            title: of the table.
+            columns: key of the row to heading; a row is right-aligned under its headings.
+        """
+        self._console = console
+        self._widths = {key: max(len(heading), 9) + 2 for key, heading in columns.items()}
+        console.print(f"\n[bold]{title}[/bold]")
+        self._print(columns)
+
+    def add(self, row: Row) -> None:
+        """Print a row; keys without a column are left out."""
+        self._print({key: _cell(row.get(key)) for key in self._widths})
+
+    def _print(self, cells: Mapping[str, str]) -> None:
+        line = "".join(cells[key].rjust(width) for key, width in self._widths.items())
+        self._console.print(line, highlight=False, markup=False, no_wrap=True, crop=False)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def in_turn(
+    kinds: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Run each kind in turn, `repeats` times after `warm_up` rounds that do not count.
+
+    Returns:
+        For each kind what its runs returned, in order.
+    """
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(repeats + warm_up):
+        for name, run in kinds.items():
+            value = run()
+            if turn >= warm_up:
+                found[name].append(value)
+    return found
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median of the ratios of runs that were neighbours in time."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def spread(values: Sequence[float]) -> Row:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
