@@ -35,8 +35,9 @@ def run(
     reuse: Annotated[
         ReuseMode,
         typer.Option(
-            help="What KV is reused: nothing, equal beginnings, or both those and "
-            "shared blocks wherever they stand."
+            help="What KV is reused: nothing; equal beginnings; those and shared blocks wherever "
+            "they stand, in place (collective), or by a corrected copy for each agent as other "
+            "engines do it (pic, pic-batched)."
         ),
     ] = "collective",
     correction: Annotated[

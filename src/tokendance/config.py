@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from tokendance.collector.correction import CorrectionPolicy, FirstK
+from tokendance.collector.correction import CorrectionPolicy, FirstK, NoCorrection
 from tokendance.errors import ConfigError
 
-ReuseMode = Literal["none", "prefix", "collective"]
+ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -73,8 +73,11 @@ class EngineConfig:
 
     Attributes:
         reuse: "none" computes every prompt whole; "prefix" reuses equal beginnings; "collective"
-            also reuses shared segments wherever they stand.
-        correction: which tokens of reused segments are computed afresh.
+            also reuses shared segments wherever they stand, in place. "pic" is what others do
+            there (CacheBlend, arXiv 2405.16444): each request takes its own copy of the segments
+            and recomputes the 15% of their tokens that deviate most, one request at a time, or
+            many in one pass ("pic-batched").
+        correction: which tokens of reused segments are computed afresh, with "collective".
         max_batch_tokens: most tokens of one forward pass; longer work is cut into chunks.
         store: memory.
     """
@@ -87,5 +90,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.reuse not in REUSE_MODES:
             raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
+        if self.takes_copies:
+            # What deviates is known in the pass only: nothing is marked, or stored apart, before.
+            object.__setattr__(self, "correction", NoCorrection())
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens is {self.max_batch_tokens}. It must be 1 or more.")
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether requests take their own copies of shared segments, as CacheBlend does."""
+        return self.reuse in ("pic", "pic-batched")

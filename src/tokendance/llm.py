@@ -61,7 +61,7 @@ class LLM:
 
         Args:
             model: "smollm2-135m", a local folder, or the id of a model on the Hugging Face hub.
-            reuse: "none", "prefix" or "collective"; see `EngineConfig`.
+            reuse: "none", "prefix", "pic", "pic-batched" or "collective"; see `EngineConfig`.
             correction: "first-k", "none", "all", or a policy of your own.
             first_k: tokens of each shared segment that a mirror computes afresh, for "first-k".
             kv_budget: bytes of KV memory, as a number or like "2GiB"; a quarter of the machine's

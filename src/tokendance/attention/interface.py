@@ -39,11 +39,14 @@ class PackedRequest:
         positions: int, of its new tokens, ascending.
         slots: int, of its tokens at positions 0 ... positions[-1], new ones included. Every slot
             is either filled, or written by some request of the same batch.
+        scattered: its new tokens lie among many filled ones, so that all of them are best read
+            from memory, where they are one piece.
     """
 
     first_row: int
     positions: IntArray
     slots: IntArray
+    scattered: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

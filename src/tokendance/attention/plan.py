@@ -29,9 +29,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.attention.interface import IntArray, PackedBatch
+from tokendance.attention.interface import IntArray, PackedBatch, PackedRequest
 
 MAX_TIERS = 64
+# Fewer rows than this in a call of attention cost as much as this many; a mask is cheaper.
+_MIN_TIER_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,8 +44,8 @@ class OwnPart:
         first_row: its first row.
         num_rows: how many it has.
         ranges: of slots, (start, stop), which all its rows see.
-        attend_new: whether its rows attend to each other causally. A single row does not: its
-            slot is in `ranges`.
+        attend_new: whether its rows attend to each other causally, straight from the batch.
+            Others read their own new tokens from memory, like any filled slot.
     """
 
     first_row: int
@@ -126,19 +128,24 @@ def make_plan(batch: PackedBatch) -> AttentionPlan:
                 request.first_row,
                 len(request.positions),
                 tuple(_ranges(np.sort(slots[alone]))),
-                attend_new=len(request.positions) > 1,
+                attend_new=_attends_new(request),
             )
         )
         readings.extend(_readings(slots[~alone], offsets[~alone], index, batch.slot_position))
     return AttentionPlan(tuple(own), tuple(_shared_parts(readings, batch)))
 
 
+def _attends_new(request: PackedRequest) -> bool:
+    """Whether a request's rows attend to each other straight from the batch."""
+    return len(request.positions) > 1 and not request.scattered
+
+
 def _context(index: int, batch: PackedBatch) -> tuple[IntArray, IntArray]:
-    """Filled slots that a request reads, and its offset to each."""
+    """Slots that a request reads from memory, and its offset to each."""
     request = batch.requests[index]
     slots = request.slots[: int(request.positions[-1]) + 1]
     positions = np.arange(len(slots))
-    if len(request.positions) > 1:
+    if _attends_new(request):
         filled = np.ones(len(slots), np.bool_)
         filled[request.positions] = False
         slots, positions = slots[filled], positions[filled]
@@ -218,9 +225,9 @@ def _stack(
 def _tiers(num_visible: IntArray) -> Iterator[Tier]:
     """Cut rows, ascending by the keys that they see, into tiers."""
     cuts = np.flatnonzero(np.diff(num_visible)) + 1
-    masked = len(cuts) >= MAX_TIERS
-    if masked:
-        cuts = np.unique(np.linspace(0, len(num_visible), MAX_TIERS + 1).astype(np.int64))[1:-1]
+    most = min(MAX_TIERS, max(1, len(num_visible) // _MIN_TIER_ROWS))
+    if len(cuts) >= most:
+        cuts = np.linspace(0, len(num_visible), most + 1).astype(np.int64)[1:-1]
     bounds = [0, *cuts.tolist(), len(num_visible)]
     for start, stop in itertools.pairwise(bounds):
         seen = num_visible[start:stop]

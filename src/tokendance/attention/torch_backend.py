@@ -79,6 +79,8 @@ class TorchBackend:
             output[:, :, mine], lse[:, :, mine] = _attention(
                 mine_query, key[:, mine], value[:, mine], scale, causal=True
             )
+        elif not part.ranges:
+            output[:, :, mine], lse[:, :, mine] = 0, -math.inf  # all it reads is in shared parts
         if part.ranges:
             own_keys, own_values = _take(keys, part.ranges), _take(values, part.ranges)
             result, result_lse = _attention(mine_query, own_keys, own_values, scale)

@@ -10,8 +10,16 @@ A request's prompt falls into stretches:
 Own tokens go to pages of their own in the order in which they are computed, with room for the
 generated tokens behind them. A run goes to pages of its own too, as [common | corrected], so that
 its mirrors read one piece.
+
+Where requests take copies (`ReuseRules.copies`, as CacheBlend does), reused tokens get own slots
+like all others, and `sources` says from where each is copied before some of them are recomputed:
+
+    positions   0 ......... m ..................................................... n
+                [ prefix    ][ private ][ s s s s s s s s s s s s s s  ][ task       ]
+                known KV      own        own, with a source              own
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +43,7 @@ from tokendance.store.pages import Holder, PageIds
 Positions = npt.NDArray[np.int64]
 
 UNPLACED = -1
+RECOMPUTED_SHARE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +54,14 @@ class ReuseRules:
         prefix: match the prompt's beginning.
         segments: reuse shared segments wherever they stand.
         leave: list what it computes for others.
+        copies: take copies of reused segments, of which the pass recomputes some.
         owns_order: compute segments that the store has in another order only.
     """
 
     prefix: bool
     segments: bool
     leave: bool
+    copies: bool = False
     owns_order: bool = False
 
 
@@ -68,6 +79,8 @@ class Draft:
         num_pages: new pages that it needs.
         num_corrected: tokens of reused segments that it computes afresh.
         num_exact: length of the prompt's beginning that is exact, generated tokens included.
+        sources: int32, as long as `slots`: where the KV lies that is copied to each; UNPLACED
+            where none is.
     """
 
     slots: Slots
@@ -79,6 +92,7 @@ class Draft:
     num_pages: int
     num_corrected: int
     num_exact: int
+    sources: Slots
 
 
 @dataclass(slots=True)
@@ -93,15 +107,23 @@ class Placement:
         entries: that the request put into the indexes and has yet to compute.
         num_corrected: see `Draft`.
         num_exact: see `Draft`.
+        sources: see `Draft`.
+        num_copied: tokens of `compute` whose KV is copied and not recomputed in all layers.
     """
 
     slots: Slots
     compute: Positions
     pages: PageIds
     copies: list[SegmentCopy]
+    sources: Slots
     entries: list[Entry] = field(default_factory=list)
     num_corrected: int = 0
     num_exact: int = 0
+    num_copied: int = 0
+
+    def reads(self) -> Slots:
+        """Slots whose KV the request reads or copies."""
+        return np.concatenate([self.slots, self.sources[self.sources != UNPLACED]])
 
 
 def draft_placement(
@@ -126,6 +148,7 @@ def draft_placement(
     """
     length = len(prompt)
     slots = np.full(length + max_new_tokens, UNPLACED, np.int32)
+    sources = slots.copy()
     blocks: list[PrefixBlock] = []
     num_prefix = 0
     if rules.prefix:
@@ -161,11 +184,12 @@ def draft_placement(
         afresh[length - 1 - start :] = True  # the prompt's last token, if it is in this segment
         new = np.arange(start, start + len(segment)) >= num_prefix
         reused = start + np.flatnonzero(new & ~afresh)
-        slots[reused] = copy.slots[reused - start]
+        (sources if rules.copies else slots)[reused] = copy.slots[reused - start]
         num_corrected += int(np.count_nonzero(new & afresh))
         if len(reused):
             used.append(copy)
             first_reused = min(first_reused, int(reused[0]))
+    num_corrected += num_recomputed(sources)
     if num_exact == num_prefix:
         num_exact = first_reused
 
@@ -191,7 +215,13 @@ def draft_placement(
         num_pages,
         num_corrected,
         num_exact,
+        sources,
     )
+
+
+def num_recomputed(sources: Slots) -> int:
+    """How many of the tokens that have a source are recomputed: 15%, as CacheBlend has it."""
+    return math.ceil(RECOMPUTED_SHARE * np.count_nonzero(sources != UNPLACED))
 
 
 def kept_pages(draft: Draft, store: KVStore) -> PageIds:
@@ -234,8 +264,10 @@ def place(
         compute,
         np.union1d(kept, pages).astype(np.int32),
         draft.copies,
+        draft.sources,
         num_corrected=draft.num_corrected,
         num_exact=draft.num_exact,
+        num_copied=int(np.count_nonzero(draft.sources != UNPLACED)) - num_recomputed(draft.sources),
     )
     store.count_reuse(draft.copies, round_id)
     store.touch(draft.copies)

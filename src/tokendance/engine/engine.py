@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokendance.collector.owners import order_starts
+from tokendance.collector.owners import Start, order_starts
 from tokendance.config import EngineConfig
 from tokendance.engine.request import Request
 from tokendance.engine.runner import Runner
@@ -108,7 +108,10 @@ class Engine:
             for segment, _ in segments
             if self.store.copies(segment, request.round_id)
         }
-        for start in order_starts(shared, known):
+        starts = order_starts(shared, known)
+        if self.config.takes_copies:  # whoever comes first computes
+            starts = [Start(index) for index in range(len(together))]
+        for start in starts:
             together[start.index].owns_order = start.owns_order
             self.scheduler.waiting.append(together[start.index])
         self.scheduler.waiting.extend(request for request in sound if not request.in_round)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
 from tokendance.attention.torch_backend import TorchBackend
+from tokendance.engine.blend import CHECK_LAYER, BlendPass
 from tokendance.engine.scheduler import Scheduled
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
@@ -32,6 +33,7 @@ class Runner:
         self._keys = torch.empty(size, dtype=model.dtype, device=model.device)
         self._values = torch.empty(size, dtype=model.dtype, device=model.device)
         self._backend = backend(model.rope, model.device, model.dtype)
+        self._blend: BlendPass | None = None  # while a pass runs in which requests copy KV
         self.on_logits: Callable[[Sequence[Scheduled], Tensor], Tensor] | None = None
 
     def run(self, step: Sequence[Scheduled], slot_position: np.ndarray) -> Tensor:
@@ -55,15 +57,24 @@ class Runner:
             first_row += len(item.positions)
             if item.wants_logits:
                 logit_rows.append(first_row - 1)
-        self._backend.prepare(PackedBatch(requests, slot_position))
+        batch = PackedBatch(requests, slot_position)
+        self._backend.prepare(batch)
         device = self._model.device
-        logits = hook.forward(
-            self._model.module,
+        inputs = (
             torch.as_tensor(np.concatenate(tokens).astype(np.int64), device=device),
             torch.as_tensor(np.concatenate([item.positions for item in step]), device=device),
-            torch.as_tensor(logit_rows, dtype=torch.int64, device=device),
-            self,
-        ).float()
+        )
+        module = self._model.module
+        if BlendPass.is_needed(step):
+            self._blend = blend = BlendPass(step, batch, self._model.rope, device)
+            try:
+                with hook.rows_dropped(module, CHECK_LAYER + 1, lambda: blend.kept):
+                    logits = hook.forward(module, *inputs, blend.logit_rows, self).float()
+            finally:
+                self._blend = None
+        else:
+            rows = torch.as_tensor(logit_rows, dtype=torch.int64, device=device)
+            logits = hook.forward(module, *inputs, rows, self).float()
         if self.on_logits is not None:
             logits = self.on_logits(step, logits)
         return logits
@@ -81,6 +92,7 @@ class Runner:
         del extra  # the probe at load time has seen to it that it changes nothing
         kv_heads, (_, _, rows, size) = key.shape[1], query.shape
         stacked = query[0].reshape(kv_heads, -1, rows, size)  # (KVH, G, T, D)
-        return self._backend.attend(
-            stacked, key[0], value[0], self._keys[layer], self._values[layer], scale
-        )
+        tensors = (stacked, key[0], value[0], self._keys[layer], self._values[layer], scale)
+        if self._blend is not None:
+            return self._blend.attend(layer, *tensors, self._backend)
+        return self._backend.attend(*tensors)

@@ -14,7 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.collector.placement import Draft, ReuseRules, draft_placement, place
+from tokendance.collector.placement import (
+    UNPLACED,
+    Draft,
+    ReuseRules,
+    draft_placement,
+    place,
+)
 from tokendance.config import EngineConfig, format_bytes
 from tokendance.engine.request import Request
 from tokendance.errors import BudgetError
@@ -64,8 +70,9 @@ class Scheduler:
             return ReuseRules(prefix=False, segments=False, leave=reuse != "none")
         return ReuseRules(
             prefix=reuse != "none",
-            segments=reuse == "collective" and request.in_round,
+            segments=reuse not in ("none", "prefix") and request.in_round,
             leave=reuse != "none",
+            copies=self._config.takes_copies,
             owns_order=request.owns_order,
         )
 
@@ -98,7 +105,7 @@ class Scheduler:
         if placement is None:
             return False
         request.placement = placement
-        request.num_cached = len(request.prompt) - len(placement.compute)
+        request.num_cached = len(request.prompt) - len(placement.compute) + placement.num_copied
         request.num_corrected = placement.num_corrected
         return True
 
@@ -139,16 +146,20 @@ class Scheduler:
         # Decoding requests first, those that have said least before the others, so that none waits
         # for ever where the budget is small; then the order of admission.
         turns = sorted(chosen, key=lambda one: (not one.is_decoding, len(one.generated)))
+        first_prompt = True
         for request in turns:
             if budget == 0:
                 break
-            positions = self._computable(request, budget)
+            if self._config.reuse == "pic" and not (first_prompt or request.is_decoding):
+                break  # one prompt at a time
+            positions, num_rows = self._computable(request, budget, first_prompt)
             if len(positions) == 0:
                 continue
             assert request.placement is not None
             self._store.slot_ready[request.placement.slots[positions]] = True
             request.num_computed += len(positions)
-            budget -= len(positions)
+            budget -= min(budget, num_rows)
+            first_prompt &= request.is_decoding
             step.append(
                 Scheduled(request, positions, request.num_computed == request.num_to_compute)
             )
@@ -156,16 +167,39 @@ class Scheduler:
         order = {request: place_ for place_, request in enumerate(chosen)}
         return sorted(step, key=lambda item: order[item.request])
 
-    def _computable(self, request: Request, budget: int) -> npt.NDArray[np.int64]:
-        """The next positions of a request, up to the first whose context is not ready."""
+    def _computable(
+        self, request: Request, budget: int, first_prompt: bool
+    ) -> tuple[npt.NDArray[np.int64], int]:
+        """The next positions of a request, up to the first whose context is not ready.
+
+        From the first token that is copied on, a prompt is computed in one pass, since which of
+        its tokens to recompute is chosen among all.
+
+        Returns:
+            The positions, and the rows that they add to most layers.
+        """
         positions = request.next_positions(budget)
         if request.is_decoding or len(positions) == 0:
-            return positions
-        assert request.placement is not None
-        ready = self._store.slot_ready[request.placement.slots[: int(positions[-1]) + 1]]
+            return positions, len(positions)
+        placement = request.placement
+        assert placement is not None
+        copied = np.flatnonzero(placement.sources != UNPLACED)
+        if len(copied) and positions[-1] >= copied[0]:
+            if positions[0] < copied[0]:
+                positions = positions[positions < copied[0]]
+            else:
+                rest = placement.compute[request.num_computed :]
+                num_rows = len(rest) - placement.num_copied
+                fits = num_rows <= budget or first_prompt
+                if not (fits and self._store.slot_ready[placement.sources[copied]].all()):
+                    return rest[:0], 0
+                return rest, num_rows
+        ready = self._store.slot_ready[placement.slots[: int(positions[-1]) + 1]]
         ready[positions] = True
         blocked = np.flatnonzero(~ready)
-        return positions[: np.searchsorted(positions, blocked[0])] if len(blocked) else positions
+        if len(blocked):
+            positions = positions[: np.searchsorted(positions, blocked[0])]
+        return positions, len(positions)
 
     # -- leaving ------------------------------------------------------------------------------
 
@@ -203,7 +237,7 @@ class Scheduler:
         readers = [
             request
             for request in self.running
-            if request.placement is not None and is_bad[request.placement.slots].any()
+            if request.placement is not None and is_bad[request.placement.reads()].any()
         ]
         restarted: list[Request] = []
         for request in reversed(readers):  # so that they stand in the queue as they ran

@@ -4,6 +4,8 @@ A model calls it in each layer with that layer's rotated queries and keys. It pa
 whatever `LayerHook` the forward call was given as the keyword argument `tokendance`.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -98,3 +100,39 @@ def forward(
         )
     logits: Tensor = result.logits[0]
     return logits
+
+
+@contextmanager
+def rows_dropped(
+    model: nn.Module, first_layer: int, kept_rows: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Within this context, the decoder layers from `first_layer` on compute only some rows.
+
+    Args:
+        model: a causal language model whose decoder layers are `base_model.layers`.
+        first_layer: index of the first layer that sees fewer rows.
+        kept_rows: called when that layer begins; int64 (R,), the rows that go on.
+    """
+    kept: list[Any] = []
+
+    def drop(
+        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden, *others = args
+        if layer is layers[0]:
+            rows = kept_rows()
+            hidden = hidden[:, rows]
+            kept[:] = [
+                tuple(table[:, rows] for table in kwargs["position_embeddings"]),
+                kwargs["position_ids"][:, rows],
+            ]
+        turned = {"position_embeddings": kept[0], "position_ids": kept[1]}
+        return (hidden, *others), kwargs | turned
+
+    layers = list(model.base_model.layers)[first_layer:]  # type: ignore[union-attr, arg-type]
+    handles = [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

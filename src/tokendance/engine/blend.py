@@ -1,0 +1,160 @@
+"""Selective recomputation as CacheBlend does it (arXiv 2405.16444, section 4): the baseline `pic`.
+
+A request takes its own copy of the shared tokens' KV, with keys rotated to its own positions, and
+finds out while it is computed which of them to recompute:
+
+    layers      rows of the request that are computed
+    0, 1        all new tokens, copied ones included
+    after 1     the copied tokens are ranked by how far their keys of layer 1 are from the copied
+                ones (squared distance, over all heads)
+    2, ...      tokens without a source, and the 15% that deviate most; the others keep the copy
+
+So it costs two layers of everything, 15% of the rest, and a rotated copy per request. Requests
+that copy nothing pass through whole, an owner in the same pass among them: its keys of a layer are
+written before anybody copies them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendance.attention.interface import Backend, PackedBatch, PackedRequest
+from tokendance.attention.rope import Rope
+from tokendance.collector.placement import UNPLACED, num_recomputed
+from tokendance.engine.scheduler import Scheduled
+
+CHECK_LAYER = 1
+
+
+class BlendPass:
+    """One forward pass in which some requests copy KV and recompute a part of it.
+
+    Attributes:
+        kept: int64, rows that the layers after `CHECK_LAYER` compute; known when it is done.
+        logit_rows: int64, for each item that wants logits its last row among the kept ones.
+    """
+
+    def __init__(
+        self, step: Sequence[Scheduled], batch: PackedBatch, rope: Rope, device: torch.device
+    ) -> None:
+        """Note which rows of a batch are copied, and from where; `batch` has the rows of `step`."""
+        self._batch = batch
+        self._rope = rope
+        self._device = device
+        self._num_chosen: list[int] = []
+        rows, sources, slots, offsets = [], [], [], []
+        logit_rows: list[int] = []
+        num_kept = 0
+        for item, request in zip(step, batch.requests, strict=True):
+            item_sources = _sources(item)
+            copied = np.flatnonzero(item_sources != UNPLACED)
+            chosen = num_recomputed(item_sources)
+            positions = request.positions[copied]
+            rows.append(request.first_row + copied)
+            sources.append(item_sources[copied])
+            slots.append(request.slots[positions])
+            offsets.append(positions - batch.slot_position[item_sources[copied]])
+            self._num_chosen.append(chosen)
+            num_kept += len(request.positions) - len(copied) + chosen
+            if item.wants_logits:
+                logit_rows.append(num_kept - 1)
+        self._num_copied = [len(found) for found in rows]
+        self._rows = np.concatenate(rows)
+        self._sources = self._index(np.concatenate(sources))
+        self._slots = self._index(np.concatenate(slots))
+        self._tables = rope.tables(np.concatenate(offsets), device)
+        self.logit_rows = self._index(np.array(logit_rows, np.int64))
+        self.kept = torch.empty(0, dtype=torch.int64)
+        self._write = torch.empty(0, dtype=torch.int64)
+
+    @staticmethod
+    def is_needed(step: Sequence[Scheduled]) -> bool:
+        """Whether any request of a step copies KV in it."""
+        return any(bool((_sources(item) != UNPLACED).any()) for item in step)
+
+    def _index(self, values: np.ndarray) -> Tensor:
+        return torch.as_tensor(values.astype(np.int64), device=self._device)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        backend: Backend,
+    ) -> Tensor:
+        """Attend in one layer; after `CHECK_LAYER`, `backend` is prepared for the kept rows.
+
+        Args:
+            layer: index of the layer.
+            query: see `Backend.attend`, likewise the others.
+            key: of all rows up to `CHECK_LAYER`, of the kept ones after it.
+            value: likewise.
+            keys: the layer's memory.
+            values: likewise.
+            scale: of the scores.
+            backend: attends.
+        """
+        if layer > CHECK_LAYER:
+            # Copies may come from rows of this very pass, so those are written first.
+            keys.index_copy_(1, self._write, key)
+            values.index_copy_(1, self._write, value)
+            copies = keys.index_select(1, self._sources)
+            keys.index_copy_(1, self._slots, self._rope.rotate(copies, self._tables))
+            values.index_copy_(1, self._slots, values.index_select(1, self._sources))
+        result = backend.attend(query, key, value, keys, values, scale)
+        if layer == CHECK_LAYER:
+            self._choose(key, keys)
+            narrow = self._narrow_batch()
+            self._write = self._index(narrow.write_slots())
+            backend.prepare(narrow)
+        return result
+
+    def _choose(self, key: Tensor, keys: Tensor) -> None:
+        """Choose each request's copied tokens to recompute; the others are left to be copied."""
+        copies = self._rope.rotate(keys.index_select(1, self._sources), self._tables).float()
+        new = key.index_select(1, self._index(self._rows)).float()
+        deviation = (new - copies).square_().sum(dim=(0, 2))  # (copied tokens,)
+        is_copied = np.ones(len(self._rows), np.bool_)
+        first = 0
+        for piece, num_chosen in zip(
+            torch.split(deviation, self._num_copied), self._num_chosen, strict=True
+        ):
+            chosen = piece.topk(num_chosen).indices.cpu().numpy()
+            is_copied[first + chosen] = False
+            first += len(piece)
+        is_kept = np.ones(self._batch.num_rows, np.bool_)
+        is_kept[self._rows[is_copied]] = False
+        self.kept = self._index(np.flatnonzero(is_kept))
+        left = self._index(np.flatnonzero(is_copied))
+        self._sources, self._slots = self._sources[left], self._slots[left]
+        cos, sin = self._tables
+        self._tables = (cos[left], sin[left])
+
+    def _narrow_batch(self) -> PackedBatch:
+        """The batch with the kept rows only."""
+        kept = self.kept.cpu().numpy()
+        requests: list[PackedRequest] = []
+        first_row = 0
+        for request, num_copied in zip(self._batch.requests, self._num_copied, strict=True):
+            first, last = np.searchsorted(
+                kept, (request.first_row, request.first_row + len(request.positions))
+            )
+            positions = request.positions[kept[first:last] - request.first_row]
+            requests.append(
+                replace(request, first_row=first_row, positions=positions, scattered=num_copied > 0)
+            )
+            first_row += len(positions)
+        return PackedBatch(requests, self._batch.slot_position)
+
+
+def _sources(item: Scheduled) -> np.ndarray:
+    """Where the KV lies that is copied to each of an item's positions; UNPLACED for none."""
+    assert item.request.placement is not None
+    return item.request.placement.sources[item.positions]
