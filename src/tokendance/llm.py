@@ -18,6 +18,7 @@ from tokendance.config import (
 )
 from tokendance.engine.engine import Engine, RoundRecord
 from tokendance.engine.request import Request
+from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
 from tokendance.models.encoder import PromptEncoder
@@ -96,18 +97,25 @@ class LLM:
         self._start(load_model(str(model), dtype, device), config)
 
     @classmethod
-    def from_loaded(cls, model: LoadedModel, config: EngineConfig) -> "LLM":
-        """Put an engine around a model that is loaded already; several may share one model."""
+    def from_loaded(
+        cls, model: LoadedModel, config: EngineConfig, memory: KVMemory | None = None
+    ) -> "LLM":
+        """Put an engine around a model that is loaded already; several may share one model.
+
+        Those that are never used at the same time may take turns on one `memory` too.
+        """
         llm = cls.__new__(cls)
-        llm._start(model, config)
+        llm._start(model, config, memory)
         return llm
 
-    def _start(self, model: LoadedModel, config: EngineConfig) -> None:
+    def _start(
+        self, model: LoadedModel, config: EngineConfig, memory: KVMemory | None = None
+    ) -> None:
         self.model = model
         self.encoder = PromptEncoder(
             model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
         )
-        self.engine = Engine(model, config, self.encoder.decode)
+        self.engine = Engine(model, config, self.encoder.decode, memory)
 
     def generate(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokendance.collector.owners import Start, order_starts
 from tokendance.config import EngineConfig
 from tokendance.engine.request import Request
-from tokendance.engine.runner import Runner
+from tokendance.engine.runner import KVMemory, Runner
 from tokendance.engine.sampling import choose_tokens
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.errors import AbortedError, ConfigError, NumericsError
@@ -47,7 +47,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig, decode: Callable[[Sequence[int]], str]
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        decode: Callable[[Sequence[int]], str],
+        memory: KVMemory | None = None,
     ) -> None:
         """Allocate memory under the budget.
 
@@ -55,6 +59,7 @@ class Engine:
             model: to run.
             config: of the loop and the memory.
             decode: token ids to text, for stop strings and answers.
+            memory: to use in place of its own, as large as the budget says or larger.
 
         Raises:
             ConfigError: if the budget does not hold a single page, or cannot be allocated.
@@ -71,12 +76,13 @@ class Engine:
         num_pages = min(num_pages, (2**31 - 1) // config.store.page_size)  # slots are int32
         self.store = KVStore(num_pages, config.store.page_size, config.store.max_reuse_rounds)
         try:
-            self.runner = Runner(model, num_pages * config.store.page_size)
+            memory = memory or KVMemory.allocate(model, num_pages * config.store.page_size)
         except RuntimeError as error:
             raise ConfigError(
                 f"The KV budget of {config.store.kv_budget} bytes cannot be allocated on "
                 f"{model.device}: {str(error).splitlines()[0]} Lower kv_budget (--kv-budget)."
             ) from error
+        self.runner = Runner(model, memory)
         self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
         self._decode = decode
         self._rounds: dict[RoundId, RoundRecord] = {}

@@ -1,6 +1,7 @@
 """The runner: the only part of the loop that touches tensors."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,33 @@ from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KVMemory:
+    """Room for keys and values; the system maps it when it is written.
+
+    Engines that are never used at the same time may take turns on one memory.
+
+    Attributes:
+        keys: (L, KVH, S, D).
+        values: likewise.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def allocate(cls, model: LoadedModel, num_slots: int) -> "KVMemory":
+        """Reserve room for `num_slots` tokens of a model."""
+        shape = model.shape
+        size = (shape.num_layers, shape.num_kv_heads, num_slots, shape.head_dim)
+        return cls(
+            torch.empty(size, dtype=model.dtype, device=model.device),
+            torch.empty(size, dtype=model.dtype, device=model.device),
+        )
+
+
 class Runner:
-    """Owns KV memory and runs packed batches through the model.
+    """Runs packed batches through the model, over KV memory.
 
     Attributes:
         on_logits: replaces the logits of each step before anything is chosen from them; for tests
@@ -24,14 +50,11 @@ class Runner:
     """
 
     def __init__(
-        self, model: LoadedModel, num_slots: int, backend: BackendFactory = TorchBackend
+        self, model: LoadedModel, memory: KVMemory, backend: BackendFactory = TorchBackend
     ) -> None:
-        """Allocate KV memory for `num_slots` tokens; the system maps it when it is written."""
+        """Run `model` over `memory`."""
         self._model = model
-        shape = model.shape
-        size = (shape.num_layers, shape.num_kv_heads, num_slots, shape.head_dim)
-        self._keys = torch.empty(size, dtype=model.dtype, device=model.device)
-        self._values = torch.empty(size, dtype=model.dtype, device=model.device)
+        self._memory = memory
         self._backend = backend(model.rope, model.device, model.dtype)
         self._blend: BlendPass | None = None  # while a pass runs in which requests copy KV
         self.on_logits: Callable[[Sequence[Scheduled], Tensor], Tensor] | None = None
@@ -92,7 +115,14 @@ class Runner:
         del extra  # the probe at load time has seen to it that it changes nothing
         kv_heads, (_, _, rows, size) = key.shape[1], query.shape
         stacked = query[0].reshape(kv_heads, -1, rows, size)  # (KVH, G, T, D)
-        tensors = (stacked, key[0], value[0], self._keys[layer], self._values[layer], scale)
+        tensors = (
+            stacked,
+            key[0],
+            value[0],
+            self._memory.keys[layer],
+            self._memory.values[layer],
+            scale,
+        )
         if self._blend is not None:
             return self._blend.attend(layer, *tensors, self._backend)
         return self._backend.attend(*tensors)
