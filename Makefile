@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo-weights
+VLLM := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo-weights demo test check lint types format bench clean
+.PHONY: help venv demo-weights demo test check lint types format bench vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,5 +49,19 @@ format: $(STAMP) ## let ruff mend what it can
 bench: demo-weights ## the figures of docs/benchmarks.md (minutes)
 	$(BIN)/python -m tokendance.bench.first_path
 
-clean: ## remove .venv
-	rm -rf .venv
+vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline (minutes, 4 GB)
+
+# vLLM wants other versions than we do, so it has an environment of its own. Its requirements are
+# pinned whole; some of them, for pictures and sound, are left out, hence --no-deps.
+$(VLLM): constraints-vllm.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/pip install --quiet --no-deps --requirement constraints-vllm.txt
+	@ldconfig -p | grep -q tcmalloc_minimal || \
+		echo "vLLM advises TCMalloc, which is not here: apt-get install libtcmalloc-minimal4"
+	@touch $@
+
+clean: ## remove .venv and .venv-vllm
+	rm -rf .venv .venv-vllm

@@ -9,6 +9,7 @@
     │   ├── PromptError           one prompt is empty, too long, or refused by the template
     │   ├── RoundError            the round as a whole is wrong: empty, a name twice
     │   └── TraceError            a line of a trace cannot be read
+    ├── BaselineError             the engine that we compare with is missing or failed
     └── RequestError              a request could not be finished; the others are unharmed
         ├── BudgetError           the KV budget cannot hold it
         ├── NumericsError         the model produced NaN or infinity for it
@@ -52,6 +53,10 @@ class RoundError(InputError):
 
 class TraceError(InputError):
     """A line of a trace cannot be read."""
+
+
+class BaselineError(TokenDanceError):
+    """The engine that we compare with is missing or failed."""
 
 
 class RequestError(TokenDanceError):

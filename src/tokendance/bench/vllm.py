@@ -1,0 +1,378 @@
+"""vLLM as a baseline: drives the real engine, which runs in an environment of its own.
+
+    with VLLM(checkpoint, VLLMConfig(max_context=4096)) as vllm:
+        vllm.run(private_parts, max_tokens=1)   # now they are in its prefix cache
+        print(vllm.run(prompts, max_tokens=1).seconds)
+        vllm.reset()
+
+vLLM wants other versions of what we use, so it is not imported here: `vllm_worker.py` runs beside
+it and speaks JSON lines over pipes. One engine is one process, in a session of its own, so that
+nothing of it is left when the driver is closed.
+
+The defaults follow what vLLM's documentation advises for CPUs; see `child_environment` too.
+"""
+
+import contextlib
+import ctypes.util
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from tokendance.errors import BaselineError
+
+HOW_TO_INSTALL = (
+    "Run `make vllm` in a checkout of TokenDance, or set TOKENDANCE_VLLM_PYTHON to the Python of"
+    " an environment that has vLLM."
+)
+PYTHON_VARIABLE = "TOKENDANCE_VLLM_PYTHON"
+WORKER = Path(__file__).with_name("vllm_worker.py")
+
+_TAIL_LINES = 15
+# How long vLLM may take to end by itself before it is killed, in seconds.
+_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMConfig:
+    """Settings of the baseline.
+
+    Attributes:
+        dtype: of weights and KV.
+        max_context: longest prompt with its answer, in tokens.
+        threads: of one pass; as many as our own engine takes.
+        kv_bytes: memory for KV.
+        block_size: tokens per KV block, a multiple of 32.
+        compiled: whether torch.compile prepares the model. It needs a C++ compiler, and starting
+            takes a minute or two longer.
+        max_batch_tokens: tokens of one pass at most.
+        max_num_seqs: requests of one pass at most.
+    """
+
+    dtype: str = "bfloat16"
+    max_context: int = 4096
+    threads: int = field(default_factory=torch.get_num_threads)
+    kv_bytes: int = 2**31
+    block_size: int = 32
+    compiled: bool = True
+    max_batch_tokens: int = 4096
+    max_num_seqs: int = 256
+
+    def engine_arguments(self, model: Path) -> dict[str, object]:
+        """What `vllm.LLM` is called with."""
+        return {
+            "model": str(model),
+            "dtype": self.dtype,
+            "max_model_len": self.max_context,
+            "block_size": self.block_size,
+            "kv_cache_memory_bytes": self.kv_bytes,
+            "max_num_batched_tokens": self.max_batch_tokens,
+            "max_num_seqs": self.max_num_seqs,
+            "enforce_eager": not self.compiled,
+            "enable_prefix_caching": True,
+            # Sampling is as asked, not as the model's folder suggests.
+            "generation_config": "vllm",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMResult:
+    """What one call of `VLLM.run` gave. Sequences are in the order of the prompts.
+
+    Attributes:
+        seconds: from submission of all prompts to the last token of the last answer.
+        first_token_s: seconds from submission to each first token, or None if vLLM does not tell.
+        cached_tokens: tokens of each prompt that vLLM found in its prefix cache.
+        cache_queries: tokens that vLLM looked up in its prefix cache, by its own counter.
+        cache_hits: tokens that it found there, by its own counter.
+        token_ids: the answers.
+    """
+
+    seconds: float
+    first_token_s: tuple[float, ...] | None
+    cached_tokens: tuple[int, ...]
+    cache_queries: int
+    cache_hits: int
+    token_ids: tuple[tuple[int, ...], ...]
+
+
+def find_vllm() -> Path | None:
+    """Find the Python of the environment that has vLLM.
+
+    It is the one that TOKENDANCE_VLLM_PYTHON names, or that of `.venv-vllm` in the current folder
+    or in the checkout that this package lies in.
+
+    Returns:
+        Its path, or None if there is none; `HOW_TO_INSTALL` says what to do then.
+
+    Raises:
+        BaselineError: The variable names no file.
+    """
+    named = os.environ.get(PYTHON_VARIABLE)
+    if named:
+        if not Path(named).is_file():
+            raise BaselineError(
+                f"{PYTHON_VARIABLE} names {named}, and there is no such file."
+                " Correct it, or unset it."
+            )
+        return Path(named).absolute()
+    # From src/tokendance/bench/vllm.py up to the root of the checkout.
+    for folder in (Path.cwd(), Path(__file__).absolute().parents[3]):
+        # The link is not resolved: it is by its place that Python knows its environment.
+        python = folder / ".venv-vllm" / "bin" / "python"
+        if python.is_file():
+            return python
+    return None
+
+
+class VLLM:
+    """One vLLM engine in a process of its own. Close it, or use it as a context manager.
+
+    Args:
+        model: folder of the checkpoint.
+        config: its settings.
+        python: of the environment that has vLLM; by default what `find_vllm` finds.
+        worker: script that speaks the protocol of `vllm_worker.py`.
+        start_timeout_s: seconds that vLLM may take to load and to compile.
+
+    Raises:
+        BaselineError: There is no vLLM, or it did not start.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        config: VLLMConfig | None = None,
+        *,
+        python: Path | None = None,
+        worker: Path = WORKER,
+        start_timeout_s: float = 600.0,
+    ) -> None:
+        config = config or VLLMConfig()
+        python = python or find_vllm()
+        if python is None:
+            raise BaselineError(f"vLLM is not installed. {HOW_TO_INSTALL}")
+        # A file takes whatever vLLM prints, without a thread that has to empty a pipe.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._unread = b""
+        try:
+            self._process = subprocess.Popen(
+                # Without -P, Python would take this very file for vLLM: it lies beside the script.
+                [python, "-P", worker],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=child_environment(python, config),
+                start_new_session=True,
+            )
+        except BaseException as error:
+            self._stderr.close()
+            if isinstance(error, OSError):
+                raise BaselineError(
+                    f"{python} could not be run: {error}. {HOW_TO_INSTALL}"
+                ) from error
+            raise
+        request = {"op": "start", "engine": config.engine_arguments(model)}
+        self.version: str = str(self._ask(request, start_timeout_s).get("version"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, timeout_s: float = 1800.0
+    ) -> VLLMResult:
+        """Answer prompts that are all submitted at once, greedily and past any end of text.
+
+        Args:
+            prompts: token ids, at least one prompt.
+            max_tokens: tokens of each answer.
+            timeout_s: seconds after which vLLM is taken to hang.
+
+        Raises:
+            BaselineError: vLLM failed, died or hung; it is closed then.
+        """
+        request = {
+            "op": "run",
+            "prompts": [[int(token) for token in prompt] for prompt in prompts],
+            "max_tokens": max_tokens,
+        }
+        reply = self._ask(request, timeout_s)
+        try:
+            times = reply["first_token_s"]
+            result = VLLMResult(
+                seconds=float(reply["seconds"]),
+                first_token_s=None if times is None else tuple(map(float, times)),
+                cached_tokens=tuple(map(int, reply["cached_tokens"])),
+                cache_queries=int(reply["cache_queries"]),
+                cache_hits=int(reply["cache_hits"]),
+                token_ids=tuple(tuple(map(int, answer)) for answer in reply["token_ids"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._failed(f"vLLM's reply lacks a figure ({error!r})") from error
+        lengths = [len(answer) for answer in result.token_ids]
+        if lengths != [max_tokens] * len(prompts):
+            raise self._failed(
+                f"vLLM was asked for {len(prompts)} answers of {max_tokens} tokens, and gave"
+                f" {lengths}"
+            )
+        return result
+
+    def reset(self, timeout_s: float = 60.0) -> None:
+        """Empty the prefix cache.
+
+        Raises:
+            BaselineError: vLLM refused, died or hung; it is closed then.
+        """
+        self._ask({"op": "reset"}, timeout_s)
+
+    def close(self) -> None:
+        """End the process and all that it started. May be called again."""
+        self._close(_GRACE_S)
+
+    def _ask(self, request: Mapping[str, object], timeout_s: float) -> dict[str, Any]:
+        """Send one request and wait for its reply; whatever goes wrong closes vLLM."""
+        if self._process.stdin is None or self._process.stdin.closed:
+            raise BaselineError("vLLM is closed. Start another one.")
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._read_line(time.monotonic() + timeout_s)
+        except BrokenPipeError as error:
+            raise self._failed("vLLM died", ends=True) from error
+        except TimeoutError as error:
+            raise self._failed(
+                f"vLLM did not answer {request['op']!r} within {timeout_s:g} seconds"
+            ) from error
+        except BaseException:
+            # Ctrl-C, most likely. What vLLM computes now is of no use to anybody.
+            self._close(0)
+            raise
+        if not line:
+            raise self._failed("vLLM died", ends=True)
+        try:
+            reply = json.loads(line)
+        except ValueError as error:
+            raise self._failed(f"vLLM's reply cannot be read: {line[:200]!r}") from error
+        if not isinstance(reply, dict):
+            raise self._failed(f"vLLM's reply cannot be read: {line[:200]!r}")
+        if "error" in reply:
+            raise self._failed(f"vLLM failed: {reply['error']}", ends=True)
+        return reply
+
+    def _read_line(self, deadline: float) -> bytes:
+        """Read up to the next line feed, or what there is at the end of the pipe.
+
+        Raises:
+            TimeoutError: It took until the deadline, which is in `time.monotonic` seconds.
+        """
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            chunk = os.read(pipe, 1 << 16)
+            if not chunk:
+                # Half a line is a reply that was cut off by its writer's death.
+                return b""
+            self._unread += chunk
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _failed(self, what: str, *, ends: bool = False) -> BaselineError:
+        """Close vLLM and return the error to raise, with the last lines of its stderr.
+
+        Args:
+            what: what happened.
+            ends: whether vLLM is about to end by itself, and may say more until then.
+        """
+        if ends:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_S)
+        status = self._process.poll()
+        if status is not None:
+            what += f" (exit status {status})"
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        self._close(0)
+        said = "\n".join(lines) or "(nothing)"
+        return BaselineError(f"{what}. See the last lines that it printed:\n{said}")
+
+    def _close(self, grace_s: float) -> None:
+        if self._stderr.closed:
+            return
+        try:
+            assert self._process.stdin is not None
+            # The end of its input tells the worker to end, so that vLLM can tidy up.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            if grace_s:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(grace_s)
+        finally:
+            # The session outlives its leader if vLLM left processes behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+            self._stderr.close()
+
+
+def child_environment(python: Path, config: VLLMConfig) -> dict[str, str]:
+    """Environment variables for vLLM: ours, and what its documentation advises on a CPU."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        # Our own environment must not reach into vLLM's.
+        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": str(config.threads),
+        # By default vLLM's scheduler is a process of its own that polls, and one core is kept for
+        # it. In one process it runs between passes, and all cores compute.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # What vLLM sets for Intel's OpenMP in the worker processes that there are none of now.
+        "KMP_BLOCKTIME": "5",
+        "KMP_TPAUSE": "0",
+    }
+    if sys.platform == "linux":
+        libraries = [library for library in (_tcmalloc(), _openmp(python)) if library]
+        if libraries:
+            given = os.environ.get("LD_PRELOAD")
+            environment["LD_PRELOAD"] = ":".join([*libraries, *([given] if given else [])])
+    return environment
+
+
+def _tcmalloc() -> str | None:
+    """TCMalloc, if the system has it."""
+    return ctypes.util.find_library("tcmalloc_minimal")
+
+
+def _openmp(python: Path) -> str | None:
+    """Intel's OpenMP, if it is installed beside vLLM."""
+    library = python.parent.parent / "lib" / "libiomp5.so"
+    return str(library) if library.is_file() else None
