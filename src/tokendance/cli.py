@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -11,6 +11,8 @@ from rich.text import Text
 from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
 from tokendance.config import ReuseMode
 from tokendance.errors import TokenDanceError
+
+BenchName = Literal["prefill", "decode", "storage", "capacity", "fidelity", "all"]
 
 app = typer.Typer(
     help="Serve rounds of LLM agents that share the KV cache of what they all read.",
@@ -52,6 +54,22 @@ def run(
             min=0, help=f"How many, with the correction first-k; {DEFAULT_FIRST_K} if left out."
         ),
     ] = None,
+    fidelity_target: Annotated[
+        float | None,
+        typer.Option(
+            help="Correct as little as keeps the KL divergence from full computation below this, "
+            "by what `tokendance calibrate` has measured; compute where nothing does."
+        ),
+    ] = None,
+    shadow: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of mirrors to compute again, exactly, after the last round, to see how "
+            "near the answers are.",
+        ),
+    ] = 0.0,
     agents: Annotated[
         int | None, typer.Option(min=1, help="Use the first so many agents of the trace.")
     ] = None,
@@ -96,6 +114,8 @@ def run(
             reuse=reuse,
             correction=correction,
             first_k=first_k,
+            fidelity_target=fidelity_target,
+            shadow=shadow,
             agents=agents,
             rounds=rounds,
             max_tokens=max_tokens,
@@ -106,6 +126,60 @@ def run(
             kv_budget=kv_budget,
             json_file=json_file,
         ),
+        Console(),
+    )
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        BenchName,
+        typer.Argument(
+            help="prefill: seconds of a round. decode: tokens per second. storage: bytes per "
+            "agent. capacity: most agents in a time or a memory. fidelity: how near the answers "
+            "are to full computation. all: everything, with a report."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="An alias, a folder, or a Hugging Face hub id.")
+    ] = "smollm2-135m",
+    against: Annotated[
+        Literal["vllm"] | None,
+        typer.Option(help="Measure this engine too, in its own environment (make vllm)."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the figures into this SVG file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for everything, with `all`.", file_okay=False)
+    ] = None,
+    size: Annotated[
+        Literal["full", "tiny"],
+        typer.Option(help="tiny runs every line in seconds; its figures mean nothing."),
+    ] = "full",
+    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each kind.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of texts, lengths and orders.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
+    ] = None,
+) -> None:
+    """Measure: a table while it works, and one JSON line last.
+
+    Ratios come from runs in turn in one process. [bold]tokendance bench prefill --size tiny[/bold]
+    shows in seconds what a suite prints; [bold]tokendance bench all --out results[/bold] takes
+    an hour or two.
+    """
+    from tokendance.bench.suite import BenchSettings
+    from tokendance.commands.bench import BenchOutputs, run_bench
+
+    run_bench(
+        None if suite == "all" else suite,
+        BenchSettings(model, size, repeats, seed, against_vllm=against == "vllm"),
+        BenchOutputs(json_file, plot_file, out),
+        threads,
         Console(),
     )
 

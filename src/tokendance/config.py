@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from tokendance.collector.correction import CorrectionPolicy, FirstK, NoCorrection
+from tokendance.collector.target import FidelityTarget
 from tokendance.errors import ConfigError
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
@@ -35,6 +36,21 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Find out that a file can be written before the work, not after it.
+
+    Raises:
+        ConfigError: naming the command line's option that gave the path.
+    """
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Give {option} another path."
+        ) from error
 
 
 def default_kv_budget() -> int:
@@ -80,16 +96,25 @@ class EngineConfig:
         correction: which tokens of reused segments are computed afresh, with "collective".
         max_batch_tokens: most tokens of one forward pass; longer work is cut into chunks.
         store: memory.
+        target: chooses the correction of each reuse; `correction` is then what it lays out.
+        shadow: share of mirrors that are kept to be computed exactly in idle time; see
+            `engine.shadow`.
     """
 
     reuse: ReuseMode = "collective"
     correction: CorrectionPolicy = field(default_factory=FirstK)
     max_batch_tokens: int = 2048
     store: StoreConfig = field(default_factory=StoreConfig)
+    target: FidelityTarget | None = None
+    shadow: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reuse not in REUSE_MODES:
             raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
+        if not 0 <= self.shadow <= 1:
+            raise ConfigError(f"shadow is {self.shadow}. Give a share from 0 to 1.")
+        if self.target is not None:
+            object.__setattr__(self, "correction", self.target.layout)
         if self.takes_copies:
             # What deviates is known in the pass only: nothing is marked, or stored apart, before.
             object.__setattr__(self, "correction", NoCorrection())

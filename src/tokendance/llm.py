@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tokendance.collector.correction import CorrectionPolicy, make_correction
+from tokendance.collector.target import FidelityTable, FidelityTarget
 from tokendance.config import (
     EngineConfig,
     ReuseMode,
@@ -20,9 +21,11 @@ from tokendance.engine.engine import Engine, RoundRecord
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
+from tokendance.engine.shadow import ShadowReport, compare
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
+from tokendance.models.calibration import table_path
 from tokendance.models.encoder import PromptEncoder
-from tokendance.models.loader import LoadedModel, load_model
+from tokendance.models.loader import LoadedModel, dtype_name, load_model
 from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
@@ -51,6 +54,8 @@ class LLM:
         reuse: ReuseMode = "collective",
         correction: str | CorrectionPolicy = "first-k",
         first_k: int | None = None,
+        fidelity_target: float | None = None,
+        shadow: float = 0.0,
         kv_budget: int | str | None = None,
         dtype: str = "auto",
         device: str = "cpu",
@@ -65,6 +70,9 @@ class LLM:
             reuse: "none", "prefix", "pic", "pic-batched" or "collective"; see `EngineConfig`.
             correction: "first-k", "none", "all", or a policy of your own.
             first_k: tokens of each shared segment that a mirror computes afresh, for "first-k".
+            fidelity_target: KL divergence (nats per token) from full computation; chooses the
+                correction of each reuse by what `tokendance calibrate` has measured.
+            shadow: share of mirrors that `check_shadow()` computes again, exactly.
             kv_budget: bytes of KV memory, as a number or like "2GiB"; a quarter of the machine's
                 memory if left out, half of what is free on another device.
             dtype: "auto", "bfloat16", "float16" or "float32".
@@ -84,17 +92,26 @@ class LLM:
             correction = make_correction(correction, **_given(first_k=first_k))
         elif first_k is not None:
             raise ConfigError("first_k goes with correction 'first-k', not with another policy.")
+        if fidelity_target is not None and reuse != "collective":
+            raise ConfigError(f"fidelity_target goes with reuse 'collective', not {reuse!r}.")
         store = StoreConfig(
             _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
             **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
         )
+        loaded = load_model(str(model), dtype, device)
+        target = None
+        if fidelity_target is not None:
+            table = FidelityTable.read(table_path(str(model), dtype_name(loaded.dtype)))
+            target = FidelityTarget(fidelity_target, table)
         config = EngineConfig(
             reuse=reuse,
             correction=correction,
             store=store,
+            target=target,
+            shadow=shadow,
             **_given(max_batch_tokens=max_batch_tokens),
         )
-        self._start(load_model(str(model), dtype, device), config)
+        self._start(loaded, config)
 
     @classmethod
     def from_loaded(
@@ -202,6 +219,34 @@ class LLM:
             max_history: past rounds that agents remember; as many as fit the context if left out.
         """
         return Session(self, agents, params=params, max_history=max_history)
+
+    def check_shadow(self) -> ShadowReport | None:
+        """Compute one mirror again, exactly, and compare; None if none waits.
+
+        With `shadow=P`, a share P of mirrors waits for this after each round. It costs a whole
+        prompt, so call it when there is nothing else to do.
+        """
+        if not self.engine.shadows.pending:
+            return None
+        shadow = self.engine.shadows.pending.popleft()
+        params = SamplingParams(
+            max_tokens=len(shadow.generated), forced_tokens=shadow.generated, keep_logprobs=True
+        )
+        request = Request(
+            shadow.agent,
+            self.engine.new_round_id(),
+            shadow.prompt,
+            params,
+            max_new_tokens=len(shadow.generated),
+            in_round=False,
+            exact=True,
+            leaves=False,
+        )
+        self._run([request], None)
+        self.engine.pop_round(request.round_id)
+        if request.error is not None:
+            raise request.error
+        return compare(shadow, tuple(request.logprobs))
 
     def make_request(
         self,
@@ -312,7 +357,7 @@ def make_output(request: Request) -> Output:
         reused_tokens=reused,
         corrected_tokens=0 if failed else request.num_corrected,
         stopped_by_text=request.stopped_by_text,
-        logprobs=tuple(request.logprobs),
+        logprobs=tuple(request.logprobs) if request.params.keep_logprobs else (),
     )
 
 

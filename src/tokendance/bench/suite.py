@@ -10,10 +10,10 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.console import Console
 from tokendance.models import demo
 
 Row = dict[str, Any]
+Kind = TypeVar("Kind", bound=Hashable)
 Size = Literal["tiny", "full"]
 
 
@@ -95,7 +96,7 @@ class LiveTable:
             columns: key of the row to heading; a row is right-aligned under its headings.
         """
         self._console = console
-        self._widths = {key: max(len(heading), 9) + 2 for key, heading in columns.items()}
+        self._widths = {key: max(len(heading), 11) + 2 for key, heading in columns.items()}
         console.print(f"\n[bold]{title}[/bold]")
         self._print(columns)
 
@@ -105,7 +106,7 @@ class LiveTable:
 
     def _print(self, cells: Mapping[str, str]) -> None:
         line = "".join(cells[key].rjust(width) for key, width in self._widths.items())
-        self._console.print(line, highlight=False, markup=False, no_wrap=True, crop=False)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _cell(value: object) -> str:
@@ -117,14 +118,14 @@ def _cell(value: object) -> str:
 
 
 def in_turn(
-    kinds: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+    kinds: Mapping[Kind, Callable[[], float]], repeats: int, warm_up: int = 1
+) -> dict[Kind, list[float]]:
     """Run each kind in turn, `repeats` times after `warm_up` rounds that do not count.
 
     Returns:
         For each kind what its runs returned, in order.
     """
-    found: dict[str, list[float]] = {name: [] for name in kinds}
+    found: dict[Kind, list[float]] = {name: [] for name in kinds}
     for turn in range(repeats + warm_up):
         for name, run in kinds.items():
             value = run()

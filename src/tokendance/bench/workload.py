@@ -1,56 +1,282 @@
-"""A round for measurements: people of the example town, and blocks that the model has written."""
+"""Rounds for measurements: text that people and the model wrote, lengths and orders from a seed.
 
+A prompt of a round, as chat messages:
+
+    system  who the agent is, what it remembers            private
+    user    a line before the news (and its history)       private
+            [A: fact, words] [B: fact, words] ...          shared
+            the task, or a question about what one said    private
+
+The words of a block are the model's own, written from the speaker's private part. The fact is a
+sentence of ours, so that a question about it has an answer that can be searched for: it stands in
+the block of the one who said it and nowhere else in the round.
+
+The line before the news keeps the chat template's text out of the first block, which would
+otherwise be another segment wherever it comes first.
+"""
+
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
 from tokendance.engine.sampling import SamplingParams
+from tokendance.errors import ConfigError
 from tokendance.llm import LLM
-from tokendance.rounds.prompts import Part, Prompt, private
+from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
 
+Order = Literal["same", "permuted", "own-first"]
+Overlap = Literal["all", "all-but-own", "neighbours"]
+Source = str | Path
+
+TOWN = "town"
 TASK = "In one sentence, what will you do now, and whom do you need?"
+NEWS = "This is what was said today:\n"
+_ASKED = (
+    TASK,
+    "What worries you most tonight, and why?",
+    "What do you know that the others should hear?",
+)
 _DIARY = "Looking back, {name} remembers what is known of the others. {text}\n"
+_RING = 2  # neighbours on either side
+
+_THINGS = (
+    "lantern", "ladder", "violin", "kettle", "anchor", "basket", "compass", "umbrella",
+    "hammer", "saddle", "mirror", "teapot", "shovel", "candle", "blanket", "trumpet", "bucket",
+    "whistle", "barrel", "wallet", "pillow", "bicycle", "drum", "telescope", "notebook",
+    "helmet", "scarf", "guitar", "hatchet", "sledge", "cradle", "flute", "padlock", "broom",
+    "carpet", "wheelbarrow", "microscope", "necklace", "typewriter", "thimble", "envelope",
+    "spade", "clarinet", "mattress", "bracelet", "corkscrew", "goblet", "harness", "puppet",
+    "rucksack", "sextant", "tripod", "vase", "windmill", "xylophone", "abacus", "banjo",
+    "crowbar", "dagger", "easel", "funnel", "gramophone", "hourglass", "inkwell",
+)  # fmt: skip
+_DEEDS = (
+    ("sold", "sell"),
+    ("lost", "lose"),
+    ("painted", "paint"),
+    ("found", "find"),
+    ("hid", "hide"),
+    ("mended", "mend"),
+    ("broke", "break"),
+    ("borrowed", "borrow"),
+    ("washed", "wash"),
+    ("bought", "buy"),
+    ("carried", "carry"),
+    ("burned", "burn"),
+    ("buried", "bury"),
+    ("dropped", "drop"),
+    ("polished", "polish"),
+    ("weighed", "weigh"),
+    ("measured", "measure"),
+    ("packed", "pack"),
+    ("forgot", "forget"),
+    ("returned", "return"),
+)
+_PLACES = (
+    "at the mill",
+    "behind the chapel",
+    "under the bridge",
+    "in the barn",
+    "on the roof",
+    "at the station",
+    "beside the well",
+    "in the cellar",
+    "near the gate",
+    "in the attic",
+    "by the fountain",
+    "at the school",
+    "in the orchard",
+    "behind the theatre",
+    "on the hill",
+    "in the stable",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadSpec:
+    """What a round looks like.
+
+    Attributes:
+        agents: as many as there are blocks. The people of the source come again under other
+            names where it has fewer.
+        block_tokens: length of a block, its speaker's name and the line break counted.
+        private_tokens: shortest and longest private part; the lengths lie evenly between.
+        order: of the blocks: "same" for all, "permuted" (another for every agent), or
+            "own-first" (an agent's own block in front, the others in the common order).
+        overlap: whose blocks an agent reads: "all", "all-but-own", or "neighbours" (two on
+            either side of it on a ring).
+        source: "town" for the example town, or the path of a trace with its people.
+        seed: of people, lengths, texts, facts and orders.
+    """
+
+    agents: int = 10
+    block_tokens: int = 94
+    private_tokens: tuple[int, int] = (200, 1000)
+    order: Order = "same"
+    overlap: Overlap = "all"
+    source: Source = TOWN
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.private_tokens
+        checks = {
+            "agents": (self.agents >= 2, "2 or more"),
+            "block_tokens": (self.block_tokens >= 1, "1 or more"),
+            "private_tokens": (1 <= shortest <= longest, "1 or more, the shortest first"),
+            "order": (self.order in get_args(Order), f"one of {get_args(Order)}"),
+            "overlap": (self.overlap in get_args(Overlap), f"one of {get_args(Overlap)}"),
+            "seed": (self.seed >= 0, "0 or more"),
+        }
+        for name, (holds, rule) in checks.items():
+            if not holds:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}. It must be {rule}.")
+        if self.order == "own-first" and self.overlap != "all":
+            raise ConfigError(
+                f"With overlap {self.overlap!r} an agent does not read its own block, so it "
+                "cannot come first. Use overlap 'all' with order 'own-first'."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an agent is asked about the round.
+
+    A small model answers few questions in words of its own, so the answer's beginning is given,
+    and what is asked for is the word that comes next.
+
+    Attributes:
+        text: the question.
+        opening: how the answer begins.
+        speaker: whose block has the answer.
+        answer: a word of that block that nothing else in the round has.
+    """
+
+    text: str
+    opening: str
+    speaker: str
+    answer: str
+
+    def answered_by(self, text: str) -> bool:
+        """Say whether an answer has the word."""
+        return self.answer in _words(text)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentView:
+    """What one agent reads.
+
+    Attributes:
+        name: of the agent.
+        system: private text, the system message.
+        before: private text before the blocks.
+        heard: blocks that it reads, by their place in `RoundWorkload.blocks`, in its order.
+        task: after the blocks.
+        question: to ask instead of the task; None where there is none.
+    """
+
+    name: str
+    system: str
+    before: str
+    heard: tuple[int, ...]
+    task: str
+    question: Question | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RoundWorkload:
-    """One round: each agent's private text, the blocks that all of them read, and the task.
+    """One round.
 
     Attributes:
-        systems: (agent, private text) for each agent.
-        blocks: shared parts in one order for all, each by one agent.
+        views: what each agent reads.
+        blocks: shared parts, each by one agent.
+        speakers: of the blocks.
+        spec: what it was made from; None for a recorded round.
     """
 
-    systems: tuple[tuple[str, str], ...]
+    views: tuple[AgentView, ...]
     blocks: tuple[Part, ...]
+    speakers: tuple[str, ...]
+    spec: WorkloadSpec | None = None
 
     def prompts(self) -> list[Prompt]:
-        """Prompts of the round, as chat messages."""
-        return [self._prompt(name, text) for name, text in self.systems]
+        """Prompts of the round, each with its task."""
+        return [self._prompt(view, view.task) for view in self.views]
 
-    def _prompt(self, name: str, text: str) -> Prompt:
-        content = [*self.blocks, private(TASK)]
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What is asked by `question_prompts`, in its order."""
+        return tuple(view.question for view in self.views if view.question is not None)
+
+    def question_prompts(self, llm: LLM) -> list[Prompt]:
+        """Prompts of the agents that have a question, up to where the answer goes on.
+
+        They have the question in place of the task, and are made of token ids, since chat
+        templates end an answer that is given.
+        """
+        prompts = []
+        for view in self.views:
+            if view.question is not None:
+                encoded = llm.encoder.encode(self._prompt(view, view.question.text))
+                parts = [
+                    Part(tuple(segment.token_ids.tolist()), segment.shared)
+                    for segment in encoded.segments
+                ]
+                opening = llm.encoder.text_ids(view.question.opening).tolist()
+                prompts.append(Prompt([*parts, private(opening)], agent=view.name))
+        return prompts
+
+    def head(self, count: int) -> "RoundWorkload":
+        """Return the round of the first so many agents, who read what these have said."""
+        views = tuple(
+            replace(view, heard=tuple(block for block in view.heard if block < count))
+            for view in self.views[:count]
+        )
+        return RoundWorkload(views, self.blocks[:count], self.speakers[:count], self.spec)
+
+    def with_first(self, index: int) -> "RoundWorkload":
+        """Return the round with another agent in front: the master, where all read the same."""
+        views = [self.views[index], *self.views[:index], *self.views[index + 1 :]]
+        return RoundWorkload(tuple(views), self.blocks, self.speakers, self.spec)
+
+    def _prompt(self, view: AgentView, task: str) -> Prompt:
+        content = [
+            private(view.before),
+            *(self.blocks[index] for index in view.heard),
+            private(task),
+        ]
         return Prompt(
             [
-                {"role": "system", "content": [private(text)]},
+                {"role": "system", "content": [private(view.system)]},
                 {"role": "user", "content": content},
             ],
-            agent=name,
+            agent=view.name,
         )
 
     def formula(self, llm: LLM, k: int) -> int:
         """Tokens that a round should compute, private parts cached: S + t + (N - 1)(k B + t).
 
-        S and t are counted on a prompt: the chat template's text before the first block belongs
-        to it, and the text after the task to the task.
+        S and t are counted on a prompt; the template's text after the task belongs to the task.
+
+        Raises:
+            ConfigError: unless all agents read all blocks in one order.
         """
-        prompt = llm.encoder.encode(self.prompts()[0])
-        num_shared = sum(len(segment) for segment in prompt.segments if segment.shared)
-        num_task = len(prompt.segments[-1])
-        mirrors = len(self.systems) - 1
-        return num_shared + num_task + mirrors * (k * len(self.blocks) + num_task)
+        if any(view.heard != self.views[0].heard for view in self.views):
+            raise ConfigError(
+                "The formula holds where all agents read the same blocks in one order. "
+                "Use order 'same' and overlap 'all'."
+            )
+        num_shared = num_task = 0
+        for view, prompt in zip(self.views, self.prompts(), strict=True):
+            segments = llm.encoder.encode(prompt).segments
+            num_shared = sum(len(segment) for segment in segments if segment.shared)
+            num_task += len(segments[-1])
+            num_blocks = len(view.heard)
+        mirrors = len(self.views) - 1
+        return num_shared + num_task + mirrors * k * num_blocks
 
     def warm(self, llm: LLM) -> None:
         """Leave an engine with every agent's private part in its store, and nothing else."""
@@ -64,52 +290,115 @@ class RoundWorkload:
 def make_workload(
     llm: LLM,
     num_agents: int,
-    block_tokens: int = 90,
+    block_tokens: int = 94,
     private_tokens: tuple[int, int] = (200, 1000),
     seed: int = 0,
 ) -> RoundWorkload:
-    """Build a round.
+    """Build a round of the example town in which all read all blocks in one order."""
+    return generate_workload(llm, WorkloadSpec(num_agents, block_tokens, private_tokens, seed=seed))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTexts:
+    """The texts of a round, before anybody is given any; made by `write_texts`.
+
+    Attributes:
+        spec: what they were made from.
+        names: of the agents, who are the speakers of the blocks too.
+        systems: private text of each agent.
+        blocks: what each has said.
+        facts: what each has stated, or None.
+    """
+
+    spec: WorkloadSpec
+    names: tuple[str, ...]
+    systems: tuple[str, ...]
+    blocks: tuple[Part, ...]
+    facts: tuple["_Fact | None", ...]
+
+    def arrange(self, order: Order = "same", overlap: Overlap = "all") -> RoundWorkload:
+        """Give each agent its blocks; whatever the spec says of order and overlap is not used."""
+        spec = replace(self.spec, order=order, overlap=overlap)
+        orders = np.random.default_rng([spec.seed, 1])
+        askers = np.random.default_rng([spec.seed, 2])
+        views = []
+        for index, (name, system) in enumerate(zip(self.names, self.systems, strict=True)):
+            heard = _heard(index, spec, orders)
+            question = _ask(index, heard, self.names, self.facts, askers)
+            views.append(AgentView(name, system, NEWS, heard, TASK, question))
+        return RoundWorkload(tuple(views), self.blocks, self.names, spec)
+
+
+def generate_workload(llm: LLM, spec: WorkloadSpec) -> RoundWorkload:
+    """Build a round from a seed. The same spec and model give the same round.
+
+    Raises:
+        TraceError: if the source cannot be read.
+    """
+    return write_texts(llm, spec).arrange(spec.order, spec.overlap)
+
+
+def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
+    """Write private parts and blocks. They do not depend on the spec's order and overlap.
 
     Args:
-        llm: writes the blocks, each from its agent's private part, and counts tokens.
-        num_agents: as many as there are blocks; the town's people come again under new names
-            where it has fewer.
-        block_tokens: length of what each agent says, its name not counted.
-        private_tokens: shortest and longest private part.
-        seed: of lengths and texts.
+        llm: writes the blocks, each from its speaker's private part, and counts tokens.
+        spec: what the round looks like.
+
+    Raises:
+        TraceError: if the source cannot be read.
     """
-    rng = np.random.default_rng(seed)
-    people = list(read_trace(example_trace()).agents.values())
-    lengths = np.linspace(*private_tokens, num_agents).astype(int)
+    rng = np.random.default_rng(spec.seed)
+    path = example_trace() if spec.source == TOWN else Path(spec.source)
+    people = _shuffled(list(read_trace(path).agents.values()), rng)
+    lengths = np.linspace(*spec.private_tokens, spec.agents).astype(int)
     rng.shuffle(lengths)
-    systems = []
+    names, systems = [], []
     for index, length in enumerate(lengths):
-        person = people[index % len(people)]
-        name = person.name if index < len(people) else f"{person.name} {index // len(people) + 1}"
-        systems.append((name, _private_text(llm, person, people, int(length), rng)))
-    openings = [
-        Prompt(
-            [
-                {"role": "system", "content": [private(text)]},
-                {"role": "user", "content": [private(TASK)]},
+        turn, place = divmod(index, len(people))
+        person = people[place]
+        names.append(f"{person.name} {turn + 1}" if turn else person.name)
+        systems.append(_private_text(llm, person, people, int(length), rng))
+    words = _written_words(llm, systems, spec)
+    facts = _draw_facts(spec.agents, " ".join([*systems, *words, *names]), rng)
+    blocks, facts_said = [], []
+    for name, fact, text in zip(names, facts, words, strict=True):
+        ids, fits = _block(llm, name, fact, text, spec.block_tokens)
+        blocks.append(shared(ids))
+        facts_said.append(fact if fits else None)
+    return RoundTexts(spec, tuple(names), tuple(systems), tuple(blocks), tuple(facts_said))
+
+
+def recorded_workload(path: Path, number: int) -> RoundWorkload:
+    """Take a recorded round of a trace: its histories, its blocks, its tasks, no questions.
+
+    Args:
+        path: of the trace.
+        number: the round's, as the trace has it.
+
+    Raises:
+        TraceError: if the trace cannot be read.
+        ConfigError: if it has no such round.
+    """
+    trace = read_trace(path)
+    for one in trace.rounds:
+        if one.number == number:
+            heard = tuple(range(len(one.shared)))
+            views = [
+                AgentView(
+                    request.agent,
+                    trace.agents[request.agent].system,
+                    request.private_history + "\n\n",
+                    heard,
+                    request.task,
+                )
+                for request in one.requests
             ]
-        )
-        for _, text in systems
-    ]
-    params = [
-        SamplingParams(
-            max_tokens=block_tokens, temperature=0.7, top_p=0.95, seed=seed + index, ignore_eos=True
-        )
-        for index in range(num_agents)
-    ]
-    said = llm.generate(openings, params)
-    session = llm.session()
-    stop_ids = llm.model.stop_ids
-    blocks = [
-        session.block(name, [token for token in output.token_ids if token not in stop_ids])
-        for (name, _), output in zip(systems, said, strict=True)
-    ]
-    return RoundWorkload(tuple(systems), tuple(blocks))
+            blocks = tuple(shared(text + "\n\n") for _, text in one.shared)
+            return RoundWorkload(tuple(views), blocks, tuple(name for name, _ in one.shared))
+    raise ConfigError(
+        f"{path} has no round {number}. It has {[one.number for one in trace.rounds]}."
+    )
 
 
 def _private_text(
@@ -126,3 +415,134 @@ def _private_text(
         text += _DIARY.format(name=person.name, text=" ".join(other.system.split("\n")))
     ids = llm.encoder.text_ids(text)[:length]
     return llm.encoder.decode(ids.tolist())
+
+
+def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list[str]:
+    """What the model says as each person, `block_tokens` tokens or more.
+
+    Where an answer ends too soon, the person is asked something else; what it says last goes on
+    past its end, so that the length is reached.
+    """
+    texts = [""] * len(systems)
+    for turn, asked in enumerate(_ASKED):
+        short = [
+            index
+            for index, text in enumerate(texts)
+            if len(llm.encoder.text_ids(text)) < spec.block_tokens
+        ]
+        if not short:
+            break
+        openings = [
+            Prompt(
+                [
+                    {"role": "system", "content": [private(systems[index])]},
+                    {"role": "user", "content": [private(asked)]},
+                ]
+            )
+            for index in short
+        ]
+        params = [
+            SamplingParams(
+                max_tokens=spec.block_tokens,
+                temperature=0.7,
+                top_p=0.95,
+                seed=1_000_000 * spec.seed + 1000 * turn + index,
+                ignore_eos=turn == len(_ASKED) - 1,
+            )
+            for index in short
+        ]
+        for index, output in zip(short, llm.generate(openings, params), strict=True):
+            said = " ".join(output.text.split())
+            texts[index] = f"{texts[index]} {said}".strip()
+    return texts
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    did: str
+    do: str
+    thing: str
+    place: str
+
+    @property
+    def sentence(self) -> str:
+        return f"I {self.did} the {self.thing} {self.place}."
+
+
+def _draw_facts(count: int, text: str, rng: np.random.Generator) -> list[_Fact | None]:
+    """A fact for each agent, about things that are new to `text`; None when these run out.
+
+    Deeds and places are all different as long as there are enough of them.
+    """
+    known = _words(text)
+    things = [thing for thing in _shuffled(_THINGS, rng) if thing not in known]
+    deeds, places = _shuffled(_DEEDS, rng), _shuffled(_PLACES, rng)
+    facts: list[_Fact | None] = [
+        _Fact(*deeds[index % len(deeds)], thing, places[index % len(places)])
+        for index, thing in enumerate(things)
+    ]
+    return [*facts, *[None] * count][:count]
+
+
+_Item = TypeVar("_Item")
+
+
+def _shuffled(items: Sequence[_Item], rng: np.random.Generator) -> list[_Item]:
+    return [items[index] for index in rng.permutation(len(items))]
+
+
+def _block(
+    llm: LLM, name: str, fact: _Fact | None, words: str, length: int
+) -> tuple[list[int], bool]:
+    """Token ids of a block of `length` tokens with its line break; whether the fact is in it."""
+    said = words if fact is None else f"{fact.sentence} {words}"
+    end = llm.encoder.text_ids("\n").tolist()
+    ids = llm.encoder.text_ids(f"{name}: {said}")[: max(1, length - len(end))].tolist()
+    fits = fact is not None and fact.sentence in llm.encoder.decode(ids)
+    return [*ids, *end], fits
+
+
+def _heard(index: int, spec: WorkloadSpec, rng: np.random.Generator) -> tuple[int, ...]:
+    """Blocks that an agent reads, in its order."""
+    count = spec.agents
+    match spec.overlap:
+        case "all":
+            heard = list(range(count))
+        case "all-but-own":
+            heard = [other for other in range(count) if other != index]
+        case "neighbours":
+            steps = [step for step in range(-_RING, _RING + 1) if step != 0]
+            heard = sorted({(index + step) % count for step in steps} - {index})
+    match spec.order:
+        case "same":
+            pass
+        case "permuted":
+            heard = [heard[place] for place in rng.permutation(len(heard))]
+        case "own-first":
+            heard = [index, *(other for other in heard if other != index)]
+    return tuple(heard)
+
+
+def _ask(
+    index: int,
+    heard: Sequence[int],
+    names: Sequence[str],
+    facts: Sequence[_Fact | None],
+    rng: np.random.Generator,
+) -> Question | None:
+    """A question about a fact that the agent reads and somebody else has stated, if any has."""
+    known = [
+        (names[other], fact)
+        for other in sorted(heard)
+        if other != index and (fact := facts[other]) is not None
+    ]
+    if not known:
+        return None
+    speaker, fact = known[int(rng.integers(len(known)))]
+    return Question(
+        f"What did {speaker} {fact.do}?", f"{speaker} {fact.did} the", speaker, fact.thing
+    )
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z]+", text.lower()))

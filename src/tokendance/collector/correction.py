@@ -17,6 +17,8 @@ from tokendance.rounds.segments import TokenIds
 Mask = npt.NDArray[np.bool_]
 
 DEFAULT_FIRST_K = 4
+EPIC_FIRST_K = 16
+"""What EPIC (arXiv 2410.15332) computes afresh of each block."""
 
 
 class CorrectionPolicy(Protocol):
@@ -58,6 +60,35 @@ class FirstK:
 
 
 @dataclass(frozen=True, slots=True)
+class Edges:
+    """The first tokens of each segment, and the last ones.
+
+    The token that ends a block, a line break most often, gathers what stands before it, and what
+    comes after reads it there. Computed afresh, it buys more than a further token at the
+    beginning, most of all in another order than the owner's (`docs/log.md`).
+    """
+
+    first: int = 3
+    last: int = 1
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.last < 0:
+            raise ConfigError(
+                f"The edges are {self.first} and {self.last} tokens. Give numbers, 0 or more."
+            )
+
+    @property
+    def name(self) -> str:
+        """The policy as the command line spells it."""
+        return "edges"
+
+    def corrected(self, token_ids: TokenIds) -> Mask:
+        """Mark the first and the last tokens."""
+        places = np.arange(len(token_ids))
+        return (places < self.first) | (places >= len(token_ids) - self.last)
+
+
+@dataclass(frozen=True, slots=True)
 class NoCorrection:
     """Reuse every token as the owner computed it: the cheapest, and the least faithful."""
 
@@ -85,7 +116,7 @@ class CorrectAll:
         return np.ones(len(token_ids), np.bool_)
 
 
-CorrectionName = Literal["first-k", "none", "all"]
+CorrectionName = Literal["first-k", "edges", "epic", "none", "all"]
 DEFAULT_CORRECTION: CorrectionName = "first-k"
 CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
 
@@ -99,6 +130,10 @@ def make_correction(name: str, first_k: int = DEFAULT_FIRST_K) -> CorrectionPoli
     match name:
         case "first-k":
             return FirstK(first_k)
+        case "edges":
+            return Edges()
+        case "epic":
+            return FirstK(EPIC_FIRST_K)
         case "none":
             return NoCorrection()
         case "all":

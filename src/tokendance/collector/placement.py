@@ -19,14 +19,16 @@ like all others, and `sources` says from where each is copied before some of the
                 known KV      own        own, with a source              own
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from tokendance.collector.correction import CorrectionPolicy
+from tokendance.collector.target import FidelityTarget, Reuse
 from tokendance.rounds.segments import EncodedPrompt, Segment
 from tokendance.store.entries import (
     Entry,
@@ -133,6 +135,7 @@ def draft_placement(
     correction: CorrectionPolicy,
     rules: ReuseRules,
     round_id: RoundId,
+    target: FidelityTarget | None = None,
 ) -> Draft:
     """Work out a placement. Changes nothing.
 
@@ -145,6 +148,7 @@ def draft_placement(
         correction: which tokens of reused segments to compute afresh.
         rules: what the request may take and leave.
         round_id: the round that it is of.
+        target: chooses the correction of what it reuses; `correction` lays out what it owns.
     """
     length = len(prompt)
     slots = np.full(length + max_new_tokens, UNPLACED, np.int32)
@@ -171,6 +175,9 @@ def draft_placement(
         if start + len(segment) > num_prefix
     ]
     chosen = choose_copies(segments, store, rules, round_id) if rules.segments else {}
+    policy = correction
+    if target is not None and chosen:
+        policy = target.choose(describe_reuse(segments, chosen, store))
     used: list[SegmentCopy] = []
     owned: list[tuple[int, Segment]] = []
     num_corrected = 0
@@ -180,7 +187,7 @@ def draft_placement(
         if copy is None:
             owned.append((start, segment))
             continue
-        afresh = correction.corrected(segment.token_ids)
+        afresh = policy.corrected(segment.token_ids)
         afresh[length - 1 - start :] = True  # the prompt's last token, if it is in this segment
         new = np.arange(start, start + len(segment)) >= num_prefix
         reused = start + np.flatnonzero(new & ~afresh)
@@ -319,6 +326,19 @@ def choose_copies(
             for place_, copies in found.items():
                 chosen.setdefault(place_, copies[-1])
     return dict(sorted(chosen.items()))
+
+
+def describe_reuse(
+    segments: Sequence[tuple[int, Segment]], chosen: Mapping[int, SegmentCopy], store: KVStore
+) -> Reuse:
+    """Say what is known of the reuse of `chosen` copies, at least one, before the pass."""
+    places = sorted(chosen)
+    copies = [chosen[place_] for place_ in places]
+    in_order = len({copy.run for copy in copies}) == 1 and all(
+        one.index < other.index for one, other in itertools.pairwise(copies)
+    )
+    owner_start = int(store.slot_position[copies[0].slots[0]])
+    return Reuse(in_order, max(segments[places[0]][0], owner_start), len(copies))
 
 
 def join_runs(owned: Sequence[tuple[int, Segment]]) -> list[list[tuple[int, Segment]]]:

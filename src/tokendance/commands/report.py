@@ -1,7 +1,8 @@
 """What `tokendance run` prints and writes."""
 
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokendance.collector.correction import FirstK
+from tokendance.engine.shadow import ShadowReport
 from tokendance.llm import LLM
+from tokendance.models.loader import dtype_name
 from tokendance.outputs import RoundResult, RoundStats
 
 
@@ -81,13 +84,30 @@ def _computed(done: Sequence[DoneRound]) -> int:
     return sum(one.result.stats.computed_tokens for one in done)
 
 
-def document(llm: LLM, done: Sequence[DoneRound]) -> dict[str, Any]:
+def print_shadows(reports: Sequence[ShadowReport], num_dropped: int, console: Console) -> None:
+    """Print how far some mirrors were from exact computation."""
+    if not reports:
+        console.print("No mirror was drawn to be computed again.")
+        return
+    mean = statistics.mean
+    dropped = f" ({num_dropped} more had to give way)" if num_dropped else ""
+    console.print(
+        f"{len(reports)} mirrors were computed again, exactly{dropped}: KL divergence of the next "
+        f"token {mean(one.kl_next for one in reports):.4f}, over the answers' first tokens "
+        f"{mean(one.kl for one in reports):.4f} (worst {max(one.kl for one in reports):.4f}); "
+        f"the same token first in {mean(one.top1 for one in reports):.1%}."
+    )
+
+
+def document(
+    llm: LLM, done: Sequence[DoneRound], shadows: Sequence[ShadowReport]
+) -> dict[str, Any]:
     """Make the document of `--json`."""
     return {
         "model": llm.model.name,
         "reuse": llm.engine.config.reuse,
         "correction": _correction_name(llm),
-        "dtype": dtype_name(llm),
+        "dtype": dtype_name(llm.model.dtype),
         "threads": torch.get_num_threads(),
         "rounds": [
             {
@@ -108,6 +128,7 @@ def document(llm: LLM, done: Sequence[DoneRound]) -> dict[str, Any]:
             }
             for one in done
         ],
+        "shadows": [asdict(one) for one in shadows],
         "outputs": [
             {
                 "round": one.number,
@@ -122,11 +143,6 @@ def document(llm: LLM, done: Sequence[DoneRound]) -> dict[str, Any]:
     }
 
 
-def dtype_name(llm: LLM) -> str:
-    """Name the dtype as the command line does."""
-    return str(llm.model.dtype).removeprefix("torch.")
-
-
 def reuse_name(llm: LLM) -> str:
     """Say what is reused and corrected."""
     correction = _correction_name(llm)
@@ -139,5 +155,7 @@ def _correction_name(llm: LLM) -> str | None:
     config = llm.engine.config
     if config.reuse != "collective":
         return None
+    if config.target is not None:
+        return f"for a KL of {config.target.kl:g}"
     policy = config.correction
     return f"first-{policy.k}" if isinstance(policy, FirstK) else policy.name

@@ -16,17 +16,19 @@ from tokendance.collector.estimate import PrefixEstimate
 from tokendance.commands.report import (
     DoneRound,
     document,
-    dtype_name,
+    print_shadows,
     print_summary,
     print_table,
     print_words,
     reuse_name,
 )
-from tokendance.config import ReuseMode, format_bytes
+from tokendance.config import ReuseMode, check_writable, format_bytes
 from tokendance.engine.sampling import SamplingParams
+from tokendance.engine.shadow import ShadowReport
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
 from tokendance.llm import LLM
 from tokendance.llm import Progress as ReportProgress
+from tokendance.models.loader import dtype_name
 from tokendance.outputs import RoundResult
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
@@ -50,6 +52,8 @@ class RunSettings:
     reuse: ReuseMode
     correction: CorrectionName | None
     first_k: int | None
+    fidelity_target: float | None
+    shadow: float
     agents: int | None
     rounds: int | None
     max_tokens: int | None
@@ -78,22 +82,27 @@ def run_trace(settings: RunSettings, console: Console) -> None:
             reuse=settings.reuse,
             correction=settings.correction or DEFAULT_CORRECTION,
             first_k=settings.first_k,
+            fidelity_target=settings.fidelity_target,
+            shadow=settings.shadow,
             kv_budget=settings.kv_budget,
             dtype=settings.dtype,
         )
     console.print(
-        f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm)}, "
+        f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, {reuse_name(llm)}, "
         f"KV budget {format_bytes(llm.engine.config.store.kv_budget)}"
     )
     player = _replay if trace.rounds else _live
     estimate = PrefixEstimate(llm.engine.config.store.page_size)
     done: list[DoneRound] = []
+    shadows: list[ShadowReport] = []
     try:
         for number, result in player(llm, trace, settings, console):
             prompts = [(o.prompt_token_ids, o.token_ids) for o in result.outputs if not o.error]
             done.append(DoneRound(number, result, estimate.add_round(prompts)))
             print_words(result, console)
+        if settings.shadow > 0:
+            _check_shadows(llm, shadows, console)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
         raise typer.Exit(130) from None
@@ -102,11 +111,20 @@ def run_trace(settings: RunSettings, console: Console) -> None:
         if done:
             print_table(done, console)
             print_summary(done, llm, console)
+            if settings.shadow > 0:
+                print_shadows(shadows, llm.engine.shadows.num_dropped, console)
         if settings.json_file is not None:
-            text = json.dumps(document(llm, done), ensure_ascii=False, indent=1)
+            text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
             settings.json_file.write_text(text + "\n")
             console.print(f"Figures and answers are in {escape(str(settings.json_file))}.")
     _raise_errors(done)
+
+
+def _check_shadows(llm: LLM, reports: list[ShadowReport], console: Console) -> None:
+    """Compute the mirrors that wait for it, one by one, so that an interrupt loses one only."""
+    with console.status("Computing mirrors again, exactly ..."):
+        while (report := llm.check_shadow()) is not None:
+            reports.append(report)
 
 
 def _check_settings(settings: RunSettings, trace: Trace) -> None:
@@ -120,6 +138,13 @@ def _check_settings(settings: RunSettings, trace: Trace) -> None:
             f"--correction and --first-k go with --reuse collective, not with {settings.reuse}. "
             "Leave them out."
         )
+    if settings.fidelity_target is not None and (
+        settings.reuse != "collective" or settings.correction or settings.first_k is not None
+    ):
+        raise ConfigError(
+            "--fidelity-target chooses the correction, so it goes with --reuse collective and "
+            "without --correction and --first-k."
+        )
     if trace.rounds and settings.temperature > 0:
         raise ConfigError(
             "The answers of recorded rounds are replayed as recorded, so --temperature has no "
@@ -131,7 +156,7 @@ def _check_settings(settings: RunSettings, trace: Trace) -> None:
             "Ask for fewer."
         )
     if settings.json_file is not None:
-        _check_writable(settings.json_file)
+        check_writable(settings.json_file, "--json")
 
 
 def _first_agents(trace: Trace, count: int | None) -> Trace:
@@ -153,17 +178,6 @@ def _first_agents(trace: Trace, count: int | None) -> Trace:
         for one in trace.rounds
     ]
     return Trace(kept, [one for one in rounds if one.requests])
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the work, not after it."""
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror}. Give --json another path."
-        ) from error
 
 
 def _live(

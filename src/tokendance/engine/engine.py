@@ -17,6 +17,7 @@ from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory, Runner
 from tokendance.engine.sampling import choose_tokens
 from tokendance.engine.scheduler import Scheduled, Scheduler
+from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
 from tokendance.errors import AbortedError, ConfigError, NumericsError
 from tokendance.models.loader import LoadedModel
 from tokendance.store.entries import RoundId
@@ -84,6 +85,7 @@ class Engine:
             ) from error
         self.runner = Runner(model, memory)
         self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
+        self.shadows = Shadows(config.shadow)
         self._decode = decode
         self._rounds: dict[RoundId, RoundRecord] = {}
         self._round_ids = itertools.count()
@@ -100,6 +102,7 @@ class Engine:
         """
         for request in requests:
             self._rounds.setdefault(request.round_id, RoundRecord()).requests.append(request)
+            self.shadows.draw(request)
             if request.error is not None:
                 self._finish(request, "error")
         sound = [request for request in requests if request.error is None]
@@ -193,7 +196,9 @@ class Engine:
             forced = request.params.forced_tokens
             if forced is not None:
                 token = forced[len(request.generated)]
-            if request.params.keep_logprobs:
+            if request.params.keep_logprobs or (
+                request.shadowed and len(request.logprobs) < SHADOW_TOKENS
+            ):
                 request.logprobs.append(torch.log_softmax(row_logits, dim=-1))
             if request.first_token_s is None:
                 request.first_token_s = now
@@ -201,6 +206,7 @@ class Engine:
             reason = self._append(request, token)
             if reason is not None:
                 self.scheduler.keep_answer(request)
+                self.shadows.keep(request)
                 self.scheduler.release(request, keep_kv=True)
                 self._finish(request, reason)
                 done.append(request)

@@ -30,6 +30,8 @@ class Request:
         max_new_tokens: most tokens that it may generate, within the model's context.
         in_round: whether it may reuse shared segments wherever they stand, and leave its own.
         exact: computed whole, in forward passes of its own.
+        leaves: whether others may reuse what it computes.
+        shadowed: whether its first distributions are kept; `engine.shadow` writes it.
         owns_order: see `collector.owners.Start`; the engine writes it.
         seed: of its random numbers.
         generator: of its random numbers; the sampler draws one a token.
@@ -37,7 +39,8 @@ class Request:
         placement: where its KV lies; the scheduler writes it on admission.
         num_computed: tokens whose KV is computed or scheduled; the scheduler writes it.
         generated: the answer so far; the engine writes it.
-        logprobs: float32 (vocabulary,) per generated token, if asked for; the engine writes it.
+        logprobs: float32 (vocabulary,) per generated token, if asked for, or the first
+            ones if it is shadowed; the engine writes it.
         finish_reason: "stop", "length" or "error" when it is done; the engine writes it.
         stopped_by_text: whether a stop text ended it; the engine writes it.
         error: what went wrong, with reason "error".
@@ -55,6 +58,8 @@ class Request:
     max_new_tokens: int
     in_round: bool = True
     exact: bool = False
+    leaves: bool = True
+    shadowed: bool = False
     owns_order: bool = False
     seed: int = 0
     generator: random.Random = field(init=False)

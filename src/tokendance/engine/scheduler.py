@@ -66,12 +66,13 @@ class Scheduler:
     def rules(self, request: Request) -> ReuseRules:
         """What a request may take from the store and leave there."""
         reuse = self._config.reuse
+        leave = reuse != "none" and request.leaves
         if request.exact:
-            return ReuseRules(prefix=False, segments=False, leave=reuse != "none")
+            return ReuseRules(prefix=False, segments=False, leave=leave)
         return ReuseRules(
             prefix=reuse != "none",
             segments=reuse not in ("none", "prefix") and request.in_round,
-            leave=reuse != "none",
+            leave=leave,
             copies=self._config.takes_copies,
             owns_order=request.owns_order,
         )
@@ -117,6 +118,7 @@ class Scheduler:
             self._config.correction,
             rules,
             request.round_id,
+            self._config.target,
         )
 
     def _too_large(self, request: Request, rules: ReuseRules) -> BudgetError:

@@ -60,6 +60,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as the command line does."""
+    return str(dtype).removeprefix("torch.")
+
+
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
     """Load a model by alias, folder or hub id.
 

@@ -1,0 +1,105 @@
+"""The engines that a suite compares: one per mode, over one model and one KV memory."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from tokendance.bench.suite import BenchSettings
+from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
+from tokendance.config import EngineConfig, ReuseMode, StoreConfig
+from tokendance.engine.runner import KVMemory
+from tokendance.engine.sampling import SamplingParams
+from tokendance.llm import LLM
+from tokendance.models import demo
+from tokendance.models.loader import LoadedModel
+from tokendance.outputs import RoundResult
+from tokendance.rounds.prompts import Prompt
+
+DTYPES = ("bfloat16", "float32")
+PAGE_SIZE = StoreConfig(1).page_size
+
+
+def make_engines(
+    model: LoadedModel, modes: Iterable[ReuseMode], num_tokens: int
+) -> dict[ReuseMode, LLM]:
+    """Make an engine per mode, each with room for `num_tokens`, in one memory for all.
+
+    They may be used in turn, never at the same time: what one has stored, the next overwrites.
+    `llm.engine.store.clear()` before each use keeps them honest.
+    """
+    num_pages = -(-num_tokens // PAGE_SIZE)
+    budget = num_pages * PAGE_SIZE * model.shape.kv_bytes_per_token(model.dtype)
+    memory = KVMemory.allocate(model, num_pages * PAGE_SIZE)
+    return {
+        mode: LLM.from_loaded(model, EngineConfig(mode, store=StoreConfig(budget)), memory)
+        for mode in modes
+    }
+
+
+def answer_params(num_tokens: int) -> SamplingParams:
+    """Greedy answers of exactly so many tokens."""
+    return SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+
+
+def run_checked(llm: LLM, prompts: list[Prompt], num_tokens: int) -> RoundResult:
+    """Run a round; an agent that failed is an error, not a quick answer."""
+    result = llm.run_round(prompts, answer_params(num_tokens))
+    result.raise_for_errors()
+    return result
+
+
+def wall_seconds(result: RoundResult) -> float:
+    """Seconds of a whole round."""
+    return result.stats.prefill_s + result.stats.decode_s
+
+
+def vllm_round(
+    vllm: VLLM, llm: LLM, prompts: list[Prompt], cached: list[list[int]], num_tokens: int
+) -> VLLMResult:
+    """Run the same token ids through vLLM, with the same beginnings in its prefix cache.
+
+    Args:
+        vllm: started on the same model.
+        llm: encodes the prompts.
+        prompts: of the round.
+        cached: token ids that it has computed before, and nothing else; not timed.
+        num_tokens: of each answer.
+    """
+    vllm.reset()
+    if cached:
+        vllm.run(cached, 1)
+    return vllm.run([llm.encoder.encode(p).token_ids.tolist() for p in prompts], num_tokens)
+
+
+@contextmanager
+def started_vllm(
+    settings: BenchSettings,
+    console: Console,
+    *,
+    max_context: int,
+    num_tokens: int,
+    token_bytes: int,
+) -> Iterator[VLLM | None]:
+    """Start vLLM if the user asks for it and it is installed; say so where it is not.
+
+    Args:
+        settings: of the suite.
+        console: to say it on.
+        max_context: longest prompt with its answer.
+        num_tokens: that its KV memory has room for.
+        token_bytes: of the KV of one token in bfloat16.
+    """
+    if not settings.against_vllm:
+        yield None
+    elif find_vllm() is None:
+        console.print(f"vLLM is left out: it is not installed. {HOW_TO_INSTALL}")
+        yield None
+    else:
+        folder = demo.checkpoint() if settings.model == demo.ALIAS else Path(settings.model)
+        config = VLLMConfig(max_context=max_context, kv_bytes=num_tokens * token_bytes)
+        with console.status("Starting vLLM (it compiles the model: about two minutes) ..."):
+            vllm = VLLM(folder, config)
+        with vllm:
+            yield vllm

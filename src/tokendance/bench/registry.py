@@ -1,0 +1,29 @@
+"""The suites by name: modules with `run(settings, console)` and `plot(result, path)`."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, Protocol, cast, get_args
+
+from rich.console import Console
+
+from tokendance.bench.suite import BenchSettings, SuiteResult
+
+SuiteName = Literal["prefill", "decode", "storage", "capacity", "fidelity"]
+SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
+
+
+class SuiteModule(Protocol):
+    """What a module in `bench/suites` offers."""
+
+    def run(self, settings: BenchSettings, console: Console) -> SuiteResult:
+        """Measure, printing rows as they come."""
+        ...
+
+    def plot(self, result: SuiteResult, path: Path) -> None:
+        """Draw a result as SVG."""
+        ...
+
+
+def load_suite(name: SuiteName) -> SuiteModule:
+    """Import a suite."""
+    return cast(SuiteModule, import_module(f"tokendance.bench.suites.{name}"))

@@ -1,0 +1,49 @@
+"""The report of `tokendance bench all`: headlines, tables and plots of all suites in one page."""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokendance.bench.suite import Row, SuiteResult, describe_machine
+
+
+def write_report(results: Sequence[SuiteResult], folder: Path) -> Path:
+    """Write `report.md` beside the plots of its suites, and return its path."""
+    machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
+    lines = [
+        "# Benchmarks",
+        "",
+        f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}. {machine}. Model: {results[0].model}.",
+    ]
+    for result in results:
+        lines += ["", f"## {result.suite}", "", f"    tokendance bench {result.suite}", ""]
+        lines += _table([{"headline": k, "figure": v} for k, v in result.headline.items()])
+        lines += ["", f"![{result.suite}]({result.suite}.svg)"]
+        for rows in _kinds(result.rows):
+            lines += ["", *_table(rows)]
+        lines += ["", *(f"- {note}" for note in result.notes)]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def _kinds(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows with the same keys make one table."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row), []).append(row)
+    return list(kinds.values())
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table; what is a list or a mapping stays in the JSON file."""
+    columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(_cell(row[key]) for key in columns)} |" for row in rows]
+    return lines
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,120 @@
+"""`tokendance bench`: run suites, print their tables, write JSON, plots and the report."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tokendance.bench.registry import SUITES, SuiteModule, SuiteName, load_suite
+from tokendance.bench.report import write_report
+from tokendance.bench.suite import BenchSettings, SuiteResult
+from tokendance.config import check_writable
+from tokendance.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOutputs:
+    """Where the results go, besides the screen.
+
+    Attributes:
+        json_file: gets the JSON line.
+        plot_file: gets the plot, as SVG.
+        folder: gets JSON, plots and report of all suites.
+    """
+
+    json_file: Path | None
+    plot_file: Path | None
+    folder: Path | None
+
+
+def run_bench(
+    suite: SuiteName | None,
+    settings: BenchSettings,
+    outputs: BenchOutputs,
+    threads: int | None,
+    console: Console,
+) -> None:
+    """Run one suite, or all of them into a folder.
+
+    Args:
+        suite: to run; None for all.
+        settings: of the suites.
+        outputs: see there.
+        threads: of torch; all cores if None.
+        console: for tables; the JSON line is printed last, as it is.
+
+    Raises:
+        TokenDanceError: for a mistake of the user, found before anything is measured.
+        typer.Exit: with code 130 if the user interrupts; suites that are done are written.
+    """
+    _check(suite, outputs)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    done: list[SuiteResult] = []
+    try:
+        for name in [suite] if suite is not None else SUITES:
+            console.rule(f"[bold]{name}[/bold]")
+            module = load_suite(name)
+            done.append(module.run(settings, console))
+            _print_headline(done[-1], console)
+            _write(module, done[-1], outputs, console)
+            print(done[-1].to_json(), flush=True)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted after {len(done)} suites; nothing is left running.")
+        raise typer.Exit(130) from None
+    finally:
+        if outputs.folder is not None and done:
+            report = write_report(done, outputs.folder)
+            console.print(f"The report is {escape(str(report))}.")
+
+
+def _check(suite: SuiteName | None, outputs: BenchOutputs) -> None:
+    """Refuse what cannot be written, before minutes of work."""
+    if suite is None and outputs.folder is None:
+        raise ConfigError("`bench all` writes a report. Say where with --out FOLDER.")
+    if suite is None and (outputs.json_file or outputs.plot_file):
+        raise ConfigError("--json and --plot go with one suite; `bench all` takes --out.")
+    if suite is not None and outputs.folder is not None:
+        raise ConfigError("--out goes with `bench all`; one suite takes --json and --plot.")
+    if (outputs.plot_file or outputs.folder) and find_spec("matplotlib") is None:
+        raise ConfigError(
+            "Plots need matplotlib. Install it with `pip install 'tokendance[bench]'`."
+        )
+    for option, path in (("--json", outputs.json_file), ("--plot", outputs.plot_file)):
+        if path is not None:
+            check_writable(path, option)
+    if outputs.folder is not None:
+        try:
+            outputs.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{outputs.folder} cannot be made: {error.strerror}. Give --out another path."
+            ) from error
+        check_writable(outputs.folder / "report.md", "--out")
+
+
+def _print_headline(result: SuiteResult, console: Console) -> None:
+    for key, value in result.headline.items():
+        shown = "not measured" if value is None else f"{value:.3g}"
+        console.print(f"  {key}: [bold]{shown}[/bold]", highlight=False)
+    for note in result.notes:
+        console.print(f"  {escape(note)}", highlight=False)
+
+
+def _write(
+    suite: SuiteModule, result: SuiteResult, outputs: BenchOutputs, console: Console
+) -> None:
+    json_file, plot_file = outputs.json_file, outputs.plot_file
+    if outputs.folder is not None:
+        json_file = outputs.folder / f"{result.suite}.json"
+        plot_file = outputs.folder / f"{result.suite}.svg"
+    if json_file is not None:
+        json_file.write_text(result.to_json() + "\n", encoding="utf-8")
+        console.print(f"The figures are in {escape(str(json_file))}.")
+    if plot_file is not None:
+        suite.plot(result, plot_file)
+        console.print(f"The plot is {escape(str(plot_file))}.")

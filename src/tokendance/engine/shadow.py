@@ -1,0 +1,108 @@
+"""Shadows: a share of mirrors, kept to be computed exactly when there is nothing else to do.
+
+A mirror's answer is what the model says over reused KV. Its shadow is the same prompt computed
+whole, with the same answer forced, so that both distributions can be compared token by token.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokendance.engine.request import Request
+from tokendance.rounds.segments import EncodedPrompt
+
+# Distributions over a large vocabulary are heavy (200 kB a token): so many tokens are compared,
+# and so many mirrors wait.
+SHADOW_TOKENS = 16
+MAX_PENDING = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shadow:
+    """A mirror that is done, and waits to be computed exactly.
+
+    Attributes:
+        agent: whose it is.
+        prompt: what it read.
+        generated: the beginning of its answer.
+        logprobs: float32 (vocabulary,) for each token of that beginning.
+    """
+
+    agent: str
+    prompt: EncodedPrompt
+    generated: tuple[int, ...]
+    logprobs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowReport:
+    """How far one mirror was from exact computation.
+
+    Attributes:
+        agent: whose it is.
+        tokens: of the answer, compared.
+        kl_next: KL divergence (nats) of the first of them.
+        kl: mean over all of them.
+        top1: share of them at which both put the same token first.
+    """
+
+    agent: str
+    tokens: int
+    kl_next: float
+    kl: float
+    top1: float
+
+
+class Shadows:
+    """Chooses mirrors at random and keeps what they said.
+
+    Attributes:
+        pending: mirrors to compute exactly; the oldest give way when there are too many.
+        num_dropped: those that gave way.
+    """
+
+    def __init__(self, share: float) -> None:
+        """Keep a share (0 to 1) of mirrors."""
+        self._share = share
+        self._random = random.Random(0)
+        self.pending: deque[Shadow] = deque()
+        self.num_dropped = 0
+
+    def draw(self, request: Request) -> None:
+        """Decide whether a request's distributions are kept; the engine calls it once for each."""
+        may = request.in_round and not request.exact
+        request.shadowed = may and self._random.random() < self._share
+
+    def keep(self, request: Request) -> None:
+        """Take over a request that is done, if it was chosen and read KV of another context."""
+        placement = request.placement
+        if not request.shadowed or placement is None or not request.logprobs:
+            return
+        if placement.num_exact >= len(request.prompt):
+            return
+        logprobs = tuple(request.logprobs[:SHADOW_TOKENS])
+        # The token that ended an answer is not among the generated ones.
+        generated = tuple(request.generated[:SHADOW_TOKENS])
+        if len(self.pending) == MAX_PENDING:
+            self.pending.popleft()
+            self.num_dropped += 1
+        self.pending.append(
+            Shadow(request.agent, request.prompt, generated, logprobs[: len(generated)])
+        )
+
+
+def compare(shadow: Shadow, exact: tuple[Tensor, ...]) -> ShadowReport:
+    """Compare a mirror's distributions with the exact ones, as many as it has."""
+    expected, found = torch.stack(exact), torch.stack(shadow.logprobs)
+    kl = (expected.exp() * (expected - found)).sum(dim=-1)
+    same = expected.argmax(dim=-1) == found.argmax(dim=-1)
+    return ShadowReport(
+        shadow.agent,
+        len(shadow.generated),
+        float(kl[0]),
+        float(kl.mean()),
+        float(same.float().mean()),
+    )

@@ -1,0 +1,177 @@
+"""Every suite at a tiny size on a tiny model: the shape of what it prints, never its figures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from rich.console import Console
+
+from tokendance import cli
+from tokendance.bench import arms
+from tokendance.bench.registry import SUITES
+from tokendance.bench.suite import BenchSettings, in_turn, ratio
+from tokendance.bench.suites.capacity import _Search
+from tokendance.commands.bench import BenchOutputs, run_bench
+from tokendance.errors import ConfigError
+
+HEADLINES: dict[str, set[str]] = {
+    "prefill": {
+        f"{figure}_{agents}"
+        for figure in (
+            "speedup_vs_prefix", "speedup_vs_pic", "speedup_vs_pic_batched", "floor_ratio"
+        )
+        for agents in (10, 50)
+    } | {"speedup_vs_vllm_10"},
+    "decode": {"speedup_vs_dense_32", "speedup_vs_vllm_32"},
+    "storage": {"mirror_compression", "shared_compression", "resident_compression"},
+    "capacity": {
+        "agents_vllm", "agents_prefix", "agents_pic", "agents_collective", "ratio_vs_vllm",
+        "ratio_by_memory",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Callable[..., Path]) -> str:
+    return str(model_folder("llama", max_position_embeddings=4096))
+
+
+def run(
+    suite: str,
+    model: str,
+    outputs: BenchOutputs,
+    capsys: pytest.CaptureFixture[str],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run a suite as the command does; return the JSON of its last line."""
+    chosen = BenchSettings(model, "tiny", repeats=1, **settings)
+    run_bench(suite, chosen, outputs, None, Console())  # type: ignore[arg-type]
+    document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return document
+
+
+@pytest.mark.parametrize("suite", [name for name in SUITES if name != "fidelity"])
+def test_a_suite_prints_its_json_and_draws_its_plot(
+    suite: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = BenchOutputs(tmp_path / "a.json", tmp_path / "a.svg", None)
+    document = run(suite, model, outputs, capsys)
+    assert document["suite"] == suite
+    assert document["model"] == model
+    assert document["machine"]["threads"] >= 1
+    assert set(document["headline"]) == HEADLINES[suite]
+    assert document["rows"]
+    assert json.loads((tmp_path / "a.json").read_text()) == document
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_prefill_counts_what_each_mode_computes(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run("prefill", model, BenchOutputs(None, None, None), capsys)["rows"]
+    computed = {row["mode"]: row["computed_tokens"] for row in rows if row["agents"] == 3}
+    assert computed["floor"] < computed["collective"] < computed["pic"] < computed["prefix"]
+    assert computed["pic"] == computed["pic-batched"]
+    assert computed["prefix"] < computed["none"]
+
+
+def test_storage_counts_shared_parts_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run("storage", model, BenchOutputs(None, None, None), capsys)["rows"]
+    last = {row["mode"]: row for row in rows if row["round"] == 2}
+    assert last["prefix"]["shared_compression"] == 1
+    assert last["collective"]["dense_mib"] == last["prefix"]["dense_mib"]
+    assert 1 < last["collective"]["shared_compression"] <= 3
+    assert last["pic-batched"]["shared_compression"] == 1
+
+
+def test_bench_all_writes_a_report(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tokendance.commands.bench.SUITES", ("storage", "decode"))
+    run_bench(
+        None,
+        BenchSettings(model, "tiny", repeats=1),
+        BenchOutputs(None, None, tmp_path / "out"),
+        None,
+        Console(),
+    )
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## storage" in report
+    assert "![decode](decode.svg)" in report
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.md", "storage.json", "storage.svg", "decode.json", "decode.svg",
+    }  # fmt: skip
+    capsys.readouterr()
+
+
+def test_without_vllm_its_rows_are_left_out_and_that_is_said(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arms, "find_vllm", lambda: None)
+    run_bench(
+        "decode",
+        BenchSettings(model, "tiny", repeats=1, against_vllm=True),
+        BenchOutputs(None, None, None),
+        None,
+        Console(),
+    )
+    out = capsys.readouterr().out
+    assert "vLLM is left out" in out
+    assert "make vllm" in out
+    assert json.loads(out.splitlines()[-1])["headline"]["speedup_vs_vllm_32"] is None
+
+
+@pytest.mark.parametrize(
+    ("suite", "outputs"),
+    [
+        (None, BenchOutputs(None, None, None)),
+        (None, BenchOutputs(Path("a.json"), None, Path("out"))),
+        ("decode", BenchOutputs(None, None, Path("out"))),
+        ("decode", BenchOutputs(Path("no/such/folder/a.json"), None, None)),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused_before_the_work(
+    suite: str | None, outputs: BenchOutputs
+) -> None:
+    with pytest.raises(ConfigError):
+        run_bench(suite, BenchSettings(), outputs, None, Console())  # type: ignore[arg-type]
+
+
+def test_the_command_line_knows_all_suites() -> None:
+    assert get_args(cli.BenchName) == (*SUITES, "all")
+
+
+def test_runs_in_turn_leave_out_the_warm_up() -> None:
+    order: list[str] = []
+    values = iter(range(100))
+
+    def kind(name: str) -> Callable[[], float]:
+        def call() -> float:
+            order.append(name)
+            return float(next(values))
+
+        return call
+
+    found = in_turn({"a": kind("a"), "b": kind("b")}, repeats=2)
+    assert order == ["a", "b"] * 3
+    assert found == {"a": [2.0, 4.0], "b": [3.0, 5.0]}
+    assert ratio(found["b"], found["a"]) == pytest.approx((3 / 2 + 5 / 4) / 2)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 16, 64])
+@pytest.mark.parametrize("largest", [0, 1, 2, 3, 5, 16, 63, 64, 200])
+def test_the_search_finds_the_largest_size_in_time(largest: int, limit: int) -> None:
+    probes: list[int] = []
+
+    def measure(size: int) -> float:
+        probes.append(size)
+        assert 1 <= size <= limit
+        return 1.0 if size <= largest else 3.0
+
+    assert _Search(measure, 2.0, limit).largest() == min(largest, limit)
+    assert len(set(probes)) <= 14

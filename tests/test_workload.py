@@ -1,0 +1,249 @@
+"""The generator of rounds: seeds, orders, overlaps, the formula, and questions with answers."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tokendance import LLM, SamplingParams
+from tokendance.bench.fidelity import measure_fidelity, measure_recall, reference_answers
+from tokendance.bench.workload import (
+    Order,
+    RoundTexts,
+    RoundWorkload,
+    WorkloadSpec,
+    generate_workload,
+    recorded_workload,
+    write_texts,
+)
+from tokendance.collector.correction import Edges, make_correction
+from tokendance.config import EngineConfig, StoreConfig
+from tokendance.errors import ConfigError, TraceError
+from tokendance.models.loader import LoadedModel, load_model
+from tokendance.rounds.segments import as_token_ids
+
+# The tiny model's tokens are bytes, and blocks must hold a name and a fact. Other knobs are small.
+SPEC = WorkloadSpec(agents=3, block_tokens=80, private_tokens=(60, 90), seed=3)
+MakeLLM = Callable[..., LLM]
+
+
+@pytest.fixture(scope="module")
+def wide(model_folder: Callable[..., Path]) -> LoadedModel:
+    return load_model(str(model_folder("llama", max_position_embeddings=2048)), "float32")
+
+
+@pytest.fixture(scope="module")
+def llm(wide: LoadedModel) -> LLM:
+    return LLM.from_loaded(wide, EngineConfig("prefix", store=StoreConfig(2**22)))
+
+
+@pytest.fixture(scope="module")
+def texts(llm: LLM) -> RoundTexts:
+    return write_texts(llm, SPEC)
+
+
+@pytest.fixture(scope="module")
+def workload(texts: RoundTexts) -> RoundWorkload:
+    return texts.arrange()
+
+
+def block_texts(llm: LLM, workload: RoundWorkload) -> list[str]:
+    return [llm.encoder.decode(list(part.content)) for part in workload.blocks]  # type: ignore[arg-type]
+
+
+def test_the_same_seed_gives_the_same_round(llm: LLM, workload: RoundWorkload) -> None:
+    assert generate_workload(llm, SPEC) == workload
+    other = generate_workload(llm, replace(SPEC, seed=4))
+    assert other.blocks != workload.blocks
+    assert [view.system for view in other.views] != [view.system for view in workload.views]
+
+
+def test_lengths_are_as_asked(llm: LLM, workload: RoundWorkload) -> None:
+    assert {len(part.content) for part in workload.blocks} == {80}
+    lengths = [len(llm.encoder.text_ids(view.system)) for view in workload.views]
+    assert sorted(lengths) == [60, 75, 90]
+
+
+def test_texts_do_not_depend_on_order_and_overlap(texts: RoundTexts) -> None:
+    assert texts.arrange("permuted").blocks == texts.arrange("same", "all-but-own").blocks
+    same, permuted = texts.arrange("same"), texts.arrange("permuted")
+    assert same.questions == permuted.questions
+
+
+def test_orders(llm: LLM) -> None:
+    texts = write_texts(llm, replace(SPEC, agents=4, block_tokens=20))
+    assert [view.heard for view in texts.arrange("same").views] == [(0, 1, 2, 3)] * 4
+    assert [view.heard for view in texts.arrange("own-first").views] == [
+        (0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 0, 1, 2),
+    ]  # fmt: skip
+    permuted = [view.heard for view in texts.arrange("permuted").views]
+    assert all(sorted(heard) == [0, 1, 2, 3] for heard in permuted)
+    assert len(set(permuted)) > 1
+
+
+def test_overlaps(llm: LLM) -> None:
+    texts = write_texts(llm, replace(SPEC, agents=6, block_tokens=20))
+    but_own = [view.heard for view in texts.arrange("same", "all-but-own").views]
+    assert but_own[2] == (0, 1, 3, 4, 5)
+    ring = [view.heard for view in texts.arrange("same", "neighbours").views]
+    assert ring[0] == (1, 2, 4, 5)
+    assert ring[3] == (1, 2, 4, 5)
+    assert ring[5] == (0, 1, 3, 4)
+
+
+def test_blocks_are_one_segment_wherever_they_stand(llm: LLM, texts: RoundTexts) -> None:
+    workload = texts.arrange("permuted")
+    found = {
+        segment.hash
+        for prompt in workload.prompts()
+        for _, segment in llm.encoder.encode(prompt).shared_segments()
+    }
+    assert len(found) == len(workload.blocks)
+
+
+def test_answers_stand_in_the_block_of_the_speaker_only(llm: LLM, workload: RoundWorkload) -> None:
+    assert len(workload.questions) == len(workload.views)
+    said = dict(zip(workload.speakers, block_texts(llm, workload), strict=True))
+    for view in workload.views:
+        question = view.question
+        assert question is not None
+        assert question.speaker != view.name
+        assert question.speaker in question.text
+        assert question.answered_by(said[question.speaker])
+        elsewhere = [text for name, text in said.items() if name != question.speaker]
+        elsewhere += [one.system + one.before + one.task for one in workload.views]
+        elsewhere += [question.text, question.opening]
+        assert not any(question.answered_by(text) for text in elsewhere)
+
+
+def test_a_block_too_short_for_its_fact_is_not_asked_about(llm: LLM) -> None:
+    workload = generate_workload(llm, replace(SPEC, block_tokens=20))
+    assert workload.questions == ()
+    assert workload.question_prompts(llm) == []
+    assert measure_recall(llm, workload) == {}
+
+
+def test_question_prompts_share_the_blocks_and_begin_the_answer(
+    llm: LLM, workload: RoundWorkload
+) -> None:
+    for plain, asked, question in zip(
+        workload.prompts(), workload.question_prompts(llm), workload.questions, strict=True
+    ):
+        blocks = [one.hash for _, one in llm.encoder.encode(plain).shared_segments()]
+        encoded = llm.encoder.encode(asked)
+        assert [one.hash for _, one in encoded.shared_segments()] == blocks
+        ending = llm.encoder.decode(encoded.segments[-1].token_ids.tolist())
+        assert question.text in ending
+        assert ending.endswith(question.opening)
+
+
+def test_computed_tokens_are_the_formula(
+    workload: RoundWorkload, make_llm: MakeLLM, wide: LoadedModel
+) -> None:
+    engine = make_llm("collective", first_k=4, page_size=1, num_pages=6000, model=wide)
+    workload.warm(engine)
+    result = engine.run_round(workload.prompts(), SamplingParams(max_tokens=1))
+    assert result.stats.computed_tokens == workload.formula(engine, k=4)
+
+
+def test_the_formula_wants_one_order(llm: LLM, texts: RoundTexts) -> None:
+    with pytest.raises(ConfigError, match="order 'same'"):
+        texts.arrange("own-first").formula(llm, k=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"agents": 1}, "agents"),
+        ({"private_tokens": (9, 3)}, "private_tokens"),
+        ({"order": "alphabetic"}, "order"),
+        ({"overlap": "none"}, "overlap"),
+        ({"order": "own-first", "overlap": "all-but-own"}, "own block"),
+    ],
+)
+def test_impossible_specs_are_refused(changes: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        WorkloadSpec(**changes)  # type: ignore[arg-type]
+
+
+def test_people_of_a_trace_come_again_under_other_names(llm: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "people.jsonl"
+    lines = [{"type": "agent", "agent": name, "system": f"You are {name}."} for name in "AB"]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    workload = generate_workload(llm, replace(SPEC, block_tokens=20, source=path))
+    names = [view.name for view in workload.views]
+    assert len(set(names)) == 3
+    assert names[2] == f"{names[0]} 2"
+    with pytest.raises(TraceError):
+        generate_workload(llm, replace(SPEC, source=tmp_path / "nothing.jsonl"))
+
+
+def test_recorded_rounds(llm: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "recorded.jsonl"
+    requests = [
+        {"agent": name, "private_history": f"{name}'s past", "task": "Go on.",
+         "recorded_output": "Yes."}
+        for name in "AB"
+    ]  # fmt: skip
+    said = [{"agent": name, "text": f"{name} speaks"} for name in "AB"]
+    lines = [
+        *({"type": "agent", "agent": name, "system": f"You are {name}."} for name in "AB"),
+        {"type": "round", "round": 7, "shared": said, "requests": requests},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    workload = recorded_workload(path, 7)
+    assert workload.speakers == ("A", "B")
+    assert workload.questions == ()
+    prompt = llm.encoder.encode(workload.prompts()[1])
+    text = llm.encoder.decode(prompt.token_ids.tolist())
+    assert "B's past\n\nA speaks\n\nB speaks\n\nGo on." in text
+    with pytest.raises(ConfigError, match="no round 8"):
+        recorded_workload(path, 8)
+
+
+def test_fidelity_is_over_mirrors(
+    workload: RoundWorkload, make_llm: MakeLLM, wide: LoadedModel
+) -> None:
+    reference = reference_answers(make_llm("none", model=wide), workload.prompts(), 6)
+    full = make_llm("collective", correction="all", model=wide)
+    exact = measure_fidelity(full, workload.prompts(), reference)
+    assert exact.agents == tuple(view.name for view in workload.views[1:])
+    assert exact.kl_continuation < 1e-6
+    assert (exact.top1, exact.identical) == (1, 1)
+    assert exact.corrected == 240
+    assert exact.corrected_share == 1
+    partly = make_llm("collective", first_k=4, model=wide)
+    found = measure_fidelity(partly, workload.prompts(), reference)
+    assert found.corrected == 12
+    assert found.kl_continuation > exact.kl_continuation
+
+
+@pytest.mark.parametrize("order", ["same", "permuted"])
+def test_identical_is_what_a_free_answer_shows(
+    texts: RoundTexts, make_llm: MakeLLM, wide: LoadedModel, order: Order
+) -> None:
+    prompts = texts.arrange(order).prompts()
+    exact = make_llm("none", model=wide)
+    reference = reference_answers(exact, prompts, 8)
+    found = measure_fidelity(make_llm("collective", "none", model=wide), prompts, reference)
+    params = SamplingParams(max_tokens=8)
+    expected = exact.run_round(prompts, params).outputs
+    outputs = make_llm("collective", "none", model=wide).run_round(prompts, params).outputs
+    equal = [
+        one.token_ids == other.token_ids
+        for one, other in zip(expected, outputs, strict=True)
+        if one.agent in found.agents
+    ]
+    assert found.identical == pytest.approx(sum(equal) / len(equal))
+
+
+def test_edges_are_the_first_and_the_last_tokens() -> None:
+    ids = as_token_ids(range(6))
+    assert make_correction("edges").corrected(ids).tolist() == [True] * 3 + [False] * 2 + [True]
+    assert Edges(0, 2).corrected(ids).tolist() == [False] * 4 + [True] * 2
+    assert Edges(3, 1).corrected(ids[:2]).all()
+    assert make_correction("epic").corrected(ids).all()
+    with pytest.raises(ConfigError, match="edges"):
+        Edges(-1)
