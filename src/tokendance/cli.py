@@ -185,6 +185,30 @@ def bench(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(help="An alias, a folder, or a Hugging Face hub id.")
+    ] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    size: Annotated[
+        Literal["full", "tiny"],
+        typer.Option(help="tiny measures next to nothing, to see that it works."),
+    ] = "full",
+    seed: Annotated[int, typer.Option(help="Of texts, lengths and orders.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
+    ] = None,
+) -> None:
+    """Measure how much correction a model needs, for --fidelity-target.
+
+    The table goes into the cache folder (TOKENDANCE_CACHE, or the user's), one per model and dtype.
+    """
+    from tokendance.commands.calibrate import run_calibration
+
+    run_calibration(model, dtype, size, seed, threads, Console())
+
+
+@app.command()
 def models(
     names: Annotated[
         list[str] | None,

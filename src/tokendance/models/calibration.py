@@ -1,6 +1,7 @@
 """Where the fidelity table of a model lies: in the cache folder, beside converted checkpoints."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def table_path(model: str, dtype: str) -> Path:
         model: as the user gave it.
         dtype: as the command line spells it.
     """
-    name = str(Path(model).resolve()) if Path(model).is_dir() else model
+    name = os.path.realpath(model) if os.path.isdir(model) else model
     readable = re.sub(r"[^A-Za-z0-9-]+", "-", Path(name).name)[:40]
     digest = hashlib.blake2b(name.encode(), digest_size=6).hexdigest()
     return cache_folder() / "fidelity" / f"{readable}-{dtype}-{digest}.json"

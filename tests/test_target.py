@@ -1,0 +1,234 @@
+"""Fidelity targets: the table, the choice, and what the engine makes of it. And shadows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from test_exactness import KEEP, logprobs, random_ids, random_round
+from tokendance import LLM, Part, Prompt, SamplingParams, private, shared
+from tokendance.collector.correction import CorrectAll, Edges, FirstK
+from tokendance.collector.target import Cell, FidelityTable, FidelityTarget, Measured, Reuse
+from tokendance.commands.calibrate import run_calibration
+from tokendance.config import EngineConfig
+from tokendance.errors import ConfigError
+from tokendance.models.calibration import table_path
+
+MakeLLM = Callable[..., LLM]
+
+
+def cell(in_order: bool, num_before: int, num_blocks: int, *kl: float) -> Cell:
+    """A cell with KLs for correcting 0, 2 and 8 tokens, and the last."""
+    corrections = ((0, 0), (2, 1), (8, 1))
+    measured = tuple(Measured(*c, one) for c, one in zip(corrections, kl, strict=True))
+    return Cell(in_order, num_before, num_blocks, measured)
+
+
+TABLE = FidelityTable(
+    "m",
+    "float32",
+    (
+        cell(True, 100, 4, 0.002, 0.001, 0.0005),
+        cell(True, 400, 4, 0.02, 0.004, 0.001),
+        cell(True, 400, 16, 0.04, 0.02, 0.006),
+        cell(False, 400, 16, 0.3, 0.2, 0.1),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("kl", "reuse", "expected"),
+    [
+        (0.01, Reuse(True, 50, 3), Edges(0, 0)),
+        (0.01, Reuse(True, 100, 4), Edges(0, 0)),
+        (0.01, Reuse(True, 101, 4), Edges(2, 1)),
+        (0.01, Reuse(True, 50, 5), Edges(8, 1)),  # only the largest cell covers it
+        (0.005, Reuse(True, 50, 5), CorrectAll()),
+        (0.25, Reuse(False, 50, 2), Edges(2, 1)),
+        (0.05, Reuse(False, 50, 2), CorrectAll()),
+        (9.0, Reuse(True, 401, 1), CorrectAll()),  # outside what was measured
+        (9.0, Reuse(True, 1, 17), CorrectAll()),
+    ],
+)
+def test_the_cheapest_correction_that_met_the_target(
+    kl: float, reuse: Reuse, expected: object
+) -> None:
+    assert FidelityTarget(kl, TABLE).choose(reuse) == expected
+
+
+def test_owners_lay_out_runs_for_the_largest_reuse_that_meets_the_target() -> None:
+    assert FidelityTarget(0.03, TABLE).layout == Edges(2, 1)
+    assert FidelityTarget(0.005, TABLE).layout == Edges(2, 1)  # of the cell before
+    assert FidelityTarget(1e-9, TABLE).layout == Edges(0, 0)
+
+
+def test_a_table_survives_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(TABLE.to_json())
+    assert FidelityTable.read(path) == TABLE
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "model": "m", "cells": [{}]}']
+)
+def test_a_broken_table_is_one_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="tokendance calibrate"):
+        FidelityTable.read(path)
+    with pytest.raises(ConfigError, match="tokendance calibrate"):
+        FidelityTable.read(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "/", "..", "a b\0c", "x" * 500])
+def test_no_model_name_leads_out_of_the_cache(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENDANCE_CACHE", str(tmp_path))
+    path = table_path(name, "float32")
+    assert path.resolve().parent == (tmp_path / "fidelity").resolve()
+    assert len(path.name) < 100
+    assert path != table_path(name + "2", "float32")
+
+
+def parts_of(prompt: Prompt) -> list[Part]:
+    assert isinstance(prompt.content, list)
+    return [part for part in prompt.content if isinstance(part, Part)]
+
+
+def permuted(prompts: list[Prompt]) -> list[Prompt]:
+    """The second half of the agents have the blocks in the reverse order."""
+    changed = []
+    for index, prompt in enumerate(prompts):
+        first, *blocks, last = parts_of(prompt)
+        order = blocks[::-1] if index >= len(prompts) // 2 else blocks
+        changed.append(Prompt([first, *order, last], agent=prompt.agent))
+    return changed
+
+
+def with_target(make_llm: MakeLLM, tiny: object, kl: float, table: FidelityTable) -> LLM:
+    base = make_llm()
+    config = EngineConfig(store=base.engine.config.store, target=FidelityTarget(kl, table))
+    return LLM.from_loaded(tiny, config)  # type: ignore[arg-type]
+
+
+def test_each_reuse_gets_its_own_correction(make_llm: MakeLLM, tiny: object) -> None:
+    prompts = random_round(11, agents=3, blocks=3)
+    # A single agent with another order: nobody shares its order, so it reuses block by block.
+    first, *blocks, last = parts_of(prompts[2])
+    prompts[2] = Prompt([first, *blocks[::-1], last], agent="c")
+    table = FidelityTable(
+        "m",
+        "float32",
+        (cell(True, 200, 8, 0.5, 0.01, 0.001), cell(False, 200, 8, 0.5, 0.4, 0.01)),
+    )
+    llm = with_target(make_llm, tiny, 0.05, table)
+    master, mirror, other = llm.run_round(prompts, KEEP).outputs
+    sizes = [len(part.content) for part in blocks]
+    assert master.corrected_tokens == 0
+    assert mirror.corrected_tokens == sum(min(size, 3) for size in sizes)
+    assert other.corrected_tokens == sum(min(size, 9) for size in sizes)
+    llm.engine.check_integrity()
+
+
+def test_where_the_target_cannot_be_met_the_answer_is_exact(
+    make_llm: MakeLLM, tiny: object
+) -> None:
+    prompts = permuted(random_round(12, agents=4))
+    llm = with_target(make_llm, tiny, 1e-9, TABLE)
+    exact = make_llm("none").run_round(prompts, KEEP)
+    found = llm.run_round(prompts, KEEP)
+    torch.testing.assert_close(logprobs(found), logprobs(exact), rtol=0, atol=1e-4)
+    llm.engine.check_integrity()
+
+
+def test_a_mirror_may_correct_more_or_less_than_the_layout(make_llm: MakeLLM, tiny: object) -> None:
+    """Runs are stored for one correction and read by another; keys are found all the same."""
+    prompts = random_round(13, agents=4)
+    for kl in (0.5, 0.03, 0.0015):
+        llm = with_target(make_llm, tiny, kl, TABLE)
+        policy = FidelityTarget(kl, TABLE).choose(Reuse(True, 100, 4))
+        plain = LLM.from_loaded(
+            tiny,  # type: ignore[arg-type]
+            EngineConfig(correction=policy, store=llm.engine.config.store),
+        )
+        found, expected = llm.run_round(prompts, KEEP), plain.run_round(prompts, KEEP)
+        torch.testing.assert_close(logprobs(found), logprobs(expected), rtol=0, atol=1e-4)
+
+
+def test_calibration_writes_a_table_that_a_target_can_use(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENDANCE_CACHE", str(tmp_path))
+    folder = str(model_folder("llama", max_position_embeddings=4096))
+    run_calibration(folder, "float32", "tiny", 0, None, Console(quiet=True))
+    table = json.loads(table_path(folder, "float32").read_text())
+    assert {one["in_order"] for one in table["cells"]} == {True, False}
+    for one in table["cells"]:
+        assert [m["first"] for m in one["measured"]] == sorted(m["first"] for m in one["measured"])
+        assert all(m["kl"] >= 0 for m in one["measured"])
+    llm = LLM(folder, dtype="float32", fidelity_target=100.0, kv_budget="16MiB")
+    assert llm.engine.config.correction == Edges(0, 0)
+    with pytest.raises(ConfigError, match="tokendance calibrate"):
+        LLM(folder, dtype="bfloat16", fidelity_target=0.1, kv_budget="16MiB")
+    with pytest.raises(ConfigError, match="collective"):
+        LLM(folder, dtype="float32", fidelity_target=0.1, reuse="prefix", kv_budget="16MiB")
+
+
+def test_shadows_report_what_a_comparison_by_hand_finds(make_llm: MakeLLM, tiny: object) -> None:
+    prompts = random_round(14, agents=4)
+    base = make_llm()
+    config = EngineConfig(correction=FirstK(1), store=base.engine.config.store, shadow=1.0)
+    llm = LLM.from_loaded(tiny, config)  # type: ignore[arg-type]
+    result = llm.run_round(prompts, KEEP)
+    used = llm.engine.store.pool.num_free
+    reports = []
+    while (report := llm.check_shadow()) is not None:
+        reports.append(report)
+    assert llm.engine.store.pool.num_free == used  # nothing is left behind
+    assert len(reports) == 3  # the master computed its own
+    for report in reports:
+        index = [output.agent for output in result.outputs].index(report.agent)
+        output = result.outputs[index]
+        params = SamplingParams(
+            max_tokens=8, forced_tokens=output.token_ids, keep_logprobs=True, ignore_eos=True
+        )
+        exact = make_llm("none").generate([prompts[index]], params)[0]
+        expected = torch.stack(exact.logprobs)
+        kl = (expected.exp() * (expected - torch.stack(output.logprobs))).sum(-1)
+        assert report.tokens == 8
+        assert report.kl_next == pytest.approx(float(kl[0]), abs=1e-4)
+        assert report.kl == pytest.approx(float(kl.mean()), abs=1e-4)
+    assert max(report.kl for report in reports) > 1e-3
+
+
+def test_shadows_take_a_share_and_never_more_than_fit(make_llm: MakeLLM, tiny: object) -> None:
+    rng = np.random.default_rng(0)
+    store = make_llm().engine.config.store
+    llm = LLM.from_loaded(tiny, EngineConfig(store=store, shadow=0.5))  # type: ignore[arg-type]
+    quiet = SamplingParams(max_tokens=2, ignore_eos=True)
+    for _ in range(30):
+        block = shared(random_ids(rng, 12))
+        prompts = [Prompt([private(random_ids(rng, 5 + i)), block], agent=str(i)) for i in range(5)]
+        outputs = llm.run_round(prompts, quiet).outputs
+        assert all(output.logprobs == () for output in outputs)
+    shadows = llm.engine.shadows
+    assert len(shadows.pending) == 32
+    assert 30 < len(shadows.pending) + shadows.num_dropped < 90  # of 120 mirrors
+    assert make_llm().check_shadow() is None
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_is_a_share(share: float) -> None:
+    with pytest.raises(ConfigError, match="shadow"):
+        EngineConfig(shadow=share)
+
+
+@pytest.mark.parametrize("kl", [0.0, -1.0, float("nan")])
+def test_a_target_is_above_zero(kl: float) -> None:
+    with pytest.raises(ConfigError, match="target"):
+        FidelityTarget(kl, TABLE)
