@@ -46,8 +46,8 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: demo-weights ## the figures of docs/benchmarks.md (minutes)
-	$(BIN)/python -m tokendance.bench.first_path
+bench: demo-weights ## the figures of docs/benchmarks.md (an hour or two)
+	$(BIN)/tokendance bench all --out bench-results
 
 vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline (minutes, 4 GB)
 

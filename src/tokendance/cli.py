@@ -12,7 +12,7 @@ from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
 from tokendance.config import ReuseMode
 from tokendance.errors import TokenDanceError
 
-BenchName = Literal["prefill", "decode", "storage", "capacity", "fidelity", "all"]
+BenchName = Literal["plain", "prefill", "decode", "storage", "capacity", "fidelity", "all"]
 
 app = typer.Typer(
     help="Serve rounds of LLM agents that share the KV cache of what they all read.",
@@ -135,9 +135,10 @@ def bench(
     suite: Annotated[
         BenchName,
         typer.Argument(
-            help="prefill: seconds of a round. decode: tokens per second. storage: bytes per "
-            "agent. capacity: most agents in a time or a memory. fidelity: how near the answers "
-            "are to full computation. all: everything, with a report."
+            help="plain: without reuse, against transformers. prefill: seconds of a round. "
+            "decode: tokens per second. storage: bytes per agent. capacity: most agents in a time "
+            "or a memory. fidelity: how near the answers are to full computation. all: "
+            "everything, with a report."
         ),
     ],
     model: Annotated[

@@ -12,8 +12,7 @@ from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
-from tokendance.models import demo
-from tokendance.models.loader import LoadedModel
+from tokendance.models.loader import LoadedModel, checkpoint_source
 from tokendance.outputs import RoundResult
 from tokendance.rounds.prompts import Prompt
 
@@ -97,7 +96,7 @@ def started_vllm(
         console.print(f"vLLM is left out: it is not installed. {HOW_TO_INSTALL}")
         yield None
     else:
-        folder = demo.checkpoint() if settings.model == demo.ALIAS else Path(settings.model)
+        folder = Path(checkpoint_source(settings.model))
         config = VLLMConfig(max_context=max_context, kv_bytes=num_tokens * token_bytes)
         with console.status("Starting vLLM (it compiles the model: about two minutes) ..."):
             vllm = VLLM(folder, config)

@@ -41,6 +41,7 @@ _ASKED = (
     "What worries you most tonight, and why?",
     "What do you know that the others should hear?",
 )
+_TURNS = 9  # times that a person is asked before an answer may go on past its end
 _DIARY = "Looking back, {name} remembers what is known of the others. {text}\n"
 _RING = 2  # neighbours on either side
 
@@ -420,11 +421,12 @@ def _private_text(
 def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list[str]:
     """What the model says as each person, `block_tokens` tokens or more.
 
-    Where an answer ends too soon, the person is asked something else; what it says last goes on
-    past its end, so that the length is reached.
+    Where an answer ends too soon, the person is asked something else. Only the last answer goes on
+    past its end, so that the length is reached: what a model writes there is other people's turns,
+    and blocks full of these make all agents answer alike, whatever their private part.
     """
     texts = [""] * len(systems)
-    for turn, asked in enumerate(_ASKED):
+    for turn in range(_TURNS):
         short = [
             index
             for index, text in enumerate(texts)
@@ -436,7 +438,7 @@ def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list
             Prompt(
                 [
                     {"role": "system", "content": [private(systems[index])]},
-                    {"role": "user", "content": [private(asked)]},
+                    {"role": "user", "content": [private(_ASKED[turn % len(_ASKED)])]},
                 ]
             )
             for index in short
@@ -447,7 +449,7 @@ def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list
                 temperature=0.7,
                 top_p=0.95,
                 seed=1_000_000 * spec.seed + 1000 * turn + index,
-                ignore_eos=turn == len(_ASKED) - 1,
+                ignore_eos=turn == _TURNS - 1,
             )
             for index in short
         ]

@@ -65,6 +65,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def checkpoint_source(name: str) -> str:
+    """What transformers loads for a name: an alias becomes its folder, converted if need be."""
+    return str(demo.checkpoint()) if name == demo.ALIAS else name
+
+
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
     """Load a model by alias, folder or hub id.
 
@@ -85,7 +90,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
         raise ConfigError(f"The device {device!r} cannot be used: {error}") from error
     chosen = choose_dtype(dtype, target)
     with _quiet(), _readable_errors(name):
-        source = str(demo.checkpoint()) if name == demo.ALIAS else name
+        source = checkpoint_source(name)
         config = AutoConfig.from_pretrained(source)
         reason = why_unsupported(config)
         if reason is not None:
