@@ -45,7 +45,8 @@ def run(
     correction: Annotated[
         CorrectionName | None,
         typer.Option(
-            help="Which tokens of a reused block each agent computes afresh; first-k if left out."
+            help="Which tokens of a reused block each agent computes afresh: edges (the first 3 "
+            "and the last, the default), the first few, the first 16 (epic), none, or all."
         ),
     ] = None,
     first_k: Annotated[

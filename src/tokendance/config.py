@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from tokendance.collector.correction import CorrectionPolicy, FirstK, NoCorrection
+from tokendance.collector.correction import CorrectionPolicy, Edges, NoCorrection
 from tokendance.collector.target import FidelityTarget
 from tokendance.errors import ConfigError
 
@@ -102,7 +102,7 @@ class EngineConfig:
     """
 
     reuse: ReuseMode = "collective"
-    correction: CorrectionPolicy = field(default_factory=FirstK)
+    correction: CorrectionPolicy = field(default_factory=Edges)
     max_batch_tokens: int = 2048
     store: StoreConfig = field(default_factory=StoreConfig)
     target: FidelityTarget | None = None

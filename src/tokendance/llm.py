@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tokendance.collector.correction import CorrectionPolicy, make_correction
+from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionPolicy, make_correction
 from tokendance.collector.target import FidelityTable, FidelityTarget
 from tokendance.config import (
     EngineConfig,
@@ -52,7 +52,7 @@ class LLM:
         model: str | Path,
         *,
         reuse: ReuseMode = "collective",
-        correction: str | CorrectionPolicy = "first-k",
+        correction: str | CorrectionPolicy | None = None,
         first_k: int | None = None,
         fidelity_target: float | None = None,
         shadow: float = 0.0,
@@ -68,8 +68,10 @@ class LLM:
         Args:
             model: "smollm2-135m", a local folder, or the id of a model on the Hugging Face hub.
             reuse: "none", "prefix", "pic", "pic-batched" or "collective"; see `EngineConfig`.
-            correction: "first-k", "none", "all", or a policy of your own.
-            first_k: tokens of each shared segment that a mirror computes afresh, for "first-k".
+            correction: "edges" (the first 3 tokens and the last of each shared segment), "first-k",
+                "epic", "none", "all", or a policy of your own; "edges" if left out.
+            first_k: tokens at the beginning of each shared segment that a mirror computes afresh;
+                makes the correction "first-k".
             fidelity_target: KL divergence (nats per token) from full computation; chooses the
                 correction of each reuse by what `tokendance calibrate` has measured.
             shadow: share of mirrors that `check_shadow()` computes again, exactly.
@@ -86,6 +88,8 @@ class LLM:
             ModelNotFoundError: if there is no such model.
             UnsupportedModelError: if the arithmetic does not hold for it.
         """
+        if correction is None:
+            correction = DEFAULT_CORRECTION if first_k is None else "first-k"
         if isinstance(correction, str):
             if first_k is not None and correction != "first-k":
                 raise ConfigError(f"first_k goes with correction 'first-k', not {correction!r}.")

@@ -28,6 +28,7 @@ from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
+from tokendance.store.entries import Entry
 
 Order = Literal["same", "permuted", "own-first"]
 Overlap = Literal["all", "all-but-own", "neighbours"]
@@ -279,13 +280,24 @@ class RoundWorkload:
         mirrors = len(self.views) - 1
         return num_shared + num_task + mirrors * k * num_blocks
 
-    def warm(self, llm: LLM) -> None:
-        """Leave an engine with every agent's private part in its store, and nothing else."""
-        llm.engine.store.clear()
-        beginnings = [
-            llm.encoder.encode(prompt).segments[0].token_ids.tolist() for prompt in self.prompts()
-        ]
-        llm.generate(beginnings, SamplingParams(max_tokens=1))
+    def warm(self, llm: LLM, *, keep: bool = False) -> None:
+        """Leave an engine with every agent's private part in its store, and nothing else.
+
+        Args:
+            llm: the engine.
+            keep: what it has of them already; not for engines that share their KV memory with
+                others, who write over it.
+        """
+        store = llm.engine.store
+        encoded = [llm.encoder.encode(prompt) for prompt in self.prompts()]
+        beginnings = [prompt.segments[0].token_ids for prompt in encoded]
+        known: set[Entry] = set()
+        if keep:
+            for beginning in beginnings:
+                blocks, _ = store.match_prefix(beginning, encoded[0].salt, exact=True)
+                known.update(blocks)
+        store.clear(keep=known)
+        llm.generate([one.tolist() for one in beginnings], SamplingParams(max_tokens=1))
 
 
 def make_workload(

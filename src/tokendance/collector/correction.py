@@ -16,7 +16,7 @@ from tokendance.rounds.segments import TokenIds
 
 Mask = npt.NDArray[np.bool_]
 
-DEFAULT_FIRST_K = 4
+DEFAULT_FIRST_K = 4  # where only the first tokens are corrected
 EPIC_FIRST_K = 16
 """What EPIC (arXiv 2410.15332) computes afresh of each block."""
 
@@ -117,7 +117,7 @@ class CorrectAll:
 
 
 CorrectionName = Literal["first-k", "edges", "epic", "none", "all"]
-DEFAULT_CORRECTION: CorrectionName = "first-k"
+DEFAULT_CORRECTION: CorrectionName = "edges"
 CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
 
 

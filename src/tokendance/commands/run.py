@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionName
+from tokendance.collector.correction import CorrectionName
 from tokendance.collector.estimate import PrefixEstimate
 from tokendance.commands.report import (
     DoneRound,
@@ -80,7 +80,7 @@ def run_trace(settings: RunSettings, console: Console) -> None:
         llm = LLM(
             settings.model,
             reuse=settings.reuse,
-            correction=settings.correction or DEFAULT_CORRECTION,
+            correction=settings.correction,
             first_k=settings.first_k,
             fidelity_target=settings.fidelity_target,
             shadow=settings.shadow,

@@ -108,14 +108,19 @@ class PromptEncoder:
     def _messages(self, messages: Sequence[Message]) -> list[tuple[TokenIds, bool]]:
         """Render the chat template around placeholders, then fill in the parts' ids.
 
-        The template's text before a message goes with the message's first part: where that is
-        shared, so is the text, and messages that follow each other form one run.
+        The template's text before a message goes with the message, and is shared where its first
+        part is, so that messages that follow each other form one run. A message of one part is one
+        segment with that text. Where there are more parts the text is a segment by itself, so that
+        a part has the same hash wherever among the parts it stands.
         """
         nonce = secrets.token_hex(8)
         parts: list[Part] = []
         marked: list[dict[str, Any]] = []
+        alone: set[int] = set()  # parts that are a whole message
         for message in messages:
             own = message_parts(message)
+            if len(own) == 1:
+                alone.add(len(parts))
             marks = [f"{nonce}x{len(parts) + index}x" for index in range(len(own))]
             parts.extend(own)
             marked.append({"role": self._role(message), "content": "".join(marks)})
@@ -129,7 +134,10 @@ class PromptEncoder:
                 continue
             part = parts[int(piece)]
             used.append(int(piece))
-            pieces.append((np.concatenate([glue, self._part_ids(part)]), part.shared))
+            if int(piece) in alone:
+                pieces.append((np.concatenate([glue, self._part_ids(part)]), part.shared))
+            else:
+                pieces += [(glue, part.shared), (self._part_ids(part), part.shared)]
             glue = as_token_ids([])
         if used != list(range(len(parts))):
             raise PromptError(

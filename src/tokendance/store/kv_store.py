@@ -15,7 +15,7 @@ are touched from its end to its beginning, so the end of a prompt goes before it
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -206,10 +206,11 @@ class KVStore:
             if not copies:
                 del self._segments[entry.hash]
 
-    def clear(self) -> None:
-        """Drop every entry; pages that running requests hold live on until these are done."""
+    def clear(self, keep: Collection[Entry] = ()) -> None:
+        """Drop every entry but some; pages that running requests hold live on until they end."""
         for entry in list(self._lru):
-            self.drop(entry)
+            if entry not in keep:
+                self.drop(entry)
 
     # -- bookkeeping --------------------------------------------------------------------------
 

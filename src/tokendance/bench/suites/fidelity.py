@@ -86,7 +86,7 @@ class Kind:
         return self.correction.name
 
 
-DEFAULT = Kind("collective", FirstK())
+DEFAULT = Kind("collective", Edges())
 PIC = Kind("pic", NoCorrection())
 
 
