@@ -20,7 +20,8 @@ HEADLINES: dict[str, set[str]] = {
     "prefill": {
         f"{figure}_{agents}"
         for figure in (
-            "speedup_vs_prefix", "speedup_vs_pic", "speedup_vs_pic_batched", "floor_ratio"
+            "speedup_vs_prefix", "speedup_vs_pic", "speedup_vs_pic_batched", "floor_ratio",
+            "plain_pass_ratio",
         )
         for agents in (10, 50)
     } | {"speedup_vs_vllm_10"},
@@ -73,6 +74,7 @@ def test_prefill_counts_what_each_mode_computes(
 ) -> None:
     rows = run("prefill", model, BenchOutputs(None, None, None), capsys)["rows"]
     computed = {row["mode"]: row["computed_tokens"] for row in rows if row["agents"] == 3}
+    assert computed["plain pass"] == computed["floor"]
     assert computed["floor"] < computed["collective"] < computed["pic"] < computed["prefix"]
     assert computed["pic"] == computed["pic-batched"]
     assert computed["prefix"] < computed["none"]

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tokendance.bench.suite import BenchSettings
 from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
+from tokendance.collector.correction import NoCorrection
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
@@ -21,20 +22,23 @@ PAGE_SIZE = StoreConfig(1).page_size
 
 
 def make_engines(
-    model: LoadedModel, modes: Iterable[ReuseMode], num_tokens: int
-) -> dict[ReuseMode, LLM]:
-    """Make an engine per mode, each with room for `num_tokens`, in one memory for all.
+    model: LoadedModel, modes: Iterable[ReuseMode], num_tokens: int, *, one_memory: bool = False
+) -> dict[str, LLM]:
+    """Make an engine per mode, each with room for `num_tokens`, and one that is called "floor".
 
-    They may be used in turn, never at the same time: what one has stored, the next overwrites.
-    `llm.engine.store.clear()` before each use keeps them honest.
+    The floor is `collective` with nothing corrected: a round of N agents then computes S + N t
+    tokens in one packed pass, the least that shares all there is to share.
+
+    With `one_memory` they take turns on it: what one has stored, the next overwrites, so the store
+    is to be cleared before each use.
     """
     num_pages = -(-num_tokens // PAGE_SIZE)
     budget = num_pages * PAGE_SIZE * model.shape.kv_bytes_per_token(model.dtype)
-    memory = KVMemory.allocate(model, num_pages * PAGE_SIZE)
-    return {
-        mode: LLM.from_loaded(model, EngineConfig(mode, store=StoreConfig(budget)), memory)
-        for mode in modes
-    }
+    memory = KVMemory.allocate(model, num_pages * PAGE_SIZE) if one_memory else None
+    store = StoreConfig(budget)
+    configs = {str(mode): EngineConfig(mode, store=store) for mode in modes}
+    configs["floor"] = EngineConfig("collective", NoCorrection(), store=store)
+    return {name: LLM.from_loaded(model, config, memory) for name, config in configs.items()}
 
 
 def answer_params(num_tokens: int) -> SamplingParams:

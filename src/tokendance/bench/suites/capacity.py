@@ -88,7 +88,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     objective_s, limit = (5.0, 4) if settings.tiny else (15.0, 64)
     model = load_model(settings.model, "bfloat16")
     longest = 400 if settings.tiny else 1100 + 100 * limit
-    engines = make_engines(model, MODES, limit * longest)
+    engines = make_engines(model, MODES, limit * longest, one_memory=True)
     token_bytes = model.shape.kv_bytes_per_token(model.dtype)
     with console.status(f"The model writes the blocks of {limit} agents ..."):
         workload = generate_workload(engines["prefix"], _spec(settings, limit))
@@ -127,8 +127,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     ) as vllm:
         if vllm is not None:
             search("vllm", lambda part: _vllm_seconds(vllm, engines["prefix"], part))
-    for mode, llm in engines.items():
-        search(mode, lambda part, llm=llm: _seconds(llm, part))  # type: ignore[misc]
+    for mode in MODES:
+        search(mode, lambda part, llm=engines[mode]: _seconds(llm, part))  # type: ignore[misc]
 
     by_memory = {mode: _most_in_budget(model, mode, workload) for mode in MODES}
     for mode, agents in by_memory.items():

@@ -1,8 +1,9 @@
 """`prefill`: seconds and computed tokens of a round's prefill, by number of agents and mode.
 
 Every agent's private part is in the store before the clock starts, and nothing else is; the answer
-is one token. The floor is a pass of as many tokens as any scheme must compute that shares all it
-can: the shared tokens once, and each agent's task.
+is one token. Two rows say how far down it could go: `floor` is the round with nothing corrected,
+one packed pass of S + N t tokens in their contexts; `plain pass` is as many tokens without any
+context, the run alone and each task alone, so without attention to private parts.
 """
 
 import statistics
@@ -11,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Self
 
+import numpy as np
 from rich.console import Console
 
 from tokendance.bench.arms import (
@@ -40,6 +43,7 @@ from tokendance.models.loader import load_model
 
 MODES: tuple[ReuseMode, ...] = ("none", "prefix", "pic", "pic-batched", "collective")
 HEADLINE_AGENTS = (10, 50)
+PLAIN_PASS = "plain pass"
 # Computing everything for many agents takes many minutes and says nothing new.
 NONE_UP_TO = 10
 BOTH_DTYPES_UP_TO = 10
@@ -77,48 +81,78 @@ class _Arm:
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
-    sizes = (2, 3) if settings.tiny else (2, 5, 10, 20, 50)
+    small, large = ((2, 3), ()) if settings.tiny else ((2, 5, 10), (50,))
     models = {dtype: load_model(settings.model, dtype) for dtype in DTYPES}
-    longest = 300 if settings.tiny else 1100 + 100 * sizes[-1]
-    shape = models["bfloat16"].shape
-    token_bytes = shape.kv_bytes_per_token(models["bfloat16"].dtype)
-    both = BOTH_DTYPES_UP_TO * (1100 + 100 * BOTH_DTYPES_UP_TO)
-    engines = {
-        "bfloat16": make_engines(models["bfloat16"], MODES, sizes[-1] * longest),
-        "float32": make_engines(models["float32"], MODES, both),
-    }
-    writer = engines["bfloat16"]["none"]
     table = LiveTable(console, "prefill of a round, private parts cached", _COLUMNS)
     rows: list[Row] = []
     best_dtype: dict[str, str] = {}
-    vllm_tokens = min(sizes[-1] * longest, 2 * both)
+
+    def measure(size: int, round_: _Round, vllm: VLLM | None, repeats: int, warm_up: int) -> None:
+        with console.status(f"Rounds of {size} agents in turn ..."):
+            arms = _time_all(round_, _arms(size, best_dtype), vllm, repeats, warm_up)
+        if not best_dtype or size in small:
+            best_dtype.update(_fastest_dtypes(arms))
+        new = _rows(size, arms, best_dtype)
+        rows.extend(new)
+        for row in new:
+            table.add(row)
+
+    room = small[-1] * _longest(small[-1])
+    token_bytes = models["bfloat16"].shape.kv_bytes_per_token(models["bfloat16"].dtype)
+    engines = {dtype: make_engines(model, MODES, room) for dtype, model in models.items()}
     with started_vllm(
-        settings, console, max_context=longest, num_tokens=vllm_tokens, token_bytes=token_bytes
+        settings,
+        console,
+        max_context=_longest(small[-1]),
+        num_tokens=2 * room,
+        token_bytes=token_bytes,
     ) as vllm:
-        for size in sizes:
-            with console.status(f"The model writes the blocks of {size} agents ..."):
-                workload = generate_workload(writer, _spec(settings, size))
-            kinds = {
-                arm: partial(_time, arm, engines[arm.dtype], workload)
-                for arm in _arms(size, best_dtype)
-            }
-            if vllm is not None and size <= BOTH_DTYPES_UP_TO:
-                arm = _Arm("vllm", "bfloat16")
-                kinds[arm] = partial(_time_vllm, arm, vllm, writer, workload)
-            # The largest rounds take minutes each: no run is left uncounted there.
-            small = size <= BOTH_DTYPES_UP_TO
-            repeats, warm_up = (settings.repeats, 1) if small else (2, 0)
-            with console.status(f"Rounds of {size} agents in turn ..."):
-                times = in_turn(kinds, repeats, warm_up)
-            for arm, seconds in times.items():
-                arm.seconds = seconds
-            if small:
-                best_dtype = _fastest_dtypes(kinds)
-            new = _rows(size, kinds, best_dtype)
-            rows += new
-            for row in new:
-                table.add(row)
+        for size in small:
+            round_ = _Round.write(settings, size, engines, keep=True)
+            measure(size, round_, vllm, settings.repeats, 1)
+    del engines, round_
+    for size in large:
+        # Dense copies for so many agents fit once; and what runs for minutes runs once.
+        used = {dtype: models[dtype] for dtype in set(best_dtype.values())}
+        big = {
+            dtype: make_engines(model, MODES, size * _longest(size), one_memory=True)
+            for dtype, model in used.items()
+        }
+        measure(size, _Round.write(settings, size, big, keep=False), None, 1, 0)
     return SuiteResult("prefill", settings.model, rows, _headline(rows), _notes(settings))
+
+
+def _longest(agents: int) -> int:
+    """Room for a prompt of a round: private part, what so many agents have said, the task."""
+    return 1200 + 110 * agents
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A round and the engines that compute it.
+
+    Attributes:
+        workload: the texts.
+        engines: by dtype and mode.
+        keep: whether engines keep the private parts between runs, having memory of their own.
+    """
+
+    workload: RoundWorkload
+    engines: Mapping[str, Mapping[str, LLM]]
+    keep: bool
+
+    @classmethod
+    def write(
+        cls,
+        settings: BenchSettings,
+        agents: int,
+        engines: Mapping[str, Mapping[str, LLM]],
+        *,
+        keep: bool,
+    ) -> Self:
+        """Let the model write the blocks."""
+        writer = next(iter(engines.values()))["prefix"]
+        return cls(generate_workload(writer, _spec(settings, agents)), engines, keep)
 
 
 def _spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
@@ -131,39 +165,56 @@ def _arms(agents: int, best_dtype: Mapping[str, str]) -> list[_Arm]:
     """What is timed at a size: all dtypes for few agents, each mode's faster one for many."""
     return [
         _Arm(mode, dtype)
-        for mode in (*MODES, "floor")
+        for mode in (*MODES, "floor", PLAIN_PASS)
         for dtype in DTYPES
-        if (mode != "none" or agents <= NONE_UP_TO)
+        if (mode != "none" or (agents <= NONE_UP_TO and dtype == "bfloat16"))
         and (agents <= BOTH_DTYPES_UP_TO or dtype == best_dtype[mode])
     ]
 
 
-def _time(arm: _Arm, engines: dict[ReuseMode, LLM], workload: RoundWorkload) -> float:
-    """Seconds of one prefill, the private parts warmed before."""
-    if arm.mode == "floor":
-        return _time_floor(arm, engines["none"], workload)
-    mode: ReuseMode = arm.mode  # type: ignore[assignment]
-    workload.warm(engines[mode])
-    result = run_checked(engines[mode], workload.prompts(), 1)
+def _time_all(
+    round_: _Round, arms: list[_Arm], vllm: VLLM | None, repeats: int, warm_up: int
+) -> list[_Arm]:
+    """Time all arms in turn, vLLM among them if it is there."""
+    kinds = {arm: partial(_time, arm, round_) for arm in arms}
+    if vllm is not None:
+        theirs = _Arm("vllm", "bfloat16")
+        kinds[theirs] = partial(_time_vllm, theirs, vllm, round_)
+    for arm, seconds in in_turn(kinds, repeats, warm_up).items():
+        arm.seconds = seconds
+    return list(kinds)
+
+
+def _time(arm: _Arm, round_: _Round) -> float:
+    """Seconds of one prefill, the private parts computed before."""
+    engines, workload = round_.engines[arm.dtype], round_.workload
+    if arm.mode == PLAIN_PASS:
+        return _time_plain_pass(arm, engines["none"], workload)
+    llm = engines[arm.mode]
+    workload.warm(llm, keep=round_.keep)
+    result = run_checked(llm, workload.prompts(), 1)
     arm.prompt_tokens = result.stats.prompt_tokens
     arm.computed_tokens = result.stats.computed_tokens
     return result.stats.prefill_s
 
 
-def _time_floor(arm: _Arm, llm: LLM, workload: RoundWorkload) -> float:
-    """Seconds of plain passes of S + N t tokens: the shared run, and every agent's task."""
+def _time_plain_pass(arm: _Arm, llm: LLM, workload: RoundWorkload) -> float:
+    """Seconds of S + N t tokens without anybody's context: the run alone, and each task alone."""
     llm.engine.store.clear()
     encoded = [llm.encoder.encode(prompt) for prompt in workload.prompts()]
-    shared = [i for segment in encoded[0].segments if segment.shared for i in segment.token_ids]
-    tasks = [prompt.segments[-1].token_ids.tolist() for prompt in encoded]
+    run = np.concatenate([part.token_ids for part in encoded[0].segments if part.shared])
+    prompts = [run.tolist(), *(prompt.segments[-1].token_ids.tolist() for prompt in encoded)]
     start = time.perf_counter()
-    llm.generate([[int(token) for token in shared], *tasks], answer_params(1))
-    arm.computed_tokens = len(shared) + sum(map(len, tasks))
-    return time.perf_counter() - start
+    outputs = llm.generate(prompts, answer_params(1))
+    seconds = time.perf_counter() - start
+    assert all(output.error is None for output in outputs)
+    arm.prompt_tokens = arm.computed_tokens = sum(map(len, prompts))
+    return seconds
 
 
-def _time_vllm(arm: _Arm, vllm: VLLM, llm: LLM, workload: RoundWorkload) -> float:
-    prompts = workload.prompts()
+def _time_vllm(arm: _Arm, vllm: VLLM, round_: _Round) -> float:
+    llm = round_.engines["bfloat16"]["prefix"]
+    prompts = round_.workload.prompts()
     encoded = [llm.encoder.encode(prompt) for prompt in prompts]
     cached = [prompt.segments[0].token_ids.tolist() for prompt in encoded]
     result = vllm_round(vllm, llm, prompts, cached, 1)
@@ -211,6 +262,8 @@ def _headline(rows: list[Row]) -> dict[str, float | None]:
             headline[key] = found.get((agents, mode))
         floor = found.get((agents, "floor"))
         headline[f"floor_ratio_{agents}"] = None if floor is None else 1 / floor
+        plain = found.get((agents, PLAIN_PASS))
+        headline[f"plain_pass_ratio_{agents}"] = None if plain is None else 1 / plain
     headline["speedup_vs_vllm_10"] = found.get((10, "vllm"))
     return headline
 
@@ -219,7 +272,7 @@ def _notes(settings: BenchSettings) -> list[str]:
     notes = [
         "Computed tokens of pic and pic-batched are those computed in all layers; the first two "
         "layers compute every token.",
-        f"Rounds of more than {BOTH_DTYPES_UP_TO} agents: each mode in its faster dtype, two runs.",
+        f"Rounds of more than {BOTH_DTYPES_UP_TO} agents: each mode in its faster dtype, one run.",
     ]
     if settings.tiny:
         notes.append("A tiny run: the figures mean nothing.")

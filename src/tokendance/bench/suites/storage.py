@@ -84,7 +84,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         played = _talk(engines["collective"], agents, num_rounds, max_tokens, settings.seed)
     table = LiveTable(console, f"KV of {agents} agents over rounds, bfloat16", _COLUMNS)
     rows: list[Row] = []
-    for mode, llm in engines.items():
+    for mode in MODES:
+        llm = engines[mode]
         llm.engine.store.clear()
         for number, one in enumerate(played, 1):
             params = [
