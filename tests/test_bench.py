@@ -11,7 +11,7 @@ from rich.console import Console
 from tokendance import cli
 from tokendance.bench import arms
 from tokendance.bench.registry import SUITES
-from tokendance.bench.suite import BenchSettings, in_turn, ratio
+from tokendance.bench.suite import BenchSettings, between, in_turn, ratio
 from tokendance.bench.suites.capacity import _Search
 from tokendance.commands.bench import BenchOutputs, run_bench
 from tokendance.errors import ConfigError
@@ -28,6 +28,11 @@ HEADLINES: dict[str, set[str]] = {
     "plain": {"speedup_vs_transformers_bfloat16", "speedup_vs_transformers_float32"},
     "decode": {"speedup_vs_dense_32", "speedup_vs_vllm_32"},
     "storage": {"mirror_compression", "shared_compression", "resident_compression"},
+    "fidelity": {
+        f"{figure}_{mode}"
+        for figure in ("kl", "kl_next", "top1", "identical", "recall", "corrected")
+        for mode in ("pic", "collective")
+    } | {"kl_ratio", "kl_next_ratio"},
     "capacity": {
         "agents_vllm", "agents_prefix", "agents_pic", "agents_collective", "ratio_vs_vllm",
         "ratio_by_memory",
@@ -54,7 +59,7 @@ def run(
     return document
 
 
-@pytest.mark.parametrize("suite", [name for name in SUITES if name != "fidelity"])
+@pytest.mark.parametrize("suite", SUITES)
 def test_a_suite_prints_its_json_and_draws_its_plot(
     suite: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,9 +166,26 @@ def test_runs_in_turn_leave_out_the_warm_up() -> None:
         return call
 
     found = in_turn({"a": kind("a"), "b": kind("b")}, repeats=2)
-    assert order == ["a", "b"] * 3
-    assert found == {"a": [2.0, 4.0], "b": [3.0, 5.0]}
-    assert ratio(found["b"], found["a"]) == pytest.approx((3 / 2 + 5 / 4) / 2)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found == {"a": [3.0, 4.0], "b": [2.0, 5.0]}
+    assert ratio(found["b"], found["a"]) == pytest.approx((2 / 3 + 5 / 4) / 2)
+
+
+def test_a_run_between_two_of_its_base() -> None:
+    order: list[str] = []
+    seconds = {"base": iter([99.0, 1.0, 3.0, 5.0]), "a": iter([8.0]), "b": iter([2.0])}
+
+    def kind(name: str) -> Callable[[], float]:
+        def call() -> float:
+            order.append(name)
+            return next(seconds[name])
+
+        return call
+
+    found, ratios = between({name: kind(name) for name in ("a", "base", "b")}, "base")
+    assert order == ["base", "base", "a", "base", "b", "base"]
+    assert found == {"base": [1.0, 3.0, 5.0], "a": [8.0], "b": [2.0]}
+    assert ratios == {"base": 1.0, "a": 4.0, "b": 0.5}
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 16, 64])

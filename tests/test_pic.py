@@ -14,6 +14,7 @@ from torch import Tensor
 from test_exactness import KEEP, logprobs, random_ids, random_round
 from tokendance import LLM, Prompt, private, shared
 from tokendance.attention.rope import Rope
+from tokendance.errors import ConfigError
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel, load_model
 
@@ -24,6 +25,11 @@ LAYERS = 6
 @pytest.fixture(scope="module")
 def deep(model_folder: Callable[..., Path]) -> LoadedModel:
     return load_model(str(model_folder("llama", num_hidden_layers=LAYERS)), "float32")
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "mistral", "phi3"])
+def other(model_folder: Callable[..., Path], request: pytest.FixtureRequest) -> LoadedModel:
+    return load_model(str(model_folder(request.param, num_hidden_layers=LAYERS)), "float32")
 
 
 @dataclass
@@ -53,18 +59,18 @@ class DenseHook:
     ) -> Tensor:
         del extra
         key, value = key[0].clone(), value[0].clone()
-        deviation: dict[int, float] = {}
+        moved: dict[int, Tensor] = {}
         for position, (owner, at) in self.sources.items():
             table = self.rope.tables(np.array([position - at]), torch.device("cpu"))
-            moved = self.rope.rotate(owner[layer][0][:, [at]], table)[:, 0]
-            if layer == 1:
-                deviation[position] = float(((key[:, position] - moved) ** 2).sum())
-            if layer > 1 and position not in self.chosen:
-                key[:, position] = moved
-                value[:, position] = owner[layer][1][:, at]
+            moved[position] = self.rope.rotate(owner[layer][0][:, [at]], table)[:, 0]
         if layer == 1:
+            deviation = {p: float(((key[:, p] - copy) ** 2).sum()) for p, copy in moved.items()}
             ranked = sorted(deviation, key=lambda position: -deviation[position])
             self.chosen = set(ranked[: math.ceil(0.15 * len(ranked))])
+        for position, (owner, at) in self.sources.items():
+            if layer >= 1 and position not in self.chosen:
+                key[:, position] = moved[position]
+                value[:, position] = owner[layer][1][:, at]
         self.kv.append((key, value))
         group = query.shape[1] // key.shape[0]
         scores = query[0] @ key.repeat_interleave(group, 0).transpose(-1, -2) * scale
@@ -143,6 +149,38 @@ def test_pic_equals_the_slow_reference(
     # Reuse that changes nothing would pass for the wrong reason.
     exact = logprobs(make_llm(model=deep, reuse="none").run_round(prompts, KEEP))[:, 0]
     assert float((found[1:] - exact[1:]).abs().max()) > 1e-2
+
+
+def test_pic_equals_the_reference_on_other_architectures(
+    other: LoadedModel, make_llm: MakeLLM
+) -> None:
+    prompts = some_blocks_only(3)
+    llm = make_llm(model=other, reuse="pic-batched")
+    expected = torch.stack(reference(other, llm, prompts))
+    found = logprobs(llm.run_round(prompts, KEEP))[:, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_equal_beginnings_wait_for_whoever_computes_them(
+    deep: LoadedModel, make_llm: MakeLLM
+) -> None:
+    """A copy may follow on a beginning that another request of the same step has yet to compute."""
+    rng = np.random.default_rng(4)
+    block, begin = shared(random_ids(rng, 40)), private(random_ids(rng, 48))
+    first = Prompt([private(random_ids(rng, 5)), block, private(random_ids(rng, 200))], agent="0")
+    long = Prompt([begin, block, private(random_ids(rng, 150))], agent="long")
+    short = Prompt([begin, block, private(random_ids(rng, 4))], agent="short")
+    wide = make_llm(model=deep, reuse="pic-batched").run_round([first, long, short], KEEP)
+    for budget in (64, 256, 300):
+        llm = make_llm(model=deep, reuse="pic-batched", max_batch_tokens=budget)
+        narrow = llm.run_round([first, long, short], KEEP)
+        torch.testing.assert_close(logprobs(narrow), logprobs(wide), rtol=0, atol=1e-4)
+
+
+def test_pic_wants_a_third_layer(model_folder: Callable[..., Path], make_llm: MakeLLM) -> None:
+    shallow = load_model(str(model_folder("llama", num_hidden_layers=2)), "float32")
+    with pytest.raises(ConfigError, match="2 layers"):
+        make_llm(model=shallow, reuse="pic")
 
 
 def test_pic_counts_what_it_recomputes(deep: LoadedModel, make_llm: MakeLLM) -> None:

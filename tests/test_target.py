@@ -11,12 +11,14 @@ from rich.console import Console
 
 from test_exactness import KEEP, logprobs, random_ids, random_round
 from tokendance import LLM, Part, Prompt, SamplingParams, private, shared
+from tokendance.bench.calibrate import TINY, calibrate
 from tokendance.collector.correction import CorrectAll, Edges, FirstK
 from tokendance.collector.target import Cell, FidelityTable, FidelityTarget, Measured, Reuse
-from tokendance.commands.calibrate import run_calibration
+from tokendance.commands.calibrate import run_calibration, write_table
 from tokendance.config import EngineConfig
 from tokendance.errors import ConfigError
 from tokendance.models.calibration import table_path
+from tokendance.models.loader import load_model
 
 MakeLLM = Callable[..., LLM]
 
@@ -146,6 +148,21 @@ def test_where_the_target_cannot_be_met_the_answer_is_exact(
     llm.engine.check_integrity()
 
 
+def test_a_target_counts_what_the_beginning_has_inherited(make_llm: MakeLLM, tiny: object) -> None:
+    """A prompt that goes on from a mirror's KV is as far away as that, and one block more."""
+    prompts = random_round(15, agents=2, blocks=3)
+    block = shared(random_ids(np.random.default_rng(15), 20))
+    longer = [Prompt([*parts_of(prompt), block], agent=prompt.agent) for prompt in prompts]
+    table = FidelityTable("m", "float32", (cell(True, 300, 3, 0.01, 0.01, 0.01),))
+    llm = with_target(make_llm, tiny, 0.02, table)
+    first = llm.run_round(prompts, KEEP)
+    assert first.outputs[1].reused_tokens > 0
+    second = llm.run_round(longer, KEEP)  # four blocks: outside the table
+    exact = make_llm("none").run_round(longer, KEEP)
+    torch.testing.assert_close(logprobs(second), logprobs(exact), rtol=0, atol=1e-4)
+    llm.engine.check_integrity()
+
+
 def test_a_mirror_may_correct_more_or_less_than_the_layout(make_llm: MakeLLM, tiny: object) -> None:
     """Runs are stored for one correction and read by another; keys are found all the same."""
     prompts = random_round(13, agents=4)
@@ -165,7 +182,10 @@ def test_calibration_writes_a_table_that_a_target_can_use(
 ) -> None:
     monkeypatch.setenv("TOKENDANCE_CACHE", str(tmp_path))
     folder = str(model_folder("llama", max_position_embeddings=4096))
-    run_calibration(folder, "float32", "tiny", 0, None, Console(quiet=True))
+    console = Console(quiet=True)
+    run_calibration(folder, "float32", "tiny", 0, None, console)
+    assert not table_path(folder, "float32").exists()  # it would be taken for a measured one
+    write_table(calibrate(load_model(folder, "float32"), TINY, 0, console), console)
     table = json.loads(table_path(folder, "float32").read_text())
     assert {one["in_order"] for one in table["cells"]} == {True, False}
     for one in table["cells"]:
@@ -204,6 +224,19 @@ def test_shadows_report_what_a_comparison_by_hand_finds(make_llm: MakeLLM, tiny:
         assert report.kl_next == pytest.approx(float(kl[0]), abs=1e-4)
         assert report.kl == pytest.approx(float(kl.mean()), abs=1e-4)
     assert max(report.kl for report in reports) > 1e-3
+
+
+def test_a_silent_mirror_has_a_shadow_too(make_llm: MakeLLM, tiny: object) -> None:
+    prompts = random_round(16, agents=3)
+    store = make_llm().engine.config.store
+    plain = LLM.from_loaded(tiny, EngineConfig(store=store))  # type: ignore[arg-type]
+    tokens = {o.token_ids[0] for o in plain.run_round(prompts, KEEP).outputs}
+    llm = LLM.from_loaded(tiny, EngineConfig(store=store, shadow=1.0))  # type: ignore[arg-type]
+    ends = SamplingParams(max_tokens=8, stop_token_ids=tuple(tokens))
+    assert all(output.token_ids == () for output in llm.run_round(prompts, ends).outputs)
+    reports = [llm.check_shadow(), llm.check_shadow()]
+    assert all(report is not None and report.tokens == 1 for report in reports)
+    assert llm.check_shadow() is None
 
 
 def test_shadows_take_a_share_and_never_more_than_fit(make_llm: MakeLLM, tiny: object) -> None:

@@ -1,4 +1,4 @@
-"""The command line: run rounds, list models."""
+"""The command line: run rounds, measure, calibrate, list models."""
 
 import sys
 from pathlib import Path
@@ -158,11 +158,23 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Folder for everything, with `all`.", file_okay=False)
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="A trace with personas, whose people make the rounds of prefill, capacity and "
+            "fidelity; the example town if left out."
+        ),
+    ] = None,
     size: Annotated[
         Literal["full", "tiny"],
         typer.Option(help="tiny runs every line in seconds; its figures mean nothing."),
     ] = "full",
-    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each kind.")] = 3,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Counted runs in prefill and plain; in fidelity, workloads of other seeds."
+        ),
+    ] = 3,
     seed: Annotated[int, typer.Option(help="Of texts, lengths and orders.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
@@ -179,7 +191,7 @@ def bench(
 
     run_bench(
         None if suite == "all" else suite,
-        BenchSettings(model, size, repeats, seed, against_vllm=against == "vllm"),
+        BenchSettings(model, size, repeats, seed, source or "town", against == "vllm"),
         BenchOutputs(json_file, plot_file, out),
         threads,
         Console(),

@@ -113,6 +113,15 @@ class EngineConfig:
             raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
         if not 0 <= self.shadow <= 1:
             raise ConfigError(f"shadow is {self.shadow}. Give a share from 0 to 1.")
+        if self.target is not None and self.reuse != "collective":
+            raise ConfigError(
+                f"A fidelity target chooses corrections for reuse 'collective', not {self.reuse!r}."
+            )
+        if self.shadow and self.reuse in ("none", "prefix"):
+            raise ConfigError(
+                f"With reuse {self.reuse!r} all answers are exact, and there is nothing to shadow. "
+                "Leave shadow (--shadow) out."
+            )
         if self.target is not None:
             object.__setattr__(self, "correction", self.target.layout)
         if self.takes_copies:

@@ -88,16 +88,20 @@ class LLM:
             ModelNotFoundError: if there is no such model.
             UnsupportedModelError: if the arithmetic does not hold for it.
         """
-        if correction is None:
-            correction = DEFAULT_CORRECTION if first_k is None else "first-k"
+        if correction is None and first_k is not None:
+            correction = "first-k"
         if isinstance(correction, str):
             if first_k is not None and correction != "first-k":
                 raise ConfigError(f"first_k goes with correction 'first-k', not {correction!r}.")
             correction = make_correction(correction, **_given(first_k=first_k))
         elif first_k is not None:
             raise ConfigError("first_k goes with correction 'first-k', not with another policy.")
-        if fidelity_target is not None and reuse != "collective":
-            raise ConfigError(f"fidelity_target goes with reuse 'collective', not {reuse!r}.")
+        if correction is not None and (fidelity_target is not None or reuse != "collective"):
+            raise ConfigError(
+                "correction and first_k go with reuse 'collective', and without fidelity_target, "
+                "which chooses the correction itself."
+            )
+        correction = correction or make_correction(DEFAULT_CORRECTION)
         store = StoreConfig(
             _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
             **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
@@ -232,16 +236,16 @@ class LLM:
         """
         if not self.engine.shadows.pending:
             return None
-        shadow = self.engine.shadows.pending.popleft()
+        shadow = self.engine.shadows.pending.pop()
         params = SamplingParams(
-            max_tokens=len(shadow.generated), forced_tokens=shadow.generated, keep_logprobs=True
+            max_tokens=len(shadow.tokens), forced_tokens=shadow.tokens, keep_logprobs=True
         )
         request = Request(
             shadow.agent,
             self.engine.new_round_id(),
             shadow.prompt,
             params,
-            max_new_tokens=len(shadow.generated),
+            max_new_tokens=len(shadow.tokens),
             in_round=False,
             exact=True,
             leaves=False,

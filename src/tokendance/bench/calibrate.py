@@ -37,8 +37,8 @@ class CalibrationSize:
         block_tokens: length of a block.
     """
 
-    private_tokens: tuple[int, ...] = (250, 1000, 2000)
-    num_blocks: tuple[int, ...] = (4, 16)
+    private_tokens: tuple[int, ...] = (250, 1000, 2500)
+    num_blocks: tuple[int, ...] = (4, 16, 40)
     readers: int = 4
     workloads: int = 2
     block_tokens: int = 94
@@ -103,7 +103,7 @@ def _measure_cell(
         prompts = workload.prompts()
         reference = reference_answers(exact, prompts, _ANSWER_TOKENS)
         starts = [exact.encoder.encode(prompt).shared_segments()[0][0] for prompt in prompts]
-        num_before = max(num_before, *starts)
+        num_before = max(num_before, *starts)  # all of it private
         for first, last in _CORRECTIONS:
             config = EngineConfig("collective", Edges(first, last), store=store)
             llm = LLM.from_loaded(model, config, memory)

@@ -190,7 +190,7 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
-            "Plots need matplotlib, which is not installed. Install it, or leave --plot out."
+            "Plots need matplotlib. Install it with `pip install 'tokendance[bench]'`."
         ) from error
     matplotlib.use("svg")
     import matplotlib.pyplot as plt

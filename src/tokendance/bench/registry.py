@@ -10,6 +10,7 @@ from tokendance.bench.suite import BenchSettings, SuiteResult
 
 SuiteName = Literal["plain", "prefill", "decode", "storage", "capacity", "fidelity"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
+VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")
 
 
 class SuiteModule(Protocol):

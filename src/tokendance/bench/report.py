@@ -4,10 +4,11 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokendance.bench.suite import Row, SuiteResult, describe_machine
+from tokendance.bench.registry import VLLM_SUITES
+from tokendance.bench.suite import BenchSettings, Row, SuiteResult, describe_machine
 
 
-def write_report(results: Sequence[SuiteResult], folder: Path) -> Path:
+def write_report(results: Sequence[SuiteResult], settings: BenchSettings, folder: Path) -> Path:
     """Write `report.md` beside the plots of its suites, and return its path."""
     machine = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
     lines = [
@@ -16,7 +17,7 @@ def write_report(results: Sequence[SuiteResult], folder: Path) -> Path:
         f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}. {machine}. Model: {results[0].model}.",
     ]
     for result in results:
-        lines += ["", f"## {result.suite}", "", f"    tokendance bench {result.suite}", ""]
+        lines += ["", f"## {result.suite}", "", f"    {_command(result, settings)}", ""]
         lines += _table([{"headline": k, "figure": v} for k, v in result.headline.items()])
         lines += ["", f"![{result.suite}]({result.suite}.svg)"]
         for rows in _kinds(result.rows):
@@ -25,6 +26,19 @@ def write_report(results: Sequence[SuiteResult], folder: Path) -> Path:
     path = folder / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return path
+
+
+def _command(result: SuiteResult, settings: BenchSettings) -> str:
+    """The command that gives a suite's figures again."""
+    command = f"tokendance bench {result.suite} --model {settings.model}"
+    command += f" --repeats {settings.repeats} --seed {settings.seed}"
+    if settings.source != "town":
+        command += f" --source {settings.source}"
+    if settings.tiny:
+        command += " --size tiny"
+    if settings.against_vllm and result.suite in VLLM_SUITES:
+        command += " --against vllm"
+    return command
 
 
 def _kinds(rows: Sequence[Row]) -> list[list[Row]]:
@@ -45,5 +59,5 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def _cell(value: object) -> str:
     if value is None:
-        return "not measured"
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -35,6 +36,8 @@ class BenchSettings:
             figures mean nothing.
         repeats: counted runs of each kind.
         seed: of texts, lengths and orders.
+        source: of private texts and what agents say: "town", the example, or the path of a trace
+            with personas.
         against_vllm: measure vLLM too, where a suite has a place for it.
     """
 
@@ -42,6 +45,7 @@ class BenchSettings:
     size: Size = "full"
     repeats: int = 3
     seed: int = 0
+    source: str | Path = "town"
     against_vllm: bool = False
 
     @property
@@ -120,22 +124,46 @@ def _cell(value: object) -> str:
 def in_turn(
     kinds: Mapping[Kind, Callable[[], float]], repeats: int, warm_up: int = 1
 ) -> dict[Kind, list[float]]:
-    """Run each kind in turn, `repeats` times after `warm_up` rounds that do not count.
+    """Run each kind in turn, `repeats` times after `warm_up` turns that do not count.
+
+    Every other turn goes backwards, so that no kind is always the one that runs later.
 
     Returns:
         For each kind what its runs returned, in order.
     """
     found: dict[Kind, list[float]] = {name: [] for name in kinds}
     for turn in range(repeats + warm_up):
-        for name, run in kinds.items():
-            value = run()
+        for name in list(kinds)[:: -1 if turn % 2 else 1]:
+            value = kinds[name]()
             if turn >= warm_up:
                 found[name].append(value)
     return found
 
 
+def between(
+    kinds: Mapping[Kind, Callable[[], float]], base: Kind
+) -> tuple[dict[Kind, list[float]], dict[Kind, float]]:
+    """Run each kind once, with a run of `base` before and after it; for what takes minutes.
+
+    `base` runs once more at first, without being counted.
+
+    Returns:
+        For each kind what its runs returned; and for each the ratio of its run to the mean of the
+        two of `base` beside it.
+    """
+    kinds[base]()
+    found: dict[Kind, list[float]] = {base: [kinds[base]()]}
+    ratios: dict[Kind, float] = {base: 1.0}
+    for name, run in kinds.items():
+        if name is not base:
+            found[name] = [run()]
+            found[base].append(kinds[base]())
+            ratios[name] = found[name][0] / statistics.mean(found[base][-2:])
+    return found, ratios
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of runs that were neighbours in time."""
+    """Median of the ratios of runs of the same turn."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 

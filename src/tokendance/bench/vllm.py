@@ -185,6 +185,11 @@ class VLLM:
             raise
         request = {"op": "start", "engine": config.engine_arguments(model)}
         self.version: str = str(self._ask(request, start_timeout_s).get("version"))
+        self.settings = (
+            f"vLLM {self.version}: {config.dtype}, prefix caching, blocks of {config.block_size}, "
+            f"{'compiled' if config.compiled else 'eager'}, {config.threads} threads, up to "
+            f"{config.max_batch_tokens} tokens a pass."
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -239,11 +239,6 @@ class RoundWorkload:
         )
         return RoundWorkload(views, self.blocks[:count], self.speakers[:count], self.spec)
 
-    def with_first(self, index: int) -> "RoundWorkload":
-        """Return the round with another agent in front: the master, where all read the same."""
-        views = [self.views[index], *self.views[:index], *self.views[index + 1 :]]
-        return RoundWorkload(tuple(views), self.blocks, self.speakers, self.spec)
-
     def _prompt(self, view: AgentView, task: str) -> Prompt:
         content = [
             private(view.before),
@@ -298,17 +293,6 @@ class RoundWorkload:
                 known.update(blocks)
         store.clear(keep=known)
         llm.generate([one.tolist() for one in beginnings], SamplingParams(max_tokens=1))
-
-
-def make_workload(
-    llm: LLM,
-    num_agents: int,
-    block_tokens: int = 94,
-    private_tokens: tuple[int, int] = (200, 1000),
-    seed: int = 0,
-) -> RoundWorkload:
-    """Build a round of the example town in which all read all blocks in one order."""
-    return generate_workload(llm, WorkloadSpec(num_agents, block_tokens, private_tokens, seed=seed))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ like all others, and `sources` says from where each is copied before some of the
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.collector.correction import CorrectionPolicy
+from tokendance.collector.correction import CorrectAll, CorrectionPolicy
 from tokendance.collector.target import FidelityTarget, Reuse
 from tokendance.rounds.segments import EncodedPrompt, Segment
 from tokendance.store.entries import (
@@ -176,8 +176,11 @@ def draft_placement(
     ]
     chosen = choose_copies(segments, store, rules, round_id) if rules.segments else {}
     policy = correction
-    if target is not None and chosen:
-        policy = target.choose(describe_reuse(segments, chosen, store))
+    if target is not None and rules.segments and (chosen or num_exact < num_prefix):
+        policy = target.choose(describe_reuse(prompt, num_exact, num_prefix, chosen, store))
+        if isinstance(policy, CorrectAll):
+            exact = replace(rules, segments=False)
+            return draft_placement(prompt, max_new_tokens, store, correction, exact, round_id)
     used: list[SegmentCopy] = []
     owned: list[tuple[int, Segment]] = []
     num_corrected = 0
@@ -329,16 +332,37 @@ def choose_copies(
 
 
 def describe_reuse(
-    segments: Sequence[tuple[int, Segment]], chosen: Mapping[int, SegmentCopy], store: KVStore
+    prompt: EncodedPrompt,
+    num_exact: int,
+    num_prefix: int,
+    chosen: Mapping[int, SegmentCopy],
+    store: KVStore,
 ) -> Reuse:
-    """Say what is known of the reuse of `chosen` copies, at least one, before the pass."""
+    """Say what is known of a reuse before the pass.
+
+    Args:
+        prompt: that reuses.
+        num_exact: length of its matched beginning that is exact.
+        num_prefix: length of its matched beginning.
+        chosen: copies of shared segments after it, by their place among those.
+        store: where they lie.
+    """
+    shared = prompt.shared_segments()
+    inherited = [start for start, part in shared if num_exact < start + len(part) <= num_prefix]
+    later = [start for start, part in shared if start + len(part) > num_prefix]
     places = sorted(chosen)
     copies = [chosen[place_] for place_ in places]
-    in_order = len({copy.run for copy in copies}) == 1 and all(
+    in_order = len({copy.run for copy in copies}) <= 1 and all(
         one.index < other.index for one, other in itertools.pairwise(copies)
     )
-    owner_start = int(store.slot_position[copies[0].slots[0]])
-    return Reuse(in_order, max(segments[places[0]][0], owner_start), len(copies))
+    starts = inherited + [later[place_] for place_ in places]
+    first = starts[0] if starts else num_exact
+    num_private = first - sum(len(part) for start, part in shared if start < first)
+    if copies:
+        # Whatever shifts the owner's copy against this one is private text of one of them.
+        shift = int(store.slot_position[copies[0].slots[0]]) - later[places[0]]
+        num_private += max(0, shift)
+    return Reuse(in_order, num_private, len(starts))
 
 
 def join_runs(owned: Sequence[tuple[int, Segment]]) -> list[list[tuple[int, Segment]]]:

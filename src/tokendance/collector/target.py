@@ -9,7 +9,8 @@ for a model, cell by cell:
     no         1000                  16             (0, 0) 0.21    (2, 1) 0.12     (8, 1) 0.09
 
 A target picks the cheapest correction that met it in the smallest cell that covers the reuse.
-Where none did, or the reuse lies outside what was measured, the request computes.
+Where none did, or the reuse lies outside what was measured, the request computes. What is measured
+is a mean over agents and tokens: a single agent may be farther away.
 """
 
 import json
@@ -30,9 +31,10 @@ class Reuse:
 
     Attributes:
         in_order: all its reused segments are of one run, in the owner's order.
-        num_before: tokens before the first of them, in its own prompt or in the owner's,
+        num_before: private tokens before the first of them, in its own prompt or in the owner's,
             whichever are more.
-        num_blocks: segments that it reuses.
+        num_blocks: shared segments that it reuses, those in a beginning that holds KV of another
+            context included.
     """
 
     in_order: bool
@@ -136,6 +138,8 @@ def _read_cell(cell: Mapping[str, Any]) -> Cell:
 @dataclass(frozen=True, slots=True)
 class FidelityTarget:
     """Chooses a correction for each reuse, so that its KL divergence stays below a target.
+
+    That is a mean over agents and tokens, as measured: one of them may be farther away.
 
     Attributes:
         kl: nats per token of the answer.

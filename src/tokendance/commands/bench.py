@@ -9,7 +9,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tokendance.bench.registry import SUITES, SuiteModule, SuiteName, load_suite
+from tokendance.bench.registry import (
+    SUITES,
+    VLLM_SUITES,
+    SuiteModule,
+    SuiteName,
+    load_suite,
+)
 from tokendance.bench.report import write_report
 from tokendance.bench.suite import BenchSettings, SuiteResult
 from tokendance.config import check_writable
@@ -51,7 +57,7 @@ def run_bench(
         TokenDanceError: for a mistake of the user, found before anything is measured.
         typer.Exit: with code 130 if the user interrupts; suites that are done are written.
     """
-    _check(suite, outputs)
+    _check(suite, settings, outputs)
     if threads is not None:
         torch.set_num_threads(threads)
     done: list[SuiteResult] = []
@@ -62,18 +68,23 @@ def run_bench(
             done.append(module.run(settings, console))
             _print_headline(done[-1], console)
             _write(module, done[-1], outputs, console)
-            print(done[-1].to_json(), flush=True)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(done)} suites; nothing is left running.")
         raise typer.Exit(130) from None
     finally:
         if outputs.folder is not None and done:
-            report = write_report(done, outputs.folder)
+            report = write_report(done, settings, outputs.folder)
             console.print(f"The report is {escape(str(report))}.")
+        for result in done:
+            print(result.to_json(), flush=True)
 
 
-def _check(suite: SuiteName | None, outputs: BenchOutputs) -> None:
-    """Refuse what cannot be written, before minutes of work."""
+def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutputs) -> None:
+    """Refuse what has no effect or cannot be written, before minutes of work."""
+    if settings.against_vllm and suite is not None and suite not in VLLM_SUITES:
+        raise ConfigError(
+            f"--against goes with {', '.join(VLLM_SUITES)} and all, not with {suite}."
+        )
     if suite is None and outputs.folder is None:
         raise ConfigError("`bench all` writes a report. Say where with --out FOLDER.")
     if suite is None and (outputs.json_file or outputs.plot_file):

@@ -29,7 +29,7 @@ def run_calibration(
     with console.status(f"Loading {escape(name)} ..."):
         model = load_model(name, dtype)
     console.print(
-        f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}. This takes some minutes."
+        f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}. This takes about half an hour."
     )
     try:
         table = calibrate(model, TINY if size == "tiny" else CalibrationSize(), seed, console)
@@ -40,11 +40,18 @@ def run_calibration(
         raise ConfigError(
             f"The context of {name} ({model.shape.max_context} tokens) is too short to calibrate."
         )
-    _write(table, console)
+    if size == "tiny":
+        console.print("A tiny run measures next to nothing, so the table is not written.")
+    else:
+        write_table(table, console)
 
 
-def _write(table: FidelityTable, console: Console) -> None:
-    """Write the table, whole or not at all."""
+def write_table(table: FidelityTable, console: Console) -> None:
+    """Write a table where `--fidelity-target` looks for it, whole or not at all.
+
+    Raises:
+        ConfigError: if the folder cannot be written.
+    """
     path = table_path(table.model, table.dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

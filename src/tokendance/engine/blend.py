@@ -3,14 +3,15 @@
 A request takes its own copy of the shared tokens' KV, with keys rotated to its own positions, and
 finds out while it is computed which of them to recompute:
 
-    layers      rows of the request that are computed
-    0, 1        all new tokens, copied ones included
-    after 1     the copied tokens are ranked by how far their keys of layer 1 are from the copied
-                ones (squared distance, over all heads)
-    2, ...      tokens without a source, and the 15% that deviate most; the others keep the copy
+    layer 0     all new tokens are computed, copied ones included
+    layer 1     queries, keys and values of all of them; the copied tokens are ranked by how far
+                their new keys are from the copied ones (squared distance, over all heads)
+    from there  only tokens without a source, and the 15% that deviate most; the others keep the
+                copy
 
-So it costs two layers of everything, 15% of the rest, and a rotated copy per request. Requests
-that copy nothing pass through whole, an owner in the same pass among them: its keys of a layer are
+So it costs a layer of everything, 15% of the rest, and a rotated copy per request. LMCache, where
+CacheBlend lives on, drops rows at the same place, before the attention of layer 1. Requests that
+copy nothing pass through whole, an owner in the same pass among them: its keys of a layer are
 written before anybody copies them.
 """
 
@@ -27,13 +28,14 @@ from tokendance.collector.placement import UNPLACED, num_recomputed
 from tokendance.engine.scheduler import Scheduled
 
 CHECK_LAYER = 1
+MIN_LAYERS = CHECK_LAYER + 2  # rows are dropped between layers, so there has to be another one
 
 
 class BlendPass:
     """One forward pass in which some requests copy KV and recompute a part of it.
 
     Attributes:
-        kept: int64, rows that the layers after `CHECK_LAYER` compute; known when it is done.
+        kept: int64, rows that go on; known when `CHECK_LAYER` has keys.
         logit_rows: int64, for each item that wants logits its last row among the kept ones.
     """
 
@@ -89,7 +91,7 @@ class BlendPass:
         scale: float,
         backend: Backend,
     ) -> Tensor:
-        """Attend in one layer; after `CHECK_LAYER`, `backend` is prepared for the kept rows.
+        """Attend in one layer; from `CHECK_LAYER` on, `backend` is prepared for the kept rows.
 
         Args:
             layer: index of the layer.
@@ -100,21 +102,31 @@ class BlendPass:
             values: likewise.
             scale: of the scores.
             backend: attends.
+
+        Returns:
+            (rows, H, D) as many rows as came in; in `CHECK_LAYER` those that go no further are 0.
         """
-        if layer > CHECK_LAYER:
-            # Copies may come from rows of this very pass, so those are written first.
+        num_rows = query.shape[2]
+        if layer == CHECK_LAYER:
+            # Rows of this very pass may be what others copy from.
+            keys.index_copy_(1, self._index(self._batch.write_slots()), key)
+            self._choose(key, keys)
+            narrow = self._narrow_batch()
+            self._write = self._index(narrow.write_slots())
+            backend.prepare(narrow)
+            query, key, value = query[:, :, self.kept], key[:, self.kept], value[:, self.kept]
+        if layer >= CHECK_LAYER:
             keys.index_copy_(1, self._write, key)
             values.index_copy_(1, self._write, value)
             copies = keys.index_select(1, self._sources)
             keys.index_copy_(1, self._slots, self._rope.rotate(copies, self._tables))
             values.index_copy_(1, self._slots, values.index_select(1, self._sources))
         result = backend.attend(query, key, value, keys, values, scale)
-        if layer == CHECK_LAYER:
-            self._choose(key, keys)
-            narrow = self._narrow_batch()
-            self._write = self._index(narrow.write_slots())
-            backend.prepare(narrow)
-        return result
+        if layer != CHECK_LAYER:
+            return result
+        whole = result.new_zeros(num_rows, *result.shape[1:])
+        whole[self.kept] = result
+        return whole
 
     def _choose(self, key: Tensor, keys: Tensor) -> None:
         """Choose each request's copied tokens to recompute; the others are left to be copied."""

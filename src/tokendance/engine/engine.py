@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokendance.collector.owners import Start, order_starts
 from tokendance.config import EngineConfig
+from tokendance.engine.blend import MIN_LAYERS
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory, Runner
 from tokendance.engine.sampling import choose_tokens
@@ -76,13 +77,12 @@ class Engine:
             )
         num_pages = min(num_pages, (2**31 - 1) // config.store.page_size)  # slots are int32
         self.store = KVStore(num_pages, config.store.page_size, config.store.max_reuse_rounds)
-        try:
-            memory = memory or KVMemory.allocate(model, num_pages * config.store.page_size)
-        except RuntimeError as error:
+        if config.takes_copies and model.shape.num_layers < MIN_LAYERS:
             raise ConfigError(
-                f"The KV budget of {config.store.kv_budget} bytes cannot be allocated on "
-                f"{model.device}: {str(error).splitlines()[0]} Lower kv_budget (--kv-budget)."
-            ) from error
+                f"reuse {config.reuse!r} compares keys of the second layer and drops rows after "
+                f"it, and {model.name} has {model.shape.num_layers} layers. Use another reuse."
+            )
+        memory = memory or KVMemory.allocate(model, num_pages * config.store.page_size)
         self.runner = Runner(model, memory)
         self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
         self.shadows = Shadows(config.shadow)
@@ -196,9 +196,10 @@ class Engine:
             forced = request.params.forced_tokens
             if forced is not None:
                 token = forced[len(request.generated)]
-            if request.params.keep_logprobs or (
-                request.shadowed and len(request.logprobs) < SHADOW_TOKENS
-            ):
+            in_shadow = request.shadowed and len(request.shadow_tokens) < SHADOW_TOKENS
+            if in_shadow:
+                request.shadow_tokens.append(token)
+            if in_shadow or request.params.keep_logprobs:
                 request.logprobs.append(torch.log_softmax(row_logits, dim=-1))
             if request.first_token_s is None:
                 request.first_token_s = now

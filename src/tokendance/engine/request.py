@@ -39,6 +39,8 @@ class Request:
         placement: where its KV lies; the scheduler writes it on admission.
         num_computed: tokens whose KV is computed or scheduled; the scheduler writes it.
         generated: the answer so far; the engine writes it.
+        shadow_tokens: the first tokens, one that ended the answer included, if it is shadowed; the
+            engine writes it.
         logprobs: float32 (vocabulary,) per generated token, if asked for, or the first
             ones if it is shadowed; the engine writes it.
         finish_reason: "stop", "length" or "error" when it is done; the engine writes it.
@@ -67,6 +69,7 @@ class Request:
     placement: Placement | None = None
     num_computed: int = 0
     generated: list[int] = field(default_factory=list)
+    shadow_tokens: list[int] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)
     finish_reason: str | None = None
     stopped_by_text: bool = False
@@ -113,6 +116,7 @@ class Request:
         """Forget what was computed and said, to begin anew from the queue."""
         self.num_computed = 0
         self.generated.clear()
+        self.shadow_tokens.clear()
         self.logprobs.clear()
         self.first_token_s = None
         self.generator = random.Random(self.seed)

@@ -1,4 +1,4 @@
-"""The runner: the only part of the loop that touches tensors."""
+"""The runner: packs a step, runs the model, and lets attention read and write KV memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
 from tokendance.attention.torch_backend import TorchBackend
+from tokendance.config import format_bytes
 from tokendance.engine.blend import CHECK_LAYER, BlendPass
 from tokendance.engine.scheduler import Scheduled
+from tokendance.errors import ConfigError
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
 
@@ -32,13 +34,24 @@ class KVMemory:
 
     @classmethod
     def allocate(cls, model: LoadedModel, num_slots: int) -> "KVMemory":
-        """Reserve room for `num_slots` tokens of a model."""
+        """Reserve room for `num_slots` tokens of a model.
+
+        Raises:
+            ConfigError: if there is not so much.
+        """
         shape = model.shape
         size = (shape.num_layers, shape.num_kv_heads, num_slots, shape.head_dim)
-        return cls(
-            torch.empty(size, dtype=model.dtype, device=model.device),
-            torch.empty(size, dtype=model.dtype, device=model.device),
-        )
+        try:
+            return cls(
+                torch.empty(size, dtype=model.dtype, device=model.device),
+                torch.empty(size, dtype=model.dtype, device=model.device),
+            )
+        except RuntimeError as error:
+            needed = format_bytes(num_slots * shape.kv_bytes_per_token(model.dtype))
+            raise ConfigError(
+                f"{needed} of KV memory cannot be allocated on {model.device}: "
+                f"{str(error).splitlines()[0]} Lower kv_budget (--kv-budget)."
+            ) from error
 
 
 class Runner:
@@ -91,7 +104,7 @@ class Runner:
         if BlendPass.is_needed(step):
             self._blend = blend = BlendPass(step, batch, self._model.rope, device)
             try:
-                with hook.rows_dropped(module, CHECK_LAYER + 1, lambda: blend.kept):
+                with hook.rows_dropped(module, CHECK_LAYER, lambda: blend.kept):
                     logits = hook.forward(module, *inputs, blend.logit_rows, self).float()
             finally:
                 self._blend = None

@@ -192,10 +192,12 @@ class Scheduler:
             else:
                 rest = placement.compute[request.num_computed :]
                 num_rows = len(rest) - placement.num_copied
-                fits = num_rows <= budget or first_prompt
-                if not (fits and self._store.slot_ready[placement.sources[copied]].all()):
-                    return rest[:0], 0
-                return rest, num_rows
+                ready = self._store.slot_ready[placement.slots[: len(request.prompt)]]
+                ready[rest] = True
+                can_copy = ready.all() and self._store.slot_ready[placement.sources[copied]].all()
+                if can_copy and (num_rows <= budget or first_prompt):
+                    return rest, num_rows
+                return rest[:0], 0
         ready = self._store.slot_ready[placement.slots[: int(positions[-1]) + 1]]
         ready[positions] = True
         blocked = np.flatnonzero(~ready)

@@ -5,7 +5,6 @@ whole, with the same answer forced, so that both distributions can be compared t
 """
 
 import random
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +26,13 @@ class Shadow:
     Attributes:
         agent: whose it is.
         prompt: what it read.
-        generated: the beginning of its answer.
-        logprobs: float32 (vocabulary,) for each token of that beginning.
+        tokens: the beginning of its answer, with the token that ended it if it is that short.
+        logprobs: float32 (vocabulary,) for each of them.
     """
 
     agent: str
     prompt: EncodedPrompt
-    generated: tuple[int, ...]
+    tokens: tuple[int, ...]
     logprobs: tuple[Tensor, ...]
 
 
@@ -60,7 +59,8 @@ class Shadows:
     """Chooses mirrors at random and keeps what they said.
 
     Attributes:
-        pending: mirrors to compute exactly; the oldest give way when there are too many.
+        pending: mirrors to compute exactly. When there are too many, each that was drawn has the
+            same chance to be among them.
         num_dropped: those that gave way.
     """
 
@@ -68,7 +68,7 @@ class Shadows:
         """Keep a share (0 to 1) of mirrors."""
         self._share = share
         self._random = random.Random(0)
-        self.pending: deque[Shadow] = deque()
+        self.pending: list[Shadow] = []
         self.num_dropped = 0
 
     def draw(self, request: Request) -> None:
@@ -79,19 +79,21 @@ class Shadows:
     def keep(self, request: Request) -> None:
         """Take over a request that is done, if it was chosen and read KV of another context."""
         placement = request.placement
-        if not request.shadowed or placement is None or not request.logprobs:
+        if not request.shadowed or placement is None:
             return
         if placement.num_exact >= len(request.prompt):
             return
-        logprobs = tuple(request.logprobs[:SHADOW_TOKENS])
-        # The token that ended an answer is not among the generated ones.
-        generated = tuple(request.generated[:SHADOW_TOKENS])
-        if len(self.pending) == MAX_PENDING:
-            self.pending.popleft()
-            self.num_dropped += 1
-        self.pending.append(
-            Shadow(request.agent, request.prompt, generated, logprobs[: len(generated)])
+        tokens = tuple(request.shadow_tokens)
+        shadow = Shadow(
+            request.agent, request.prompt, tokens, tuple(request.logprobs[: len(tokens)])
         )
+        if len(self.pending) < MAX_PENDING:
+            self.pending.append(shadow)
+            return
+        self.num_dropped += 1
+        place = self._random.randrange(MAX_PENDING + self.num_dropped)
+        if place < MAX_PENDING:
+            self.pending[place] = shadow
 
 
 def compare(shadow: Shadow, exact: tuple[Tensor, ...]) -> ShadowReport:
@@ -101,7 +103,7 @@ def compare(shadow: Shadow, exact: tuple[Tensor, ...]) -> ShadowReport:
     same = expected.argmax(dim=-1) == found.argmax(dim=-1)
     return ShadowReport(
         shadow.agent,
-        len(shadow.generated),
+        len(shadow.tokens),
         float(kl[0]),
         float(kl.mean()),
         float(same.float().mean()),

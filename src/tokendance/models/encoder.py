@@ -108,10 +108,9 @@ class PromptEncoder:
     def _messages(self, messages: Sequence[Message]) -> list[tuple[TokenIds, bool]]:
         """Render the chat template around placeholders, then fill in the parts' ids.
 
-        The template's text before a message goes with the message, and is shared where its first
-        part is, so that messages that follow each other form one run. A message of one part is one
-        segment with that text. Where there are more parts the text is a segment by itself, so that
-        a part has the same hash wherever among the parts it stands.
+        The template's text before a message of one part is one segment with it, so that shared
+        messages that follow each other form one run. Where there are more parts that text is
+        private, so that a part has the same hash wherever among them it stands.
         """
         nonce = secrets.token_hex(8)
         parts: list[Part] = []
@@ -137,7 +136,7 @@ class PromptEncoder:
             if int(piece) in alone:
                 pieces.append((np.concatenate([glue, self._part_ids(part)]), part.shared))
             else:
-                pieces += [(glue, part.shared), (self._part_ids(part), part.shared)]
+                pieces += [(glue, False), (self._part_ids(part), part.shared)]
             glue = as_token_ids([])
         if used != list(range(len(parts))):
             raise PromptError(

@@ -103,34 +103,59 @@ def forward(
 
 
 @contextmanager
-def rows_dropped(
-    model: nn.Module, first_layer: int, kept_rows: Callable[[], Tensor]
-) -> Iterator[None]:
-    """Within this context, the decoder layers from `first_layer` on compute only some rows.
+def rows_dropped(model: nn.Module, layer: int, kept_rows: Callable[[], Tensor]) -> Iterator[None]:
+    """Within this context, only some rows go on from the attention of a decoder layer.
+
+    In that layer itself, what comes after attention is computed for these rows and is zero for
+    the others; the next layer drops them.
 
     Args:
         model: a causal language model whose decoder layers are `base_model.layers`.
-        first_layer: index of the first layer that sees fewer rows.
-        kept_rows: called when that layer begins; int64 (R,), the rows that go on.
+        layer: index of the layer; not the last.
+        kept_rows: called once that layer has attended; int64 (R,), the rows that go on.
     """
-    kept: list[Any] = []
+    layers: list[Any] = list(model.base_model.layers)  # type: ignore[union-attr, arg-type]
+
+    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        return (args[0][:, kept_rows()], *args[1:])
+
+    def widen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        del module, args
+        whole = output.new_zeros(1, num_rows[0], output.shape[-1])
+        whole[:, kept_rows()] = output
+        return whole
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        num_rows[:] = [args[0].shape[1]]
 
     def drop(
-        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden, *others = args
-        if layer is layers[0]:
+        if module is layers[layer + 1]:
             rows = kept_rows()
             hidden = hidden[:, rows]
-            kept[:] = [
-                tuple(table[:, rows] for table in kwargs["position_embeddings"]),
-                kwargs["position_ids"][:, rows],
-            ]
-        turned = {"position_embeddings": kept[0], "position_ids": kept[1]}
+            turned["position_embeddings"] = tuple(
+                table[:, rows] for table in kwargs["position_embeddings"]
+            )
+            if kwargs.get("position_ids") is not None:
+                turned["position_ids"] = kwargs["position_ids"][:, rows]
         return (hidden, *others), kwargs | turned
 
-    layers = list(model.base_model.layers)[first_layer:]  # type: ignore[union-attr, arg-type]
-    handles = [layer.register_forward_pre_hook(drop, with_kwargs=True) for layer in layers]
+    num_rows: list[int] = []
+    turned: dict[str, Any] = {}
+    handles = [layers[layer].register_forward_pre_hook(count)]
+    # Models that name these otherwise compute zeros in vain, and nothing else.
+    output = getattr(layers[layer].self_attn, "o_proj", None)
+    for module in (output, getattr(layers[layer], "mlp", None)):
+        if module is not None:
+            handles.append(module.register_forward_pre_hook(narrow))
+            handles.append(module.register_forward_hook(widen))
+    handles += [
+        later.register_forward_pre_hook(drop, with_kwargs=True) for later in layers[layer + 1 :]
+    ]
     try:
         yield
     finally:

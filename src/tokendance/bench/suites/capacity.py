@@ -26,6 +26,7 @@ from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLM
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
+from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, load_model
 
@@ -85,9 +86,18 @@ class _Search:
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
-    objective_s, limit = (5.0, 4) if settings.tiny else (15.0, 64)
     model = load_model(settings.model, "bfloat16")
-    longest = 400 if settings.tiny else 1100 + 100 * limit
+    objective_s, limit, longest = 5.0, 4, 400
+    if not settings.tiny:
+        # A prompt has its private part, what everybody said, the task, and the answer.
+        fitting = (model.shape.max_context - 1200) // 110
+        if fitting < 2:
+            raise ConfigError(
+                f"The context of {settings.model} ({model.shape.max_context} tokens) is too short "
+                "for this suite."
+            )
+        objective_s, limit = 15.0, min(60, fitting)
+        longest = 1200 + 110 * limit
     engines = make_engines(model, MODES, limit * longest, one_memory=True)
     token_bytes = model.shape.kv_bytes_per_token(model.dtype)
     with console.status(f"The model writes the blocks of {limit} agents ..."):
@@ -97,6 +107,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     )
     rows: list[Row] = []
     found: dict[str, int] = {}
+    vllm_settings: list[str] = []
 
     def search(name: str, measure: Callable[[RoundWorkload], float]) -> None:
         one = _Search(lambda size: measure(workload.head(size)), objective_s, limit)
@@ -126,6 +137,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         token_bytes=token_bytes,
     ) as vllm:
         if vllm is not None:
+            vllm_settings.append(vllm.settings)
             search("vllm", lambda part: _vllm_seconds(vllm, engines["prefix"], part))
     for mode in MODES:
         search(mode, lambda part, llm=engines[mode]: _seconds(llm, part))  # type: ignore[misc]
@@ -140,6 +152,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         }
         rows.append(row)
         table.add(row)
+    notes = _notes(settings, found, limit) + vllm_settings
     headline: dict[str, float | None] = {
         "agents_vllm": found.get("vllm"),
         "agents_prefix": found["prefix"],
@@ -148,13 +161,13 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         "ratio_vs_vllm": _over(found["collective"], found.get("vllm")),
         "ratio_by_memory": _over(by_memory["collective"], by_memory["prefix"]),
     }
-    return SuiteResult("capacity", settings.model, rows, headline, _notes(settings, found, limit))
+    return SuiteResult("capacity", settings.model, rows, headline, notes)
 
 
 def _spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
     if settings.tiny:
-        return WorkloadSpec(agents, 40, (20, 40), seed=settings.seed)
-    return WorkloadSpec(agents, seed=settings.seed)
+        return WorkloadSpec(agents, 40, (20, 40), source=settings.source, seed=settings.seed)
+    return WorkloadSpec(agents, source=settings.source, seed=settings.seed)
 
 
 def _seconds(llm: LLM, workload: RoundWorkload) -> float:
@@ -182,8 +195,8 @@ def _most_in_budget(model: LoadedModel, mode: ReuseMode, workload: RoundWorkload
             for index, prompt in enumerate(workload.head(size).prompts())
         ]
         engine.add(requests)
-        engine.scheduler.admit()
-        all_in = not engine.scheduler.waiting
+        refused = engine.scheduler.admit()
+        all_in = not refused and not engine.scheduler.waiting
         for request in requests:
             engine.abort(request)
         engine.pop_round(round_id)

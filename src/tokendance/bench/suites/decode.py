@@ -20,6 +20,7 @@ from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLM
 from tokendance.config import ReuseMode
 from tokendance.engine.request import Request
+from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.rounds.prompts import Prompt, private, shared
@@ -61,9 +62,18 @@ class _Steps:
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
-    sizes = TINY_SIZES if settings.tiny else FULL_SIZES
+    sizes = list(TINY_SIZES if settings.tiny else FULL_SIZES)
     num_steps = 4 if settings.tiny else 32
     model = load_model(settings.model, "bfloat16")
+    notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
+    max_context = model.shape.max_context
+    for size in [size for size in sizes if size[1] + size[2] + _AHEAD_TOKENS > max_context]:
+        notes.append(f"{size} is left out: the context holds {max_context} tokens.")
+        sizes.remove(size)
+    if not sizes:
+        raise ConfigError(
+            f"The context of {settings.model} ({max_context} tokens) is too short for this suite."
+        )
     room = max(agents * (run + own + 200) for agents, run, own in sizes)
     longest = max(run + own + 200 for _, run, own in sizes)
     # Both hold their agents' KV at the same time, so each has memory of its own.
@@ -75,6 +85,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     with started_vllm(
         settings, console, max_context=longest, num_tokens=room, token_bytes=token_bytes
     ) as vllm:
+        if vllm is not None:
+            notes.append(vllm.settings)
         for size in sizes:
             prompts = make_prompts(engines["prefix"], *size, settings.seed)
             with console.status(f"{size[0]} agents: prefill, then steps in turn ..."):
@@ -92,8 +104,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         for row in rows
         if (row["agents"], row["shared"], row["own"]) == headline_size
     }
-    headline = {"speedup_vs_dense_32": best["dense"], "speedup_vs_vllm_32": best.get("vllm")}
-    notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
+    headline = {"speedup_vs_dense_32": best.get("dense"), "speedup_vs_vllm_32": best.get("vllm")}
     return SuiteResult("decode", settings.model, rows, headline, notes)
 
 

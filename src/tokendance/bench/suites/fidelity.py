@@ -41,7 +41,6 @@ from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, load_model
 
-STORE = StoreConfig(2**31)
 COLUMNS = {
     "dtype": "dtype",
     "order": "order",
@@ -60,6 +59,7 @@ COLUMNS = {
 }
 _HEADLINE = {
     "kl": "kl",
+    "kl_next": "kl_next",
     "top1": "top1",
     "identical": "identical",
     "recall": "recall",
@@ -110,11 +110,17 @@ class _Plan:
     orders: tuple[Order, ...]
     half: tuple[Kind, ...]
 
+    def store(self, model: LoadedModel) -> StoreConfig:
+        """Memory for a round and the round of questions after it, with nothing evicted."""
+        longest = self.spec.private_tokens[1] + self.spec.agents * (self.spec.block_tokens + 30)
+        num_tokens = 3 * self.spec.agents * (longest + 400)
+        return StoreConfig(num_tokens * model.shape.kv_bytes_per_token(model.dtype))
+
 
 def _make_plan(settings: BenchSettings) -> _Plan:
     if settings.tiny:
         return _Plan(
-            WorkloadSpec(3, 40, (40, 80), seed=settings.seed),
+            WorkloadSpec(3, 40, (40, 80), source=settings.source, seed=settings.seed),
             workloads=1,
             tokens=6,
             frontier=(PIC, DEFAULT, Kind("collective", CorrectAll())),
@@ -125,11 +131,10 @@ def _make_plan(settings: BenchSettings) -> _Plan:
     sweep += [FirstK(1), FirstK(2), FirstK(4), FirstK(8), make_correction("epic")]
     sweep += [Edges(0, 1), Edges(2, 1), Edges(3, 1), Edges(8, 1), CorrectAll()]
     return _Plan(
-        WorkloadSpec(10, seed=settings.seed),
+        WorkloadSpec(10, source=settings.source, seed=settings.seed),
         workloads=settings.repeats,
         tokens=32,
         frontier=(
-            Kind("prefix", NoCorrection()),
             PIC,
             *(Kind("collective", policy) for policy in sweep),
         ),
@@ -137,8 +142,8 @@ def _make_plan(settings: BenchSettings) -> _Plan:
         half=(
             PIC,
             Kind("collective", NoCorrection()),
+            Kind("collective", FirstK(4)),
             DEFAULT,
-            Kind("collective", Edges()),
             Kind("collective", CorrectAll()),
         ),
     )
@@ -169,11 +174,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         model = load_model(settings.model, dtype)
         if not texts:  # both dtypes read the same
             texts = _write(model, plan)
-        for order in orders:
-            workloads = [text.arrange(order) for text in texts]
-            for row in _rows(model, workloads, kinds, plan.tokens):
-                rows.append({"dtype": dtype, "order": order, **row})
-                table.add(rows[-1])
+        for row in _rows(model, plan, texts, orders, kinds):
+            rows.append({"dtype": dtype, **row})
+            table.add(rows[-1])
     return SuiteResult(
         "fidelity",
         settings.model,
@@ -185,7 +188,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
             "KL in nats over the forced greedy answer of `none`; all figures over the agents that "
             "reuse shared tokens.",
             "corrected: tokens that a mirror computes afresh; for pic those that it selects, not "
-            "its first two layers, which it computes for all shared tokens.",
+            "its first layer, which it computes for all shared tokens. pic-batched computes the "
+            "same numbers as pic.",
         ],
     )
 
@@ -196,7 +200,7 @@ def plot(result: SuiteResult, path: Path) -> None:
 
 
 def _write(model: LoadedModel, plan: _Plan) -> list[RoundTexts]:
-    writer = LLM.from_loaded(model, EngineConfig("prefix", store=STORE))
+    writer = LLM.from_loaded(model, EngineConfig("prefix", store=plan.store(model)))
     first = plan.spec.seed
     return [
         write_texts(writer, replace(plan.spec, seed=seed))
@@ -204,39 +208,62 @@ def _write(model: LoadedModel, plan: _Plan) -> list[RoundTexts]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Exact:
+    """What full computation says of one workload.
+
+    Attributes:
+        workload: the round.
+        answers: of its agents.
+        recall: whether each agent's question was answered.
+    """
+
+    workload: RoundWorkload
+    answers: list[Reference]
+    recall: dict[str, bool]
+
+
 def _rows(
-    model: LoadedModel, workloads: Sequence[RoundWorkload], kinds: Sequence[Kind], tokens: int
+    model: LoadedModel,
+    plan: _Plan,
+    texts: Sequence[RoundTexts],
+    orders: Sequence[Order],
+    kinds: Sequence[Kind],
 ) -> Iterator[Row]:
-    """Measure each kind on all workloads of one order, in one dtype."""
-    exact = LLM.from_loaded(model, EngineConfig("none", store=STORE))
+    """Measure each kind on all workloads in all orders, in one dtype."""
+    exact: dict[Order, list[_Exact]] = {order: [] for order in orders}
+    none = LLM.from_loaded(model, EngineConfig("none", store=plan.store(model)))
     # The same but for rounding, and the questions come after prompts that it has computed.
-    asked = LLM.from_loaded(model, EngineConfig("prefix", store=STORE))
-    references = [reference_answers(exact, one.prompts(), tokens) for one in workloads]
-    recalls = [measure_recall(asked, one) for one in workloads]
-    del exact, asked
+    asked = LLM.from_loaded(model, EngineConfig("prefix", store=plan.store(model)))
+    for text in texts:
+        for order in orders:
+            workload = text.arrange(order)
+            answers = reference_answers(none, workload.prompts(), plan.tokens)
+            workload.warm(asked, keep=True)
+            exact[order].append(_Exact(workload, answers, measure_recall(asked, workload)))
+    del none, asked
     for kind in kinds:
-        found = [
-            _measure(model, kind, workload, reference)
-            for workload, reference in zip(workloads, references, strict=True)
-        ]
-        yield {
-            "mode": kind.mode,
-            "correction": kind.label,
-            **_summary([fidelity for fidelity, _ in found]),
-            "recall": _mean(recall_share(answered, one.agents) for one, answered in found),
-            "recall_none": _mean(
-                recall_share(answered, one.agents)
-                for (one, _), answered in zip(found, recalls, strict=True)
-            ),
-        }
-
-
-def _measure(
-    model: LoadedModel, kind: Kind, workload: RoundWorkload, reference: Sequence[Reference]
-) -> tuple[Fidelity, dict[str, bool]]:
-    llm = LLM.from_loaded(model, EngineConfig(kind.mode, kind.correction, store=STORE))
-    fidelity = measure_fidelity(llm, workload.prompts(), reference)
-    return fidelity, measure_recall(llm, workload)
+        config = EngineConfig(kind.mode, kind.correction, store=plan.store(model))
+        llm = LLM.from_loaded(model, config)
+        found: dict[Order, list[tuple[Fidelity, dict[str, bool]]]] = {order: [] for order in orders}
+        for index in range(len(texts)):
+            for order in orders:
+                one = exact[order][index]
+                one.workload.warm(llm, keep=True)  # the orders of a workload have it in common
+                fidelity = measure_fidelity(llm, one.workload.prompts(), one.answers)
+                found[order].append((fidelity, measure_recall(llm, one.workload)))
+        for order in orders:
+            yield {
+                "order": order,
+                "mode": kind.mode,
+                "correction": kind.label,
+                **_summary([fidelity for fidelity, _ in found[order]]),
+                "recall": _mean(recall_share(said, f.agents) for f, said in found[order]),
+                "recall_none": _mean(
+                    recall_share(one.recall, f.agents)
+                    for one, (f, _) in zip(exact[order], found[order], strict=True)
+                ),
+            }
 
 
 def _summary(found: Sequence[Fidelity]) -> Row:
@@ -266,8 +293,9 @@ def _headline(rows: Sequence[Row]) -> dict[str, float | None]:
         row = _find(rows, kind)
         for name, key in _HEADLINE.items():
             headline[f"{name}_{kind.mode}"] = None if row is None else row[key]
-    above, below = headline["kl_collective"], headline["kl_pic"]
-    headline["kl_ratio"] = above / below if above is not None and below else None
+    for name in ("kl", "kl_next"):
+        above, below = headline[f"{name}_collective"], headline[f"{name}_pic"]
+        headline[f"{name}_ratio"] = above / below if above is not None and below else None
     return headline
 
 

@@ -31,6 +31,7 @@ from tokendance.bench.suite import (
     LiveTable,
     Row,
     SuiteResult,
+    between,
     in_turn,
     ratio,
     spread,
@@ -38,10 +39,13 @@ from tokendance.bench.suite import (
 from tokendance.bench.vllm import VLLM
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
 from tokendance.config import ReuseMode
+from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 
 MODES: tuple[ReuseMode, ...] = ("none", "prefix", "pic", "pic-batched", "collective")
+SMALL = (2, 5, 10)  # in turn, several times
+LARGE = (50,)  # minutes each, so once
 HEADLINE_AGENTS = (10, 50)
 PLAIN_PASS = "plain pass"
 # Computing everything for many agents takes many minutes and says nothing new.
@@ -70,6 +74,8 @@ class _Arm:
         prompt_tokens: of the last run; likewise the next.
         computed_tokens: prompt tokens computed.
         seconds: of its counted runs.
+        vs_collective: ratio to the runs of `collective` beside them, where each is in its faster
+            dtype.
     """
 
     mode: str
@@ -77,22 +83,19 @@ class _Arm:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     seconds: list[float] = field(default_factory=list)
+    vs_collective: float | None = None
 
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
-    small, large = ((2, 3), ()) if settings.tiny else ((2, 5, 10), (50,))
     models = {dtype: load_model(settings.model, dtype) for dtype in DTYPES}
+    small, large, notes = _sizes(settings, models["bfloat16"].shape.max_context)
     table = LiveTable(console, "prefill of a round, private parts cached", _COLUMNS)
     rows: list[Row] = []
     best_dtype: dict[str, str] = {}
 
-    def measure(size: int, round_: _Round, vllm: VLLM | None, repeats: int, warm_up: int) -> None:
-        with console.status(f"Rounds of {size} agents in turn ..."):
-            arms = _time_all(round_, _arms(size, best_dtype), vllm, repeats, warm_up)
-        if not best_dtype or size in small:
-            best_dtype.update(_fastest_dtypes(arms))
-        new = _rows(size, arms, best_dtype)
+    def show(size: int, arms: list[_Arm]) -> None:
+        new = [_row(size, arm) for arm in arms]
         rows.extend(new)
         for row in new:
             table.add(row)
@@ -107,19 +110,57 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         num_tokens=2 * room,
         token_bytes=token_bytes,
     ) as vllm:
+        if vllm is not None:
+            notes.append(vllm.settings)
         for size in small:
             round_ = _Round.write(settings, size, engines, keep=True)
-            measure(size, round_, vllm, settings.repeats, 1)
+            with console.status(f"Rounds of {size} agents in turn ..."):
+                arms = _time_in_turn(round_, _arms(size, {}), vllm, settings.repeats)
+            show(size, arms)
+            best_dtype = _fastest_dtypes(arms)
     del engines, round_
     for size in large:
-        # Dense copies for so many agents fit once; and what runs for minutes runs once.
-        used = {dtype: models[dtype] for dtype in set(best_dtype.values())}
+        # Dense copies for so many agents fit into memory once.
+        arms = _arms(size, best_dtype)
+        used = [dtype for dtype in DTYPES if dtype in {arm.dtype for arm in arms}]
         big = {
-            dtype: make_engines(model, MODES, size * _longest(size), one_memory=True)
-            for dtype, model in used.items()
+            dtype: make_engines(models[dtype], MODES, size * _longest(size), one_memory=True)
+            for dtype in used
         }
-        measure(size, _Round.write(settings, size, big, keep=False), None, 1, 0)
-    return SuiteResult("prefill", settings.model, rows, _headline(rows), _notes(settings))
+        round_ = _Round.write(settings, size, big, keep=False)
+        with console.status(f"Rounds of {size} agents; this takes the better part of an hour ..."):
+            _time_between(round_, arms)
+        show(size, arms)
+    return SuiteResult("prefill", settings.model, rows, _headline(rows), notes)
+
+
+def _sizes(
+    settings: BenchSettings, max_context: int
+) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
+    """Numbers of agents that are timed in turn and those timed once, as far as the context goes.
+
+    Returns:
+        Both, and notes for the reader.
+
+    Raises:
+        ConfigError: if there is room for none.
+    """
+    notes = _notes(settings)
+    if settings.tiny:
+        return (2, 3), (4,), notes
+    fitting = [size for size in (*SMALL, *LARGE) if _longest(size) <= max_context]
+    if not fitting:
+        raise ConfigError(
+            f"The context of {settings.model} ({max_context} tokens) is too short for this suite."
+        )
+    for size in (*SMALL, *LARGE):
+        if size not in fitting:
+            notes.append(f"{size} agents are left out: the context holds {max_context} tokens.")
+    return (
+        tuple(size for size in SMALL if size in fitting),
+        tuple(size for size in LARGE if size in fitting),
+        notes,
+    )
 
 
 def _longest(agents: int) -> int:
@@ -157,8 +198,8 @@ class _Round:
 
 def _spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
     if settings.tiny:
-        return WorkloadSpec(agents, 40, (20, 40), seed=settings.seed)
-    return WorkloadSpec(agents, seed=settings.seed)
+        return WorkloadSpec(agents, 40, (20, 40), source=settings.source, seed=settings.seed)
+    return WorkloadSpec(agents, source=settings.source, seed=settings.seed)
 
 
 def _arms(agents: int, best_dtype: Mapping[str, str]) -> list[_Arm]:
@@ -172,17 +213,28 @@ def _arms(agents: int, best_dtype: Mapping[str, str]) -> list[_Arm]:
     ]
 
 
-def _time_all(
-    round_: _Round, arms: list[_Arm], vllm: VLLM | None, repeats: int, warm_up: int
-) -> list[_Arm]:
-    """Time all arms in turn, vLLM among them if it is there."""
+def _time_in_turn(round_: _Round, arms: list[_Arm], vllm: VLLM | None, repeats: int) -> list[_Arm]:
+    """Time arms in turn, vLLM among them if it is there; return all of them."""
     kinds = {arm: partial(_time, arm, round_) for arm in arms}
     if vllm is not None:
         theirs = _Arm("vllm", "bfloat16")
         kinds[theirs] = partial(_time_vllm, theirs, vllm, round_)
-    for arm, seconds in in_turn(kinds, repeats, warm_up).items():
+    for arm, seconds in in_turn(kinds, repeats).items():
         arm.seconds = seconds
+    best_dtype = _fastest_dtypes(kinds)
+    best = {arm.mode: arm for arm in kinds if best_dtype[arm.mode] == arm.dtype}
+    for arm in best.values():
+        arm.vs_collective = ratio(arm.seconds, best["collective"].seconds)
     return list(kinds)
+
+
+def _time_between(round_: _Round, arms: list[_Arm]) -> None:
+    """Time each arm once, between two runs of `collective`."""
+    kinds = {arm: partial(_time, arm, round_) for arm in arms}
+    ours = next(arm for arm in arms if arm.mode == "collective")
+    found, ratios = between(kinds, ours)
+    for arm in arms:
+        arm.seconds, arm.vs_collective = found[arm], ratios[arm]
 
 
 def _time(arm: _Arm, round_: _Round) -> float:
@@ -229,24 +281,17 @@ def _fastest_dtypes(arms: Iterable[_Arm]) -> dict[str, str]:
     return {arm.mode: arm.dtype for arm in ranked}  # the last, fastest, stays
 
 
-def _rows(agents: int, arms: Iterable[_Arm], best_dtype: Mapping[str, str]) -> list[Row]:
-    """One row per arm; `vs_collective` compares each mode at its best dtype."""
-    best = {arm.mode: arm for arm in arms if best_dtype[arm.mode] == arm.dtype}
-    return [
-        {
-            "agents": agents,
-            "mode": arm.mode,
-            "dtype": arm.dtype,
-            "prompt_tokens": arm.prompt_tokens or None,
-            "computed_tokens": arm.computed_tokens,
-            **spread(arm.seconds),
-            "seconds": arm.seconds,
-            "vs_collective": (
-                ratio(arm.seconds, best["collective"].seconds) if best[arm.mode] is arm else None
-            ),
-        }
-        for arm in arms
-    ]
+def _row(agents: int, arm: _Arm) -> Row:
+    return {
+        "agents": agents,
+        "mode": arm.mode,
+        "dtype": arm.dtype,
+        "prompt_tokens": arm.prompt_tokens,
+        "computed_tokens": arm.computed_tokens,
+        **spread(arm.seconds),
+        "seconds": arm.seconds,
+        "vs_collective": arm.vs_collective,
+    }
 
 
 def _headline(rows: list[Row]) -> dict[str, float | None]:
@@ -270,9 +315,10 @@ def _headline(rows: list[Row]) -> dict[str, float | None]:
 
 def _notes(settings: BenchSettings) -> list[str]:
     notes = [
-        "Computed tokens of pic and pic-batched are those computed in all layers; the first two "
-        "layers compute every token.",
-        f"Rounds of more than {BOTH_DTYPES_UP_TO} agents: each mode in its faster dtype, one run.",
+        "Computed tokens of pic and pic-batched are those computed in all layers; the first layer "
+        "computes every token, and the second its queries, keys and values.",
+        f"Rounds of more than {BOTH_DTYPES_UP_TO} agents: each mode in its faster dtype, one run "
+        "between two of collective.",
     ]
     if settings.tiny:
         notes.append("A tiny run: the figures mean nothing.")
