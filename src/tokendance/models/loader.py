@@ -89,7 +89,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {device!r} cannot be used: {error}") from error
     chosen = choose_dtype(dtype, target)
-    with _quiet(), _readable_errors(name):
+    with quiet(), _readable_errors(name):
         source = checkpoint_source(name)
         config = AutoConfig.from_pretrained(source)
         reason = why_unsupported(config)
@@ -119,7 +119,7 @@ def why_not_loadable(name: str) -> str | None:
     if name == demo.ALIAS:
         return demo.why_missing()
     try:
-        with _quiet(), _readable_errors(name):
+        with quiet(), _readable_errors(name):
             return why_unsupported(AutoConfig.from_pretrained(name))
     except ModelNotFoundError as error:
         return str(error)
@@ -152,7 +152,7 @@ def _readable_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep progress bars and advice of transformers off the screen while loading."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

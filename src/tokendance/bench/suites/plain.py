@@ -26,7 +26,7 @@ from tokendance.bench.suite import (
     spread,
 )
 from tokendance.llm import LLM
-from tokendance.models.loader import checkpoint_source, load_model
+from tokendance.models.loader import checkpoint_source, load_model, quiet
 from tokendance.rounds.trace import example_trace, read_trace
 
 _COLUMNS = {
@@ -48,9 +48,10 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     headline: dict[str, float | None] = {}
     for dtype in DTYPES:
         model = load_model(settings.model, dtype)
-        theirs = AutoModelForCausalLM.from_pretrained(
-            checkpoint_source(settings.model), dtype=model.dtype, attn_implementation="sdpa"
-        ).eval()
+        with quiet():
+            theirs = AutoModelForCausalLM.from_pretrained(
+                checkpoint_source(settings.model), dtype=model.dtype, attn_implementation="sdpa"
+            ).eval()
         ours = make_engines(model, ["none"], 2 * sum(lengths))["none"]
         prompts = _prompts(ours, lengths)
         times = in_turn(
