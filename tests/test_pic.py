@@ -170,11 +170,14 @@ def test_equal_beginnings_wait_for_whoever_computes_them(
     first = Prompt([private(random_ids(rng, 5)), block, private(random_ids(rng, 200))], agent="0")
     long = Prompt([begin, block, private(random_ids(rng, 150))], agent="long")
     short = Prompt([begin, block, private(random_ids(rng, 4))], agent="short")
-    wide = make_llm(model=deep, reuse="pic-batched").run_round([first, long, short], KEEP)
-    for budget in (64, 256, 300):
+    apart = make_llm(model=deep, reuse="pic-batched")
+    apart.run_round([first, long], KEEP)
+    expected = logprobs(apart.run_round([short], KEEP))[0]
+    for budget in (64, 256, 4096):
         llm = make_llm(model=deep, reuse="pic-batched", max_batch_tokens=budget)
-        narrow = llm.run_round([first, long, short], KEEP)
-        torch.testing.assert_close(logprobs(narrow), logprobs(wide), rtol=0, atol=1e-4)
+        together = llm.run_round([first, long, short], KEEP)
+        assert together.outputs[2].reused_tokens > 80
+        torch.testing.assert_close(logprobs(together)[2], expected, rtol=0, atol=1e-4)
 
 
 def test_pic_wants_a_third_layer(model_folder: Callable[..., Path], make_llm: MakeLLM) -> None:

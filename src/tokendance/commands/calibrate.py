@@ -28,9 +28,8 @@ def run_calibration(
         torch.set_num_threads(threads)
     with console.status(f"Loading {escape(name)} ..."):
         model = load_model(name, dtype)
-    console.print(
-        f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}. This takes about half an hour."
-    )
+    duration = " This takes about half an hour." if size == "full" else ""
+    console.print(f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}.{duration}")
     try:
         table = calibrate(model, TINY if size == "tiny" else CalibrationSize(), seed, console)
     except KeyboardInterrupt:
