@@ -5,10 +5,11 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionPolicy, make_correction
+from tokendance.collector.correction import CorrectionPolicy, make_correction
 from tokendance.collector.target import FidelityTable, FidelityTarget
 from tokendance.config import (
     EngineConfig,
@@ -101,7 +102,6 @@ class LLM:
                 "correction and first_k go with reuse 'collective', and without fidelity_target, "
                 "which chooses the correction itself."
             )
-        correction = correction or make_correction(DEFAULT_CORRECTION)
         store = StoreConfig(
             _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
             **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
@@ -113,11 +113,10 @@ class LLM:
             target = FidelityTarget(fidelity_target, table)
         config = EngineConfig(
             reuse=reuse,
-            correction=correction,
             store=store,
             target=target,
             shadow=shadow,
-            **_given(max_batch_tokens=max_batch_tokens),
+            **_given(correction=correction, max_batch_tokens=max_batch_tokens),
         )
         self._start(loaded, config)
 
@@ -388,6 +387,6 @@ def _default_budget(device: str) -> int:
     return int(free) // 2
 
 
-def _given(**settings: int | None) -> dict[str, int]:
+def _given(**settings: Any) -> dict[str, Any]:
     """Settings that were given; the others keep the default of their configuration class."""
     return {name: value for name, value in settings.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The engines that a suite compares: one per mode, over one model and one KV memory."""
+"""What suites have in common of what they compare: engines, rounds, and vLLM beside them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tokendance.bench.suite import BenchSettings
 from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
+from tokendance.bench.workload import RoundWorkload, WorkloadSpec
 from tokendance.collector.correction import NoCorrection
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.engine.runner import KVMemory
@@ -58,22 +59,26 @@ def wall_seconds(result: RoundResult) -> float:
     return result.stats.prefill_s + result.stats.decode_s
 
 
-def vllm_round(
-    vllm: VLLM, llm: LLM, prompts: list[Prompt], cached: list[list[int]], num_tokens: int
-) -> VLLMResult:
-    """Run the same token ids through vLLM, with the same beginnings in its prefix cache.
+def timed_spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
+    """The rounds of suites that time them."""
+    if settings.tiny:
+        return WorkloadSpec(agents, 40, (20, 40), source=settings.source, seed=settings.seed)
+    return WorkloadSpec(agents, source=settings.source, seed=settings.seed)
+
+
+def vllm_round(vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int) -> VLLMResult:
+    """Run a round's token ids through vLLM, with the private parts in its prefix cache.
 
     Args:
         vllm: started on the same model.
         llm: encodes the prompts.
-        prompts: of the round.
-        cached: token ids that it has computed before, and nothing else; not timed.
+        workload: the round.
         num_tokens: of each answer.
     """
+    encoded = workload.encoded(llm)
     vllm.reset()
-    if cached:
-        vllm.run(cached, 1)
-    return vllm.run([llm.encoder.encode(p).token_ids.tolist() for p in prompts], num_tokens)
+    vllm.run([prompt.segments[0].token_ids.tolist() for prompt in encoded], 1)
+    return vllm.run([prompt.token_ids.tolist() for prompt in encoded], num_tokens)
 
 
 @contextmanager

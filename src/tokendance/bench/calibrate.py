@@ -6,13 +6,13 @@ the worst counts.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from tokendance.bench.fidelity import measure_fidelity, reference_answers
 from tokendance.bench.suite import LiveTable
-from tokendance.bench.workload import Order, RoundWorkload, WorkloadSpec, generate_workload
+from tokendance.bench.workload import Order, WorkloadSpec, generate_workload
 from tokendance.collector.correction import Edges
 from tokendance.collector.target import Cell, FidelityTable, Measured
 from tokendance.config import EngineConfig, StoreConfig
@@ -99,7 +99,7 @@ def _measure_cell(
             order=order,
             seed=seed + number,
         )
-        workload = _readers(generate_workload(exact, spec), size.readers, blocks)
+        workload = generate_workload(exact, spec).head(size.readers, blocks)
         prompts = workload.prompts()
         reference = reference_answers(exact, prompts, _ANSWER_TOKENS)
         starts = [exact.encoder.encode(prompt).shared_segments()[0][0] for prompt in prompts]
@@ -115,12 +115,3 @@ def _measure_cell(
         blocks,
         tuple(Measured(first, last, kl) for (first, last), kl in worst.items()),
     )
-
-
-def _readers(workload: RoundWorkload, readers: int, blocks: int) -> RoundWorkload:
-    """The round as a few of its agents read it: that many blocks each."""
-    views = tuple(
-        replace(view, heard=tuple(block for block in view.heard if block < blocks))
-        for view in workload.views[:readers]
-    )
-    return replace(workload, views=views)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tokendance.bench.workload import RoundWorkload
-from tokendance.engine.sampling import SamplingParams
+from tokendance.engine.sampling import SamplingParams, compare_logprobs
 from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt
+from tokendance.rounds.segments import Segment
 
 RECALL_TOKENS = 6  # the word that is asked for comes first
 
@@ -109,14 +110,16 @@ def measure_fidelity(
     result = llm.run_round(prompts, params)
     result.raise_for_errors()
     kl, same, corrected, share, names = [], [], [], [], []
-    mirrors = _mirrors(llm, prompts, result.outputs)
+    shared = [llm.encoder.encode(prompt).shared_segments() for prompt in prompts]
+    mirrors = _mirrors(shared, result.outputs)
     for index in mirrors:
-        output, expected = result.outputs[index], reference[index].logprobs
-        found = torch.stack(output.logprobs)
-        kl.append((expected.exp() * (expected - found)).sum(dim=-1))  # (tokens,)
-        same.append((expected.argmax(dim=-1) == found.argmax(dim=-1)).float())
+        output = result.outputs[index]
+        one_kl, one_same = compare_logprobs(reference[index].logprobs, torch.stack(output.logprobs))
+        kl.append(one_kl)
+        same.append(one_same)
         corrected.append(output.corrected_tokens)
-        share.append(output.corrected_tokens / max(1, _num_shared(llm, prompts[index])))
+        num_shared = sum(len(segment) for _, segment in shared[index])
+        share.append(output.corrected_tokens / max(1, num_shared))
         names.append(output.agent)
     return Fidelity(
         kl_next=float(torch.stack([values[0] for values in kl]).mean()),
@@ -158,16 +161,11 @@ def recall_share(answered: dict[str, bool], agents: Sequence[str]) -> float | No
     return statistics.mean(asked) if asked else None
 
 
-def _mirrors(llm: LLM, prompts: Sequence[Prompt], outputs: Sequence[Output]) -> list[int]:
+def _mirrors(shared: Sequence[list[tuple[int, Segment]]], outputs: Sequence[Output]) -> list[int]:
     """Places of the agents that reused shared tokens, or corrected them; all if there are none."""
     found = []
-    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        shared = llm.encoder.encode(prompt).shared_segments()
-        beginning = shared[0][0] if shared else output.prompt_tokens
+    for index, (segments, output) in enumerate(zip(shared, outputs, strict=True)):
+        beginning = segments[0][0] if segments else output.prompt_tokens
         if output.corrected_tokens or output.reused_tokens > beginning:
             found.append(index)
-    return found or list(range(len(prompts)))
-
-
-def _num_shared(llm: LLM, prompt: Prompt) -> int:
-    return sum(len(segment) for _, segment in llm.encoder.encode(prompt).shared_segments())
+    return found or list(range(len(outputs)))

@@ -1,6 +1,7 @@
 """Figures of the suites, drawn with matplotlib, which is imported when one is asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ _STYLES = {
     "own-first": ("#E69F00", "s", "own block first"),
     "permuted": ("#D55E00", "^", "another order for each"),
 }
+NO_MATPLOTLIB = "Plots need matplotlib. Install it with `pip install 'tokendance[bench]'`."
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 _SHAPES = "o^sDvPX"
 _FLOOR = 1e-7  # nats; what full correction leaves in float32 is rounding
@@ -25,7 +27,6 @@ def draw_lines(
     title: str,
     x_label: str,
     y_label: str,
-    log_x: bool = False,
     log_y: bool = False,
 ) -> None:
     """Draw lines as an SVG.
@@ -36,34 +37,26 @@ def draw_lines(
         title: above.
         x_label: below.
         y_label: at the side.
-        log_x: logarithmic axis.
         log_y: logarithmic axis.
 
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    for index, (name, points) in enumerate(lines.items()):
-        x, y = zip(*sorted(points), strict=True)
-        axes.plot(
-            x,
-            y,
-            label=name,
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_SHAPES[index % len(_SHAPES)],
-        )
-    if log_x:
-        axes.set_xscale("log")
-    if log_y:
-        axes.set_yscale("log")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, fontsize=11)
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, format="svg")
-    plt.close(figure)
+    with _figure(path, title) as axes:
+        for index, (name, points) in enumerate(lines.items()):
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(
+                x,
+                y,
+                label=name,
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_SHAPES[index % len(_SHAPES)],
+            )
+        if log_y:
+            axes.set_yscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(visible=True, which="major", alpha=0.3)
 
 
 def draw_bars(
@@ -80,23 +73,18 @@ def draw_bars(
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    groups = list(dict.fromkeys(group for heights in bars.values() for group in heights))
-    width = 0.8 / len(bars)
-    for index, (name, heights) in enumerate(bars.items()):
-        places = [groups.index(group) + (index - len(bars) / 2) * width for group in heights]
-        colour = _COLOURS[index % len(_COLOURS)]
-        drawn = axes.bar(
-            places, list(heights.values()), width, align="edge", label=name, color=colour
-        )
-        axes.bar_label(drawn, fontsize=8)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, fontsize=11)
-    axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, format="svg")
-    plt.close(figure)
+    with _figure(path, title) as axes:
+        groups = list(dict.fromkeys(group for heights in bars.values() for group in heights))
+        width = 0.8 / len(bars)
+        for index, (name, heights) in enumerate(bars.items()):
+            places = [groups.index(group) + (index - len(bars) / 2) * width for group in heights]
+            colour = _COLOURS[index % len(_COLOURS)]
+            drawn = axes.bar(
+                places, list(heights.values()), width, align="edge", label=name, color=colour
+            )
+            axes.bar_label(drawn, fontsize=8)
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(y_label)
 
 
 def plot_frontier(result: SuiteResult, path: Path) -> None:
@@ -111,45 +99,51 @@ def plot_frontier(result: SuiteResult, path: Path) -> None:
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    for order, (colour, shape, label) in _STYLES.items():
-        rows = [row for row in result.rows if (row["dtype"], row["order"]) == ("float32", order)]
-        reused = [row for row in rows if row["mode"] == "collective" and row["correction"] != "all"]
-        edges = [row for row in reused if "+" in row["correction"]]
-        line = sorted(
-            (row for row in reused if row not in edges),
-            key=lambda row: float(row["corrected_share"]),
-        )
-        if line:
-            _draw(axes, line, colour=colour, shape=shape, label=f"collective, {label}", joined=True)
-        if edges:
-            name = f"first + last, {label}"
-            _draw(axes, edges, colour=colour, shape="*", label=name, size=11)
-        for mode, fill in (("pic", "none"), ("pic-batched", "white")):
-            points = [row for row in rows if row["mode"] == mode]
-            if points:
-                name = f"{mode}, {label}"
-                _draw(axes, points, colour=colour, shape=shape, label=name, fill=fill, size=10)
-        if order == "same":
-            for row in reused:
-                axes.annotate(
-                    row["correction"],
-                    (100 * row["corrected_share"], max(row["kl"], _FLOOR)),
-                    xytext=(4, -11),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=colour,
+    with _figure(path, f"{result.model}, float32: what correction buys") as axes:
+        for order, (colour, shape, label) in _STYLES.items():
+            rows = [
+                row for row in result.rows if (row["dtype"], row["order"]) == ("float32", order)
+            ]
+            reused = [
+                row for row in rows if row["mode"] == "collective" and row["correction"] != "all"
+            ]
+            edges = [row for row in reused if "+" in row["correction"]]
+            line = sorted(
+                (row for row in reused if row not in edges),
+                key=lambda row: float(row["corrected_share"]),
+            )
+            if line:
+                _draw(
+                    axes,
+                    line,
+                    colour=colour,
+                    shape=shape,
+                    label=f"collective, {label}",
+                    joined=True,
                 )
-    axes.set_yscale("log")
-    axes.set_xlim(left=-0.5)
-    axes.set_xlabel("shared tokens that a mirror computes afresh, %")
-    axes.set_ylabel("KL from full computation, nats per token")
-    axes.set_title(f"{result.model}, float32: what correction buys", fontsize=11)
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, format="svg")
-    plt.close(figure)
+            if edges:
+                name = f"first + last, {label}"
+                _draw(axes, edges, colour=colour, shape="*", label=name, size=11)
+            for mode, fill in (("pic", "none"), ("pic-batched", "white")):
+                points = [row for row in rows if row["mode"] == mode]
+                if points:
+                    name = f"{mode}, {label}"
+                    _draw(axes, points, colour=colour, shape=shape, label=name, fill=fill, size=10)
+            if order == "same":
+                for row in reused:
+                    axes.annotate(
+                        row["correction"],
+                        (100 * row["corrected_share"], max(row["kl"], _FLOOR)),
+                        xytext=(4, -11),
+                        textcoords="offset points",
+                        fontsize=8,
+                        color=colour,
+                    )
+        axes.set_yscale("log")
+        axes.set_xlim(left=-0.5)
+        axes.set_xlabel("shared tokens that a mirror computes afresh, %")
+        axes.set_ylabel("KL from full computation, nats per token")
+        axes.grid(visible=True, which="major", alpha=0.3)
 
 
 def _draw(
@@ -185,13 +179,23 @@ def _draw(
     )
 
 
+@contextmanager
+def _figure(path: Path, title: str) -> Iterator[Any]:
+    """Axes to draw on; saved as an SVG, with title and legend, when that is done."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    yield axes
+    axes.set_title(title, fontsize=11)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, format="svg")
+    plt.close(figure)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError(
-            "Plots need matplotlib. Install it with `pip install 'tokendance[bench]'`."
-        ) from error
+        raise ConfigError(NO_MATPLOTLIB) from error
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 

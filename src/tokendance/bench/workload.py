@@ -10,9 +10,6 @@ A prompt of a round, as chat messages:
 The words of a block are the model's own, written from the speaker's private part. The fact is a
 sentence of ours, so that a question about it has an answer that can be searched for: it stands in
 the block of the one who said it and nowhere else in the round.
-
-The line before the news keeps the chat template's text out of the first block, which would
-otherwise be another segment wherever it comes first.
 """
 
 import re
@@ -27,6 +24,7 @@ from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.rounds.prompts import Part, Prompt, private, shared
+from tokendance.rounds.segments import EncodedPrompt
 from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
 from tokendance.store.entries import Entry
 
@@ -208,6 +206,10 @@ class RoundWorkload:
         """Prompts of the round, each with its task."""
         return [self._prompt(view, view.task) for view in self.views]
 
+    def encoded(self, llm: LLM) -> list[EncodedPrompt]:
+        """The same as segments; the first of each is the private part."""
+        return [llm.encoder.encode(prompt) for prompt in self.prompts()]
+
     @property
     def questions(self) -> tuple[Question, ...]:
         """What is asked by `question_prompts`, in its order."""
@@ -231,11 +233,12 @@ class RoundWorkload:
                 prompts.append(Prompt([*parts, private(opening)], agent=view.name))
         return prompts
 
-    def head(self, count: int) -> "RoundWorkload":
-        """Return the round of the first so many agents, who read what these have said."""
+    def head(self, agents: int, blocks: int | None = None) -> "RoundWorkload":
+        """Return the round of the first agents, who read the first blocks: as many, or `blocks`."""
+        count = agents if blocks is None else blocks
         views = tuple(
             replace(view, heard=tuple(block for block in view.heard if block < count))
-            for view in self.views[:count]
+            for view in self.views[:agents]
         )
         return RoundWorkload(views, self.blocks[:count], self.speakers[:count], self.spec)
 
@@ -284,7 +287,7 @@ class RoundWorkload:
                 others, who write over it.
         """
         store = llm.engine.store
-        encoded = [llm.encoder.encode(prompt) for prompt in self.prompts()]
+        encoded = self.encoded(llm)
         beginnings = [prompt.segments[0].token_ids for prompt in encoded]
         known: set[Entry] = set()
         if keep:

@@ -117,7 +117,6 @@ class CorrectAll:
 
 
 CorrectionName = Literal["first-k", "edges", "epic", "none", "all"]
-DEFAULT_CORRECTION: CorrectionName = "edges"
 CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
 
 

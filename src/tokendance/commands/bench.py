@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tokendance.bench.plots import NO_MATPLOTLIB
 from tokendance.bench.registry import (
     SUITES,
     VLLM_SUITES,
@@ -92,9 +93,7 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
     if suite is not None and outputs.folder is not None:
         raise ConfigError("--out goes with `bench all`; one suite takes --json and --plot.")
     if (outputs.plot_file or outputs.folder) and find_spec("matplotlib") is None:
-        raise ConfigError(
-            "Plots need matplotlib. Install it with `pip install 'tokendance[bench]'`."
-        )
+        raise ConfigError(NO_MATPLOTLIB)
     for option, path in (("--json", outputs.json_file), ("--plot", outputs.plot_file)):
         if path is not None:
             check_writable(path, option)

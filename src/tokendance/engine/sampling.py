@@ -105,3 +105,18 @@ def _sample(logits: Tensor, params: SamplingParams, uniform: float) -> int:
     index = int(torch.searchsorted(cumulative, target, right=True))
     last = int(probabilities.nonzero()[-1])
     return min(index, last)
+
+
+def compare_logprobs(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare two models' distributions of the same tokens.
+
+    Args:
+        expected: float32 (tokens, vocabulary), log-probabilities.
+        found: likewise.
+
+    Returns:
+        The KL divergence of `found` from `expected` in nats (tokens,), and 1 where both put the
+        same token first, else 0 (tokens,).
+    """
+    kl = (expected.exp() * (expected - found)).sum(dim=-1)
+    return kl, (expected.argmax(dim=-1) == found.argmax(dim=-1)).float()

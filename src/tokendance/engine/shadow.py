@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokendance.engine.request import Request
+from tokendance.engine.sampling import compare_logprobs
 from tokendance.rounds.segments import EncodedPrompt
 
 # Distributions over a large vocabulary are heavy (200 kB a token): so many tokens are compared,
@@ -98,13 +99,11 @@ class Shadows:
 
 def compare(shadow: Shadow, exact: tuple[Tensor, ...]) -> ShadowReport:
     """Compare a mirror's distributions with the exact ones, as many as it has."""
-    expected, found = torch.stack(exact), torch.stack(shadow.logprobs)
-    kl = (expected.exp() * (expected - found)).sum(dim=-1)
-    same = expected.argmax(dim=-1) == found.argmax(dim=-1)
+    kl, same = compare_logprobs(torch.stack(exact), torch.stack(shadow.logprobs))
     return ShadowReport(
         shadow.agent,
         len(shadow.tokens),
         float(kl[0]),
         float(kl.mean()),
-        float(same.float().mean()),
+        float(same.mean()),
     )

@@ -18,13 +18,13 @@ from tokendance.bench.arms import (
     make_engines,
     run_checked,
     started_vllm,
+    timed_spec,
     vllm_round,
     wall_seconds,
 )
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
-from tokendance.bench.vllm import VLLM
-from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
+from tokendance.bench.workload import RoundWorkload, generate_workload
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
@@ -71,10 +71,7 @@ class _Search:
                 size = min(2 * size, self.limit)
             else:
                 bad = size
-        while good + 1 < bad:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if self._fits(middle) else (good, middle)
-        return good
+        return _bisect(self._fits, good, bad)
 
     def _fits(self, size: int) -> bool:
         found = [self.measure(size)]
@@ -82,6 +79,14 @@ class _Search:
             found += [self.measure(size) for _ in range(2)]
         self.seconds[size] = statistics.median(found)
         return self.seconds[size] <= self.objective_s
+
+
+def _bisect(fits: Callable[[int], bool], good: int, bad: int) -> int:
+    """The largest size from `good` on that fits, given that `bad` does not."""
+    while good + 1 < bad:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
 
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
@@ -101,7 +106,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     engines = make_engines(model, MODES, limit * longest, one_memory=True)
     token_bytes = model.shape.kv_bytes_per_token(model.dtype)
     with console.status(f"The model writes the blocks of {limit} agents ..."):
-        workload = generate_workload(engines["prefix"], _spec(settings, limit))
+        workload = generate_workload(engines["prefix"], timed_spec(settings, limit))
     table = LiveTable(
         console, f"most agents: within {objective_s:.0f} s, or within 1 GiB of KV", _COLUMNS
     )
@@ -138,7 +143,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     ) as vllm:
         if vllm is not None:
             vllm_settings.append(vllm.settings)
-            search("vllm", lambda part: _vllm_seconds(vllm, engines["prefix"], part))
+            encoder = engines["prefix"]
+            search("vllm", lambda part: vllm_round(vllm, encoder, part, ANSWER_TOKENS).seconds)
     for mode in MODES:
         search(mode, lambda part, llm=engines[mode]: _seconds(llm, part))  # type: ignore[misc]
 
@@ -164,21 +170,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     return SuiteResult("capacity", settings.model, rows, headline, notes)
 
 
-def _spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
-    if settings.tiny:
-        return WorkloadSpec(agents, 40, (20, 40), source=settings.source, seed=settings.seed)
-    return WorkloadSpec(agents, source=settings.source, seed=settings.seed)
-
-
 def _seconds(llm: LLM, workload: RoundWorkload) -> float:
     workload.warm(llm)
     return wall_seconds(run_checked(llm, workload.prompts(), ANSWER_TOKENS))
-
-
-def _vllm_seconds(vllm: VLLM, llm: LLM, workload: RoundWorkload) -> float:
-    prompts = workload.prompts()
-    cached = [llm.encoder.encode(p).segments[0].token_ids.tolist() for p in prompts]
-    return vllm_round(vllm, llm, prompts, cached, ANSWER_TOKENS).seconds
 
 
 def _most_in_budget(model: LoadedModel, mode: ReuseMode, workload: RoundWorkload) -> int:
@@ -202,11 +196,7 @@ def _most_in_budget(model: LoadedModel, mode: ReuseMode, workload: RoundWorkload
         engine.pop_round(round_id)
         return all_in
 
-    good, bad = 0, len(workload.views) + 1
-    while good + 1 < bad:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
+    return _bisect(fits, 0, len(workload.views) + 1)
 
 
 def _over(count: int, other: int | None) -> float | None:

@@ -39,6 +39,7 @@ FULL_SIZES = (
 TINY_SIZES = ((2, 60, 20), (3, 60, 20))
 HEADLINE_SIZE = (32, 2048, 512)
 _AHEAD_TOKENS = 100  # room for agents that begin to decode early
+_NAMES: dict[ReuseMode, str] = {"prefix": "dense", "collective": "collective"}
 _COLUMNS = {
     "agents": "agents",
     "shared": "shared",
@@ -76,9 +77,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         )
     room = max(agents * (run + own + 200) for agents, run, own in sizes)
     longest = max(run + own + 200 for _, run, own in sizes)
-    # Both hold their agents' KV at the same time, so each has memory of its own.
-    modes: tuple[ReuseMode, ...] = ("prefix", "collective")
-    engines = {mode: make_engines(model, [mode], room)[mode] for mode in modes}
+    # All hold their agents' KV at the same time, so each has memory of its own.
+    engines = make_engines(model, _NAMES, room)
     table = LiveTable(console, "decoding, all agents at once, bfloat16", _COLUMNS)
     rows: list[Row] = []
     token_bytes = model.shape.kv_bytes_per_token(model.dtype)
@@ -178,12 +178,9 @@ class _Decoding:
         self._engine.pop_round(self._round)
 
 
-def _in_turn(
-    engines: Mapping[ReuseMode, LLM], prompts: list[Prompt], num_steps: int
-) -> list[_Steps]:
+def _in_turn(engines: Mapping[str, LLM], prompts: list[Prompt], num_steps: int) -> list[_Steps]:
     """Decode in turn, a step each; the first two steps of each do not count."""
-    names: dict[ReuseMode, str] = {"prefix": "dense", "collective": "collective"}
-    rounds = {mode: _Decoding(llm, prompts, num_steps + 2) for mode, llm in engines.items()}
+    rounds = {mode: _Decoding(engines[mode], prompts, num_steps + 2) for mode in _NAMES}
     seconds: dict[ReuseMode, list[float]] = {mode: [] for mode in rounds}
     for turn in range(num_steps + 2):
         for mode, one in rounds.items():
@@ -192,7 +189,7 @@ def _in_turn(
                 seconds[mode].append(found)
     for one in rounds.values():
         one.close()
-    return [_Steps(names[mode], found) for mode, found in seconds.items()]
+    return [_Steps(_NAMES[mode], found) for mode, found in seconds.items()]
 
 
 def _vllm_steps(vllm: VLLM, llm: LLM, prompts: list[Prompt], num_steps: int) -> _Steps:

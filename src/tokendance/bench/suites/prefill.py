@@ -23,6 +23,7 @@ from tokendance.bench.arms import (
     make_engines,
     run_checked,
     started_vllm,
+    timed_spec,
     vllm_round,
 )
 from tokendance.bench.plots import draw_lines
@@ -37,7 +38,7 @@ from tokendance.bench.suite import (
     spread,
 )
 from tokendance.bench.vllm import VLLM
-from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
+from tokendance.bench.workload import RoundWorkload, generate_workload
 from tokendance.config import ReuseMode
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
@@ -193,13 +194,7 @@ class _Round:
     ) -> Self:
         """Let the model write the blocks."""
         writer = next(iter(engines.values()))["prefix"]
-        return cls(generate_workload(writer, _spec(settings, agents)), engines, keep)
-
-
-def _spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
-    if settings.tiny:
-        return WorkloadSpec(agents, 40, (20, 40), source=settings.source, seed=settings.seed)
-    return WorkloadSpec(agents, source=settings.source, seed=settings.seed)
+        return cls(generate_workload(writer, timed_spec(settings, agents)), engines, keep)
 
 
 def _arms(agents: int, best_dtype: Mapping[str, str]) -> list[_Arm]:
@@ -253,7 +248,7 @@ def _time(arm: _Arm, round_: _Round) -> float:
 def _time_plain_pass(arm: _Arm, llm: LLM, workload: RoundWorkload) -> float:
     """Seconds of S + N t tokens without anybody's context: the run alone, and each task alone."""
     llm.engine.store.clear()
-    encoded = [llm.encoder.encode(prompt) for prompt in workload.prompts()]
+    encoded = workload.encoded(llm)
     run = np.concatenate([part.token_ids for part in encoded[0].segments if part.shared])
     prompts = [run.tolist(), *(prompt.segments[-1].token_ids.tolist() for prompt in encoded)]
     start = time.perf_counter()
@@ -266,11 +261,8 @@ def _time_plain_pass(arm: _Arm, llm: LLM, workload: RoundWorkload) -> float:
 
 def _time_vllm(arm: _Arm, vllm: VLLM, round_: _Round) -> float:
     llm = round_.engines["bfloat16"]["prefix"]
-    prompts = round_.workload.prompts()
-    encoded = [llm.encoder.encode(prompt) for prompt in prompts]
-    cached = [prompt.segments[0].token_ids.tolist() for prompt in encoded]
-    result = vllm_round(vllm, llm, prompts, cached, 1)
-    arm.prompt_tokens = sum(map(len, encoded))
+    result = vllm_round(vllm, llm, round_.workload, 1)
+    arm.prompt_tokens = sum(map(len, round_.workload.encoded(llm)))
     arm.computed_tokens = arm.prompt_tokens - sum(result.cached_tokens)
     return result.seconds
 
