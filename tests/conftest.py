@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -35,7 +37,7 @@ TEMPLATE = (
 )
 COMMON: dict[str, object] = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
+    "hidden_size": 64,  # heads of 16
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -52,6 +54,23 @@ MODELS: dict[str, tuple[type, type, dict[str, object]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
+    # Windows in all layers, in some, and in some with another rotation.
+    "mistral-window": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "qwen2-window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 16,
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,  # every second layer sees all
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import MODELS
 from tokendance import LLM, Prompt, RoundResult, SamplingParams, private, shared
 from tokendance.models.loader import load_model
 
@@ -42,7 +43,7 @@ def logprobs(result: RoundResult) -> torch.Tensor:
 KEEP = SamplingParams(max_tokens=8, ignore_eos=True, keep_logprobs=True)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("architecture", MODELS)
 def test_packed_runs_equal_transformers_generate(
     architecture: str, model_folder: Callable[..., Path], make_llm: MakeLLM
 ) -> None:
@@ -65,7 +66,7 @@ def test_packed_runs_equal_transformers_generate(
         assert list(output.token_ids) == expected.tolist()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("architecture", MODELS)
 def test_correcting_all_is_exact(
     architecture: str, model_folder: Callable[..., Path], make_llm: MakeLLM
 ) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import MODELS
 from test_exactness import KEEP, logprobs, random_ids, random_round
 from tokendance import LLM, Prompt, private, shared
-from tokendance.attention.rope import Rope
+from tokendance.attention.interface import LayerKind
 from tokendance.errors import ConfigError
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel, load_model
@@ -27,7 +28,7 @@ def deep(model_folder: Callable[..., Path]) -> LoadedModel:
     return load_model(str(model_folder("llama", num_hidden_layers=LAYERS)), "float32")
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3", "mistral", "phi3"])
+@pytest.fixture(scope="module", params=[name for name in MODELS if name != "llama"])
 def other(model_folder: Callable[..., Path], request: pytest.FixtureRequest) -> LoadedModel:
     return load_model(str(model_folder(request.param, num_hidden_layers=LAYERS)), "float32")
 
@@ -37,13 +38,13 @@ class DenseHook:
     """Plain causal attention over one whole prompt, with some keys and values replaced.
 
     Attributes:
-        rope: of the model.
+        layers: of the model.
         sources: position -> (owner's keys and values by layer, owner's position).
         kv: (key, value), each (KVH, T, D), by layer, as attended to.
         chosen: positions recomputed, once layer 1 is done.
     """
 
-    rope: Rope
+    layers: tuple[LayerKind, ...]
     sources: dict[int, tuple[list[tuple[Tensor, Tensor]], int]] = field(default_factory=dict)
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     chosen: set[int] = field(default_factory=set)
@@ -58,11 +59,12 @@ class DenseHook:
         extra: dict[str, Any],
     ) -> Tensor:
         del extra
+        rope, window = self.layers[layer].rope, self.layers[layer].window
         key, value = key[0].clone(), value[0].clone()
         moved: dict[int, Tensor] = {}
         for position, (owner, at) in self.sources.items():
-            table = self.rope.tables(np.array([position - at]), torch.device("cpu"))
-            moved[position] = self.rope.rotate(owner[layer][0][:, [at]], table)[:, 0]
+            table = rope.tables(np.array([position - at]), torch.device("cpu"))
+            moved[position] = rope.rotate(owner[layer][0][:, [at]], table)[:, 0]
         if layer == 1:
             deviation = {p: float(((key[:, p] - copy) ** 2).sum()) for p, copy in moved.items()}
             ranked = sorted(deviation, key=lambda position: -deviation[position])
@@ -74,8 +76,10 @@ class DenseHook:
         self.kv.append((key, value))
         group = query.shape[1] // key.shape[0]
         scores = query[0] @ key.repeat_interleave(group, 0).transpose(-1, -2) * scale
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        if window is not None:
+            hidden |= torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-window)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         return (weights @ value.repeat_interleave(group, 0)).transpose(0, 1)
 
 
@@ -102,7 +106,7 @@ def reference(model: LoadedModel, llm: LLM, prompts: list[Prompt]) -> list[Tenso
     found = []
     for prompt in prompts:
         encoded = llm.encoder.encode(prompt)
-        dense = DenseHook(model.rope)
+        dense = DenseHook(model.layers)
         for start, segment in encoded.shared_segments():
             if segment.hash in owners:
                 kv, at = owners[segment.hash]

@@ -14,6 +14,7 @@
 A key is stored once, rotated to the position at which its owner has it (`slot_position`). A
 request that has the same token at position p reads it with offset d = p - slot_position, by
 rotating its query by -d:  q . R(d) k = (R(-d) q) . k. So no key is ever copied or rotated again.
+To that request the key lies at position slot_position + d, and a sliding window is a bound on that.
 """
 
 from collections.abc import Sequence
@@ -39,14 +40,11 @@ class PackedRequest:
         positions: int, of its new tokens, ascending.
         slots: int, of its tokens at positions 0 ... positions[-1], new ones included. Every slot
             is either filled, or written by some request of the same batch.
-        scattered: its new tokens lie among many filled ones, so that all of them are best read
-            from memory, where they are one piece.
     """
 
     first_row: int
     positions: IntArray
     slots: IntArray
-    scattered: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +69,24 @@ class PackedBatch:
         return np.concatenate([request.slots[request.positions] for request in self.requests])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerKind:
+    """What layers may have of their own.
+
+    Attributes:
+        rope: the rotation of its heads.
+        window: a row sees keys at most this many positions back, its own included; None: all.
+    """
+
+    rope: Rope
+    window: int | None = None
+
+
+def windows_of(layers: Sequence[LayerKind]) -> list[int]:
+    """The distinct windows that layers have."""
+    return sorted({layer.window for layer in layers if layer.window is not None})
+
+
 class Backend(Protocol):
     """Computes attention of a packed batch; `prepare` once a step, `attend` once a layer."""
 
@@ -80,6 +96,7 @@ class Backend(Protocol):
 
     def attend(
         self,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -90,6 +107,7 @@ class Backend(Protocol):
         """Write the new keys and values into memory, then attend.
 
         Args:
+            layer: index of the layer.
             query: (KVH, G, T, D), rotated to each row's position.
             key: (KVH, T, D), rotated likewise.
             value: (KVH, T, D).
@@ -106,6 +124,15 @@ class Backend(Protocol):
 class BackendFactory(Protocol):
     """Makes a backend for a model on a device."""
 
-    def __call__(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> Backend:
-        """Make a backend."""
+    def __call__(
+        self, layers: Sequence[LayerKind], head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> Backend:
+        """Make a backend for a model's layers.
+
+        Args:
+            layers: rotation and window of each.
+            head_dim: D.
+            device: where memory lies.
+            dtype: of queries and memory.
+        """
         ...

@@ -1,236 +1,209 @@
 """The plan of a step: which rows read which pieces of KV memory.
 
-Every request's context is cut into three kinds of pieces:
+The contexts of all requests are cut wherever some request begins or ends to read consecutive
+slots, or its offset changes, so that a piece of memory is read whole or not at all:
 
-    new      the tokens that it computes in this step: causal, read from the batch itself
-    own      filled slots that only this request reads, at their own position
-    shared   filled slots that several requests read, or one at an offset
-
-The shared slots are cut wherever some request begins or ends to read, or its offset changes:
-
-    slots      0        40       70            120
-    agent A    [---- d=0 --------------------- ]
-    agent B    [---- d=7 -------]
+    slots      0        40       70            120       200   230
+    agent A    [---- d=0 --------------------- ]          [own]
+    agent B    [---- d=7 -------]                               [own]
     agent C             [- d=-3 --------------]
-    pieces     [  A, B  ][A,B,C ][    A, C     ]
+    pieces     [  A, B  ][A,B,C ][    A, C     ]          [ A ] [ B ]
 
-so that each key is read once for all its readers, whose rows are stacked. A row sees only keys
-before its own position. Inside a piece positions ascend, so what a row sees is the first so many
-keys: rows that see equally many form a tier, and no tier needs a mask. Where rows see too many
-different numbers, rows are taken together and masked.
+Pieces with the same readers make a unit, whose rows are stacked: each key is read once for all of
+them. A row sees only keys at or before its own position, and within the window of the layer.
+Inside a piece positions ascend, so what a row sees there is a range of keys.
 
-This file deals in numpy integers; tensors are made by the backend.
+This file deals in numpy integers; what is done with them is up to the backend.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from tokendance.attention.interface import IntArray, PackedBatch, PackedRequest
+from tokendance.attention.interface import IntArray, PackedBatch
 
-MAX_TIERS = 64
-# Fewer rows than this in a call of attention cost as much as this many; a mask is cheaper.
-_MIN_TIER_ROWS = 32
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OwnPart:
-    """What one request reads alone.
-
-    Attributes:
-        first_row: its first row.
-        num_rows: how many it has.
-        ranges: of slots, (start, stop), which all its rows see.
-        attend_new: whether its rows attend to each other causally, straight from the batch.
-            Others read their own new tokens from memory, like any filled slot.
-    """
-
-    first_row: int
-    num_rows: int
-    ranges: tuple[tuple[int, int], ...]
-    attend_new: bool
+# A unit of fewer rows than this is cut at multiples of so many positions, so that threads share a
+# long context. Pieces are cut there, too. Neither depends on the number of threads nor on how
+# memory happens to be divided, and so sums do not, either.
+_FEW_ROWS = 64
+_SPAN = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tier:
-    """Rows that see the first `num_keys` keys of a piece.
+class Unit:
+    """Rows that read the same pieces of memory.
 
     Attributes:
-        start: of the piece's rows, inclusive.
-        stop: of the piece's rows, exclusive.
-        num_keys: that any of them sees.
-        visible: bool (rows, num_keys), or None where all of them see all.
+        rows: int64 (R,), of the batch, distinct.
+        starts: int64 (P,), first slot of each piece.
+        stops: int64 (P,), slot after its last.
+        turns: int32 (P, R), index of the offset at which a row reads a piece.
+        firsts: int32 (P, R), by window: of the piece's keys, a row sees those from here on ...
+        lasts: int32 (P, R), ... and before this.
     """
 
-    start: int
-    stop: int
-    num_keys: int
-    visible: npt.NDArray[np.bool_] | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SharedPart:
-    """A piece of memory that stacked rows of several requests read.
-
-    Attributes:
-        start: first slot.
-        stop: slot after the last.
-        rows: int64 (R,), distinct rows of the batch.
-        offsets: int64 (R,), offset d of each row's request.
-        tiers: ranges of `rows` that together are all of them.
-    """
-
-    start: int
-    stop: int
     rows: IntArray
-    offsets: IntArray
-    tiers: tuple[Tier, ...]
+    starts: IntArray
+    stops: IntArray
+    turns: IntArray
+    firsts: dict[int, IntArray]
+    lasts: IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AttentionPlan:
-    """All pieces of a step. Every row has its own part; shared parts are merged into it."""
+class Plan:
+    """All units of a step. A row's result is the sum of its units'.
 
-    own: tuple[OwnPart, ...]
-    shared: tuple[SharedPart, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """One request reads slots start ... stop - 1 at one offset."""
-
-    start: int
-    stop: int
-    request: int
-    offset: int
-
-
-def make_plan(batch: PackedBatch) -> AttentionPlan:
-    """Cut the contexts of a batch into pieces."""
-    contexts = [_context(index, batch) for index in range(len(batch.requests))]
-    num_readers = np.bincount(
-        np.concatenate([slots for slots, _ in contexts]), minlength=len(batch.slot_position)
-    )
-    own: list[OwnPart] = []
-    readings: list[_Reading] = []
-    for index, (slots, offsets) in enumerate(contexts):
-        request = batch.requests[index]
-        # All rows must see what is read alone. A single row sees its own slot too.
-        before = batch.slot_position[slots] <= request.positions[0]
-        alone = (num_readers[slots] == 1) & (offsets == 0) & before
-        if len(request.positions) == 1:
-            alone[-1] = True  # the row's own slot, also where others read it
-        own.append(
-            OwnPart(
-                request.first_row,
-                len(request.positions),
-                tuple(_ranges(np.sort(slots[alone]))),
-                attend_new=_attends_new(request),
-            )
-        )
-        readings.extend(_readings(slots[~alone], offsets[~alone], index, batch.slot_position))
-    return AttentionPlan(tuple(own), tuple(_shared_parts(readings, batch)))
-
-
-def _attends_new(request: PackedRequest) -> bool:
-    """Whether a request's rows attend to each other straight from the batch."""
-    return len(request.positions) > 1 and not request.scattered
-
-
-def _context(index: int, batch: PackedBatch) -> tuple[IntArray, IntArray]:
-    """Slots that a request reads from memory, and its offset to each."""
-    request = batch.requests[index]
-    slots = request.slots[: int(request.positions[-1]) + 1]
-    positions = np.arange(len(slots))
-    if _attends_new(request):
-        filled = np.ones(len(slots), np.bool_)
-        filled[request.positions] = False
-        slots, positions = slots[filled], positions[filled]
-    return slots, positions - batch.slot_position[slots]
-
-
-def _ranges(slots: IntArray) -> Iterator[tuple[int, int]]:
-    """Maximal ranges of consecutive numbers in an ascending array."""
-    if len(slots) == 0:
-        return
-    cuts = np.flatnonzero(np.diff(slots) != 1) + 1
-    for piece in np.split(slots, cuts):
-        yield int(piece[0]), int(piece[-1]) + 1
-
-
-def _readings(
-    slots: IntArray, offsets: IntArray, request: int, slot_position: IntArray
-) -> Iterator[_Reading]:
-    """Maximal ranges of consecutive slots that a request reads at one offset.
-
-    A request may have one shared segment twice, and so read a slot at two offsets. Ranges end
-    where positions fall, as between the common and the corrected tokens of a run.
+    Attributes:
+        units: see there.
+        offsets: int64, distinct; [0] is 0. Turn i of a unit is offset i.
     """
-    order = np.lexsort((slots, offsets))
-    slots, offsets = slots[order], offsets[order]
-    if len(slots) == 0:
-        return
-    falls = np.diff(slot_position[slots]) <= 0
-    cuts = np.flatnonzero((np.diff(slots) != 1) | (np.diff(offsets) != 0) | falls) + 1
-    for piece, piece_offsets in zip(np.split(slots, cuts), np.split(offsets, cuts), strict=True):
-        yield _Reading(int(piece[0]), int(piece[-1]) + 1, request, int(piece_offsets[0]))
+
+    units: tuple[Unit, ...]
+    offsets: IntArray
 
 
-def _shared_parts(readings: Sequence[_Reading], batch: PackedBatch) -> Iterator[SharedPart]:
-    """Cut readings at each other's ends and stack the rows of those that coincide."""
-    edges = np.unique([edge for reading in readings for edge in (reading.start, reading.stop)])
-    pieces: dict[tuple[int, int], list[_Reading]] = {}
-    for reading in readings:
-        first, last = np.searchsorted(edges, (reading.start, reading.stop))
-        for start, stop in zip(edges[first:last], edges[first + 1 : last + 1], strict=True):
-            pieces.setdefault((int(start), int(stop)), []).append(reading)
-    for (start, stop), readers in sorted(pieces.items()):
-        while readers:
-            # Rows of a part are distinct: a second offset of one request makes a second part.
-            once = {reading.request: reading for reading in reversed(readers)}
-            readers = [reading for reading in readers if once[reading.request] is not reading]
-            part = _stack(start, stop, list(once.values()), batch)
-            if part is not None:
-                yield part
+def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
+    """Cut the contexts of a batch into pieces, and stack their readers.
+
+    Args:
+        batch: the step.
+        windows: of the model's layers that have one, in tokens.
+    """
+    entries = _pieces(_readings(batch))
+    offsets, turns = _numbered(entries.offset)
+    num_rows = np.array([len(request.positions) for request in batch.requests])
+    first_rows = np.array([request.first_row for request in batch.requests])
+    positions = np.concatenate([request.positions for request in batch.requests]).astype(np.int64)
+    units: list[Unit] = []
+    for pieces in _same_readers(entries):
+        readers = entries.request[pieces[0]]
+        counts = num_rows[readers]
+        rows = np.repeat(first_rows[readers], counts) + _counted(counts)
+        starts = entries.start[pieces[:, 0]]
+        span = batch.slot_position[starts] // _SPAN if len(rows) < _FEW_ROWS else starts * 0
+        # By offset first, so that a rotation serves many pieces; then as the owner counts.
+        order = np.lexsort((batch.slot_position[starts], turns[pieces[:, 0]], span))
+        for part in np.split(order, np.flatnonzero(np.diff(span[order])) + 1):
+            chosen = pieces[part]
+            start, stop = entries.start[chosen[:, 0]], entries.stop[chosen[:, 0]]
+            turn = np.repeat(turns[chosen], counts, axis=1)  # (P, R)
+            at = positions[rows] - offsets[turn]  # a row's position as the piece's owner counts
+            units.append(
+                Unit(
+                    rows,
+                    start,
+                    stop,
+                    turn.astype(np.int32),
+                    {w: _num_until(at - w, start, stop, batch.slot_position) for w in windows},
+                    _num_until(at, start, stop, batch.slot_position),
+                )
+            )
+    return Plan(tuple(units), offsets)
 
 
-def _stack(
-    start: int, stop: int, readers: Sequence[_Reading], batch: PackedBatch
-) -> SharedPart | None:
-    """Stack the rows of the readers of one piece, by how many of its keys they see."""
-    key_positions = batch.slot_position[start:stop]
-    rows: list[IntArray] = []
-    offsets: list[IntArray] = []
-    for reading in readers:
-        request = batch.requests[reading.request]
-        rows.append(request.first_row + np.arange(len(request.positions)))
-        offsets.append(request.positions - reading.offset)
-    all_rows = np.concatenate(rows)
-    owner_positions = np.concatenate(offsets)  # of the rows, as the keys' owner counts
-    all_offsets = np.repeat([reading.offset for reading in readers], [len(piece) for piece in rows])
-    num_visible = np.searchsorted(key_positions, owner_positions, side="right")
-    seeing = np.flatnonzero(num_visible)
-    if len(seeing) == 0:
-        return None
-    seeing = seeing[np.argsort(num_visible[seeing], kind="stable")]
-    num_visible = num_visible[seeing]
-    return SharedPart(
-        start, stop, all_rows[seeing], all_offsets[seeing], tuple(_tiers(num_visible))
+@dataclass(frozen=True, slots=True, eq=False)
+class _Readings:
+    """Columns of one length: `request` reads slots `start` to `stop` - 1 at `offset`."""
+
+    request: IntArray
+    offset: IntArray
+    start: IntArray
+    stop: IntArray
+
+
+def _readings(batch: PackedBatch) -> _Readings:
+    """Maximal ranges of slots that a request reads at one offset, their positions ascending.
+
+    A request may have one shared segment twice, and so read a slot at two offsets.
+    """
+    lengths = np.array([int(request.positions[-1]) + 1 for request in batch.requests])
+    slots = np.concatenate(
+        [request.slots[:length] for request, length in zip(batch.requests, lengths, strict=True)]
+    ).astype(np.int64)
+    owner_position = batch.slot_position[slots].astype(np.int64)
+    offset = _counted(lengths) - owner_position
+    # First what is consecutive in the prompt and in memory ...
+    span = owner_position // _SPAN
+    breaks = (np.diff(slots) != 1) | (np.diff(offset) != 0) | (np.diff(span) != 0)
+    breaks[np.cumsum(lengths)[:-1] - 1] = True
+    first = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    last = np.concatenate((first[1:], [len(slots)])) - 1
+    request = np.searchsorted(np.cumsum(lengths), first, side="right")
+    # ... then what is so in memory alone: the tokens of a run that are read as they are lie side by
+    # side there, and so do a request's corrected ones.
+    order = np.lexsort((first, offset[first], request))
+    request, first, last = request[order], first[order], last[order]
+    here, before = slice(1, None), slice(None, -1)
+    goes_on = (
+        (request[here] == request[before])
+        & (offset[first[here]] == offset[first[before]])
+        & (slots[first[here]] == slots[last[before]] + 1)
+        & (span[first[here]] == span[last[before]])
+    )
+    begins = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    ends = np.concatenate((begins[1:], [len(request)])) - 1
+    return _Readings(
+        request[begins], offset[first[begins]], slots[first[begins]], slots[last[ends]] + 1
     )
 
 
-def _tiers(num_visible: IntArray) -> Iterator[Tier]:
-    """Cut rows, ascending by the keys that they see, into tiers."""
-    cuts = np.flatnonzero(np.diff(num_visible)) + 1
-    most = min(MAX_TIERS, max(1, len(num_visible) // _MIN_TIER_ROWS))
-    if len(cuts) >= most:
-        cuts = np.linspace(0, len(num_visible), most + 1).astype(np.int64)[1:-1]
-    bounds = [0, *cuts.tolist(), len(num_visible)]
-    for start, stop in itertools.pairwise(bounds):
-        seen = num_visible[start:stop]
-        num_keys = int(seen[-1])
-        visible = np.arange(num_keys) < seen[:, None] if int(seen[0]) < num_keys else None
-        yield Tier(start, stop, num_keys, visible)
+def _pieces(readings: _Readings) -> _Readings:
+    """Cut readings at each other's ends: what is left is equal or apart."""
+    edges = np.unique(np.concatenate((readings.start, readings.stop)))
+    first = np.searchsorted(edges, readings.start)
+    counts = np.searchsorted(edges, readings.stop) - first
+    edge = np.repeat(first, counts) + _counted(counts)
+    return _Readings(
+        np.repeat(readings.request, counts),
+        np.repeat(readings.offset, counts),
+        edges[edge],
+        edges[edge + 1],
+    )
+
+
+def _numbered(offsets: IntArray) -> tuple[IntArray, IntArray]:
+    """Distinct offsets, 0 before all others, and for each given one its number among them."""
+    others = np.unique(offsets[offsets != 0])
+    numbers = np.where(offsets == 0, 0, np.searchsorted(others, offsets) + 1)
+    return np.concatenate(([0], others)), numbers
+
+
+def _same_readers(entries: _Readings) -> Iterator[IntArray]:
+    """Group pieces by who reads them.
+
+    Yields:
+        For each set of readers, indices into `entries` (P, readers); readers ascend.
+    """
+    order = np.lexsort((entries.offset, entries.request, entries.start))
+    start, request = entries.start[order], entries.request[order]
+    # Where a request reads a piece again, at another offset, that is another piece: rows of a unit
+    # are distinct.
+    index = np.arange(len(order))
+    again = np.concatenate(([False], (np.diff(start) == 0) & (np.diff(request) == 0)))
+    time = index - np.maximum.accumulate(np.where(again, 0, index))
+    by_time = np.lexsort((request, time, start))
+    order, start, time = order[by_time], start[by_time], time[by_time]
+    cuts = np.flatnonzero((np.diff(start) != 0) | (np.diff(time) != 0)) + 1
+    groups: dict[bytes, list[IntArray]] = {}
+    for piece in np.split(order, cuts):
+        groups.setdefault(entries.request[piece].tobytes(), []).append(piece)
+    for pieces in groups.values():
+        yield np.stack(pieces)
+
+
+def _num_until(at: IntArray, start: IntArray, stop: IntArray, slot_position: IntArray) -> IntArray:
+    """How many keys of each piece are at a position `at` (P, R) or before it; int32 (P, R)."""
+    ends = np.where(at >= slot_position[stop - 1][:, None], (stop - start)[:, None], 0)
+    inside = (ends == 0) & (at >= slot_position[start][:, None])
+    for piece in np.flatnonzero(inside.any(axis=1)):
+        positions = slot_position[start[piece] : stop[piece]]
+        ends[piece] = np.searchsorted(positions, at[piece], side="right")
+    return ends.astype(np.int32)
+
+
+def _counted(counts: IntArray) -> IntArray:
+    """0 ... n - 1 for each n of `counts`, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)

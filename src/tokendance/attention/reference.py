@@ -4,21 +4,24 @@ This is what engines do that restore a dense cache. It copies everything and is 
 the backends are tested against it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.attention.interface import PackedBatch
-from tokendance.attention.rope import Rope
+from tokendance.attention.interface import LayerKind, PackedBatch
 
 
 class ReferenceBackend:
     """Attention request by request, over a dense copy of its keys, in one softmax."""
 
-    def __init__(self, rope: Rope, device: torch.device, dtype: torch.dtype) -> None:
-        """Keep the rotation; `dtype` is that of the memory, and unused: all is float32 here."""
-        del dtype
-        self._rope = rope
+    def __init__(
+        self, layers: Sequence[LayerKind], head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """See `BackendFactory`."""
+        del head_dim, dtype
+        self._layers = layers
         self._device = device
         self._batch: PackedBatch | None = None
 
@@ -27,9 +30,17 @@ class ReferenceBackend:
         self._batch = batch
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
     ) -> Tensor:
         """See `Backend.attend`."""
+        rope, window = self._layers[layer].rope, self._layers[layer].window
         assert self._batch is not None, "attend() before prepare()"
         write = torch.as_tensor(self._batch.write_slots().astype(np.int64), device=self._device)
         keys[:, write] = key
@@ -40,15 +51,18 @@ class ReferenceBackend:
             length = int(request.positions[-1]) + 1
             slots = torch.as_tensor(request.slots[:length].astype(np.int64), device=self._device)
             offsets = np.arange(length) - self._batch.slot_position[request.slots[:length]]
-            tables = self._rope.tables(offsets, self._device)
-            dense_keys = self._rope.rotate(keys[:, slots].float(), tables)
-            dense_values = values[:, slots].float()
+            tables = rope.tables(offsets, self._device)
+            dense_keys = rope.rotate(keys[:, slots].float(), tables).double()
+            dense_values = values[:, slots].double()
 
             mine = slice(request.first_row, request.first_row + len(request.positions))
             positions = torch.as_tensor(request.positions.astype(np.int64), device=self._device)
-            future = torch.arange(length, device=self._device) > positions[:, None]
-            scores = query[:, :, mine].float() @ dense_keys[:, None].transpose(-1, -2) * scale
-            weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+            distance = positions[:, None] - torch.arange(length, device=self._device)
+            hidden = distance < 0
+            if window is not None:
+                hidden |= distance >= window
+            scores = query[:, :, mine].double() @ dense_keys[:, None].transpose(-1, -2) * scale
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
             result = weights @ dense_values[:, None]  # (KVH, G, rows, D)
             output[mine] = result.flatten(0, 1).transpose(0, 1).to(output.dtype)
         return output

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.attention.interface import Backend, PackedBatch, PackedRequest
-from tokendance.attention.rope import Rope
+from tokendance.attention.interface import Backend, LayerKind, PackedBatch, PackedRequest
 from tokendance.collector.placement import UNPLACED, num_recomputed
 from tokendance.engine.scheduler import Scheduled
 
@@ -40,11 +39,15 @@ class BlendPass:
     """
 
     def __init__(
-        self, step: Sequence[Scheduled], batch: PackedBatch, rope: Rope, device: torch.device
+        self,
+        step: Sequence[Scheduled],
+        batch: PackedBatch,
+        layers: Sequence[LayerKind],
+        device: torch.device,
     ) -> None:
         """Note which rows of a batch are copied, and from where; `batch` has the rows of `step`."""
         self._batch = batch
-        self._rope = rope
+        self._layers = layers
         self._device = device
         self._num_chosen: list[int] = []
         rows, sources, slots, offsets = [], [], [], []
@@ -67,7 +70,8 @@ class BlendPass:
         self._rows = np.concatenate(rows)
         self._sources = self._index(np.concatenate(sources))
         self._slots = self._index(np.concatenate(slots))
-        self._tables = rope.tables(np.concatenate(offsets), device)
+        self._offsets = np.concatenate(offsets)
+        self._tables: dict[LayerKind, tuple[Tensor, Tensor]] = {}
         self.logit_rows = self._index(np.array(logit_rows, np.int64))
         self.kept = torch.empty(0, dtype=torch.int64)
         self._write = torch.empty(0, dtype=torch.int64)
@@ -110,7 +114,7 @@ class BlendPass:
         if layer == CHECK_LAYER:
             # Rows of this very pass may be what others copy from.
             keys.index_copy_(1, self._index(self._batch.write_slots()), key)
-            self._choose(key, keys)
+            self._choose(key, self._rotated(layer, keys))
             narrow = self._narrow_batch()
             self._write = self._index(narrow.write_slots())
             backend.prepare(narrow)
@@ -118,21 +122,26 @@ class BlendPass:
         if layer >= CHECK_LAYER:
             keys.index_copy_(1, self._write, key)
             values.index_copy_(1, self._write, value)
-            copies = keys.index_select(1, self._sources)
-            keys.index_copy_(1, self._slots, self._rope.rotate(copies, self._tables))
+            keys.index_copy_(1, self._slots, self._rotated(layer, keys))
             values.index_copy_(1, self._slots, values.index_select(1, self._sources))
-        result = backend.attend(query, key, value, keys, values, scale)
+        result = backend.attend(layer, query, key, value, keys, values, scale)
         if layer != CHECK_LAYER:
             return result
         whole = result.new_zeros(num_rows, *result.shape[1:])
         whole[self.kept] = result
         return whole
 
-    def _choose(self, key: Tensor, keys: Tensor) -> None:
+    def _rotated(self, layer: int, keys: Tensor) -> Tensor:
+        """The sources' keys of a layer, at the positions that they are copied to."""
+        kind = self._layers[layer]
+        if kind not in self._tables:
+            self._tables[kind] = kind.rope.tables(self._offsets, self._device)
+        return kind.rope.rotate(keys.index_select(1, self._sources), self._tables[kind])
+
+    def _choose(self, key: Tensor, copies: Tensor) -> None:
         """Choose each request's copied tokens to recompute; the others are left to be copied."""
-        copies = self._rope.rotate(keys.index_select(1, self._sources), self._tables).float()
         new = key.index_select(1, self._index(self._rows)).float()
-        deviation = (new - copies).square_().sum(dim=(0, 2))  # (copied tokens,)
+        deviation = (new - copies.float()).square_().sum(dim=(0, 2))  # (copied tokens,)
         is_copied = np.ones(len(self._rows), np.bool_)
         first = 0
         for piece, num_chosen in zip(
@@ -146,22 +155,19 @@ class BlendPass:
         self.kept = self._index(np.flatnonzero(is_kept))
         left = self._index(np.flatnonzero(is_copied))
         self._sources, self._slots = self._sources[left], self._slots[left]
-        cos, sin = self._tables
-        self._tables = (cos[left], sin[left])
+        self._offsets, self._tables = self._offsets[is_copied], {}
 
     def _narrow_batch(self) -> PackedBatch:
         """The batch with the kept rows only."""
         kept = self.kept.cpu().numpy()
         requests: list[PackedRequest] = []
         first_row = 0
-        for request, num_copied in zip(self._batch.requests, self._num_copied, strict=True):
+        for request in self._batch.requests:
             first, last = np.searchsorted(
                 kept, (request.first_row, request.first_row + len(request.positions))
             )
             positions = request.positions[kept[first:last] - request.first_row]
-            requests.append(
-                replace(request, first_row=first_row, positions=positions, scattered=num_copied > 0)
-            )
+            requests.append(replace(request, first_row=first_row, positions=positions))
             first_row += len(positions)
         return PackedBatch(requests, self._batch.slot_position)
 

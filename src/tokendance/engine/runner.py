@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokendance.attention.backends import make_backend
 from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
-from tokendance.attention.torch_backend import TorchBackend
 from tokendance.config import format_bytes
 from tokendance.engine.blend import CHECK_LAYER, BlendPass
 from tokendance.engine.scheduler import Scheduled
@@ -63,12 +63,12 @@ class Runner:
     """
 
     def __init__(
-        self, model: LoadedModel, memory: KVMemory, backend: BackendFactory = TorchBackend
+        self, model: LoadedModel, memory: KVMemory, backend: BackendFactory = make_backend
     ) -> None:
         """Run `model` over `memory`."""
         self._model = model
         self._memory = memory
-        self._backend = backend(model.rope, model.device, model.dtype)
+        self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)
         self._blend: BlendPass | None = None  # while a pass runs in which requests copy KV
         self.on_logits: Callable[[Sequence[Scheduled], Tensor], Tensor] | None = None
 
@@ -102,7 +102,7 @@ class Runner:
         )
         module = self._model.module
         if BlendPass.is_needed(step):
-            self._blend = blend = BlendPass(step, batch, self._model.rope, device)
+            self._blend = blend = BlendPass(step, batch, self._model.layers, device)
             try:
                 with hook.rows_dropped(module, CHECK_LAYER, lambda: blend.kept):
                     logits = hook.forward(module, *inputs, blend.logit_rows, self).float()
@@ -125,10 +125,11 @@ class Runner:
         extra: dict[str, Any],
     ) -> Tensor:
         """Attend in one layer; see `models.hook.LayerHook`."""
-        del extra  # the probe at load time has seen to it that it changes nothing
+        del extra  # what it says was found at load time
         kv_heads, (_, _, rows, size) = key.shape[1], query.shape
         stacked = query[0].reshape(kv_heads, -1, rows, size)  # (KVH, G, T, D)
         tensors = (
+            layer,
             stacked,
             key[0],
             value[0],
@@ -137,5 +138,5 @@ class Runner:
             scale,
         )
         if self._blend is not None:
-            return self._blend.attend(layer, *tensors, self._backend)
+            return self._blend.attend(*tensors, self._backend)
         return self._backend.attend(*tensors)

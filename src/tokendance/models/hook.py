@@ -134,18 +134,20 @@ def rows_dropped(model: nn.Module, layer: int, kept_rows: Callable[[], Tensor]) 
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden, *others = args
+        rows = kept_rows()
         if module is layers[layer + 1]:
-            rows = kept_rows()
             hidden = hidden[:, rows]
-            turned["position_embeddings"] = tuple(
-                table[:, rows] for table in kwargs["position_embeddings"]
-            )
-            if kwargs.get("position_ids") is not None:
-                turned["position_ids"] = kwargs["position_ids"][:, rows]
+        # Layers of one kind are given the same tables.
+        tables = kwargs["position_embeddings"]
+        if id(tables) not in narrowed:
+            narrowed[id(tables)] = tuple(table[:, rows] for table in tables)
+        turned: dict[str, Any] = {"position_embeddings": narrowed[id(tables)]}
+        if kwargs.get("position_ids") is not None:
+            turned["position_ids"] = kwargs["position_ids"][:, rows]
         return (hidden, *others), kwargs | turned
 
     num_rows: list[int] = []
-    turned: dict[str, Any] = {}
+    narrowed: dict[int, tuple[Tensor, ...]] = {}
     handles = [layers[layer].register_forward_pre_hook(count)]
     # Models that name these otherwise compute zeros in vain, and nothing else.
     output = getattr(layers[layer].self_attn, "o_proj", None)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tokendance.attention.rope import Rope
+from tokendance.attention.interface import LayerKind
 from tokendance.errors import ConfigError, ModelNotFoundError, TokenDanceError
 from tokendance.models import demo, hook
 from tokendance.models.packing import pack_linear_layers
@@ -30,7 +30,7 @@ class LoadedModel:
         module: the transformers model, with our attention.
         tokenizer: its own.
         shape: see there.
-        rope: its rotation.
+        layers: the rotation and window of each layer.
         dtype: of its weights and of the KV.
         device: where it lies.
         stop_ids: tokens that end an answer.
@@ -40,7 +40,7 @@ class LoadedModel:
     module: nn.Module
     tokenizer: Any
     shape: ModelShape
-    rope: Rope
+    layers: tuple[LayerKind, ...]
     dtype: torch.dtype
     device: torch.device
     stop_ids: frozenset[int]
@@ -108,9 +108,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them.")
     module = module.to(target).eval()
     pack_linear_layers(module)
-    shape, rope = probe(module, config)
+    shape, layers = probe(module, config)
     return LoadedModel(
-        name, module, tokenizer, shape, rope, chosen, target, _stop_ids(module, tokenizer)
+        name, module, tokenizer, shape, layers, chosen, target, _stop_ids(module, tokenizer)
     )
 
 

@@ -1,10 +1,10 @@
 """Which models the arithmetic of shared attention holds for.
 
-It needs keys whose only trace of position is a rotation by fixed frequencies, the same in every
-layer, and a plain softmax over all earlier tokens. A model's configuration says most of it; what
-it does not say is found by a probe: with attention switched off, a token's query in any layer
-depends on the token and its position alone, so the queries of one token at two positions must
-differ by exactly the rotation that we would apply.
+It needs keys whose only trace of position is a rotation by fixed frequencies, and a plain softmax
+over all earlier tokens or those within a window; both may differ from layer to layer. A model's
+configuration says most of it; what it does not say is found by a probe: with attention switched
+off, a token's query in any layer depends on the token and its position alone, so the queries of one
+token at two positions must differ by exactly the rotation that we would apply.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokendance.attention.interface import LayerKind
 from tokendance.attention.rope import Rope, RopeLayout
 from tokendance.errors import UnsupportedModelError
 from tokendance.models import hook
@@ -30,6 +31,7 @@ _HARMLESS_EXTRAS = {
     "cache_position",
     "position_embeddings",
     "output_router_logits",
+    "sliding_window",  # is attended to
 }
 
 
@@ -86,38 +88,41 @@ def why_unsupported(config: Any) -> str | None:
         return f"it has layers without a KV cache ({found}), which cannot be shared in place"
     if getattr(config, "kv_lora_rank", None) is not None:
         return "it uses multi-head latent attention (MLA), whose cache holds no rotated keys"
-    window = getattr(config, "sliding_window", None)
-    windowed = "sliding_attention" in layer_types or not layer_types
-    if window is not None and windowed and getattr(config, "use_sliding_window", True):
-        return f"it has sliding-window attention ({window} tokens), which is not built yet"
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return "it has no rotary position embedding (RoPE), so cached keys cannot change position"
-    if "rope_type" not in rope:
-        return "its layers have rotations of different kinds, which is not built yet"
-    if rope["rope_type"] not in _FIXED_ROPE_TYPES:
-        return (
-            f"its rotation ({rope['rope_type']}) changes with the length of the text, "
-            "so rotations do not add up"
-        )
+    for kind in _rope_types(rope):
+        if kind not in _FIXED_ROPE_TYPES:
+            return (
+                f"its rotation ({kind}) changes with the length of the text, "
+                "so rotations do not add up"
+            )
     return None
+
+
+def _rope_types(rope: dict[str, Any]) -> set[str]:
+    """Types of rotation in a configuration: one, or one for each type of layer."""
+    if "rope_type" in rope:
+        return {rope["rope_type"]}
+    return {kind["rope_type"] for kind in rope.values() if kind}
 
 
 def max_context(config: Any) -> int:
     """Positions that a model was made for, with one set of frequencies."""
     rope = config.rope_parameters
     length = int(config.max_position_embeddings)
-    if rope["rope_type"] == "longrope":
+    if "longrope" in _rope_types(rope):
         length = min(length, int(rope.get("original_max_position_embeddings", length)))
     return length
 
 
 @dataclass(slots=True)
 class _Probe:
-    """Records each layer's queries and keys, and answers zero."""
+    """Records each layer's queries, keys and window, and answers zero."""
 
     queries: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
     extras: set[str] = field(default_factory=set)
 
     def attend(
@@ -133,11 +138,12 @@ class _Probe:
         del scale
         self.queries[layer] = query[0]
         self.keys[layer] = key[0]
+        self.windows[layer] = extra.get("sliding_window")
         self.extras |= {name for name, given in extra.items() if given is not None}
         return query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
 
 
-def probe(model: nn.Module, config: Any) -> tuple[ModelShape, Rope]:
+def probe(model: nn.Module, config: Any) -> tuple[ModelShape, tuple[LayerKind, ...]]:
     """Run two tokens through a model to see whether its arithmetic is the one we need.
 
     Args:
@@ -172,29 +178,56 @@ def probe(model: nn.Module, config: Any) -> tuple[ModelShape, Rope]:
     if len(shapes) > 1:
         raise refusal("its layers have heads of different shapes")
     heads, _, head_dim, kv_heads, _, _ = shapes.pop()
-    rope = _find_rope(model, recorder)
+    layers = _layers(model, config, recorder)
     return ModelShape(
         num_layers, heads, kv_heads, head_dim, int(logits.shape[-1]), max_context(config)
-    ), rope
+    ), layers
 
 
-def _find_rope(model: nn.Module, recorder: _Probe) -> Rope:
-    buffers = [getattr(module, "inv_freq", None) for module in model.modules()]
-    frequencies = [found for found in buffers if isinstance(found, Tensor)]
+def _layers(model: nn.Module, config: Any, recorder: _Probe) -> tuple[LayerKind, ...]:
+    """What each layer has of its own; layers that are alike share one object."""
+    ropes = _ropes(model)
+    kinds: dict[tuple[int, int | None], LayerKind] = {}
+    found = []
+    for layer in sorted(recorder.queries):
+        window = recorder.windows[layer]
+        if window != _declared_window(config, layer):
+            raise refusal(f"layer {layer} does not say which tokens its window hides")
+        for index, rope in enumerate(ropes):
+            tables = rope.tables(np.array([_PROBE_OFFSET]), rope.inv_freq.device)
+            heads = (recorder.queries[layer], recorder.keys[layer])
+            if all(_is_rotation(one, rope, tables) for one in heads):
+                found.append(kinds.setdefault((index, window), LayerKind(rope, window)))
+                break
+        else:
+            raise refusal("its queries and keys do not turn with position as RoPE says")
+    return tuple(found)
+
+
+def _declared_window(config: Any, layer: int) -> int | None:
+    """The window of a layer, as the configuration has it."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[layer] != "sliding_attention":
+        return None
+    return int(window)
+
+
+def _ropes(model: nn.Module) -> list[Rope]:
+    """Rotations that a model's layers may have: its sets of frequencies, in each layout."""
+    frequencies: list[Tensor] = []
+    for name, buffer in model.named_buffers():
+        own_name = name.rpartition(".")[2]
+        # Of models that change frequencies with length, "original" keeps those of short texts.
+        if not own_name.endswith("inv_freq") or "original" in own_name:
+            continue
+        if not any(torch.equal(buffer, known) for known in frequencies):
+            frequencies.append(buffer)
     if not frequencies:
         raise refusal("no rotary frequencies were found in it")
-    if any(not torch.equal(found, frequencies[0]) for found in frequencies):
-        raise refusal("its layers rotate at different frequencies, which is not built yet")
-    inv_freq = frequencies[0].float()
-    for layout in RopeLayout:
-        rope = Rope(inv_freq, layout)
-        tables = rope.tables(np.array([_PROBE_OFFSET]), inv_freq.device)
-        if all(
-            _is_rotation(heads, rope, tables)
-            for heads in (*recorder.queries.values(), *recorder.keys.values())
-        ):
-            return rope
-    raise refusal("its queries and keys do not turn with position as RoPE says in every layer")
+    return [Rope(found.float(), layout) for found in frequencies for layout in RopeLayout]
 
 
 def _is_rotation(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> bool:
@@ -214,5 +247,5 @@ def refusal(reason: str) -> UnsupportedModelError:
     """Make the error for a model that cannot be served."""
     return UnsupportedModelError(
         f"This model cannot be served: {reason}. "
-        "Choose a decoder with plain RoPE, such as Llama, Qwen2, Qwen3, Mistral or Phi-3."
+        "Choose a decoder with plain RoPE, such as Llama, Qwen2, Qwen3, Mistral, Gemma 3 or Phi-3."
     )

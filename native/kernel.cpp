@@ -1,0 +1,585 @@
+// The kernel of shared-in-place attention. Compiled once for each instruction set: see simd.h.
+//
+// A task is some rows of a unit with one key head. It walks over the keys of the unit's pieces in
+// blocks. A block's keys and values are laid out for the vector unit once, and used by all rows of
+// the task, tile by tile, in an online softmax (FlashAttention, arXiv 2205.14135, algorithm 1).
+// So for many rows the work is matrix products from the first cache, and for a single row memory
+// is read once, in order.
+//
+// Both products are one small matrix product (`multiply`):
+//
+//     scores (rows, keys) = queries (rows, D) x block keys (D, keys)
+//     output (rows, D)   += weights (rows, keys) x block values (keys, D)
+//
+// whose left factor is read number by number and whose right factor by vectors. Where the machine
+// multiplies pairs of bfloat16, a "number" is a pair of neighbours along the inner dimension.
+
+// No template of the standard library is used here: its functions would be compiled for the widest
+// instruction set, and the linker might choose them for code that runs on any machine.
+
+#include "kernel.h"
+
+#include "simd.h"
+
+namespace TD_NAMESPACE {
+
+using tokendance::Format;
+using tokendance::Layer;
+using tokendance::Partials;
+using tokendance::Piece;
+using tokendance::Plan;
+using tokendance::Task;
+using tokendance::Unit;
+
+constexpr int kBlock = 64;       // keys of a block
+constexpr int kTile = 24;        // queries of a tile
+constexpr int kTilesPerTask = 8;
+// Accumulators of `multiply`, rows by vectors: as many as the registers hold.
+constexpr int kMaxRows = 6;
+constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;
+constexpr float kNothing = -__builtin_inff();
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+template <class Item>
+constexpr Item least(Item a, Item b) {
+    return b < a ? b : a;
+}
+template <class Item>
+constexpr Item most(Item a, Item b) {
+    return a < b ? b : a;
+}
+
+// ---- numbers -----------------------------------------------------------------------------------
+
+// How numbers lie in memory: float, or bfloat16 as uint16_t.
+inline float to_float(float value) { return value; }
+inline float to_float(uint16_t value) { return from_bf16(value); }
+inline void put(float* to, float value) { *to = value; }
+inline void put(uint16_t* to, float value) { *to = to_bf16(value); }
+
+// How the products take them: one float, or a pair of bfloat16, 32 bits each. Memory in bfloat16 is
+// widened to floats where the machine has no products of pairs.
+template <bool kPairs>
+inline Floats add_product(Floats sum, Words a, Words b) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) {
+        return bits<Floats>(_mm512_dpbf16_ps(
+            bits<__m512>(sum), bits<__m512bh>(a), bits<__m512bh>(b)));
+    }
+#endif
+    return sum + bits<Floats>(a) * bits<Floats>(b);
+}
+
+// ---- the product -------------------------------------------------------------------------------
+
+// to (rows, n) = from * scale + left (rows, inner) x right (inner, n); from is `to` itself, with a
+// factor for each row, or nothing where `scales` is null.
+struct Product {
+    float* to;
+    int64_t to_stride;
+    const float* scales;
+    const uint32_t* left;
+    int64_t left_stride;  // from row to row; along the inner dimension it is contiguous
+    const uint32_t* right;
+    int64_t right_stride;  // from inner to inner
+    int64_t inner;
+};
+
+template <bool kPairs, int kRows, int kVectors>
+inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
+    Floats sums[kRows][kVectors];
+    float* const to = p.to + row * p.to_stride + column;
+    for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kVectors; ++j) {
+            sums[i][j] = p.scales == nullptr
+                             ? Floats{}
+                             : load<Floats>(to + i * p.to_stride + j * kLanes) * p.scales[row + i];
+        }
+    }
+    const uint32_t* left = p.left + row * p.left_stride;
+    const uint32_t* right = p.right + column;
+    for (int64_t k = 0; k < p.inner; ++k) {
+        Words vectors[kVectors];
+        for (int j = 0; j < kVectors; ++j) vectors[j] = load<Words>(right + j * kLanes);
+        for (int i = 0; i < kRows; ++i) {
+            const Words number = Words{} + load<uint32_t>(left + i * p.left_stride);
+            for (int j = 0; j < kVectors; ++j) {
+                sums[i][j] = add_product<kPairs>(sums[i][j], number, vectors[j]);
+            }
+        }
+        ++left;
+        right += p.right_stride;
+    }
+    for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kVectors; ++j) {
+            store(to + i * p.to_stride + j * kLanes, sums[i][j]);
+        }
+    }
+}
+
+template <bool kPairs, int kVectors>
+inline void multiply_columns(const Product& p, int64_t rows, int64_t column) {
+    static_assert(kMaxRows == 6);
+    int64_t row = 0;
+    for (; row + 6 <= rows; row += 6) multiply_tile<kPairs, 6, kVectors>(p, row, column);
+    switch (rows - row) {
+        case 5: return multiply_tile<kPairs, 5, kVectors>(p, row, column);
+        case 4: return multiply_tile<kPairs, 4, kVectors>(p, row, column);
+        case 3: return multiply_tile<kPairs, 3, kVectors>(p, row, column);
+        case 2: return multiply_tile<kPairs, 2, kVectors>(p, row, column);
+        case 1: return multiply_tile<kPairs, 1, kVectors>(p, row, column);
+        default: return;
+    }
+}
+
+// `columns` is a multiple of kLanes.
+template <bool kPairs>
+void multiply(const Product& p, int64_t rows, int64_t columns) {
+    int64_t column = 0;
+    for (; column + kMaxVectors * kLanes <= columns; column += kMaxVectors * kLanes) {
+        multiply_columns<kPairs, kMaxVectors>(p, rows, column);
+    }
+    if constexpr (kMaxVectors == 4) {
+        if (column + 2 * kLanes <= columns) {
+            multiply_columns<kPairs, 2>(p, rows, column);
+            column += 2 * kLanes;
+        }
+    }
+    if (column < columns) multiply_columns<kPairs, 1>(p, rows, column);
+}
+
+// ---- laying out a block ------------------------------------------------------------------------
+
+// Keys (count, D) become (inner, kBlock); columns from `count` on repeat the last key.
+template <bool kPairs, class Number>
+void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* to) {
+    constexpr bool kWiden = sizeof(Number) == 2 && !kPairs;
+    const int words = static_cast<int>(size * sizeof(Number) / 4);
+    for (int first_key = 0; first_key < count; first_key += kLanes) {
+        for (int first_word = 0; first_word < words; first_word += kLanes) {
+            const int width = least(kLanes, words - first_word);
+            Words block[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                const Number* const key = keys[least(first_key + i, count - 1)];
+                const char* const from = reinterpret_cast<const char*>(key) + 4 * first_word;
+                block[i] = width == kLanes ? load<Words>(from) : load_first<Words>(from, 4 * width);
+            }
+            transpose(block);
+            for (int i = 0; i < width; ++i) {
+                if constexpr (kWiden) {
+                    uint32_t* const row = to + 2 * (first_word + i) * kBlock + first_key;
+                    store(row, block[i] << 16);
+                    store(row + kBlock, block[i] & 0xffff0000u);
+                } else {
+                    store(to + (first_word + i) * kBlock + first_key, block[i]);
+                }
+            }
+        }
+    }
+}
+
+// Values (count, D) become (inner, D); a missing second half of a pair is zero.
+template <bool kPairs, class Number>
+void lay_out_values(const Number* const* values, int64_t size, int count, uint32_t* to) {
+    for (int key = 0; key < count; key += kPairs ? 2 : 1) {
+        if constexpr (sizeof(Number) == 4) {
+            std::memcpy(to, values[key], size * sizeof(Number));
+        } else {
+            const bool has_second = kPairs && key + 1 < count;
+            // D is a multiple of 16, and so of the lanes.
+            for (int64_t d = 0; d < size; d += kLanes) {
+                Words words = __builtin_convertvector(load<Halves>(values[key] + d), Words);
+                if constexpr (!kPairs) {
+                    words <<= 16;
+                } else if (has_second) {
+                    const Halves second = load<Halves>(values[key + 1] + d);
+                    words |= __builtin_convertvector(second, Words) << 16;
+                }
+                store(to + d, words);
+            }
+        }
+        to += size;
+    }
+}
+
+// ---- a tile of queries -------------------------------------------------------------------------
+
+constexpr int kQueriesPerTask = kTile * kTilesPerTask;
+static_assert(kQueriesPerTask >= tokendance::kMaxGroup);
+
+// A thread's buffers, one after the other in the memory that it is given.
+struct Scratch {
+    explicit Scratch(int64_t size, void* memory) : end(static_cast<char*>(memory)) {
+        sums = take<Floats>(kQueriesPerTask);
+        keys = take<uint32_t>(size * kBlock);
+        values = take<uint32_t>(size * kBlock);
+        queries = take<uint32_t>(size * kQueriesPerTask);
+        output = take<float>(size * kQueriesPerTask);
+        scores = take<float>(kTile * kBlock);
+        head = take<float>(size);
+        largest = take<float>(kQueriesPerTask);
+        turned_by = take<int>(kQueriesPerTask);
+    }
+
+    // All sizes are multiples of 64 bytes, since D is one of 16.
+    template <class Item>
+    Item* take(int64_t count) {
+        Item* const start = reinterpret_cast<Item*>(end);
+        end += count * sizeof(Item);
+        return start;
+    }
+
+    char* end;
+    Floats* sums;       // of each query's weights, lane by lane
+    uint32_t* keys;     // (inner, kBlock)
+    uint32_t* values;   // (inner, D)
+    uint32_t* queries;  // (kQueriesPerTask, inner)
+    float* output;      // (kQueriesPerTask, D)
+    float* scores;      // (kTile, kBlock)
+    float* head;        // (D,)
+    float* largest;     // (kQueriesPerTask,)
+    int* turned_by;     // of each row
+};
+
+template <class Number, bool kPairs>
+class Attention {
+  public:
+    Attention(const Plan& plan, const Layer& layer, const Task& task, void* scratch)
+        : plan_(plan), layer_(layer), task_(task), unit_(plan.units[task.unit]), s_(layer.size, scratch) {
+        num_queries_ = static_cast<int>((task.last - task.first) * layer.group);
+        inner_ = layer.size / (kPairs ? 2 : 1);
+        for (int64_t row = task.first; row < task.last; ++row) s_.turned_by[row - task.first] = -1;
+    }
+
+    void run(const Partials& partials) {
+        std::memset(s_.output, 0, num_queries_ * layer_.size * sizeof(float));
+        for (int query = 0; query < num_queries_; ++query) {
+            s_.sums[query] = Floats{};
+            s_.largest[query] = kNothing;
+        }
+        for (int64_t piece = unit_.first_piece; piece < unit_.last_piece; ++piece) {
+            gather(piece);
+        }
+        attend_block();
+        for (int query = 0; query < num_queries_; ++query) finish(query, partials);
+    }
+
+  private:
+    int64_t row_of(int query) const { return task_.first + query / layer_.group; }
+
+    int first_of(const Piece& piece, int64_t row) const {
+        return layer_.firsts == nullptr ? 0 : layer_.firsts[piece.first_read + row];
+    }
+    int last_of(const Piece& piece, int64_t row) const {
+        return plan_.lasts[piece.first_read + row];
+    }
+
+    // Keys from several pieces make a block, as long as they are read at the same rotation: how
+    // memory happens to be divided then changes neither the speed nor the order of sums.
+    void gather(int64_t index) {
+        const Piece& piece = plan_.pieces[index];
+        int first = INT32_MAX;
+        int last = 0;
+        for (int64_t row = task_.first; row < task_.last; ++row) {
+            if (first_of(piece, row) >= last_of(piece, row)) continue;
+            first = least(first, first_of(piece, row));
+            last = most(last, last_of(piece, row));
+        }
+        if (first >= last) return;
+        if (turns_differ(piece)) {
+            attend_block();
+            for (int64_t row = task_.first; row < task_.last; ++row) {
+                turn_queries(row, plan_.turns[piece.first_read + row]);
+            }
+        }
+        const int64_t head = task_.kv_head * layer_.memory_head_stride;
+        while (first < last) {
+            if (count_ == kBlock) attend_block();
+            const int taken = least(kBlock - count_, last - first);
+            strips_[num_strips_++] = {&piece, first, taken, count_};
+            for (int i = 0; i < taken; ++i) {
+                const int64_t at = head + (piece.start + first + i) * layer_.size;
+                keys_[count_] = static_cast<const Number*>(layer_.keys) + at;
+                values_[count_++] = static_cast<const Number*>(layer_.values) + at;
+            }
+            first += taken;
+        }
+    }
+
+    bool turns_differ(const Piece& piece) const {
+        for (int64_t row = task_.first; row < task_.last; ++row) {
+            if (s_.turned_by[row - task_.first] != plan_.turns[piece.first_read + row]) return true;
+        }
+        return false;
+    }
+
+    // Lay out the G queries of a row, rotated by entry `turn` of the tables.
+    void turn_queries(int64_t row, int turn) {
+        const int64_t index = row - task_.first;
+        if (s_.turned_by[index] == turn) return;
+        s_.turned_by[index] = turn;
+        const int64_t batch_row = plan_.rows[unit_.first_row + row];
+        for (int64_t g = 0; g < layer_.group; ++g) {
+            const Number* const query = static_cast<const Number*>(layer_.query) +
+                                        task_.kv_head * layer_.query_head_stride +
+                                        g * layer_.query_group_stride +
+                                        batch_row * layer_.query_row_stride;
+            uint32_t* const to = s_.queries + (index * layer_.group + g) * inner_;
+            for (int64_t d = 0; d < layer_.size; ++d) s_.head[d] = to_float(query[d]);
+            if (turn != 0) rotate(turn);
+            if constexpr (kPairs) {
+                for (int64_t d = 0; d < inner_; ++d) {
+                    to[d] = to_bf16(s_.head[2 * d]) |
+                            static_cast<uint32_t>(to_bf16(s_.head[2 * d + 1])) << 16;
+                }
+            } else {
+                std::memcpy(to, s_.head, layer_.size * sizeof(float));
+            }
+        }
+    }
+
+    void rotate(int turn) {
+        const int64_t half = layer_.rotated / 2;
+        const float* const cosines = layer_.cosines + turn * half;
+        const float* const sines = layer_.sines + turn * half;
+        float* const head = s_.head;
+        const int64_t step = layer_.interleaved ? 2 : 1;
+        const int64_t apart = layer_.interleaved ? 1 : half;
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = head[step * i];
+            const float b = head[step * i + apart];
+            head[step * i] = a * cosines[i] - b * sines[i];
+            head[step * i + apart] = b * cosines[i] + a * sines[i];
+        }
+    }
+
+    // All queries over the keys that were gathered.
+    void attend_block() {
+        if (count_ == 0) return;
+        lay_out_keys<kPairs>(keys_, layer_.size, count_, s_.keys);
+        lay_out_values<kPairs>(values_, layer_.size, count_, s_.values);
+        for (int query = 0; query < num_queries_; query += kTile) {
+            attend_tile(query, least(kTile, num_queries_ - query));
+        }
+        count_ = 0;
+        num_strips_ = 0;
+    }
+
+    void attend_tile(int query, int rows) {
+        const int columns = (count_ + kLanes - 1) / kLanes * kLanes;
+        bool all = count_ == columns;
+        bool any = false;
+        for (int64_t row = row_of(query); row <= row_of(query + rows - 1); ++row) {
+            for (int i = 0; i < num_strips_; ++i) {
+                const Strip& strip = strips_[i];
+                const int first = first_of(*strip.piece, row) - strip.first;
+                const int last = last_of(*strip.piece, row) - strip.first;
+                all = all && first <= 0 && last >= strip.count;
+                any = any || most(first, 0) < least(last, strip.count);
+            }
+        }
+        if (!any) return;
+        multiply<kPairs>({s_.scores, kBlock, nullptr, s_.queries + query * inner_, inner_, s_.keys,
+                          kBlock, inner_},
+                         rows, columns);
+        float scales[kTile];
+        for (int i = 0; i < rows; ++i) {
+            float* const scores = s_.scores + i * kBlock;
+            if (!all) hide(scores, row_of(query + i), columns);
+            scales[i] = weigh(scores, columns, query + i);
+        }
+        const int64_t inner = kPairs ? (count_ + 1) / 2 : count_;
+        multiply<kPairs>({s_.output + query * layer_.size, layer_.size, scales,
+                          reinterpret_cast<const uint32_t*>(s_.scores), kBlock, s_.values,
+                          layer_.size, inner},
+                         rows, layer_.size);
+    }
+
+    // Scores of keys that a row does not see become -inf.
+    void hide(float* scores, int64_t row, int columns) const {
+        int column = 0;
+        for (int i = 0; i < num_strips_; ++i) {
+            const Strip& strip = strips_[i];
+            const int first = first_of(*strip.piece, row) - strip.first;
+            const int last = last_of(*strip.piece, row) - strip.first;
+            if (first >= last) continue;
+            const int seen = strip.column + least(most(first, 0), strip.count);
+            while (column < seen) scores[column++] = kNothing;
+            column = most(column, strip.column + least(last, strip.count));
+        }
+        while (column < columns) scores[column++] = kNothing;
+    }
+
+    // Turn a query's scores into weights, in place, and return the factor for its earlier output.
+    float weigh(float* scores, int columns, int query) {
+        Floats top = load<Floats>(scores);
+        for (int column = kLanes; column < columns; column += kLanes) {
+            top = larger(load<Floats>(scores + column), top);
+        }
+        const float factor = layer_.scale * 1.44269504f;  // log2(e): weights are powers of 2
+        const float before = s_.largest[query];
+        const float now = most(before, largest(top) * factor);
+        s_.largest[query] = now;
+        // Where nothing is seen yet, all scores are -inf, and any finite number serves.
+        const float shift = now == kNothing ? 0.0f : now;
+        Floats total = {};
+        for (int column = 0; column < columns; column += kLanes) {
+            const Floats weights = exp2(load<Floats>(scores + column) * factor - shift);
+            total += weights;
+            store_weights(scores, column, weights);
+        }
+        if (before == now) {
+            s_.sums[query] += total;
+            return 1.0f;
+        }
+        const float scale = before == kNothing ? 0.0f : exp2(splat(before - now))[0];
+        s_.sums[query] = s_.sums[query] * scale + total;
+        return scale;
+    }
+
+    static void store_weights(float* scores, int column, Floats weights) {
+#if defined(__AVX512BF16__)
+        if constexpr (kPairs) {
+            store(reinterpret_cast<uint16_t*>(scores) + column,
+                  bits<Halves>(_mm512_cvtneps_pbh(bits<__m512>(weights))));
+            return;
+        }
+#endif
+        store(scores + column, weights);
+    }
+
+    void finish(int query, const Partials& partials) {
+        const int64_t row = unit_.first_row + row_of(query);
+        const int64_t head = task_.kv_head * layer_.group + query % layer_.group;
+        const int64_t heads = layer_.kv_heads * layer_.group;
+        const float* const from = s_.output + query * layer_.size;
+        const float total = sum(s_.sums[query]);
+        if (plan_.partials[row] < 0) {
+            auto* const to = static_cast<Number*>(layer_.output) +
+                             (plan_.rows[row] * heads + head) * layer_.size;
+            for (int64_t d = 0; d < layer_.size; ++d) put(to + d, from[d] / total);
+            return;
+        }
+        const int64_t at = plan_.partials[row] * heads + head;
+        std::memcpy(partials.values + at * layer_.size, from, layer_.size * sizeof(float));
+        partials.sums[at] = total;
+        partials.largest[at] = s_.largest[query];
+    }
+
+    const Plan& plan_;
+    const Layer& layer_;
+    const Task& task_;
+    const Unit& unit_;
+    Scratch s_;
+    int num_queries_;
+    int64_t inner_;
+
+    // The block that is being gathered: its keys, and the parts of pieces that they are from.
+    struct Strip {
+        const Piece* piece;
+        int first, count;  // of the piece's keys
+        int column;        // of the block
+    };
+    const Number* keys_[kBlock];
+    const Number* values_[kBlock];
+    Strip strips_[kBlock];
+    int count_ = 0;
+    int num_strips_ = 0;
+};
+
+// ---- what is exported --------------------------------------------------------------------------
+
+int64_t rows_per_task(int64_t group) {
+    return most<int64_t>(1, kTile * kTilesPerTask / group);
+}
+
+template <class Number>
+void write_as(const Plan& plan, const Layer& l, int64_t kv_head, int64_t first, int64_t last) {
+    const auto* const key = static_cast<const Number*>(l.key) + kv_head * l.key_head_stride;
+    const auto* const value = static_cast<const Number*>(l.value) + kv_head * l.value_head_stride;
+    auto* const keys = static_cast<Number*>(l.keys) + kv_head * l.memory_head_stride;
+    auto* const values = static_cast<Number*>(l.values) + kv_head * l.memory_head_stride;
+    for (int64_t row = first; row < last; ++row) {
+        const int64_t to = plan.write_slots[row] * l.size;
+        std::memcpy(keys + to, key + row * l.key_row_stride, l.size * sizeof(Number));
+        std::memcpy(values + to, value + row * l.value_row_stride, l.size * sizeof(Number));
+    }
+}
+
+void write(const Plan& plan, const Layer& l, int64_t kv_head, int64_t first, int64_t last) {
+    if (l.format == Format::kFloat32) return write_as<float>(plan, l, kv_head, first, last);
+    write_as<uint16_t>(plan, l, kv_head, first, last);
+}
+
+int64_t scratch_bytes(int64_t size) {
+    Scratch measured(size, nullptr);
+    return measured.end - static_cast<char*>(nullptr);
+}
+
+void attend(const Plan& plan, const Layer& layer, const Task& task, const Partials& partials,
+            void* scratch) {
+    if (layer.format == Format::kFloat32) {
+        Attention<float, false>(plan, layer, task, scratch).run(partials);
+    } else {
+        Attention<uint16_t, kHasPairs>(plan, layer, task, scratch).run(partials);
+    }
+}
+
+template <class Number>
+void merge_as(const Plan& plan, const Layer& l, const Partials& partials, int64_t first,
+              int64_t last) {
+    const int64_t heads = l.kv_heads * l.group;
+    for (int64_t merged = first; merged < last; ++merged) {
+        const int64_t start = plan.merged_start[merged];
+        const int64_t stop = plan.merged_start[merged + 1];
+        for (int64_t head = 0; head < heads; ++head) {
+            float top = kNothing;
+            for (int64_t i = start; i < stop; ++i) {
+                top = most(top, partials.largest[i * heads + head]);
+            }
+            float total = 0.0f;
+            float* const sum = partials.values + (start * heads + head) * l.size;
+            for (int64_t i = start; i < stop; ++i) {
+                const int64_t at = i * heads + head;
+                const float largest = partials.largest[at];
+                const float weight = largest == top ? 1.0f
+                                     : largest == kNothing ? 0.0f
+                                                           : exp2(splat(largest - top))[0];
+                total += weight * partials.sums[at];
+                const float* const add = partials.values + at * l.size;
+                if (i == start) {
+                    for (int64_t d = 0; d < l.size; ++d) sum[d] = weight * add[d];
+                } else {
+                    for (int64_t d = 0; d < l.size; ++d) sum[d] += weight * add[d];
+                }
+            }
+            auto* const to = static_cast<Number*>(l.output) +
+                             (plan.merged_rows[merged] * heads + head) * l.size;
+            for (int64_t d = 0; d < l.size; ++d) put(to + d, sum[d] / total);
+        }
+    }
+}
+
+void merge(const Plan& plan, const Layer& l, const Partials& partials, int64_t first,
+           int64_t last) {
+    if (l.format == Format::kFloat32) return merge_as<float>(plan, l, partials, first, last);
+    merge_as<uint16_t>(plan, l, partials, first, last);
+}
+
+}  // namespace TD_NAMESPACE
+
+namespace tokendance {
+
+extern const Kernel TD_KERNEL = {TD_NAME,
+                                 TD_NAMESPACE::scratch_bytes,
+                                 TD_NAMESPACE::rows_per_task,
+                                 TD_NAMESPACE::write,
+                                 TD_NAMESPACE::attend,
+                                 TD_NAMESPACE::merge};
+
+}  // namespace tokendance

@@ -1,0 +1,87 @@
+// What a step reads, as the planner (attention/plan.py) lays it out, and one layer's tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace tokendance {
+
+// Rows that read the same pieces of memory. Ranges are of the plan's arrays.
+struct Unit {
+    int64_t first_row, last_row;
+    int64_t first_piece, last_piece;
+};
+
+// Consecutive slots, and where the unit's rows find what they see of them (one entry a row).
+struct Piece {
+    int64_t start, stop;
+    int64_t first_read;
+};
+
+// Arrays of the step; whoever calls a kernel owns them.
+struct Plan {
+    const int64_t* write_slots;  // (T,) slot that each row writes
+    const Unit* units;
+    const Piece* pieces;
+    const int64_t* rows;          // of the batch, unit by unit
+    const int64_t* partials;      // for each of `rows`, where its result waits; -1: it is the output
+    const int32_t* turns;         // (reads,) row of the rotation tables; 0 is no rotation
+    const int32_t* lasts;         // (reads,) keys of the piece before this one are seen ...
+    const int64_t* merged_rows;   // rows with several partial results
+    const int64_t* merged_start;  // (merged_rows + 1,) ranges of partials, consecutive
+};
+
+// Queries that may share a key head: a task holds at least one row with all of them.
+constexpr int64_t kMaxGroup = 128;
+
+enum class Format { kFloat32, kBFloat16 };
+
+// One layer. Strides are in elements; the last dimension is contiguous everywhere.
+struct Layer {
+    Format format;
+    int64_t kv_heads, group, rows, size;
+    const void* query;  // (KVH, G, T, D)
+    int64_t query_head_stride, query_group_stride, query_row_stride;
+    const void* key;  // (KVH, T, D)
+    int64_t key_head_stride, key_row_stride;
+    const void* value;  // (KVH, T, D)
+    int64_t value_head_stride, value_row_stride;
+    void* keys;    // (KVH, S, D), written
+    void* values;  // likewise
+    int64_t memory_head_stride;
+    void* output;           // (T, H, D)
+    const int32_t* firsts;  // (reads,) ... from this one on; null: all of them
+    const float* cosines;   // (turns, rotated / 2)
+    const float* sines;
+    int64_t rotated;  // components of a head that turn
+    bool interleaved;
+    float scale;
+};
+
+// Partial results of a layer: of each row and head the weighted values, before they are divided
+// by the sum of weights; that sum; and the largest score (in units of log 2).
+struct Partials {
+    float* values;   // (num_partials, H, D)
+    float* sums;     // (num_partials, H)
+    float* largest;  // (num_partials, H)
+};
+
+// A part of a layer's work that one thread does at a time.
+struct Task {
+    int64_t unit;
+    int64_t kv_head;
+    int64_t first, last;  // of the unit's rows, each with all its G queries
+};
+
+// What each instruction set provides.
+struct Kernel {
+    const char* name;
+    // Bytes of scratch memory, aligned to 64, that a thread needs for `attend`, given D.
+    int64_t (*scratch_bytes)(int64_t size);
+    // Rows of one task, given G.
+    int64_t (*rows_per_task)(int64_t group);
+    void (*write)(const Plan&, const Layer&, int64_t kv_head, int64_t first, int64_t last);
+    void (*attend)(const Plan&, const Layer&, const Task&, const Partials&, void* scratch);
+    void (*merge)(const Plan&, const Layer&, const Partials&, int64_t first, int64_t last);
+};
+
+}  // namespace tokendance

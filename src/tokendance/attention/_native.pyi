@@ -1,0 +1,85 @@
+"""The compiled kernel; `native/module.cpp` makes it."""
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Int64Array = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+def kernels() -> list[str]:
+    """Names of the kernels that this machine can run, the fastest first."""
+
+def thread_source() -> str:
+    """Whose threads are used: "openmp" are torch's, "own" are the module's."""
+
+class Step:
+    """The plan of a step."""
+
+    def __init__(
+        self,
+        kernel: str,
+        num_slots: int,
+        write_slots: Int64Array,
+        unit_rows: Int64Array,
+        unit_pieces: Int64Array,
+        rows: Int64Array,
+        starts: Int64Array,
+        stops: Int64Array,
+        turns: Int32Array,
+        lasts: Int32Array,
+        /,
+    ) -> None:
+        """Take a plan over slots 0 ... `num_slots` - 1.
+
+        Args:
+            kernel: one of `kernels()`.
+            num_slots: at most S.
+            write_slots: (T,), slot that each row writes.
+            unit_rows: (units + 1,), where the rows of each unit begin.
+            unit_pieces: (units + 1,), where its pieces begin.
+            rows: rows of all units, one unit after the other.
+            starts: first slot of each piece.
+            stops: slot after its last.
+            turns: for each piece of a unit and row of it, an entry of the rotation tables.
+            lasts: likewise, how many keys from the piece's start the row sees.
+
+        Raises:
+            ValueError: if an index is out of range.
+        """
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        output: Tensor,
+        firsts: Int32Array | None,
+        cosines: Float32Array,
+        sines: Float32Array,
+        interleaved: bool,
+        scale: float,
+        threads: int,
+    ) -> None:
+        """Write the new keys and values, and attend; see `Backend.attend`.
+
+        Args:
+            query: (KVH, G, T, D).
+            key: (KVH, T, D).
+            value: (KVH, T, D).
+            keys: (KVH, S, D), written.
+            values: (KVH, S, D), written.
+            output: (T, H, D), written.
+            firsts: like `lasts`, keys before these are not seen; None: all are.
+            cosines: (turns, rotated / 2); entry 0 is not read, as it is no rotation.
+            sines: likewise.
+            interleaved: which components of a head form a pair.
+            scale: of the scores, positive.
+            threads: at most.
+
+        Raises:
+            ValueError: if shapes, strides or dtypes do not fit.
+        """

@@ -1,0 +1,108 @@
+"""Shared-in-place attention by the native kernel (`native/kernel.cpp`), on a CPU."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendance.attention import _native
+from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
+from tokendance.attention.plan import make_plan
+from tokendance.attention.rope import RopeLayout
+
+
+def can_serve(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel was made for such heads."""
+    has_dtype = dtype in (torch.float32, torch.bfloat16)
+    return device.type == "cpu" and has_dtype and head_dim % 16 == 0 and head_dim <= 256
+
+
+class NativeBackend:
+    """Hands the plan to the kernel, which does a layer in one call.
+
+    Attributes:
+        kernel: name of the instruction set that is used.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerKind],
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: str | None = None,
+    ) -> None:
+        """See `BackendFactory`.
+
+        Args:
+            layers: of the model.
+            head_dim: of the model.
+            device: of the model.
+            dtype: of the model.
+            kernel: one of `_native.kernels()`; None: the fastest.
+        """
+        assert can_serve(head_dim, device, dtype)
+        self.kernel = kernel or _native.kernels()[0]
+        self._layers = layers
+        self._batch: PackedBatch | None = None
+        self._step: _native.Step | None = None
+        self._firsts: dict[int, np.ndarray] = {}
+        self._offsets: IntArray = np.zeros(1, np.int64)
+        self._tables: dict[LayerKind, tuple[np.ndarray, np.ndarray]] = {}
+
+    def prepare(self, batch: PackedBatch) -> None:
+        """Plan the step; what layers have in common is made by the first of them."""
+        windows = windows_of(self._layers)
+        plan = make_plan(batch, windows)
+        units = plan.units
+        self._offsets = plan.offsets
+        self._tables = {}
+        self._firsts = {
+            w: np.concatenate([unit.firsts[w].ravel() for unit in units]) for w in windows
+        }
+        self._step = _native.Step(
+            self.kernel,
+            len(batch.slot_position),
+            batch.write_slots().astype(np.int64),
+            np.cumsum([0, *(len(unit.rows) for unit in units)]),
+            np.cumsum([0, *(len(unit.starts) for unit in units)]),
+            np.concatenate([unit.rows for unit in units]),
+            np.concatenate([unit.starts for unit in units]),
+            np.concatenate([unit.stops for unit in units]),
+            np.concatenate([unit.turns.ravel() for unit in units]),
+            np.concatenate([unit.lasts.ravel() for unit in units]),
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """See `Backend.attend`."""
+        assert self._step is not None, "attend() before prepare()"
+        kind = self._layers[layer]
+        if kind not in self._tables:
+            cos, sin = kind.rope.tables(-self._offsets, torch.device("cpu"))
+            self._tables[kind] = cos.numpy(), sin.numpy()
+        kv_heads, group, rows, size = query.shape
+        output = query.new_empty(rows, kv_heads * group, size)
+        self._step.attend(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            output,
+            None if kind.window is None else self._firsts[kind.window],
+            *self._tables[kind],
+            kind.rope.layout is RopeLayout.INTERLEAVED,
+            scale,
+            torch.get_num_threads(),
+        )
+        return output
