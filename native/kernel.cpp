@@ -155,6 +155,14 @@ void multiply(const Product& p, int64_t rows, int64_t columns) {
 
 // ---- laying out a block ------------------------------------------------------------------------
 
+// What comes a block later, most often: keys of a piece follow each other. Where they do not, a
+// wrong address does no harm.
+template <class Number>
+inline void prefetch(const Number* numbers, int64_t size) {
+    constexpr int64_t kLine = 64 / sizeof(Number);
+    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(numbers + i);
+}
+
 // Keys (count, D) become (inner, kBlock); columns from `count` on repeat the last key.
 template <bool kPairs, class Number>
 void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* to) {
@@ -166,6 +174,7 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
             Words block[kLanes];
             for (int i = 0; i < kLanes; ++i) {
                 const Number* const key = keys[least(first_key + i, count - 1)];
+                if (first_word == 0) prefetch(key + kBlock * size, size);
                 const char* const from = reinterpret_cast<const char*>(key) + 4 * first_word;
                 block[i] = width == kLanes ? load<Words>(from) : load_first<Words>(from, 4 * width);
             }
@@ -187,6 +196,8 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
 template <bool kPairs, class Number>
 void lay_out_values(const Number* const* values, int64_t size, int count, uint32_t* to) {
     for (int key = 0; key < count; key += kPairs ? 2 : 1) {
+        prefetch(values[key] + kBlock * size, size);
+        if constexpr (kPairs) prefetch(values[key] + (kBlock + 1) * size, size);
         if constexpr (sizeof(Number) == 4) {
             std::memcpy(to, values[key], size * sizeof(Number));
         } else {
@@ -387,12 +398,11 @@ class Attention {
         multiply<kPairs>({s_.scores, kBlock, nullptr, s_.queries + query * inner_, inner_, s_.keys,
                           kBlock, inner_},
                          rows, columns);
-        float scales[kTile];
-        for (int i = 0; i < rows; ++i) {
-            float* const scores = s_.scores + i * kBlock;
-            if (!all) hide(scores, row_of(query + i), columns);
-            scales[i] = weigh(scores, columns, query + i);
+        if (!all) {
+            for (int i = 0; i < rows; ++i) hide(s_.scores + i * kBlock, row_of(query + i), columns);
         }
+        float scales[kTile];
+        weigh(query, rows, columns, scales);
         const int64_t inner = kPairs ? (count_ + 1) / 2 : count_;
         multiply<kPairs>({s_.output + query * layer_.size, layer_.size, scales,
                           reinterpret_cast<const uint32_t*>(s_.scores), kBlock, s_.values,
@@ -415,31 +425,40 @@ class Attention {
         while (column < columns) scores[column++] = kNothing;
     }
 
-    // Turn a query's scores into weights, in place, and return the factor for its earlier output.
-    float weigh(float* scores, int columns, int query) {
-        Floats top = load<Floats>(scores);
-        for (int column = kLanes; column < columns; column += kLanes) {
-            top = larger(load<Floats>(scores + column), top);
-        }
+    // Turn a tile's scores into weights, in place, and find the factors for the earlier output.
+    void weigh(int query, int rows, int columns, float* scales) {
         const float factor = layer_.scale * 1.44269504f;  // log2(e): weights are powers of 2
-        const float before = s_.largest[query];
-        const float now = most(before, largest(top) * factor);
-        s_.largest[query] = now;
-        // Where nothing is seen yet, all scores are -inf, and any finite number serves.
-        const float shift = now == kNothing ? 0.0f : now;
-        Floats total = {};
-        for (int column = 0; column < columns; column += kLanes) {
-            const Floats weights = exp2(load<Floats>(scores + column) * factor - shift);
-            total += weights;
-            store_weights(scores, column, weights);
+        float tops[kTile];
+        for (int i = 0; i < rows; ++i) {
+            const float* const scores = s_.scores + i * kBlock;
+            Floats top = load<Floats>(scores);
+            for (int column = kLanes; column < columns; column += kLanes) {
+                top = larger(load<Floats>(scores + column), top);
+            }
+            tops[i] = largest(top);
         }
-        if (before == now) {
-            s_.sums[query] += total;
-            return 1.0f;
+        float shifts[kTile];
+        for (int i = 0; i < rows; i += kLanes) {
+            const int count = least(kLanes, rows - i);
+            const Floats before = load_first<Floats>(s_.largest + query + i, count);
+            const Floats now = larger(load_first<Floats>(tops + i, count) * factor, before);
+            // Where nothing is seen yet, all scores are -inf, and any finite number serves.
+            const Floats shift = now == kNothing ? Floats{} : now;
+            store_first(s_.largest + query + i, now, count);
+            store_first(shifts + i, shift, count);
+            store_first(scales + i, exp2<false>(before - shift), count);
         }
-        const float scale = before == kNothing ? 0.0f : exp2(splat(before - now))[0];
-        s_.sums[query] = s_.sums[query] * scale + total;
-        return scale;
+        for (int i = 0; i < rows; ++i) {
+            float* const scores = s_.scores + i * kBlock;
+            Floats total = {};
+            for (int column = 0; column < columns; column += kLanes) {
+                const Floats score = load<Floats>(scores + column);
+                const Floats weights = exp2<kPairs>(score * factor - shifts[i]);
+                total += weights;
+                store_weights(scores, column, weights);
+            }
+            s_.sums[query + i] = s_.sums[query + i] * scales[i] + total;
+        }
     }
 
     static void store_weights(float* scores, int column, Floats weights) {
@@ -549,7 +568,7 @@ void merge_as(const Plan& plan, const Layer& l, const Partials& partials, int64_
                 const float largest = partials.largest[at];
                 const float weight = largest == top ? 1.0f
                                      : largest == kNothing ? 0.0f
-                                                           : exp2(splat(largest - top))[0];
+                                                           : exp2<false>(splat(largest - top))[0];
                 total += weight * partials.sums[at];
                 const float* const add = partials.values + at * l.size;
                 if (i == start) {

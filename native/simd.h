@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -39,6 +39,11 @@ inline Vector load_first(const Scalar* from, int count) {
 template <class Vector, class Scalar>
 inline void store(Scalar* to, Vector vector) {
     std::memcpy(to, &vector, sizeof(vector));
+}
+
+template <class Vector, class Scalar>
+inline void store_first(Scalar* to, Vector vector, int count) {
+    std::memcpy(to, &vector, count * sizeof(Scalar));
 }
 
 template <class To, class From>
@@ -101,22 +106,38 @@ inline float sum(Floats vector) {
     }
 }
 
-// 2^x for x <= 0, to about 1e-7 of its value; below 2^-126 it is 0. NaN stays NaN.
+constexpr float kShort[] = {0.999999261f, 0.693121815f, 0.240247448f, 0.0559178603f, 0.00957010179f};
+constexpr float kLong[] = {1.0f, 0.693147206f, 0.240226469f, 0.0555032878f, 0.00961848896f, 0.00133999312f, 0.000153458119f};
+// 2^x for x <= 0, to about 1e-7 of its value, or 4e-6 if it is to be `rounded` to bfloat16 anyway;
+// below 2^-126 it is 0. NaN stays NaN.
+template <bool kRounded>
 inline Floats exp2(Floats x) {
+#if defined(__AVX512F__)
+    // 2^-200 is 0. The order of arguments matters: where one of them is NaN, the second is taken.
+    const __m512 clamped = _mm512_max_ps(bits<__m512>(splat(-200.0f)), bits<__m512>(x));
+    const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT);
+    const Floats rest = bits<Floats>(clamped) - bits<Floats>(whole);
+#else
     const Floats magic = splat(12582912.0f);  // adding it rounds to an integer
     const Floats clamped = x < -126.0f ? splat(-126.0f) : x;
     const Floats rounded = clamped + magic;
     const Floats rest = clamped - (rounded - magic);
-    // Taylor's series of 2^rest on [-1/2, 1/2]: the first term left out is below 2e-8.
-    Floats series = splat(1.5403530e-4f);
-    series = series * rest + 1.3333558e-3f;
-    series = series * rest + 9.6181291e-3f;
-    series = series * rest + 5.5504109e-2f;
-    series = series * rest + 2.4022651e-1f;
-    series = series * rest + 6.9314718e-1f;
-    series = series * rest + 1.0f;
+#endif
+    // Polynomials of least relative error on [-1/2, 1/2].
+    Floats series;
+    if constexpr (kRounded) {
+        series = splat(kShort[4]);
+        for (int i = 3; i >= 0; --i) series = series * rest + kShort[i];
+    } else {
+        series = splat(kLong[6]);
+        for (int i = 5; i >= 0; --i) series = series * rest + kLong[i];
+    }
+#if defined(__AVX512F__)
+    return bits<Floats>(_mm512_scalef_ps(bits<__m512>(series), whole));
+#else
     const Ints power = (bits<Ints>(rounded) - bits<Ints>(magic) + 127) << 23;
     return x < -126.0f ? Floats{} : series * bits<Floats>(power);
+#endif
 }
 
 inline uint16_t to_bf16(float value) {
