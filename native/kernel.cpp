@@ -92,9 +92,12 @@ struct Product {
 
 template <bool kPairs, int kRows, int kVectors>
 inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
+    // Unrolled, so that the sums are registers from the first to the last.
     Floats sums[kRows][kVectors];
     float* const to = p.to + row * p.to_stride + column;
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) {
             sums[i][j] = p.scales == nullptr
                              ? Floats{}
@@ -105,9 +108,12 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
     const uint32_t* right = p.right + column;
     for (int64_t k = 0; k < p.inner; ++k) {
         Words vectors[kVectors];
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) vectors[j] = load<Words>(right + j * kLanes);
+#pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
             const Words number = Words{} + load<uint32_t>(left + i * p.left_stride);
+#pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
                 sums[i][j] = add_product<kPairs>(sums[i][j], number, vectors[j]);
             }
@@ -115,7 +121,9 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
         ++left;
         right += p.right_stride;
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) {
             store(to + i * p.to_stride + j * kLanes, sums[i][j]);
         }
