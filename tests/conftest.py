@@ -1,13 +1,26 @@
 """Tiny random models with a byte-like tokenizer, made once per test run."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+if folder := os.environ.get("TOKENDANCE_NATIVE"):
+    # Another build of the native kernel (make sanitize).
+    (library,) = Path(folder).glob("_native*.so")
+    loader = ExtensionFileLoader("tokendance.attention._native", str(library))
+    spec = importlib.util.spec_from_file_location(loader.name, library, loader=loader)
+    assert spec is not None
+    sys.modules[loader.name] = importlib.util.module_from_spec(spec)
+    loader.exec_module(sys.modules[loader.name])
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -166,6 +167,47 @@ def test_every_backend_equals_the_reference(
     kind = LayerKind(rope_of(rotated, layout), window)
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
     assert_close(run(BACKENDS[backend], batch, kind, (*heads, size), dtype, seed), expected)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    agents=st.integers(1, 4),
+    heads=st.sampled_from([(1, 1), (2, 3)]),
+    size=st.sampled_from([32, 64]),
+    rotated=st.sampled_from([8, 32]),
+    layout=st.sampled_from(list(RopeLayout)),
+    window=st.sampled_from([None, 1, 17]),
+)
+def test_the_triton_kernels_equal_the_reference(
+    dtype: torch.dtype,
+    seed: int,
+    agents: int,
+    heads: tuple[int, int],
+    size: int,
+    rotated: int,
+    layout: RopeLayout,
+    window: int | None,
+) -> None:
+    """In Triton's interpreter, where there is no GPU."""
+    from tokendance.attention.triton_backend import TritonBackend
+
+    batch = random_batch(np.random.default_rng(seed), agents, None)
+    kind = LayerKind(rope_of(rotated, layout), window)
+    expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
+    assert_close(run(TritonBackend, batch, kind, (*heads, size), dtype, seed), expected)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernels_on_a_long_context() -> None:
+    from tokendance.attention.triton_backend import TritonBackend
+
+    batch = long_batch(3, 1100, 70, 30)
+    kind = LayerKind(rope_of(64))
+    expected = run(ReferenceBackend, batch, kind, (1, 3, 64), torch.float32, 0)
+    assert_close(run(TritonBackend, batch, kind, (1, 3, 64), torch.float32, 0), expected)
 
 
 def long_batch(agents: int, shared: int, own: int, new: int) -> PackedBatch:

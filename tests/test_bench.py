@@ -25,6 +25,7 @@ HEADLINES: dict[str, set[str]] = {
         )
         for agents in (10, 50)
     } | {"speedup_vs_vllm_10"},
+    "attention": {"vs_bytes_once_32", "speedup_vs_torch_32", "speedup_vs_own_copies_32"},
     "plain": {"speedup_vs_transformers_bfloat16", "speedup_vs_transformers_float32"},
     "decode": {"speedup_vs_dense_32", "speedup_vs_vllm_32"},
     "storage": {"mirror_compression", "shared_compression", "resident_compression"},

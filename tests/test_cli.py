@@ -197,6 +197,13 @@ def test_help_and_models(tokendance: Run, model: str) -> None:
         assert option in text
 
 
+def test_the_doctor_names_what_is_there_and_what_is_not(tokendance: Run) -> None:
+    done = tokendance("doctor")
+    assert done.returncode == 0
+    for word in ("torch", "attention kernel", "huge pages", "smollm2-135m", "gemma3-270m", "vLLM"):
+        assert word in done.stdout
+
+
 def test_the_example_town_can_be_read() -> None:
     from tokendance.rounds.trace import example_trace, read_trace
 

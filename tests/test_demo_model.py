@@ -10,6 +10,7 @@ from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_work
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.rounds.trace import example_trace
 
 pytestmark = pytest.mark.demo
 STORE = StoreConfig(2**30)
@@ -50,6 +51,28 @@ def test_it_equals_transformers(exact: LLM) -> None:
     )[0, len(prompt) :].tolist()
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     assert list(exact.generate([messages], params)[0].token_ids) == expected
+
+
+def test_gemma_with_its_windows_equals_transformers() -> None:
+    """Local layers see 512 tokens, and rotate at another frequency than global ones."""
+    gemma = load_model("gemma3-270m", "float32")
+    assert {layer.window for layer in gemma.layers} == {512, None}
+    llm = LLM.from_loaded(gemma, EngineConfig("none", store=STORE))
+    plain = AutoModelForCausalLM.from_pretrained(
+        demo.checkpoint("gemma3-270m"), dtype=torch.float32
+    )
+    lines = example_trace().read_text(encoding="utf-8")
+    prompt = llm.encoder.encode(f"<bos>{lines}").token_ids.tolist()[:900]
+    assert len(prompt) == 900
+    expected = plain.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+    )[0, len(prompt) :].tolist()
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    assert list(llm.generate([prompt], params)[0].token_ids) == expected
 
 
 def test_fidelity_of_a_round(model: LoadedModel, exact: LLM, workload: RoundWorkload) -> None:

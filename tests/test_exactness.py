@@ -78,6 +78,24 @@ def test_correcting_all_is_exact(
     assert [o.token_ids for o in result.outputs] == [o.token_ids for o in exact.outputs]
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_every_attention_gives_the_same_round(
+    architecture: str, model_folder: Callable[..., Path]
+) -> None:
+    found = {}
+    for attention in ("auto", "native", "torch", "reference"):
+        llm = LLM(
+            str(model_folder(architecture)),
+            dtype="float32",
+            kv_budget="20MiB",
+            attention=attention,  # type: ignore[arg-type]
+        )
+        found[attention] = logprobs(llm.run_round(random_round(4), KEEP))
+    for attention, values in found.items():
+        torch.testing.assert_close(values, found["reference"], rtol=0, atol=1e-4, msg=attention)
+    assert torch.equal(found["auto"], found["native"])
+
+
 @pytest.mark.parametrize("budget", [4096, 64, 7])
 @pytest.mark.parametrize(
     ("reuse", "correction"),

@@ -262,6 +262,14 @@ def test_wrong_settings(tiny: LoadedModel, model_folder: Callable[..., Path]) ->
     assert parse_bytes("2gb") == 2 * 10**9
 
 
+def test_an_attention_that_cannot_serve_is_refused(model_folder: Callable[..., Path]) -> None:
+    folder = str(model_folder("llama"))
+    with pytest.raises(ConfigError, match="native attention kernel cannot be used"):
+        LLM(folder, attention="native", dtype="float16", kv_budget="20MiB")
+    with pytest.raises(ConfigError, match="no attention 'fast'"):
+        LLM(folder, attention="fast", kv_budget="20MiB")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "word"),
     [

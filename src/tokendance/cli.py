@@ -1,4 +1,4 @@
-"""The command line: run rounds, measure, calibrate, list models."""
+"""The command line: run rounds, measure, calibrate, list models, examine the installation."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,9 @@ from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
 from tokendance.config import ReuseMode
 from tokendance.errors import TokenDanceError
 
-BenchName = Literal["plain", "prefill", "decode", "storage", "capacity", "fidelity", "all"]
+BenchName = Literal[
+    "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "all"
+]
 
 app = typer.Typer(
     help="Serve rounds of LLM agents that share the KV cache of what they all read.",
@@ -136,7 +138,7 @@ def bench(
     suite: Annotated[
         BenchName,
         typer.Argument(
-            help="plain: without reuse, against transformers. prefill: seconds of a round. "
+            help="attention: one layer. plain: without reuse, against transformers. prefill: seconds of a round. "
             "decode: tokens per second. storage: bytes per agent. capacity: most agents in a time "
             "or a memory. fidelity: how near the answers are to full computation. all: "
             "everything, with a report."
@@ -240,6 +242,14 @@ def models(
         prepare_model(prepare, Console())
     else:
         list_models(names or [], Console())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this installation has, what it lacks, and what to do about it."""
+    from tokendance.commands.doctor import examine
+
+    examine(Console())
 
 
 def main() -> None:

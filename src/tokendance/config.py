@@ -13,6 +13,8 @@ from tokendance.errors import ConfigError
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
+AttentionName = Literal["auto", "native", "torch", "reference"]
+ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -99,6 +101,8 @@ class EngineConfig:
         target: chooses the correction of each reuse; `correction` is then what it lays out.
         shadow: share of mirrors that are kept to be computed exactly in idle time; see
             `engine.shadow`.
+        attention: what computes it; "auto" takes the fastest that serves the model, device and
+            dtype. "reference" is slow on purpose.
     """
 
     reuse: ReuseMode = "collective"
@@ -107,10 +111,15 @@ class EngineConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
     target: FidelityTarget | None = None
     shadow: float = 0.0
+    attention: AttentionName = "auto"
 
     def __post_init__(self) -> None:
         if self.reuse not in REUSE_MODES:
             raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
+        if self.attention not in ATTENTION_NAMES:
+            raise ConfigError(
+                f"There is no attention {self.attention!r}. Use one of {ATTENTION_NAMES}."
+            )
         if not 0 <= self.shadow <= 1:
             raise ConfigError(f"shadow is {self.shadow}. Give a share from 0 to 1.")
         if self.target is not None and self.reuse != "collective":

@@ -12,6 +12,7 @@ import torch
 from tokendance.collector.correction import CorrectionPolicy, make_correction
 from tokendance.collector.target import FidelityTable, FidelityTarget
 from tokendance.config import (
+    AttentionName,
     EngineConfig,
     ReuseMode,
     StoreConfig,
@@ -63,6 +64,7 @@ class LLM:
         max_batch_tokens: int | None = None,
         page_size: int | None = None,
         max_reuse_rounds: int | None = None,
+        attention: AttentionName = "auto",
     ) -> None:
         """Load a model and allocate its memory.
 
@@ -83,6 +85,7 @@ class LLM:
             max_batch_tokens: most tokens of one forward pass.
             page_size: tokens per page.
             max_reuse_rounds: see `StoreConfig`.
+            attention: what computes it; see `EngineConfig`.
 
         Raises:
             ConfigError: for a setting that cannot be.
@@ -116,6 +119,7 @@ class LLM:
             store=store,
             target=target,
             shadow=shadow,
+            attention=attention,
             **_given(correction=correction, max_batch_tokens=max_batch_tokens),
         )
         self._start(loaded, config)

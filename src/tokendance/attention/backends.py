@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from tokendance.attention.interface import Backend, LayerKind
+from tokendance.attention.reference import ReferenceBackend
 from tokendance.attention.torch_backend import TorchBackend
+from tokendance.config import AttentionName
+from tokendance.errors import ConfigError
 
 try:
     from tokendance.attention.native_backend import NativeBackend, can_serve
@@ -16,9 +19,38 @@ else:
 
 
 def make_backend(
-    layers: Sequence[LayerKind], head_dim: int, device: torch.device, dtype: torch.dtype
+    layers: Sequence[LayerKind],
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: AttentionName = "auto",
 ) -> Backend:
-    """Make the fastest backend for a model's layers; see `BackendFactory`."""
-    if WHY_NOT_NATIVE is None and can_serve(head_dim, device, dtype):
-        return NativeBackend(layers, head_dim, device, dtype)
-    return TorchBackend(layers, head_dim, device, dtype)
+    """Make a backend for a model's layers; see `BackendFactory`.
+
+    Args:
+        layers: rotation and window of each.
+        head_dim: D.
+        device: where memory lies.
+        dtype: of queries and memory.
+        name: of a backend; "auto" takes the fastest that can serve.
+
+    Raises:
+        ConfigError: if that backend cannot serve.
+    """
+    if name == "reference":
+        return ReferenceBackend(layers, head_dim, device, dtype)
+    served = native_is_there() and can_serve(head_dim, device, dtype)
+    if name == "native" and not served:
+        raise ConfigError(
+            "The native attention kernel cannot be used: "
+            + (WHY_NOT_NATIVE or f"it has none for heads of {head_dim} in {dtype} on {device}.")
+            + " Use attention='auto'; `tokendance doctor` says what is there."
+        )
+    if name == "torch" or not served:
+        return TorchBackend(layers, head_dim, device, dtype)
+    return NativeBackend(layers, head_dim, device, dtype)
+
+
+def native_is_there() -> bool:
+    """Whether the native kernel was built with the package."""
+    return WHY_NOT_NATIVE is None

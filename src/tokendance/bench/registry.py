@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tokendance.bench.suite import BenchSettings, SuiteResult
 
-SuiteName = Literal["plain", "prefill", "decode", "storage", "capacity", "fidelity"]
+SuiteName = Literal["attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity"]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")
 

@@ -12,11 +12,11 @@ from tokendance.models.loader import load_model, why_not_loadable
 
 
 def list_models(names: Sequence[str], console: Console) -> None:
-    """Print a table of the alias, the models in the Hugging Face cache, and `names`."""
+    """Print a table of the demo models, those in the Hugging Face cache, and `names`."""
     table = Table(title="Models")
     table.add_column("name", no_wrap=True)
     table.add_column("can be loaded")
-    for name in dict.fromkeys([demo.ALIAS, *names, *_cached_models()]):
+    for name in dict.fromkeys([*demo.MODELS, *names, *_cached_models()]):
         reason = why_not_loadable(name)
         table.add_row(escape(name), "[green]yes[/green]" if reason is None else escape(reason))
     console.print(table)

@@ -7,10 +7,12 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tokendance.attention.backends import make_backend
 from tokendance.collector.owners import Start, order_starts
 from tokendance.config import EngineConfig
 from tokendance.engine.blend import MIN_LAYERS
@@ -83,7 +85,7 @@ class Engine:
                 f"it, and {model.name} has {model.shape.num_layers} layers. Use another reuse."
             )
         memory = memory or KVMemory.allocate(model, num_pages * config.store.page_size)
-        self.runner = Runner(model, memory)
+        self.runner = Runner(model, memory, partial(make_backend, name=config.attention))
         self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
         self.shadows = Shadows(config.shadow)
         self._decode = decode

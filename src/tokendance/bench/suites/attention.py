@@ -1,0 +1,183 @@
+"""`attention`: one layer of decoding, by agents and backend, with the heads of SmolLM2-135M.
+
+Every agent computes one token and reads a shared run, each at an offset of its own, and its own
+tokens. `own copies` is what engines do that cannot share: each agent's whole context in one piece.
+`shared part` has nothing else to read. All of it is compared with the time that reading the bytes
+once would take at the speed at which this machine copies memory, found in the same turns. Layers
+have memory of their own and come round one after the other, so that no cache holds what the next
+run reads.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from tokendance.attention.backends import make_backend, native_is_there
+from tokendance.attention.interface import LayerKind, PackedBatch, PackedRequest
+from tokendance.attention.rope import Rope
+from tokendance.bench.plots import draw_lines
+from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult, in_turn, ratio
+from tokendance.config import AttentionName
+
+KV_HEADS, GROUP, HEAD_DIM = 3, 3, 64
+DTYPE = torch.bfloat16
+# (agents, shared tokens, own tokens)
+FULL_SIZES = ((8, 2048, 512), (16, 2048, 512), (32, 2048, 512), (64, 2048, 512))
+TINY_SIZES = ((2, 64, 16), (3, 64, 16))
+HEADLINE_AGENTS = 32
+SHARED_PART = "shared part"
+_COPY = "copy"
+_COPIED_BYTES = 2**26  # more than caches hold
+_NUM_LAYERS = 8
+_RUNS = 5  # of each turn over all layers
+_COLUMNS = {
+    "agents": "agents",
+    "shared": "shared",
+    "own": "own",
+    "kind": "kind",
+    "ms": "ms a layer",
+    "us_per_agent": "us an agent",
+    "vs_bytes": "x bytes once",
+    "vs_native": "x native",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is measured: a backend, and what is shared."""
+
+    backend: AttentionName
+    shares: bool = True
+    has_own: bool = True
+
+
+def run(settings: BenchSettings, console: Console) -> SuiteResult:
+    """Measure the suite; see the module."""
+    sizes = TINY_SIZES if settings.tiny else FULL_SIZES
+    notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
+    kinds = {"torch": _Kind("torch")}
+    if native_is_there():
+        kinds = {
+            "native": _Kind("native"),
+            SHARED_PART: _Kind("native", has_own=False),
+            "own copies": _Kind("native", shares=False),
+        } | kinds
+    else:
+        notes.append("The native kernel is not installed (`tokendance doctor` says why).")
+    base = next(iter(kinds))
+    table = LiveTable(console, f"attention of one layer, one token each, {DTYPE}", _COLUMNS)
+    rows: list[Row] = []
+    for agents, num_shared, num_own in sizes:
+        runs: dict[str, Callable[[], float]] = {_COPY: _copy_run()}
+        num_bytes: dict[str, int] = {}
+        for name, kind in kinds.items():
+            batch = _batch(agents, num_shared, num_own, kind)
+            runs[name] = _attention_run(batch, kind.backend)
+            num_bytes[name] = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize * len(batch.slot_position)
+        seconds = in_turn(runs, 2 if settings.tiny else max(5, settings.repeats))
+        for name in kinds:
+            once = [s * num_bytes[name] / _COPIED_BYTES / 2 for s in seconds[_COPY]]
+            median = statistics.median(seconds[name])
+            row: Row = {
+                "agents": agents,
+                "shared": num_shared,
+                "own": num_own,
+                "kind": name,
+                "ms": 1e3 * median,
+                "min_ms": 1e3 * min(seconds[name]),
+                "max_ms": 1e3 * max(seconds[name]),
+                "us_per_agent": 1e6 * median / agents,
+                "vs_bytes": ratio(seconds[name], once),
+                "vs_native": ratio(seconds[name], seconds[base]),
+            }
+            rows.append(row)
+            table.add(row)
+    best = {row["kind"]: row for row in rows if row["agents"] == HEADLINE_AGENTS}
+    headline = {
+        "vs_bytes_once_32": best.get("native", {}).get("vs_bytes"),
+        "speedup_vs_torch_32": best.get("torch", {}).get("vs_native"),
+        "speedup_vs_own_copies_32": best.get("own copies", {}).get("vs_native"),
+    }
+    return SuiteResult("attention", "heads of SmolLM2-135M", rows, headline, notes)
+
+
+def _batch(agents: int, num_shared: int, num_own: int, kind: _Kind) -> PackedBatch:
+    """One new token for each agent, the last of its own ones."""
+    if not kind.shares:
+        num_own, num_shared = num_own + num_shared, 0
+    elif not kind.has_own:
+        num_own = 1
+    slot_position = np.zeros(num_shared + agents * num_own, np.int32)
+    slot_position[:num_shared] = np.arange(num_shared)
+    requests = []
+    for agent in range(agents):
+        own = num_shared + agent * num_own + np.arange(num_own)
+        before = (7 * agent) % num_own  # so many own tokens come before the run
+        slots = np.concatenate((own[:before], np.arange(num_shared), own[before:]))
+        positions = np.arange(len(slots))
+        slot_position[own] = np.concatenate((positions[:before], positions[before + num_shared :]))
+        requests.append(PackedRequest(agent, positions[-1:], slots))
+    return PackedBatch(requests, slot_position)
+
+
+def _attention_run(batch: PackedBatch, name: AttentionName) -> Callable[[], float]:
+    """Seconds of one layer, the mean over all of them."""
+    generator = torch.Generator().manual_seed(0)
+    rows, slots = batch.num_rows, len(batch.slot_position)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(DTYPE)
+
+    query = random(rows, KV_HEADS, GROUP, HEAD_DIM).permute(1, 2, 0, 3)
+    new = random(rows, KV_HEADS, HEAD_DIM).transpose(0, 1)
+    memory = [
+        (random(KV_HEADS, slots, HEAD_DIM), random(KV_HEADS, slots, HEAD_DIM))
+        for _ in range(_NUM_LAYERS)
+    ]
+    kind = LayerKind(Rope(10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)))
+    backend = make_backend([kind], HEAD_DIM, torch.device("cpu"), DTYPE, name)
+    backend.prepare(batch)
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(_RUNS):
+            for keys, values in memory:
+                backend.attend(0, query, new, new, keys, values, HEAD_DIM**-0.5)
+        return (time.perf_counter() - start) / (_RUNS * _NUM_LAYERS)
+
+    return run
+
+
+def _copy_run() -> Callable[[], float]:
+    """Seconds to copy `_COPIED_BYTES`: as many are read, and as many written."""
+    source = torch.ones(_COPIED_BYTES // 4)
+    target = torch.empty_like(source)
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(_RUNS):
+            target.copy_(source)
+        return (time.perf_counter() - start) / _RUNS
+
+    return run
+
+
+def plot(result: SuiteResult, path: Path) -> None:
+    """Draw the cost per agent by agents."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in result.rows:
+        lines.setdefault(row["kind"], []).append((row["agents"], row["us_per_agent"]))
+    draw_lines(
+        path,
+        lines,
+        title="Attention of one layer while decoding",
+        x_label="agents",
+        y_label="microseconds per agent",
+        log_y=True,
+    )
