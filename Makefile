@@ -43,8 +43,9 @@ types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
 # Its own build of the kernel, and its own Python for it: an address sanitizer has to be there first.
-sanitize: $(STAMP) ## the tests of the native kernel, with address and undefined-behaviour sanitizers
+sanitize: $(STAMP) ## the tests of the native kernel under sanitizers (Linux, g++)
 	$(BIN)/cmake -S . -B .venv/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_CXX_COMPILER=$(CXX) \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DTOKENDANCE_SANITIZE=ON >/dev/null
 	$(BIN)/cmake --build .venv/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

@@ -233,7 +233,8 @@ static_assert(kQueriesPerTask >= tokendance::kMaxGroup);
 
 // A thread's buffers, one after the other in the memory that it is given.
 struct Scratch {
-    explicit Scratch(int64_t size, void* memory) : end(static_cast<char*>(memory)) {
+    // `memory` is null where only the size is asked for.
+    Scratch(int64_t size, void* memory) : start(static_cast<char*>(memory)) {
         sums = take<Floats>(kQueriesPerTask);
         keys = take<uint32_t>(size * kBlock);
         values = take<uint32_t>(size * kBlock);
@@ -248,12 +249,13 @@ struct Scratch {
     // All sizes are multiples of 64 bytes, since D is one of 16.
     template <class Item>
     Item* take(int64_t count) {
-        Item* const start = reinterpret_cast<Item*>(end);
-        end += count * sizeof(Item);
-        return start;
+        Item* const items = start == nullptr ? nullptr : reinterpret_cast<Item*>(start + bytes);
+        bytes += count * sizeof(Item);
+        return items;
     }
 
-    char* end;
+    char* start;
+    int64_t bytes = 0;
     Floats* sums;       // of each query's weights, lane by lane
     uint32_t* keys;     // (inner, kBlock)
     uint32_t* values;   // (inner, D)
@@ -292,7 +294,7 @@ class Attention {
     int64_t row_of(int query) const { return task_.first + query / layer_.group; }
 
     int first_of(const Piece& piece, int64_t row) const {
-        return layer_.firsts == nullptr ? 0 : layer_.firsts[piece.first_read + row];
+        return layer_.firsts == nullptr ? 0 : most(0, layer_.firsts[piece.first_read + row]);
     }
     int last_of(const Piece& piece, int64_t row) const {
         return plan_.lasts[piece.first_read + row];
@@ -544,8 +546,7 @@ void write(const Plan& plan, const Layer& l, int64_t kv_head, int64_t first, int
 }
 
 int64_t scratch_bytes(int64_t size) {
-    Scratch measured(size, nullptr);
-    return measured.end - static_cast<char*>(nullptr);
+    return Scratch(size, nullptr).bytes;
 }
 
 void attend(const Plan& plan, const Layer& layer, const Task& task, const Partials& partials,

@@ -57,17 +57,10 @@ void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
 
-// The calling thread's memory for a kernel.
-void* scratch(int64_t bytes) {
-    struct alignas(64) Line {
-        char bytes[64];
-    };
-    static thread_local std::vector<Line> memory;
-    if (static_cast<int64_t>(memory.size() * sizeof(Line)) < bytes) {
-        memory.resize((bytes + sizeof(Line) - 1) / sizeof(Line));
-    }
-    return memory.data();
-}
+// Memory that starts where a cache line does.
+struct alignas(64) CacheLine {
+    char bytes[64];
+};
 
 // The plan of a step, with the tasks that it makes.
 class Step {
@@ -98,6 +91,7 @@ class Step {
         Layer layer{};
         describe(layer, query, key, value, keys, values, output);
         require(scale > 0, "the scale of scores must be positive");
+        require(threads > 0, "there is at least one thread");
         require(!firsts || firsts->shape(0) == lasts_.size(), "`firsts` has one entry a read");
         require(cosines.shape(0) == sines.shape(0) && cosines.shape(1) == sines.shape(1),
                 "cosines and sines have one shape");
@@ -129,7 +123,8 @@ class Step {
                 "units cover all rows and pieces");
         int64_t read = 0;
         for (int64_t i = 0; i < count; ++i) {
-            require(rows[i] <= rows[i + 1] && pieces[i] <= pieces[i + 1],
+            require(rows[i] <= rows[i + 1] && pieces[i] <= pieces[i + 1] &&
+                        pieces[i + 1] <= num_pieces,
                     "units follow each other");
             units_.push_back({rows[i], rows[i + 1], pieces[i], pieces[i + 1]});
             for (int64_t piece = pieces[i]; piece < pieces[i + 1]; ++piece) {
@@ -229,6 +224,10 @@ class Step {
             require(other->ndim() == 3 && other->stride(2) == 1,
                     "tensors have three dimensions, the last contiguous");
         }
+        // The stride of a dimension of one may be any number.
+        const auto has_stride = [](const Tensor& t, int dimension, int64_t stride) {
+            return t.shape(dimension) <= 1 || t.stride(dimension) == stride;
+        };
         require(query.ndim() == 4 && query.stride(3) == 1,
                 "the query has four dimensions, the last contiguous");
         l.kv_heads = query.shape(0);
@@ -247,11 +246,12 @@ class Step {
                 "new keys and values are (KVH, T, D)");
         const int64_t slots = static_cast<int64_t>(keys.shape(1));
         require(slots >= num_slots_ && is(keys, l.kv_heads, slots, l.size) &&
-                    is(values, l.kv_heads, slots, l.size) && keys.stride(1) == l.size &&
-                    values.stride(1) == l.size && keys.stride(0) == values.stride(0),
+                    is(values, l.kv_heads, slots, l.size) && has_stride(keys, 1, l.size) &&
+                    has_stride(values, 1, l.size) && has_stride(values, 0, keys.stride(0)),
                 "memory is (KVH, S, D), each head contiguous");
         require(is(output, l.rows, l.kv_heads * l.group, l.size) &&
-                    output.stride(1) == l.size && output.stride(0) == l.kv_heads * l.group * l.size,
+                    has_stride(output, 1, l.size) &&
+                    has_stride(output, 0, l.kv_heads * l.group * l.size),
                 "the output is (T, H, D), contiguous");
         l.query = query.data();
         l.query_head_stride = query.stride(0);
@@ -281,20 +281,22 @@ class Step {
 
         constexpr int64_t kRows = 256;  // fewer are not worth a second thread
         const int64_t chunks = (layer.rows + kRows - 1) / kRows;
-        run_tasks(chunks * layer.kv_heads, chunks > 1 ? threads : 1, [&](int64_t i) {
+        run_tasks(chunks * layer.kv_heads, chunks > 1 ? threads : 1, [&](int64_t i, int) {
             const int64_t first = i / layer.kv_heads * kRows;
             kernel_->write(plan_, layer, i % layer.kv_heads, first,
                            std::min(layer.rows, first + kRows));
         });
-        const int64_t scratch_bytes = kernel_->scratch_bytes(layer.size);
-        run_tasks(static_cast<int64_t>(tasks_.size()) * layer.kv_heads, threads, [&](int64_t i) {
+        const int64_t lines = (kernel_->scratch_bytes(layer.size) - 1) / sizeof(CacheLine) + 1;
+        scratch_.resize(lines * threads);
+        const auto num_tasks = static_cast<int64_t>(tasks_.size());
+        run_tasks(num_tasks * layer.kv_heads, threads, [&](int64_t i, int worker) {
             Task task = tasks_[i / layer.kv_heads];
             task.kv_head = i % layer.kv_heads;
-            kernel_->attend(plan_, layer, task, partials, scratch(scratch_bytes));
+            kernel_->attend(plan_, layer, task, partials, scratch_.data() + worker * lines);
         });
         constexpr int64_t kMerged = 16;
         const int64_t merged = static_cast<int64_t>(merged_rows_.size());
-        run_tasks((merged + kMerged - 1) / kMerged, threads, [&](int64_t i) {
+        run_tasks((merged + kMerged - 1) / kMerged, threads, [&](int64_t i, int) {
             kernel_->merge(plan_, layer, partials, i * kMerged,
                            std::min(merged, (i + 1) * kMerged));
         });
@@ -312,6 +314,7 @@ class Step {
     Plan plan_{};  // of the above
     std::vector<Task> tasks_;
     std::vector<float> partial_values_, partial_sums_, partial_largest_;
+    std::vector<CacheLine> scratch_;
 };
 
 }  // namespace

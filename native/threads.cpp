@@ -6,7 +6,6 @@
 
 #include "threads.h"
 
-#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -15,7 +14,6 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
-#include <link.h>
 
 #include <cstring>
 #endif
@@ -26,26 +24,14 @@ namespace {
 using ParallelRegion = void (*)(void (*function)(void*), void* data, unsigned threads,
                                 unsigned flags);
 
-#if defined(__linux__)
-int find_region(dl_phdr_info* info, size_t, void* found) {
-    if (std::strstr(info->dlpi_name, "omp") == nullptr) return 0;
-    void* const library = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_LAZY);
-    if (library == nullptr) return 0;
-    void* const region = dlsym(library, "GOMP_parallel");
-    if (region == nullptr) {
-        dlclose(library);
-        return 0;
-    }
-    std::memcpy(found, &region, sizeof(region));
-    return 1;
-}
-#endif
-
 ParallelRegion loaded_region() {
 #if defined(__linux__)
     static const ParallelRegion region = [] {
         ParallelRegion found = nullptr;
-        dl_iterate_phdr(find_region, &found);
+        // A library is searched with all that it depends on, so this is torch's own runtime.
+        void* const torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+        void* const symbol = torch == nullptr ? nullptr : dlsym(torch, "GOMP_parallel");
+        std::memcpy(&found, &symbol, sizeof(found));
         return found;
     }();
     return region;
@@ -56,11 +42,13 @@ ParallelRegion loaded_region() {
 
 struct Job {
     int64_t count;
-    const std::function<void(int64_t)>* task;
+    const IndexedTask* task;
     std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
 
     void work() {
-        for (int64_t i = next++; i < count; i = next++) (*task)(i);
+        const int worker = workers++;
+        for (int64_t i = next++; i < count; i = next++) (*task)(i, worker);
     }
 };
 
@@ -112,10 +100,11 @@ class Pool {
 
 }  // namespace
 
-void run_tasks(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+void run_tasks(int64_t count, int threads, const IndexedTask& task) {
     Job job{count, &task};
-    threads = static_cast<int>(std::min<int64_t>(threads, count));
-    if (threads <= 1) {
+    // A team is never made smaller for few tasks: GNU's runtime would end the threads that are left
+    // out, and start them again for torch's next product.
+    if (threads <= 1 || count <= 1) {
         job.work();
     } else if (const ParallelRegion region = loaded_region()) {
         region([](void* data) { static_cast<Job*>(data)->work(); }, &job,

@@ -13,7 +13,7 @@ from tokendance.errors import ConfigError
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
-AttentionName = Literal["auto", "native", "torch", "reference"]
+AttentionName = Literal["auto", "native", "torch", "triton", "reference"]
 ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -102,7 +102,8 @@ class EngineConfig:
         shadow: share of mirrors that are kept to be computed exactly in idle time; see
             `engine.shadow`.
         attention: what computes it; "auto" takes the fastest that serves the model, device and
-            dtype. "reference" is slow on purpose.
+            dtype. "triton" is for GPUs and never chosen by itself, since it has not run on one
+            yet; "reference" is slow on purpose.
     """
 
     reuse: ReuseMode = "collective"

@@ -39,6 +39,8 @@ def make_backend(
     """
     if name == "reference":
         return ReferenceBackend(layers, head_dim, device, dtype)
+    if name == "triton":
+        return _triton_backend(layers, head_dim, device, dtype)
     served = native_is_there() and can_serve(head_dim, device, dtype)
     if name == "native" and not served:
         raise ConfigError(
@@ -49,6 +51,22 @@ def make_backend(
     if name == "torch" or not served:
         return TorchBackend(layers, head_dim, device, dtype)
     return NativeBackend(layers, head_dim, device, dtype)
+
+
+def _triton_backend(
+    layers: Sequence[LayerKind], head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Backend:
+    refused = "Triton's attention cannot be used"
+    try:
+        from tokendance.attention import triton_backend
+    except ImportError as error:
+        raise ConfigError(f"{refused}: {error}. Install triton, or use attention='auto'.") from None
+    if device.type != "cuda" or not triton_backend.can_serve(head_dim, dtype):
+        raise ConfigError(
+            f"{refused}: it has no kernel for heads of {head_dim} in {dtype} on {device}. "
+            "Use attention='auto'."
+        )
+    return triton_backend.TritonBackend(layers, head_dim, device, dtype)
 
 
 def native_is_there() -> bool:

@@ -45,33 +45,27 @@ class NativeBackend:
         assert can_serve(head_dim, device, dtype)
         self.kernel = kernel or _native.kernels()[0]
         self._layers = layers
-        self._batch: PackedBatch | None = None
         self._step: _native.Step | None = None
-        self._firsts: dict[int, np.ndarray] = {}
+        self._firsts: dict[int, IntArray] = {}
         self._offsets: IntArray = np.zeros(1, np.int64)
         self._tables: dict[LayerKind, tuple[np.ndarray, np.ndarray]] = {}
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; what layers have in common is made by the first of them."""
-        windows = windows_of(self._layers)
-        plan = make_plan(batch, windows)
-        units = plan.units
-        self._offsets = plan.offsets
-        self._tables = {}
-        self._firsts = {
-            w: np.concatenate([unit.firsts[w].ravel() for unit in units]) for w in windows
-        }
+        plan = make_plan(batch, windows_of(self._layers))
+        flat = plan.flat()
+        self._offsets, self._firsts, self._tables = plan.offsets, flat.firsts, {}
         self._step = _native.Step(
             self.kernel,
             len(batch.slot_position),
             batch.write_slots().astype(np.int64),
-            np.cumsum([0, *(len(unit.rows) for unit in units)]),
-            np.cumsum([0, *(len(unit.starts) for unit in units)]),
-            np.concatenate([unit.rows for unit in units]),
-            np.concatenate([unit.starts for unit in units]),
-            np.concatenate([unit.stops for unit in units]),
-            np.concatenate([unit.turns.ravel() for unit in units]),
-            np.concatenate([unit.lasts.ravel() for unit in units]),
+            flat.unit_rows,
+            flat.unit_pieces,
+            flat.rows,
+            flat.starts,
+            flat.stops,
+            flat.turns,
+            flat.lasts,
         )
 
     def attend(

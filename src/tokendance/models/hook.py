@@ -140,14 +140,14 @@ def rows_dropped(model: nn.Module, layer: int, kept_rows: Callable[[], Tensor]) 
         # Layers of one kind are given the same tables.
         tables = kwargs["position_embeddings"]
         if id(tables) not in narrowed:
-            narrowed[id(tables)] = tuple(table[:, rows] for table in tables)
-        turned: dict[str, Any] = {"position_embeddings": narrowed[id(tables)]}
+            narrowed[id(tables)] = (tables, tuple(table[:, rows] for table in tables))
+        turned: dict[str, Any] = {"position_embeddings": narrowed[id(tables)][1]}
         if kwargs.get("position_ids") is not None:
             turned["position_ids"] = kwargs["position_ids"][:, rows]
         return (hidden, *others), kwargs | turned
 
     num_rows: list[int] = []
-    narrowed: dict[int, tuple[Tensor, ...]] = {}
+    narrowed: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}  # by id of what is kept with it
     handles = [layers[layer].register_forward_pre_hook(count)]
     # Models that name these otherwise compute zeros in vain, and nothing else.
     output = getattr(layers[layer].self_attn, "o_proj", None)

@@ -88,6 +88,8 @@ def why_unsupported(config: Any) -> str | None:
         return f"it has layers without a KV cache ({found}), which cannot be shared in place"
     if getattr(config, "kv_lora_rank", None) is not None:
         return "it uses multi-head latent attention (MLA), whose cache holds no rotated keys"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its tokens attend to later ones, so nothing before them can be kept"
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return "it has no rotary position embedding (RoPE), so cached keys cannot change position"
@@ -109,10 +111,11 @@ def _rope_types(rope: dict[str, Any]) -> set[str]:
 
 def max_context(config: Any) -> int:
     """Positions that a model was made for, with one set of frequencies."""
-    rope = config.rope_parameters
     length = int(config.max_position_embeddings)
-    if "longrope" in _rope_types(rope):
-        length = min(length, int(rope.get("original_max_position_embeddings", length)))
+    rope = config.rope_parameters
+    for kind in [rope] if "rope_type" in rope else [kind for kind in rope.values() if kind]:
+        if kind["rope_type"] == "longrope":
+            length = min(length, int(kind.get("original_max_position_embeddings", length)))
     return length
 
 

@@ -3,9 +3,9 @@
 Every agent computes one token and reads a shared run, each at an offset of its own, and its own
 tokens. `own copies` is what engines do that cannot share: each agent's whole context in one piece.
 `shared part` has nothing else to read. All of it is compared with the time that reading the bytes
-once would take at the speed at which this machine copies memory, found in the same turns. Layers
-have memory of their own and come round one after the other, so that no cache holds what the next
-run reads.
+once would take at the speed at which this machine copies memory, found in the same turns. There are
+as many layers, each with memory of its own, as no cache can hold, and they come round one after
+the other.
 """
 
 import statistics
@@ -34,8 +34,8 @@ HEADLINE_AGENTS = 32
 SHARED_PART = "shared part"
 _COPY = "copy"
 _COPIED_BYTES = 2**26  # more than caches hold
-_NUM_LAYERS = 8
-_RUNS = 5  # of each turn over all layers
+_COPIES = 4
+_LAYERS_BYTES = 2**28  # of all layers of a kind
 _COLUMNS = {
     "agents": "agents",
     "shared": "shared",
@@ -78,8 +78,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         num_bytes: dict[str, int] = {}
         for name, kind in kinds.items():
             batch = _batch(agents, num_shared, num_own, kind)
-            runs[name] = _attention_run(batch, kind.backend)
             num_bytes[name] = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize * len(batch.slot_position)
+            num_layers = 1 if settings.tiny else -(-_LAYERS_BYTES // num_bytes[name])
+            runs[name] = _attention_run(batch, kind.backend, num_layers)
         seconds = in_turn(runs, 2 if settings.tiny else max(5, settings.repeats))
         for name in kinds:
             once = [s * num_bytes[name] / _COPIED_BYTES / 2 for s in seconds[_COPY]]
@@ -126,7 +127,9 @@ def _batch(agents: int, num_shared: int, num_own: int, kind: _Kind) -> PackedBat
     return PackedBatch(requests, slot_position)
 
 
-def _attention_run(batch: PackedBatch, name: AttentionName) -> Callable[[], float]:
+def _attention_run(
+    batch: PackedBatch, name: AttentionName, num_layers: int
+) -> Callable[[], float]:
     """Seconds of one layer, the mean over all of them."""
     generator = torch.Generator().manual_seed(0)
     rows, slots = batch.num_rows, len(batch.slot_position)
@@ -138,7 +141,7 @@ def _attention_run(batch: PackedBatch, name: AttentionName) -> Callable[[], floa
     new = random(rows, KV_HEADS, HEAD_DIM).transpose(0, 1)
     memory = [
         (random(KV_HEADS, slots, HEAD_DIM), random(KV_HEADS, slots, HEAD_DIM))
-        for _ in range(_NUM_LAYERS)
+        for _ in range(num_layers)
     ]
     kind = LayerKind(Rope(10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)))
     backend = make_backend([kind], HEAD_DIM, torch.device("cpu"), DTYPE, name)
@@ -146,10 +149,9 @@ def _attention_run(batch: PackedBatch, name: AttentionName) -> Callable[[], floa
 
     def run() -> float:
         start = time.perf_counter()
-        for _ in range(_RUNS):
-            for keys, values in memory:
-                backend.attend(0, query, new, new, keys, values, HEAD_DIM**-0.5)
-        return (time.perf_counter() - start) / (_RUNS * _NUM_LAYERS)
+        for keys, values in memory:
+            backend.attend(0, query, new, new, keys, values, HEAD_DIM**-0.5)
+        return (time.perf_counter() - start) / num_layers
 
     return run
 
@@ -161,9 +163,9 @@ def _copy_run() -> Callable[[], float]:
 
     def run() -> float:
         start = time.perf_counter()
-        for _ in range(_RUNS):
+        for _ in range(_COPIES):
             target.copy_(source)
-        return (time.perf_counter() - start) / _RUNS
+        return (time.perf_counter() - start) / _COPIES
 
     return run
 
