@@ -163,12 +163,14 @@ void multiply(const Product& p, int64_t rows, int64_t columns) {
 
 // ---- laying out a block ------------------------------------------------------------------------
 
-// What comes a block later, most often: keys of a piece follow each other. Where they do not, a
-// wrong address does no harm.
+// Fetch what comes a block later, most often: keys of a piece follow each other. Where they do not,
+// a wrong address does no harm; it is never a pointer.
 template <class Number>
-inline void prefetch(const Number* numbers, int64_t size) {
-    constexpr int64_t kLine = 64 / sizeof(Number);
-    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(numbers + i);
+inline void prefetch_next(const Number* numbers, int64_t size) {
+    const uintptr_t next = reinterpret_cast<uintptr_t>(numbers) + kBlock * size * sizeof(Number);
+    for (uintptr_t at = 0; at < size * sizeof(Number); at += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(next + at));
+    }
 }
 
 // Keys (count, D) become (inner, kBlock); columns from `count` on repeat the last key.
@@ -182,7 +184,7 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
             Words block[kLanes];
             for (int i = 0; i < kLanes; ++i) {
                 const Number* const key = keys[least(first_key + i, count - 1)];
-                if (first_word == 0) prefetch(key + kBlock * size, size);
+                if (first_word == 0) prefetch_next(key, size);
                 const char* const from = reinterpret_cast<const char*>(key) + 4 * first_word;
                 block[i] = width == kLanes ? load<Words>(from) : load_first<Words>(from, 4 * width);
             }
@@ -204,12 +206,12 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
 template <bool kPairs, class Number>
 void lay_out_values(const Number* const* values, int64_t size, int count, uint32_t* to) {
     for (int key = 0; key < count; key += kPairs ? 2 : 1) {
-        prefetch(values[key] + kBlock * size, size);
-        if constexpr (kPairs) prefetch(values[key] + (kBlock + 1) * size, size);
+        prefetch_next(values[key], size);
         if constexpr (sizeof(Number) == 4) {
             std::memcpy(to, values[key], size * sizeof(Number));
         } else {
             const bool has_second = kPairs && key + 1 < count;
+            if (has_second) prefetch_next(values[key + 1], size);
             // D is a multiple of 16, and so of the lanes.
             for (int64_t d = 0; d < size; d += kLanes) {
                 Words words = __builtin_convertvector(load<Halves>(values[key] + d), Words);

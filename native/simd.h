@@ -108,7 +108,7 @@ inline float sum(Floats vector) {
 
 constexpr float kShort[] = {0.999999261f, 0.693121815f, 0.240247448f, 0.0559178603f, 0.00957010179f};
 constexpr float kLong[] = {1.0f, 0.693147206f, 0.240226469f, 0.0555032878f, 0.00961848896f, 0.00133999312f, 0.000153458119f};
-// 2^x for x <= 0, to about 1e-7 of its value, or 4e-6 if it is to be `rounded` to bfloat16 anyway;
+// 2^x for x <= 0, to about 1e-7 of its value, or 4e-6 if it is to be rounded to bfloat16 anyway. Far
 // below 2^-126 it is 0. NaN stays NaN.
 template <bool kRounded>
 inline Floats exp2(Floats x) {

@@ -62,7 +62,7 @@ def test_gemma_with_its_windows_equals_transformers() -> None:
         demo.checkpoint("gemma3-270m"), dtype=torch.float32
     )
     lines = example_trace().read_text(encoding="utf-8")
-    prompt = llm.encoder.encode(f"<bos>{lines}").token_ids.tolist()[:900]
+    prompt = llm.encoder.encode(Prompt(f"<bos>{lines}")).token_ids.tolist()[:900]
     assert len(prompt) == 900
     expected = plain.generate(
         torch.tensor([prompt]),

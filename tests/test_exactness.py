@@ -88,7 +88,7 @@ def test_every_attention_gives_the_same_round(
             str(model_folder(architecture)),
             dtype="float32",
             kv_budget="20MiB",
-            attention=attention,  # type: ignore[arg-type]
+            attention=attention,
         )
         found[attention] = logprobs(llm.run_round(random_round(4), KEEP))
     for attention, values in found.items():

@@ -138,10 +138,11 @@ def bench(
     suite: Annotated[
         BenchName,
         typer.Argument(
-            help="attention: one layer. plain: without reuse, against transformers. prefill: seconds of a round. "
-            "decode: tokens per second. storage: bytes per agent. capacity: most agents in a time "
-            "or a memory. fidelity: how near the answers are to full computation. all: "
-            "everything, with a report."
+            help="attention: one layer. plain: without reuse, against transformers. "
+            "prefill: seconds of a round. decode: tokens per second. "
+            "storage: bytes per agent. capacity: most agents in a time or a memory. "
+            "fidelity: how near the answers are to full computation. "
+            "all: everything, with a report."
         ),
     ],
     model: Annotated[

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokendance.attention import _native
 from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
-from tokendance.attention.plan import make_plan
+from tokendance.attention.plan import Int32Array, make_plan
 from tokendance.attention.rope import RopeLayout
 
 
@@ -46,7 +46,7 @@ class NativeBackend:
         self.kernel = kernel or _native.kernels()[0]
         self._layers = layers
         self._step: _native.Step | None = None
-        self._firsts: dict[int, IntArray] = {}
+        self._firsts: dict[int, Int32Array] = {}
         self._offsets: IntArray = np.zeros(1, np.int64)
         self._tables: dict[LayerKind, tuple[np.ndarray, np.ndarray]] = {}
 

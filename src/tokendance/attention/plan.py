@@ -16,12 +16,18 @@ Inside a piece positions ascend, so what a row sees there is a range of keys.
 This file deals in numpy integers; what is done with them is up to the backend.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from tokendance.attention.interface import IntArray, PackedBatch
+
+Int64Array = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+_Int = TypeVar("_Int", np.int32, np.int64)
 
 # A unit of fewer rows than this is cut at multiples of so many positions, so that threads share a
 # long context. Pieces are cut there, too. Neither depends on the number of threads, nor on which
@@ -66,14 +72,14 @@ class FlatPlan:
         firsts: int32 (reads,), by window.
     """
 
-    unit_rows: IntArray
-    unit_pieces: IntArray
-    rows: IntArray
-    starts: IntArray
-    stops: IntArray
-    turns: IntArray
-    lasts: IntArray
-    firsts: dict[int, IntArray]
+    unit_rows: Int64Array
+    unit_pieces: Int64Array
+    rows: Int64Array
+    starts: Int64Array
+    stops: Int64Array
+    turns: Int32Array
+    lasts: Int32Array
+    firsts: dict[int, Int32Array]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,18 +98,22 @@ class Plan:
         """Put the units' arrays into one each."""
         units = self.units
         return FlatPlan(
-            np.cumsum([0, *(len(unit.rows) for unit in units)]),
-            np.cumsum([0, *(len(unit.starts) for unit in units)]),
-            np.concatenate([unit.rows for unit in units]),
-            np.concatenate([unit.starts for unit in units]),
-            np.concatenate([unit.stops for unit in units]),
-            np.concatenate([unit.turns.ravel() for unit in units]),
-            np.concatenate([unit.lasts.ravel() for unit in units]),
+            np.cumsum([0, *(len(unit.rows) for unit in units)], dtype=np.int64),
+            np.cumsum([0, *(len(unit.starts) for unit in units)], dtype=np.int64),
+            _joined([unit.rows for unit in units], np.int64),
+            _joined([unit.starts for unit in units], np.int64),
+            _joined([unit.stops for unit in units], np.int64),
+            _joined([unit.turns for unit in units], np.int32),
+            _joined([unit.lasts for unit in units], np.int32),
             {
-                window: np.concatenate([unit.firsts[window].ravel() for unit in units])
+                window: _joined([unit.firsts[window] for unit in units], np.int32)
                 for window in units[0].firsts
             },
         )
+
+
+def _joined(arrays: Sequence[IntArray], dtype: type[_Int]) -> npt.NDArray[_Int]:
+    return np.concatenate([array.ravel() for array in arrays]).astype(dtype, copy=False)
 
 
 def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:

@@ -45,7 +45,9 @@ class Rope:
             Two float32 tensors (len(offsets), rotated / 2).
         """
         # On the CPU, as not every device has float64.
-        angles = torch.from_numpy(offsets.astype(np.float64))[:, None] * self.inv_freq.cpu().double()
+        angles = (
+            torch.from_numpy(offsets.astype(np.float64))[:, None] * self.inv_freq.cpu().double()
+        )
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
     def rotate(self, heads: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

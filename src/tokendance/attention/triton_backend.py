@@ -12,6 +12,7 @@ paired up anyway, at an angle of zero.
 """
 
 import itertools
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,18 @@ from tokendance.attention.plan import FlatPlan, make_plan
 from tokendance.attention.rope import Rope, RopeLayout
 
 _BLOCK_QUERIES = 64  # rows of the batch times the G queries of a key head
+
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+_WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _dot(left, right, widen: tl.constexpr):
+    """Product with sums in float32."""
+    if widen:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
@@ -57,6 +70,7 @@ def _attend_kernel(
     has_firsts: tl.constexpr,
     block_queries: tl.constexpr,
     block_keys: tl.constexpr,
+    widen: tl.constexpr,
 ):
     """One tile of queries of one unit with one key head."""
     task = tasks + tl.program_id(0) * 6
@@ -116,10 +130,13 @@ def _attend_kernel(
                 key = block + tl.arange(0, block_keys)
                 inside = key < end
                 key_at = memory + (start + key).to(tl.int64) * size
-                key_a = tl.load(keys + key_at[None, :] + a[:, None], mask=inside[None, :], other=0.0)
-                key_b = tl.load(keys + key_at[None, :] + b[:, None], mask=inside[None, :], other=0.0)
-                scores = tl.dot(turned_a, key_a, input_precision="ieee")
-                scores += tl.dot(turned_b, key_b, input_precision="ieee")
+                key_a = tl.load(
+                    keys + key_at[None, :] + a[:, None], mask=inside[None, :], other=0.0
+                )
+                key_b = tl.load(
+                    keys + key_at[None, :] + b[:, None], mask=inside[None, :], other=0.0
+                )
+                scores = _dot(turned_a, key_a, widen) + _dot(turned_b, key_b, widen)
                 visible = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
                 scores = tl.where(visible, scores * scale, float("-inf"))
                 now = tl.maximum(largest, tl.max(scores, axis=1))
@@ -131,9 +148,8 @@ def _attend_kernel(
                 value = tl.load(
                     values + key_at[:, None] + component[None, :], mask=inside[:, None], other=0.0
                 )
-                output = output * keep[:, None] + tl.dot(
-                    weights.to(value.dtype), value, input_precision="ieee"
-                )
+                weights = weights.to(value.dtype)
+                output = output * keep[:, None] + _dot(weights, value, widen)
                 largest = now
         read += reads_per_piece
     head = kv_head * group + index % group
@@ -141,9 +157,11 @@ def _attend_kernel(
     # A row that sees nothing here weighs nothing in the sum: its log-sum-exp is -inf.
     safe = tl.where(total == 0.0, 1.0, total)
     tl.store(
-        parts + part[:, None] * size + component[None, :], output / safe[:, None], mask=there[:, None]
+        parts + part[:, None] * size + component[None, :],
+        output / safe[:, None],
+        mask=there[:, None],
     )
-    tl.store(part_lse + part, largest + tl.log(total), mask=there)
+    tl.store(part_lse + part, largest + tl.log(safe), mask=there)
 
 
 @triton.jit
@@ -269,6 +287,7 @@ class TritonBackend:
                 has_firsts=kind.window is not None,
                 block_queries=block_queries,
                 block_keys=self._block_keys,
+                widen=_WIDEN,
                 num_stages=self._stages,
                 num_warps=self._warps,
             )

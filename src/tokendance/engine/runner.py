@@ -77,9 +77,7 @@ class Runner:
             that want to see or spoil them.
     """
 
-    def __init__(
-        self, model: LoadedModel, memory: KVMemory, backend: BackendFactory
-    ) -> None:
+    def __init__(self, model: LoadedModel, memory: KVMemory, backend: BackendFactory) -> None:
         """Run `model` over `memory`, with the attention that `backend` makes."""
         self._model = model
         self._memory = memory

