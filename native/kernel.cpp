@@ -132,9 +132,11 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
 
 template <bool kPairs, int kVectors>
 inline void multiply_columns(const Product& p, int64_t rows, int64_t column) {
-    static_assert(kMaxRows == 6);
+    static_assert(kMaxRows == 6);  // what is left below
     int64_t row = 0;
-    for (; row + 6 <= rows; row += 6) multiply_tile<kPairs, 6, kVectors>(p, row, column);
+    for (; row + kMaxRows <= rows; row += kMaxRows) {
+        multiply_tile<kPairs, kMaxRows, kVectors>(p, row, column);
+    }
     switch (rows - row) {
         case 5: return multiply_tile<kPairs, 5, kVectors>(p, row, column);
         case 4: return multiply_tile<kPairs, 4, kVectors>(p, row, column);
@@ -273,7 +275,11 @@ template <class Number, bool kPairs>
 class Attention {
   public:
     Attention(const Plan& plan, const Layer& layer, const Task& task, void* scratch)
-        : plan_(plan), layer_(layer), task_(task), unit_(plan.units[task.unit]), s_(layer.size, scratch) {
+        : plan_(plan),
+          layer_(layer),
+          task_(task),
+          unit_(plan.units[task.unit]),
+          s_(layer.size, scratch) {
         num_queries_ = static_cast<int>((task.last - task.first) * layer.group);
         inner_ = layer.size / (kPairs ? 2 : 1);
         for (int64_t row = task.first; row < task.last; ++row) s_.turned_by[row - task.first] = -1;
@@ -526,7 +532,7 @@ class Attention {
 // ---- what is exported --------------------------------------------------------------------------
 
 int64_t rows_per_task(int64_t group) {
-    return most<int64_t>(1, kTile * kTilesPerTask / group);
+    return kQueriesPerTask / group;
 }
 
 template <class Number>
@@ -577,9 +583,8 @@ void merge_as(const Plan& plan, const Layer& l, const Partials& partials, int64_
             for (int64_t i = start; i < stop; ++i) {
                 const int64_t at = i * heads + head;
                 const float largest = partials.largest[at];
-                const float weight = largest == top ? 1.0f
-                                     : largest == kNothing ? 0.0f
-                                                           : exp2<false>(splat(largest - top))[0];
+                const float weight =
+                    largest == top ? 1.0f : exp2<false>(splat(largest - top))[0];
                 total += weight * partials.sums[at];
                 const float* const add = partials.values + at * l.size;
                 if (i == start) {

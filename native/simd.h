@@ -86,28 +86,31 @@ inline Floats shifted(Floats vector, std::integer_sequence<int, kLane...>) {
     return __builtin_shufflevector(vector, vector, (kLane ^ kStep)...);
 }
 
-template <int kStep = kLanes / 2>
+// All lanes combined into one, by halves.
+template <int kStep = kLanes / 2, class Combine>
+inline float fold(Floats vector, Combine combine) {
+    if constexpr (kStep == 0) {
+        return vector[0];
+    } else {
+        const Floats other = shifted<kStep>(vector, std::make_integer_sequence<int, kLanes>());
+        return fold<kStep / 2>(combine(vector, other), combine);
+    }
+}
+
 inline float largest(Floats vector) {
-    if constexpr (kStep == 0) {
-        return vector[0];
-    } else {
-        const Floats other = shifted<kStep>(vector, std::make_integer_sequence<int, kLanes>());
-        return largest<kStep / 2>(larger(vector, other));
-    }
+    return fold(vector, [](Floats a, Floats b) { return larger(a, b); });
 }
 
-template <int kStep = kLanes / 2>
 inline float sum(Floats vector) {
-    if constexpr (kStep == 0) {
-        return vector[0];
-    } else {
-        const Floats other = shifted<kStep>(vector, std::make_integer_sequence<int, kLanes>());
-        return sum<kStep / 2>(vector + other);
-    }
+    return fold(vector, [](Floats a, Floats b) { return a + b; });
 }
 
-constexpr float kShort[] = {0.999999261f, 0.693121815f, 0.240247448f, 0.0559178603f, 0.00957010179f};
-constexpr float kLong[] = {1.0f, 0.693147206f, 0.240226469f, 0.0555032878f, 0.00961848896f, 0.00133999312f, 0.000153458119f};
+// Polynomials of least relative error for 2^x on [-1/2, 1/2].
+constexpr float kShort[] = {0.999999261f, 0.693121815f, 0.240247448f, 0.0559178603f,
+                            0.00957010179f};
+constexpr float kLong[] = {1.0f,           0.693147206f,  0.240226469f,  0.0555032878f,
+                           0.00961848896f, 0.00133999312f, 0.000153458119f};
+
 // 2^x for x <= 0, to about 1e-7 of its value, or 4e-6 if it is to be rounded to bfloat16 anyway. Far
 // below 2^-126 it is 0. NaN stays NaN.
 template <bool kRounded>
@@ -123,7 +126,6 @@ inline Floats exp2(Floats x) {
     const Floats rounded = clamped + magic;
     const Floats rest = clamped - (rounded - magic);
 #endif
-    // Polynomials of least relative error on [-1/2, 1/2].
     Floats series;
     if constexpr (kRounded) {
         series = splat(kShort[4]);

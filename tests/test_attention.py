@@ -393,6 +393,6 @@ def test_merge_survives_large_scores() -> None:
         return result.view(1, 1, 1, 8), scores[chosen].logsumexp(0).view(1, 1, 1)
 
     output, lse = part(slice(0, 2))
-    merge_rows(output, lse, *part(slice(2, 4)), slice(0, 1))
+    merge_rows(output, lse, *part(slice(2, 4)), torch.tensor([0]))
     torch.testing.assert_close(output.view(8), expected)
     torch.testing.assert_close(lse.view(()), scores.logsumexp(0))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import greedy
 from tokendance import LLM, Prompt, SamplingParams
 from tokendance.bench.fidelity import measure_fidelity, reference_answers
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
@@ -42,13 +43,7 @@ def test_it_equals_transformers(exact: LLM) -> None:
     plain = AutoModelForCausalLM.from_pretrained(demo.checkpoint(), dtype=torch.float32)
     messages = [{"role": "user", "content": "Name three things that float on water."}]
     prompt = exact.encoder.encode(Prompt(messages)).token_ids.tolist()
-    expected = plain.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=24,
-        do_sample=False,
-        eos_token_id=None,
-    )[0, len(prompt) :].tolist()
+    expected = greedy(plain, prompt, 24)
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     assert list(exact.generate([messages], params)[0].token_ids) == expected
 
@@ -64,13 +59,7 @@ def test_gemma_with_its_windows_equals_transformers() -> None:
     lines = example_trace().read_text(encoding="utf-8")
     prompt = llm.encoder.encode(Prompt(f"<bos>{lines}")).token_ids.tolist()[:900]
     assert len(prompt) == 900
-    expected = plain.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=8,
-        do_sample=False,
-        eos_token_id=None,
-    )[0, len(prompt) :].tolist()
+    expected = greedy(plain, prompt, 8)
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     assert list(llm.generate([prompt], params)[0].token_ids) == expected
 

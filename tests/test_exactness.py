@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MODELS
+from conftest import MODELS, greedy
 from tokendance import LLM, Prompt, RoundResult, SamplingParams, private, shared
 from tokendance.attention.backends import native_is_there
 from tokendance.config import AttentionName
@@ -58,14 +58,7 @@ def test_packed_runs_equal_transformers_generate(
     llm = make_llm(model=load_model(str(folder), "float32"), reuse="none")
     outputs = llm.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
     for prompt, output in zip(prompts, outputs, strict=True):
-        expected = plain.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=20,
-            do_sample=False,
-            eos_token_id=None,
-        )[0, len(prompt) :]
-        assert list(output.token_ids) == expected.tolist()
+        assert list(output.token_ids) == greedy(plain, prompt, 20)
 
 
 @pytest.mark.parametrize("architecture", MODELS)

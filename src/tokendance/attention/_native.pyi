@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-Int64Array = npt.NDArray[np.int64]
-Int32Array = npt.NDArray[np.int32]
+from tokendance.attention.plan import Int32Array, Int64Array
+
 Float32Array = npt.NDArray[np.float32]
 
 def kernels() -> list[str]:

@@ -64,9 +64,10 @@ class PackedBatch:
         """T."""
         return sum(len(request.positions) for request in self.requests)
 
-    def write_slots(self) -> IntArray:
-        """Slot that each row writes, (T,)."""
-        return np.concatenate([request.slots[request.positions] for request in self.requests])
+    def write_slots(self) -> npt.NDArray[np.int64]:
+        """Slot that each row writes, int64 (T,)."""
+        slots = [request.slots[request.positions] for request in self.requests]
+        return np.concatenate(slots).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def merge_rows(
-    output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Tensor | slice
-) -> None:
+def merge_rows(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Tensor) -> None:
     """Merge a part's result for some rows into the result so far, in place.
 
     Args:
@@ -19,7 +17,7 @@ def merge_rows(
         lse: float32 (KVH, G, T), its natural log-sum-exp.
         part: (KVH, G, R, D), the part's softmax-weighted values.
         part_lse: float32 (KVH, G, R).
-        rows: R distinct rows of T, as int64 or as a slice.
+        rows: int64 (R,), distinct rows of T.
     """
     old_lse = lse[:, :, rows]
     new_lse = torch.logaddexp(old_lse, part_lse)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tokendance.attention import _native
-from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
+from tokendance.attention.interface import LayerKind, PackedBatch, windows_of
 from tokendance.attention.plan import Int32Array, make_plan
-from tokendance.attention.rope import RopeLayout
+from tokendance.attention.rope import OffsetTables, RopeLayout
 
 
 def can_serve(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -47,18 +47,19 @@ class NativeBackend:
         self._layers = layers
         self._step: _native.Step | None = None
         self._firsts: dict[int, Int32Array] = {}
-        self._offsets: IntArray = np.zeros(1, np.int64)
-        self._tables: dict[LayerKind, tuple[np.ndarray, np.ndarray]] = {}
+        self._tables = OffsetTables(np.zeros(1, np.int64), device)
+        self._device = device
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; what layers have in common is made by the first of them."""
         plan = make_plan(batch, windows_of(self._layers))
         flat = plan.flat()
-        self._offsets, self._firsts, self._tables = plan.offsets, flat.firsts, {}
+        self._firsts = flat.firsts
+        self._tables = OffsetTables(-plan.offsets, self._device)
         self._step = _native.Step(
             self.kernel,
             len(batch.slot_position),
-            batch.write_slots().astype(np.int64),
+            batch.write_slots(),
             flat.unit_rows,
             flat.unit_pieces,
             flat.rows,
@@ -81,9 +82,7 @@ class NativeBackend:
         """See `Backend.attend`."""
         assert self._step is not None, "attend() before prepare()"
         kind = self._layers[layer]
-        if kind not in self._tables:
-            cos, sin = kind.rope.tables(-self._offsets, torch.device("cpu"))
-            self._tables[kind] = cos.numpy(), sin.numpy()
+        cos, sin = self._tables.of(kind.rope)
         kv_heads, group, rows, size = query.shape
         output = query.new_empty(rows, kv_heads * group, size)
         self._step.attend(
@@ -94,7 +93,8 @@ class NativeBackend:
             values,
             output,
             None if kind.window is None else self._firsts[kind.window],
-            *self._tables[kind],
+            cos.numpy(),
+            sin.numpy(),
             kind.rope.layout is RopeLayout.INTERLEAVED,
             scale,
             torch.get_num_threads(),

@@ -134,9 +134,10 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
         counts = num_rows[readers]
         rows = np.repeat(first_rows[readers], counts) + _counted(counts)
         starts = entries.start[pieces[:, 0]]
-        span = batch.slot_position[starts] // _SPAN if len(rows) < _FEW_ROWS else starts * 0
+        position = batch.slot_position[starts]
+        span = position // _SPAN if len(rows) < _FEW_ROWS else np.zeros_like(position)
         # By offset first, so that a rotation serves many pieces; then as the owner counts.
-        order = np.lexsort((batch.slot_position[starts], turns[pieces[:, 0]], span))
+        order = np.lexsort((position, turns[pieces[:, 0]], span))
         for part in np.split(order, np.flatnonzero(np.diff(span[order])) + 1):
             chosen = pieces[part]
             start, stop = entries.start[chosen[:, 0]], entries.stop[chosen[:, 0]]

@@ -42,7 +42,7 @@ class ReferenceBackend:
         """See `Backend.attend`."""
         rope, window = self._layers[layer].rope, self._layers[layer].window
         assert self._batch is not None, "attend() before prepare()"
-        write = torch.as_tensor(self._batch.write_slots().astype(np.int64), device=self._device)
+        write = torch.as_tensor(self._batch.write_slots(), device=self._device)
         keys[:, write] = key
         values[:, write] = value
         kv_heads, group, rows, size = query.shape

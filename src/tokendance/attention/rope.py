@@ -76,3 +76,19 @@ class Rope:
         if rotated == heads.shape[-1]:
             return result
         return torch.cat([result, heads[..., rotated:]], dim=-1)
+
+
+class OffsetTables:
+    """The tables of some offsets, made once for each rotation that needs them."""
+
+    def __init__(self, offsets: npt.NDArray[np.integer], device: torch.device) -> None:
+        """Keep the offsets; see `Rope.tables`."""
+        self._offsets = offsets
+        self._device = device
+        self._made: dict[Rope, tuple[Tensor, Tensor]] = {}
+
+    def of(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """The tables of a rotation."""
+        if rope not in self._made:
+            self._made[rope] = rope.tables(self._offsets, self._device)
+        return self._made[rope]

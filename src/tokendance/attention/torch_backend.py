@@ -19,6 +19,7 @@ from torch import Tensor
 from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
 from tokendance.attention.merge import merge_rows
 from tokendance.attention.plan import Plan, Unit, make_plan
+from tokendance.attention.rope import OffsetTables
 
 # Fewer rows than this in a call cost as much as this many, and tiers are not worth more calls.
 _MIN_TIER_ROWS = 32
@@ -56,14 +57,14 @@ class TorchBackend:
         self._plan = Plan((), np.zeros(1, np.int64))
         self._write = torch.empty(0, dtype=torch.int64)
         self._calls: dict[int | None, list[_Call]] = {}
-        self._tables: dict[LayerKind, tuple[Tensor, Tensor]] = {}
+        self._tables = OffsetTables(self._plan.offsets, device)
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; tensors that layers have in common are made by the first of them."""
         self._plan = make_plan(batch, windows_of(self._layers))
         self._write = self._index(batch.write_slots())
         self._calls = {}
-        self._tables = {}
+        self._tables = OffsetTables(-self._plan.offsets, self._device)
 
     def _index(self, values: IntArray) -> Tensor:
         return torch.as_tensor(values.astype(np.int64), device=self._device)
@@ -80,8 +81,6 @@ class TorchBackend:
     ) -> Tensor:
         """See `Backend.attend`."""
         kind = self._layers[layer]
-        if kind not in self._tables:
-            self._tables[kind] = kind.rope.tables(-self._plan.offsets, self._device)
         if kind.window not in self._calls:
             self._calls[kind.window] = list(self._calls_of(kind.window))
         keys.index_copy_(1, self._write, key)
@@ -91,7 +90,7 @@ class TorchBackend:
         result = torch.zeros(rows, kv_heads, group, size, dtype=torch.float32, device=query.device)
         output = result.permute(1, 2, 0, 3)
         lse = torch.full((kv_heads, group, rows), -math.inf, device=query.device)
-        cos, sin = self._tables[kind]
+        cos, sin = self._tables.of(kind.rope)
         for call in self._calls[kind.window]:
             stacked = query.index_select(2, call.rows)  # (KVH, G, R, D)
             if call.turns is not None:

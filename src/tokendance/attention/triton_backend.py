@@ -25,11 +25,9 @@ from torch import Tensor
 
 from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
 from tokendance.attention.plan import FlatPlan, make_plan
-from tokendance.attention.rope import Rope, RopeLayout
+from tokendance.attention.rope import OffsetTables, RopeLayout
 
 _BLOCK_QUERIES = 64  # rows of the batch times the G queries of a key head
-
-
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 _WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -122,8 +120,11 @@ def _attend_kernel(
         end = tl.max(tl.where(seen, last, 0))
         if begin < end:
             turn = tl.load(turns + read + row, mask=there, other=0)
-            cos = tl.load(cosines + turn[:, None] * half + pair[None, :])
-            sin = tl.load(sines + turn[:, None] * half + pair[None, :])
+            # Pairs beyond those that turn have no entry: an angle of zero.
+            turns_too = (pair < rotated // 2)[None, :]
+            entry = turn[:, None] * (rotated // 2) + pair[None, :]
+            cos = tl.load(cosines + entry, mask=turns_too, other=1.0)
+            sin = tl.load(sines + entry, mask=turns_too, other=0.0)
             turned_a = (wide_a * cos - wide_b * sin).to(query_a.dtype)
             turned_b = (wide_b * cos + wide_a * sin).to(query_a.dtype)
             for block in range(begin, end, block_keys):
@@ -208,7 +209,7 @@ class _DevicePlan:
     part_start: Tensor
     part_index: Tensor
     write: Tensor
-    offsets: IntArray
+    tables: OffsetTables
 
 
 class TritonBackend:
@@ -220,11 +221,9 @@ class TritonBackend:
         """See `BackendFactory`."""
         assert can_serve(head_dim, dtype)
         self._layers = layers
-        self._head_dim = head_dim
         self._device = device
         self._batch: PackedBatch | None = None
         self._plan: _DevicePlan | None = None
-        self._tables: dict[LayerKind, tuple[Tensor, Tensor]] = {}
         # What a block of keys and values takes has to fit beside the next one that is fetched.
         head_bytes = head_dim * dtype.itemsize
         self._block_keys = 64 if head_bytes <= 256 else 32
@@ -233,7 +232,7 @@ class TritonBackend:
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; the plan goes to the device with the first layer, which knows G."""
-        self._batch, self._plan, self._tables = batch, None, {}
+        self._batch, self._plan = batch, None
 
     def attend(
         self,
@@ -253,8 +252,6 @@ class TritonBackend:
         if self._plan is None:
             self._plan = self._to_device(self._batch, block_queries // group)
         plan, kind = self._plan, self._layers[layer]
-        if kind not in self._tables:
-            self._tables[kind] = self._tables_of(kind.rope, plan.offsets)
         keys.index_copy_(1, plan.write, key)
         values.index_copy_(1, plan.write, value)
         parts = query.new_empty(len(plan.rows), heads, size, dtype=torch.float32)
@@ -273,7 +270,7 @@ class TritonBackend:
                 plan.turns,
                 plan.lasts if kind.window is None else plan.firsts[kind.window],
                 plan.lasts,
-                *self._tables[kind],
+                *plan.tables.of(kind.rope),
                 query.stride(0),
                 query.stride(1),
                 query.stride(2),
@@ -309,19 +306,12 @@ class TritonBackend:
             {window: self._tensor(firsts) for window, firsts in flat.firsts.items()},
             self._tensor(np.searchsorted(flat.rows[order], np.arange(batch.num_rows + 1))),
             self._tensor(order),
-            self._tensor(batch.write_slots().astype(np.int64)),
-            plan.offsets,
+            self._tensor(batch.write_slots()),
+            OffsetTables(-plan.offsets, self._device),
         )
 
     def _tensor(self, values: IntArray) -> Tensor:
         return torch.as_tensor(values, device=self._device)
-
-    def _tables_of(self, rope: Rope, offsets: IntArray) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (turns, D / 2); pairs beyond those that turn stay as they are."""
-        cos, sin = rope.tables(-offsets, self._device)
-        still = self._head_dim // 2 - cos.shape[1]
-        pad = torch.nn.functional.pad
-        return pad(cos, (0, still), value=1.0).contiguous(), pad(sin, (0, still)).contiguous()
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tokendance.attention.interface import Backend, LayerKind, PackedBatch, PackedRequest
+from tokendance.attention.rope import OffsetTables
 from tokendance.collector.placement import UNPLACED, num_recomputed
 from tokendance.engine.scheduler import Scheduled
 
@@ -71,7 +72,7 @@ class BlendPass:
         self._sources = self._index(np.concatenate(sources))
         self._slots = self._index(np.concatenate(slots))
         self._offsets = np.concatenate(offsets)
-        self._tables: dict[LayerKind, tuple[Tensor, Tensor]] = {}
+        self._tables = OffsetTables(self._offsets, device)
         self.logit_rows = self._index(np.array(logit_rows, np.int64))
         self.kept = torch.empty(0, dtype=torch.int64)
         self._write = torch.empty(0, dtype=torch.int64)
@@ -133,10 +134,8 @@ class BlendPass:
 
     def _rotated(self, layer: int, keys: Tensor) -> Tensor:
         """The sources' keys of a layer, at the positions that they are copied to."""
-        kind = self._layers[layer]
-        if kind not in self._tables:
-            self._tables[kind] = kind.rope.tables(self._offsets, self._device)
-        return kind.rope.rotate(keys.index_select(1, self._sources), self._tables[kind])
+        rope = self._layers[layer].rope
+        return rope.rotate(keys.index_select(1, self._sources), self._tables.of(rope))
 
     def _choose(self, key: Tensor, copies: Tensor) -> None:
         """Choose each request's copied tokens to recompute; the others are left to be copied."""
@@ -155,7 +154,7 @@ class BlendPass:
         self.kept = self._index(np.flatnonzero(is_kept))
         left = self._index(np.flatnonzero(is_copied))
         self._sources, self._slots = self._sources[left], self._slots[left]
-        self._offsets, self._tables = self._offsets[is_copied], {}
+        self._tables = OffsetTables(self._offsets[is_copied], self._device)
 
     def _narrow_batch(self) -> PackedBatch:
         """The batch with the kept rows only."""

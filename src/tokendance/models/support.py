@@ -93,27 +93,24 @@ def why_unsupported(config: Any) -> str | None:
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return "it has no rotary position embedding (RoPE), so cached keys cannot change position"
-    for kind in _rope_types(rope):
-        if kind not in _FIXED_ROPE_TYPES:
+    for kind in _rope_kinds(rope):
+        if kind["rope_type"] not in _FIXED_ROPE_TYPES:
             return (
-                f"its rotation ({kind}) changes with the length of the text, "
+                f"its rotation ({kind['rope_type']}) changes with the length of the text, "
                 "so rotations do not add up"
             )
     return None
 
 
-def _rope_types(rope: dict[str, Any]) -> set[str]:
-    """Types of rotation in a configuration: one, or one for each type of layer."""
-    if "rope_type" in rope:
-        return {rope["rope_type"]}
-    return {kind["rope_type"] for kind in rope.values() if kind}
+def _rope_kinds(rope: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rotations in a configuration: one, or one for each type of layer."""
+    return [rope] if "rope_type" in rope else [kind for kind in rope.values() if kind]
 
 
 def max_context(config: Any) -> int:
     """Positions that a model was made for, with one set of frequencies."""
     length = int(config.max_position_embeddings)
-    rope = config.rope_parameters
-    for kind in [rope] if "rope_type" in rope else [kind for kind in rope.values() if kind]:
+    for kind in _rope_kinds(config.rope_parameters):
         if kind["rope_type"] == "longrope":
             length = min(length, int(kind.get("original_max_position_embeddings", length)))
     return length
@@ -189,16 +186,16 @@ def probe(model: nn.Module, config: Any) -> tuple[ModelShape, tuple[LayerKind, .
 
 def _layers(model: nn.Module, config: Any, recorder: _Probe) -> tuple[LayerKind, ...]:
     """What each layer has of its own; layers that are alike share one object."""
-    ropes = _ropes(model)
+    offset = np.array([_PROBE_OFFSET])
+    ropes = [(rope, rope.tables(offset, rope.inv_freq.device)) for rope in _ropes(model)]
     kinds: dict[tuple[int, int | None], LayerKind] = {}
     found = []
     for layer in sorted(recorder.queries):
         window = recorder.windows[layer]
         if window != _declared_window(config, layer):
             raise refusal(f"layer {layer} does not say which tokens its window hides")
-        for index, rope in enumerate(ropes):
-            tables = rope.tables(np.array([_PROBE_OFFSET]), rope.inv_freq.device)
-            heads = (recorder.queries[layer], recorder.keys[layer])
+        heads = (recorder.queries[layer], recorder.keys[layer])
+        for index, (rope, tables) in enumerate(ropes):
             if all(_is_rotation(one, rope, tables) for one in heads):
                 found.append(kinds.setdefault((index, window), LayerKind(rope, window)))
                 break
