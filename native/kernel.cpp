@@ -33,7 +33,9 @@ using tokendance::Unit;
 
 constexpr int kBlock = 64;       // keys of a block
 constexpr int kTile = 24;        // queries of a tile
+constexpr int kTileStride = (kTile + kLanes - 1) / kLanes * kLanes;  // whole vectors of queries
 constexpr int kTilesPerTask = 8;
+constexpr int kFew = 6;          // so few queries do not repay laying out a block
 // Accumulators of `multiply`, rows by vectors: as many as the registers hold.
 constexpr int kMaxRows = 6;
 constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;
@@ -62,6 +64,11 @@ inline float to_float(uint16_t value) { return from_bf16(value); }
 inline void put(float* to, float value) { *to = value; }
 inline void put(uint16_t* to, float value) { *to = to_bf16(value); }
 
+// Where the machine has no products of pairs, a number in bfloat16 is widened to a float.
+inline Words widened(const uint16_t* numbers) {
+    return __builtin_convertvector(load<Halves>(numbers), Words) << 16;
+}
+
 // How the products take them: one float, or a pair of bfloat16, 32 bits each. Memory in bfloat16 is
 // widened to floats where the machine has no products of pairs.
 template <bool kPairs>
@@ -79,19 +86,80 @@ inline Floats add_product(Floats sum, Words a, Words b) {
 
 // to (rows, n) = from * scale + left (rows, inner) x right (inner, n); from is `to` itself, with a
 // factor for each row, or nothing where `scales` is null.
+template <class Right>
 struct Product {
     float* to;
     int64_t to_stride;
     const float* scales;
     const uint32_t* left;
     int64_t left_stride;  // from row to row; along the inner dimension it is contiguous
-    const uint32_t* right;
-    int64_t right_stride;  // from inner to inner
+    Right right;
     int64_t inner;
 };
 
-template <bool kPairs, int kRows, int kVectors>
-inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
+// A right factor that was laid out for the product.
+struct LaidOut {
+    const uint32_t* words;
+    int64_t stride;  // from inner to inner
+
+    template <int kVectors>
+    void read(int64_t k, int64_t column, Words (&to)[kVectors]) const {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) {
+            to[j] = load<Words>(words + k * stride + column + j * kLanes);
+        }
+    }
+};
+
+template <int... kLane>
+inline void interleave(const uint16_t* first, const uint16_t* second, Words (&to)[2],
+                       std::integer_sequence<int, kLane...>) {
+    typedef uint16_t Wide __attribute__((vector_size(kVectorBytes)));
+    const Wide a = load<Wide>(first);
+    const Wide b = load<Wide>(second);
+    constexpr int kHalf = kLanes;
+    to[0] = bits<Words>(__builtin_shufflevector(
+        a, b, (kLane % 2 == 0 ? kLane / 2 : kLane / 2 + 2 * kLanes)...));
+    to[1] = bits<Words>(__builtin_shufflevector(
+        a, b, (kHalf + (kLane % 2 == 0 ? kLane / 2 : kLane / 2 + 2 * kLanes))...));
+}
+
+// Values as they lie in memory, (keys, D). Their number is even where they are taken in pairs.
+template <bool kPairs, class Number>
+struct InMemory {
+    const Number* const* values;
+
+    template <int kVectors>
+    void read(int64_t k, int64_t column, Words (&to)[kVectors]) const {
+        if constexpr (sizeof(Number) == 4) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) {
+                to[j] = load<Words>(values[k] + column + j * kLanes);
+            }
+        } else if constexpr (kPairs && kVectors % 2 == 0) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; j += 2) {
+                Words both[2];
+                interleave(values[2 * k] + column + j * kLanes,
+                           values[2 * k + 1] + column + j * kLanes, both,
+                           std::make_integer_sequence<int, 2 * kLanes>());
+                to[j] = both[0];
+                to[j + 1] = both[1];
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) {
+                to[j] = widened(values[kPairs ? 2 * k : k] + column + j * kLanes);
+                if constexpr (kPairs) {
+                    to[j] = to[j] >> 16 | widened(values[2 * k + 1] + column + j * kLanes);
+                }
+            }
+        }
+    }
+};
+
+template <bool kPairs, int kRows, int kVectors, class Right>
+inline void multiply_tile(const Product<Right>& p, int64_t row, int64_t column) {
     // Unrolled, so that the sums are registers from the first to the last.
     Floats sums[kRows][kVectors];
     float* const to = p.to + row * p.to_stride + column;
@@ -105,11 +173,9 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
         }
     }
     const uint32_t* left = p.left + row * p.left_stride;
-    const uint32_t* right = p.right + column;
     for (int64_t k = 0; k < p.inner; ++k) {
         Words vectors[kVectors];
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) vectors[j] = load<Words>(right + j * kLanes);
+        p.right.template read<kVectors>(k, column, vectors);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
             const Words number = Words{} + load<uint32_t>(left + i * p.left_stride);
@@ -119,7 +185,6 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
             }
         }
         ++left;
-        right += p.right_stride;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -130,8 +195,8 @@ inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
     }
 }
 
-template <bool kPairs, int kVectors>
-inline void multiply_columns(const Product& p, int64_t rows, int64_t column) {
+template <bool kPairs, int kVectors, class Right>
+inline void multiply_columns(const Product<Right>& p, int64_t rows, int64_t column) {
     static_assert(kMaxRows == 6);  // what is left below
     int64_t row = 0;
     for (; row + kMaxRows <= rows; row += kMaxRows) {
@@ -148,8 +213,8 @@ inline void multiply_columns(const Product& p, int64_t rows, int64_t column) {
 }
 
 // `columns` is a multiple of kLanes.
-template <bool kPairs>
-void multiply(const Product& p, int64_t rows, int64_t columns) {
+template <bool kPairs, class Right>
+void multiply(const Product<Right>& p, int64_t rows, int64_t columns) {
     int64_t column = 0;
     for (; column + kMaxVectors * kLanes <= columns; column += kMaxVectors * kLanes) {
         multiply_columns<kPairs, kMaxVectors>(p, rows, column);
@@ -163,7 +228,7 @@ void multiply(const Product& p, int64_t rows, int64_t columns) {
     if (column < columns) multiply_columns<kPairs, 1>(p, rows, column);
 }
 
-// ---- laying out a block ------------------------------------------------------------------------
+// ---- a block -----------------------------------------------------------------------------------
 
 // Fetch what comes a block later, most often: keys of a piece follow each other. Where they do not,
 // a wrong address does no harm; it is never a pointer.
@@ -171,11 +236,11 @@ template <class Number>
 inline void prefetch_next(const Number* numbers, int64_t size) {
     const uintptr_t next = reinterpret_cast<uintptr_t>(numbers) + kBlock * size * sizeof(Number);
     for (uintptr_t at = 0; at < size * sizeof(Number); at += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(next + at));
+        __builtin_prefetch(reinterpret_cast<const void*>(next + at), 0, 2);
     }
 }
 
-// Keys (count, D) become (inner, kBlock); columns from `count` on repeat the last key.
+// Keys (count, D) become (inner, kBlock); `count` is a multiple of the lanes.
 template <bool kPairs, class Number>
 void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* to) {
     constexpr bool kWiden = sizeof(Number) == 2 && !kPairs;
@@ -185,7 +250,7 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
             const int width = least(kLanes, words - first_word);
             Words block[kLanes];
             for (int i = 0; i < kLanes; ++i) {
-                const Number* const key = keys[least(first_key + i, count - 1)];
+                const Number* const key = keys[first_key + i];
                 if (first_word == 0) prefetch_next(key, size);
                 const char* const from = reinterpret_cast<const char*>(key) + 4 * first_word;
                 block[i] = width == kLanes ? load<Words>(from) : load_first<Words>(from, 4 * width);
@@ -204,29 +269,61 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
     }
 }
 
-// Values (count, D) become (inner, D); a missing second half of a pair is zero.
+// Values become (inner, D).
 template <bool kPairs, class Number>
-void lay_out_values(const Number* const* values, int64_t size, int count, uint32_t* to) {
-    for (int key = 0; key < count; key += kPairs ? 2 : 1) {
-        prefetch_next(values[key], size);
-        if constexpr (sizeof(Number) == 4) {
-            std::memcpy(to, values[key], size * sizeof(Number));
-        } else {
-            const bool has_second = kPairs && key + 1 < count;
-            if (has_second) prefetch_next(values[key + 1], size);
-            // D is a multiple of 16, and so of the lanes.
-            for (int64_t d = 0; d < size; d += kLanes) {
-                Words words = __builtin_convertvector(load<Halves>(values[key] + d), Words);
-                if constexpr (!kPairs) {
-                    words <<= 16;
-                } else if (has_second) {
-                    const Halves second = load<Halves>(values[key + 1] + d);
-                    words |= __builtin_convertvector(second, Words) << 16;
+void lay_out_values(const Number* const* values, int64_t size, int64_t inner, uint32_t* to) {
+    const InMemory<kPairs, Number> from{values};
+    for (int64_t k = 0; k < inner; ++k) {
+        for (int i = 0; i < (kPairs ? 2 : 1); ++i) prefetch_next(values[(kPairs ? 2 * k : k) + i], size);
+        for (int64_t column = 0; column < size; column += kLanes) {  // D is a multiple of 16
+            Words words[1];
+            from.template read<1>(k, column, words);
+            store(to + k * size + column, words[0]);
+        }
+    }
+}
+
+// scores (kRows, kBlock) = queries (kRows, inner) x keys as they lie in memory, read by vectors. They
+// need no layout, which for few rows would be more than the product. `count` is as above.
+template <bool kPairs, int kRows, int kWhole, class Number>
+void score_in_memory(const Number* const* keys, int64_t size, int count, const uint32_t* queries,
+                     float* scores) {
+    constexpr int kStep = kPairs ? 2 : 1;  // numbers in a word
+    const int64_t inner = size / kStep;
+    const int64_t whole = kWhole > 0 ? kWhole * kLanes : inner / kLanes * kLanes;
+    const int rest = static_cast<int>(inner - whole);  // 0 where words are not pairs: D is 16 n
+    for (int first = 0; first < count; first += kLanes) {
+        Floats dots[kRows][kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+            const Number* const key = keys[first + i];
+            prefetch_next(key, size);
+            Floats sums[kRows] = {};
+#pragma GCC unroll 4
+            for (int64_t word = 0; word < whole; word += kLanes) {
+                Words words;
+                if constexpr (sizeof(Number) == 2 && !kPairs) {
+                    words = widened(key + word);
+                } else {
+                    words = load<Words>(key + word * kStep);
                 }
-                store(to + d, words);
+#pragma GCC unroll 8
+                for (int row = 0; row < kRows; ++row) {
+                    const Words query = load<Words>(queries + row * inner + word);
+                    sums[row] = add_product<kPairs>(sums[row], query, words);
+                }
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row) dots[row][i] = sums[row];
+            if (kWhole > 0 || rest == 0) continue;
+            const Words words = load_first<Words>(key + whole * kStep, rest * kStep);
+            for (int row = 0; row < kRows; ++row) {
+                const Words query = load_first<Words>(queries + row * inner + whole, rest);
+                dots[row][i] = add_product<kPairs>(dots[row][i], query, words);
             }
         }
-        to += size;
+        for (int row = 0; row < kRows; ++row) {
+            store(scores + row * kBlock + first, sums_of(dots[row]));
+        }
     }
 }
 
@@ -246,7 +343,7 @@ struct Scratch {
         output = take<float>(size * kQueriesPerTask);
         scores = take<float>(kTile * kBlock);
         head = take<float>(size);
-        largest = take<float>(kQueriesPerTask);
+        largest = take<float>(kTilesPerTask * kTileStride);
         turned_by = take<int>(kQueriesPerTask);
     }
 
@@ -267,7 +364,7 @@ struct Scratch {
     float* output;      // (kQueriesPerTask, D)
     float* scores;      // (kTile, kBlock)
     float* head;        // (D,)
-    float* largest;     // (kQueriesPerTask,)
+    float* largest;     // (kTilesPerTask, kTileStride)
     int* turned_by;     // of each row
 };
 
@@ -282,6 +379,7 @@ class Attention {
           s_(layer.size, scratch) {
         num_queries_ = static_cast<int>((task.last - task.first) * layer.group);
         inner_ = layer.size / (kPairs ? 2 : 1);
+        are_few_ = num_queries_ <= kFew;
         for (int64_t row = task.first; row < task.last; ++row) s_.turned_by[row - task.first] = -1;
     }
 
@@ -289,7 +387,7 @@ class Attention {
         std::memset(s_.output, 0, num_queries_ * layer_.size * sizeof(float));
         for (int query = 0; query < num_queries_; ++query) {
             s_.sums[query] = Floats{};
-            s_.largest[query] = kNothing;
+            s_.largest[largest_at(query)] = kNothing;
         }
         for (int64_t piece = unit_.first_piece; piece < unit_.last_piece; ++piece) {
             gather(piece);
@@ -299,6 +397,7 @@ class Attention {
     }
 
   private:
+    static int largest_at(int query) { return query / kTile * kTileStride + query % kTile; }
     int64_t row_of(int query) const { return task_.first + query / layer_.group; }
 
     int first_of(const Piece& piece, int64_t row) const {
@@ -390,8 +489,17 @@ class Attention {
     // All queries over the keys that were gathered.
     void attend_block() {
         if (count_ == 0) return;
-        lay_out_keys<kPairs>(keys_, layer_.size, count_, s_.keys);
-        lay_out_values<kPairs>(values_, layer_.size, count_, s_.values);
+        // Whole vectors of keys; none of those that are added is seen.
+        columns_ = (count_ + kLanes - 1) / kLanes * kLanes;
+        for (int i = count_; i < columns_; ++i) {
+            keys_[i] = keys_[count_ - 1];
+            values_[i] = values_[count_ - 1];
+        }
+        pairs_ = kPairs ? (count_ + 1) / 2 : count_;
+        if (!are_few_) {
+            lay_out_keys<kPairs>(keys_, layer_.size, columns_, s_.keys);
+            lay_out_values<kPairs>(values_, layer_.size, pairs_, s_.values);
+        }
         for (int query = 0; query < num_queries_; query += kTile) {
             attend_tile(query, least(kTile, num_queries_ - query));
         }
@@ -400,8 +508,7 @@ class Attention {
     }
 
     void attend_tile(int query, int rows) {
-        const int columns = (count_ + kLanes - 1) / kLanes * kLanes;
-        bool all = count_ == columns;
+        bool all = count_ == columns_;
         bool any = false;
         for (int64_t row = row_of(query); row <= row_of(query + rows - 1); ++row) {
             for (int i = 0; i < num_strips_; ++i) {
@@ -413,18 +520,45 @@ class Attention {
             }
         }
         if (!any) return;
-        multiply<kPairs>({s_.scores, kBlock, nullptr, s_.queries + query * inner_, inner_, s_.keys,
-                          kBlock, inner_},
-                         rows, columns);
-        if (!all) {
-            for (int i = 0; i < rows; ++i) hide(s_.scores + i * kBlock, row_of(query + i), columns);
+        const uint32_t* const queries = s_.queries + query * inner_;
+        if (are_few_) {
+            score_few(rows, queries);
+        } else {
+            const LaidOut keys{s_.keys, kBlock};
+            multiply<kPairs>(
+                Product<LaidOut>{s_.scores, kBlock, nullptr, queries, inner_, keys, inner_}, rows,
+                columns_);
         }
-        float scales[kTile];
-        weigh(query, rows, columns, scales);
-        const int64_t inner = kPairs ? (count_ + 1) / 2 : count_;
-        multiply<kPairs>({s_.output + query * layer_.size, layer_.size, scales,
-                          reinterpret_cast<const uint32_t*>(s_.scores), kBlock, s_.values,
-                          layer_.size, inner},
+        if (!all) {
+            for (int i = 0; i < rows; ++i) hide(s_.scores + i * kBlock, row_of(query + i), columns_);
+        }
+        float scales[kTileStride];
+        weigh(query, rows, columns_, scales);
+        if (are_few_) {
+            for (int i = 0; i < count_; ++i) prefetch_next(values_[i], layer_.size);
+            add_values(query, rows, scales, InMemory<kPairs, Number>{values_});
+        } else {
+            add_values(query, rows, scales, LaidOut{s_.values, layer_.size});
+        }
+    }
+
+    template <int kRows = kFew>
+    void score_few(int rows, const uint32_t* queries) {
+        if constexpr (kRows > 0) {
+            if (rows < kRows) return score_few<kRows - 1>(rows, queries);
+            if (inner_ == 2 * kLanes) {
+                score_in_memory<kPairs, kRows, 2>(keys_, layer_.size, columns_, queries, s_.scores);
+            } else {
+                score_in_memory<kPairs, kRows, 0>(keys_, layer_.size, columns_, queries, s_.scores);
+            }
+        }
+    }
+
+    template <class Right>
+    void add_values(int query, int rows, const float* scales, Right values) {
+        multiply<kPairs>(Product<Right>{s_.output + query * layer_.size, layer_.size, scales,
+                                        reinterpret_cast<const uint32_t*>(s_.scores), kBlock,
+                                        values, pairs_},
                          rows, layer_.size);
     }
 
@@ -446,7 +580,7 @@ class Attention {
     // Turn a tile's scores into weights, in place, and find the factors for the earlier output.
     void weigh(int query, int rows, int columns, float* scales) {
         const float factor = layer_.scale * 1.44269504f;  // log2(e): weights are powers of 2
-        float tops[kTile];
+        float tops[kTileStride] = {};
         for (int i = 0; i < rows; ++i) {
             const float* const scores = s_.scores + i * kBlock;
             Floats top = load<Floats>(scores);
@@ -455,16 +589,16 @@ class Attention {
             }
             tops[i] = largest(top);
         }
-        float shifts[kTile];
+        float shifts[kTileStride];
+        float* const largest_before = s_.largest + largest_at(query);
         for (int i = 0; i < rows; i += kLanes) {
-            const int count = least(kLanes, rows - i);
-            const Floats before = load_first<Floats>(s_.largest + query + i, count);
-            const Floats now = larger(load_first<Floats>(tops + i, count) * factor, before);
+            const Floats before = load<Floats>(largest_before + i);
+            const Floats now = larger(load<Floats>(tops + i) * factor, before);
             // Where nothing is seen yet, all scores are -inf, and any finite number serves.
             const Floats shift = now == kNothing ? Floats{} : now;
-            store_first(s_.largest + query + i, now, count);
-            store_first(shifts + i, shift, count);
-            store_first(scales + i, exp2<false>(before - shift), count);
+            store(largest_before + i, now);
+            store(shifts + i, shift);
+            store(scales + i, exp2<false>(before - shift));
         }
         for (int i = 0; i < rows; ++i) {
             float* const scores = s_.scores + i * kBlock;
@@ -505,7 +639,7 @@ class Attention {
         const int64_t at = plan_.partials[row] * heads + head;
         std::memcpy(partials.values + at * layer_.size, from, layer_.size * sizeof(float));
         partials.sums[at] = total;
-        partials.largest[at] = s_.largest[query];
+        partials.largest[at] = s_.largest[largest_at(query)];
     }
 
     const Plan& plan_;
@@ -514,6 +648,7 @@ class Attention {
     const Unit& unit_;
     Scratch s_;
     int num_queries_;
+    bool are_few_;
     int64_t inner_;
 
     // The block that is being gathered: its keys, and the parts of pieces that they are from.
@@ -526,6 +661,8 @@ class Attention {
     const Number* values_[kBlock];
     Strip strips_[kBlock];
     int count_ = 0;
+    int columns_ = 0;  // the count in whole vectors
+    int64_t pairs_ = 0;
     int num_strips_ = 0;
 };
 

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -289,7 +290,12 @@ class Step {
         const int64_t lines = (kernel_->scratch_bytes(layer.size) - 1) / sizeof(CacheLine) + 1;
         scratch_.resize(lines * threads);
         const auto num_tasks = static_cast<int64_t>(tasks_.size());
-        run_tasks(num_tasks * layer.kv_heads, threads, [&](int64_t i, int worker) {
+        // Units of many rows stand first and wait for arithmetic, those of few rows last and wait
+        // for memory. Half of the threads work from each end, so that neither stands idle.
+        const int64_t count = num_tasks * layer.kv_heads;
+        std::atomic<int64_t> from_front{0}, from_back{0};
+        run_tasks(count, threads, [&](int64_t, int worker) {
+            const int64_t i = worker % 2 == 0 ? from_front++ : count - 1 - from_back++;
             Task task = tasks_[i / layer.kv_heads];
             task.kv_head = i % layer.kv_heads;
             kernel_->attend(plan_, layer, task, partials, scratch_.data() + worker * lines);

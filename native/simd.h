@@ -82,6 +82,26 @@ inline void transpose(Words (&rows)[kLanes]) {
 }
 
 template <int kStep, int... kLane>
+inline Floats add_neighbours(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, (kLane & kStep ? kLane + kLanes : kLane)...) +
+           __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + kLanes : kLane + kStep)...);
+}
+
+// Lane i becomes the sum of all lanes of vector i. The vectors are used up.
+template <int kStep = 1>
+inline Floats sums_of(Floats (&vectors)[kLanes]) {
+    if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i += 2 * kStep) {
+            vectors[i] = add_neighbours<kStep>(vectors[i], vectors[i + kStep],
+                                               std::make_integer_sequence<int, kLanes>());
+        }
+        return sums_of<2 * kStep>(vectors);
+    }
+    return vectors[0];
+}
+
+template <int kStep, int... kLane>
 inline Floats shifted(Floats vector, std::integer_sequence<int, kLane...>) {
     return __builtin_shufflevector(vector, vector, (kLane ^ kStep)...);
 }
