@@ -53,20 +53,19 @@ class NativeBackend:
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; what layers have in common is made by the first of them."""
         plan = make_plan(batch, windows_of(self._layers))
-        flat = plan.flat()
-        self._firsts = flat.firsts
+        self._firsts = plan.firsts
         self._tables = OffsetTables(-plan.offsets, self._device)
         self._step = _native.Step(
             self.kernel,
             len(batch.slot_position),
             batch.write_slots(),
-            flat.unit_rows,
-            flat.unit_pieces,
-            flat.rows,
-            flat.starts,
-            flat.stops,
-            flat.turns,
-            flat.lasts,
+            plan.unit_rows,
+            plan.unit_pieces,
+            plan.rows,
+            plan.starts,
+            plan.stops,
+            plan.turns,
+            plan.lasts,
         )
 
     def attend(

@@ -16,9 +16,9 @@ Inside a piece positions ascend, so what a row sees there is a range of keys.
 This file deals in numpy integers; what is done with them is up to the backend.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,6 @@ from tokendance.attention.interface import IntArray, PackedBatch
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
-_Int = TypeVar("_Int", np.int32, np.int64)
 
 # A unit of fewer rows than this is cut at multiples of so many positions, so that threads share a
 # long context. Pieces are cut there, too. Neither depends on the number of threads, nor on which
@@ -58,20 +57,25 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FlatPlan:
-    """The units of a plan one after the other, as kernels want them.
+class Plan:
+    """All units of a step, one after the other. A row's result is the sum of its units'.
+
+    A read is a row of a unit at one of its pieces; reads are ordered unit by unit, piece by piece,
+    row by row.
 
     Attributes:
+        offsets: int64, distinct; [0] is 0. Turn i is offset i.
         unit_rows: int64 (units + 1,), where each unit's rows begin in `rows`.
         unit_pieces: int64 (units + 1,), where its pieces begin in `starts` and `stops`.
         rows: int64.
         starts: int64.
         stops: int64.
-        turns: int32 (reads,), a read being a row of a unit at one of its pieces, piece by piece.
+        turns: int32 (reads,).
         lasts: int32 (reads,).
         firsts: int32 (reads,), by window.
     """
 
+    offsets: Int64Array
     unit_rows: Int64Array
     unit_pieces: Int64Array
     rows: Int64Array
@@ -81,39 +85,22 @@ class FlatPlan:
     lasts: Int32Array
     firsts: dict[int, Int32Array]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """All units of a step. A row's result is the sum of its units'.
-
-    Attributes:
-        units: see there.
-        offsets: int64, distinct; [0] is 0. Turn i of a unit is offset i.
-    """
-
-    units: tuple[Unit, ...]
-    offsets: IntArray
-
-    def flat(self) -> FlatPlan:
-        """Put the units' arrays into one each."""
-        units = self.units
-        return FlatPlan(
-            np.cumsum([0, *(len(unit.rows) for unit in units)], dtype=np.int64),
-            np.cumsum([0, *(len(unit.starts) for unit in units)], dtype=np.int64),
-            _joined([unit.rows for unit in units], np.int64),
-            _joined([unit.starts for unit in units], np.int64),
-            _joined([unit.stops for unit in units], np.int64),
-            _joined([unit.turns for unit in units], np.int32),
-            _joined([unit.lasts for unit in units], np.int32),
-            {
-                window: _joined([unit.firsts[window] for unit in units], np.int32)
-                for window in units[0].firsts
-            },
-        )
-
-
-def _joined(arrays: Sequence[IntArray], dtype: type[_Int]) -> npt.NDArray[_Int]:
-    return np.concatenate([array.ravel() for array in arrays]).astype(dtype, copy=False)
+    def units(self) -> Iterator[Unit]:
+        """Units as objects, for those who take them one by one."""
+        read = 0
+        bounds = np.stack((self.unit_rows, self.unit_pieces), axis=1).tolist()
+        for (row, piece), (next_row, next_piece) in itertools.pairwise(bounds):
+            shape = (next_piece - piece, next_row - row)
+            reads = slice(read, read + shape[0] * shape[1])
+            read = reads.stop
+            yield Unit(
+                self.rows[row:next_row],
+                self.starts[piece:next_piece],
+                self.stops[piece:next_piece],
+                self.turns[reads].reshape(shape),
+                {window: firsts[reads].reshape(shape) for window, firsts in self.firsts.items()},
+                self.lasts[reads].reshape(shape),
+            )
 
 
 def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
@@ -128,32 +115,49 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
     num_rows = np.array([len(request.positions) for request in batch.requests])
     first_rows = np.array([request.first_row for request in batch.requests])
     positions = np.concatenate([request.positions for request in batch.requests]).astype(np.int64)
-    units: list[Unit] = []
-    for pieces in _same_readers(entries):
-        readers = entries.request[pieces[0]]
-        counts = num_rows[readers]
-        rows = np.repeat(first_rows[readers], counts) + _counted(counts)
-        starts = entries.start[pieces[:, 0]]
-        position = batch.slot_position[starts]
-        span = position // _SPAN if len(rows) < _FEW_ROWS else np.zeros_like(position)
-        # By offset first, so that a rotation serves many pieces; then as the owner counts.
-        order = np.lexsort((position, turns[pieces[:, 0]], span))
-        for part in np.split(order, np.flatnonzero(np.diff(span[order])) + 1):
-            chosen = pieces[part]
-            start, stop = entries.start[chosen[:, 0]], entries.stop[chosen[:, 0]]
-            turn = np.repeat(turns[chosen], counts, axis=1)  # (P, R)
-            at = positions[rows] - offsets[turn]  # a row's position as the piece's owner counts
-            units.append(
-                Unit(
-                    rows,
-                    start,
-                    stop,
-                    turn.astype(np.int32),
-                    {w: _num_until(at - w, start, stop, batch.slot_position) for w in windows},
-                    _num_until(at, start, stop, batch.slot_position),
-                )
-            )
-    return Plan(tuple(units), offsets)
+
+    # One line per piece: the first of its readers stands for it.
+    groups = _same_readers(entries)
+    group = np.repeat(np.arange(len(groups)), [len(pieces) for pieces in groups])
+    num_readers = np.array([pieces.shape[1] for pieces in groups])[group]
+    by_piece = np.concatenate([pieces.ravel() for pieces in groups])
+    first_reader = np.cumsum(num_readers) - num_readers
+    leader = by_piece[first_reader]
+    group_rows = np.array([num_rows[entries.request[pieces[0]]].sum() for pieces in groups])
+    position = batch.slot_position[entries.start[leader]]
+    span = np.where(group_rows[group] < _FEW_ROWS, position // _SPAN, 0)
+    # By offset first, so that a rotation serves many pieces; then as the owner counts.
+    order = np.lexsort((position, turns[leader], span, group))
+    leader, num_readers = leader[order], num_readers[order]
+    new_unit = (np.diff(group[order]) != 0) | (np.diff(span[order]) != 0)
+    unit_pieces = np.concatenate(([0], np.flatnonzero(new_unit) + 1, [len(order)]))
+
+    # One line per read.
+    entry = by_piece[np.repeat(first_reader[order], num_readers) + _counted(num_readers)]
+    counts = num_rows[entries.request[entry]]
+    rows = np.repeat(first_rows[entries.request[entry]], counts) + _counted(counts)
+    piece = np.repeat(np.repeat(np.arange(len(order)), num_readers), counts)
+    entry = np.repeat(entry, counts)
+    at = positions[rows] - entries.offset[entry]  # a row's position as the piece's owner counts
+    starts, stops = entries.start[leader], entries.stop[leader]
+
+    # A unit's rows are those that read its first piece.
+    reads = np.bincount(piece, minlength=len(order))
+    num_unit_rows = reads[unit_pieces[:-1]]
+    first_read = (np.cumsum(reads) - reads)[unit_pieces[:-1]]
+    return Plan(
+        offsets.astype(np.int64, copy=False),
+        np.concatenate(([0], np.cumsum(num_unit_rows))),
+        unit_pieces,
+        rows[np.repeat(first_read, num_unit_rows) + _counted(num_unit_rows)].astype(
+            np.int64, copy=False
+        ),
+        starts,
+        stops,
+        turns[entry].astype(np.int32),
+        _num_until(at, piece, starts, stops, batch.slot_position),
+        {w: _num_until(at - w, piece, starts, stops, batch.slot_position) for w in windows},
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,10 +227,10 @@ def _numbered(offsets: IntArray) -> tuple[IntArray, IntArray]:
     return np.concatenate(([0], others)), numbers
 
 
-def _same_readers(entries: _Readings) -> Iterator[IntArray]:
+def _same_readers(entries: _Readings) -> list[IntArray]:
     """Group pieces by who reads them.
 
-    Yields:
+    Returns:
         For each set of readers, indices into `entries` (P, readers); readers ascend.
     """
     order = np.lexsort((entries.offset, entries.request, entries.start))
@@ -242,18 +246,23 @@ def _same_readers(entries: _Readings) -> Iterator[IntArray]:
     groups: dict[bytes, list[IntArray]] = {}
     for piece in np.split(order, cuts):
         groups.setdefault(entries.request[piece].tobytes(), []).append(piece)
-    for pieces in groups.values():
-        yield np.stack(pieces)
+    return [np.stack(pieces) for pieces in groups.values()]
 
 
-def _num_until(at: IntArray, start: IntArray, stop: IntArray, slot_position: IntArray) -> IntArray:
-    """How many keys of each piece are at a position `at` (P, R) or before it; int32 (P, R)."""
-    ends = np.where(at >= slot_position[stop - 1][:, None], (stop - start)[:, None], 0)
-    inside = (ends == 0) & (at >= slot_position[start][:, None])
-    for piece in np.flatnonzero(inside.any(axis=1)):
-        positions = slot_position[start[piece] : stop[piece]]
-        ends[piece] = np.searchsorted(positions, at[piece], side="right")
-    return ends.astype(np.int32)
+def _num_until(
+    at: IntArray, piece: IntArray, starts: IntArray, stops: IntArray, slot_position: IntArray
+) -> Int32Array:
+    """For each read, how many keys of its piece are at the position `at` or before it."""
+    first, last = slot_position[starts], slot_position[stops - 1]
+    ends = np.where(at >= last[piece], (stops - starts)[piece], 0).astype(np.int32)
+    inside = np.flatnonzero((at >= first[piece]) & (at < last[piece]))
+    for reads in np.split(inside, np.flatnonzero(np.diff(piece[inside])) + 1):
+        if len(reads) == 0:
+            continue
+        read = piece[reads[0]]
+        positions = slot_position[starts[read] : stops[read]]
+        ends[reads] = np.searchsorted(positions, at[reads], side="right")
+    return ends
 
 
 def _counted(counts: IntArray) -> IntArray:

@@ -54,10 +54,10 @@ class TorchBackend:
         self._layers = layers
         self._device = device
         self._dtype = dtype
-        self._plan = Plan((), np.zeros(1, np.int64))
+        self._plan: Plan | None = None
         self._write = torch.empty(0, dtype=torch.int64)
         self._calls: dict[int | None, list[_Call]] = {}
-        self._tables = OffsetTables(self._plan.offsets, device)
+        self._tables = OffsetTables(np.zeros(1, np.int64), device)
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; tensors that layers have in common are made by the first of them."""
@@ -102,7 +102,8 @@ class TorchBackend:
         return result.to(query.dtype).view(rows, kv_heads * group, size)
 
     def _calls_of(self, window: int | None) -> Iterator[_Call]:
-        for unit in self._plan.units:
+        assert self._plan is not None, "attend() before prepare()"
+        for unit in self._plan.units():
             firsts = np.zeros_like(unit.lasts) if window is None else unit.firsts[window]
             lengths = unit.stops - unit.starts
             whole = (firsts == 0).all(axis=1) & (unit.lasts == lengths[:, None]).all(axis=1)

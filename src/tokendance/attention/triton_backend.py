@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
-from tokendance.attention.plan import FlatPlan, make_plan
+from tokendance.attention.plan import Plan, make_plan
 from tokendance.attention.rope import OffsetTables, RopeLayout
 
 _BLOCK_QUERIES = 64  # rows of the batch times the G queries of a key head
@@ -198,7 +198,7 @@ def _merge_kernel(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _DevicePlan:
-    """The plan's arrays on the device; see `FlatPlan`, `_attend_kernel` and `_merge_kernel`."""
+    """The plan's arrays on the device; see `Plan`, `_attend_kernel` and `_merge_kernel`."""
 
     tasks: Tensor
     rows: Tensor
@@ -295,16 +295,15 @@ class TritonBackend:
 
     def _to_device(self, batch: PackedBatch, rows_per_task: int) -> _DevicePlan:
         plan = make_plan(batch, windows_of(self._layers))
-        flat = plan.flat()
-        order = np.argsort(flat.rows, kind="stable")
+        order = np.argsort(plan.rows, kind="stable")
         return _DevicePlan(
-            self._tensor(_tasks(flat, rows_per_task)),
-            self._tensor(flat.rows),
-            self._tensor(flat.starts),
-            self._tensor(flat.turns),
-            self._tensor(flat.lasts),
-            {window: self._tensor(firsts) for window, firsts in flat.firsts.items()},
-            self._tensor(np.searchsorted(flat.rows[order], np.arange(batch.num_rows + 1))),
+            self._tensor(_tasks(plan, rows_per_task)),
+            self._tensor(plan.rows),
+            self._tensor(plan.starts),
+            self._tensor(plan.turns),
+            self._tensor(plan.lasts),
+            {window: self._tensor(firsts) for window, firsts in plan.firsts.items()},
+            self._tensor(np.searchsorted(plan.rows[order], np.arange(batch.num_rows + 1))),
             self._tensor(order),
             self._tensor(batch.write_slots()),
             OffsetTables(-plan.offsets, self._device),
@@ -319,13 +318,13 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _tasks(flat: FlatPlan, rows_per_task: int) -> IntArray:
+def _tasks(plan: Plan, rows_per_task: int) -> IntArray:
     """Tiles of units, int64 (tasks, 6): see the beginning of `_attend_kernel`."""
     found: list[tuple[int, ...]] = []
     first_read = 0
     bounds = zip(
-        itertools.pairwise(flat.unit_rows.tolist()),
-        itertools.pairwise(flat.unit_pieces.tolist()),
+        itertools.pairwise(plan.unit_rows.tolist()),
+        itertools.pairwise(plan.unit_pieces.tolist()),
         strict=True,
     )
     for (first_row, last_row), (first_piece, last_piece) in bounds:

@@ -179,9 +179,9 @@ class Engine:
         """Choose next tokens, and let go of requests that are done or have failed."""
         done: list[Request] = []
         wanting = [item.request for item in step if item.wants_logits]
-        # The extremes are NaN where any number is, and far cheaper to look at than all.
-        lowest, highest = logits.aminmax(dim=-1)
-        finite = (lowest.isfinite() & highest.isfinite()).tolist()
+        # Where any number is NaN or infinity, so is the largest. Minus infinity forbids a token.
+        likeliest = logits.argmax(dim=-1, keepdim=True)
+        finite = logits.gather(-1, likeliest).isfinite().squeeze(-1).tolist()
         for request, is_finite in zip(wanting, finite, strict=True):
             if not is_finite and request.placement is not None:
                 done += self._numerics(request)
@@ -193,8 +193,14 @@ class Engine:
         if not rows:
             return done
         alive = [wanting[row] for row in rows]
-        logits = logits[rows]
-        chosen = choose_tokens(logits, [r.params for r in alive], [r.generator for r in alive])
+        if len(rows) < len(wanting):  # seldom; they are megabytes
+            logits, likeliest = logits[rows], likeliest[rows]
+        chosen = choose_tokens(
+            logits,
+            likeliest.squeeze(-1).tolist(),
+            [request.params for request in alive],
+            [request.generator for request in alive],
+        )
         now = time.perf_counter()
         for request, row_logits, token in zip(alive, logits, chosen, strict=True):
             forced = request.params.forced_tokens
