@@ -179,9 +179,8 @@ class Engine:
         """Choose next tokens, and let go of requests that are done or have failed."""
         done: list[Request] = []
         wanting = [item.request for item in step if item.wants_logits]
-        # Where any number is NaN or infinity, so is the largest. Minus infinity forbids a token.
-        likeliest = logits.argmax(dim=-1, keepdim=True)
-        finite = logits.gather(-1, likeliest).isfinite().squeeze(-1).tolist()
+        # A sum is finite only where all numbers are, and one pass over these megabytes is enough.
+        finite = logits.sum(dim=-1).isfinite().tolist()
         for request, is_finite in zip(wanting, finite, strict=True):
             if not is_finite and request.placement is not None:
                 done += self._numerics(request)
@@ -193,14 +192,9 @@ class Engine:
         if not rows:
             return done
         alive = [wanting[row] for row in rows]
-        if len(rows) < len(wanting):  # seldom; they are megabytes
-            logits, likeliest = logits[rows], likeliest[rows]
-        chosen = choose_tokens(
-            logits,
-            likeliest.squeeze(-1).tolist(),
-            [request.params for request in alive],
-            [request.generator for request in alive],
-        )
+        if len(rows) < len(wanting):
+            logits = logits[rows]
+        chosen = choose_tokens(logits, [r.params for r in alive], [r.generator for r in alive])
         now = time.perf_counter()
         for request, row_logits, token in zip(alive, logits, chosen, strict=True):
             forced = request.params.forced_tokens

@@ -66,20 +66,16 @@ class SamplingParams:
 
 
 def choose_tokens(
-    logits: Tensor,
-    likeliest: Sequence[int],
-    params: Sequence[SamplingParams],
-    generators: Sequence[random.Random],
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[random.Random]
 ) -> list[int]:
     """Choose one token per row.
 
     Args:
-        logits: float32 (R, vocabulary), the largest of each row finite.
-        likeliest: the token with the largest logit of each row.
+        logits: float32 (R, vocabulary), finite.
         params: of each row's request.
         generators: of each row's request; advanced by one draw where the row is sampled.
     """
-    chosen = list(likeliest)
+    chosen: list[int] = logits.argmax(dim=-1).tolist()
     sampled = [row for row, row_params in enumerate(params) if row_params.temperature > 0]
     for row in sampled:
         chosen[row] = _sample(logits[row], params[row], generators[row].random())
