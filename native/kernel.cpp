@@ -1,17 +1,19 @@
 // The kernel of shared-in-place attention. Compiled once for each instruction set: see simd.h.
 //
 // A task is some rows of a unit with one key head. It walks over the keys of the unit's pieces in
-// blocks. A block's keys and values are laid out for the vector unit once, and used by all rows of
-// the task, tile by tile, in an online softmax (FlashAttention, arXiv 2205.14135, algorithm 1).
-// So for many rows the work is matrix products from the first cache, and for a single row memory
-// is read once, in order.
+// blocks, all its queries over each block, in an online softmax (FlashAttention, arXiv 2205.14135,
+// algorithm 1).
 //
-// Both products are one small matrix product (`multiply`):
+// For many queries a block's keys and values are laid out for the vector unit once and used tile by
+// tile, so that the work is matrix products from the first cache:
 //
 //     scores (rows, keys) = queries (rows, D) x block keys (D, keys)
 //     output (rows, D)   += weights (rows, keys) x block values (keys, D)
 //
-// whose left factor is read number by number and whose right factor by vectors. Where the machine
+// Both are one small product (`multiply`), whose left factor is read number by number and whose
+// right factor by vectors. Few queries, as when a request decodes, do not repay the layout: scores
+// are dot products with keys as they lie in memory (`score_in_memory`), and the second product
+// takes values from there (`InMemory`), so that memory is read once, in order. Where the machine
 // multiplies pairs of bfloat16, a "number" is a pair of neighbours along the inner dimension.
 
 // No template of the standard library is used here: its functions would be compiled for the widest
@@ -24,6 +26,7 @@
 namespace TD_NAMESPACE {
 
 using tokendance::Format;
+using tokendance::kFewQueries;
 using tokendance::Layer;
 using tokendance::Partials;
 using tokendance::Piece;
@@ -35,10 +38,11 @@ constexpr int kBlock = 64;       // keys of a block
 constexpr int kTile = 24;        // queries of a tile
 constexpr int kTileStride = (kTile + kLanes - 1) / kLanes * kLanes;  // whole vectors of queries
 constexpr int kTilesPerTask = 8;
-constexpr int kFew = 6;          // so few queries do not repay laying out a block
 // Accumulators of `multiply`, rows by vectors: as many as the registers hold.
 constexpr int kMaxRows = 6;
 constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;
+// Beyond this, values in memory would be read again for every few rows.
+static_assert(kFewQueries <= kMaxRows);
 constexpr float kNothing = -__builtin_inff();
 
 #if defined(__AVX512BF16__)
@@ -111,17 +115,16 @@ struct LaidOut {
     }
 };
 
-template <int... kLane>
+// Pairs of neighbours: word i of `to`, both vectors in a row, is (first[i], second[i]).
+template <int... kHalf>
 inline void interleave(const uint16_t* first, const uint16_t* second, Words (&to)[2],
-                       std::integer_sequence<int, kLane...>) {
-    typedef uint16_t Wide __attribute__((vector_size(kVectorBytes)));
-    const Wide a = load<Wide>(first);
-    const Wide b = load<Wide>(second);
-    constexpr int kHalf = kLanes;
-    to[0] = bits<Words>(__builtin_shufflevector(
-        a, b, (kLane % 2 == 0 ? kLane / 2 : kLane / 2 + 2 * kLanes)...));
-    to[1] = bits<Words>(__builtin_shufflevector(
-        a, b, (kHalf + (kLane % 2 == 0 ? kLane / 2 : kLane / 2 + 2 * kLanes))...));
+                       std::integer_sequence<int, kHalf...>) {
+    typedef uint16_t Numbers __attribute__((vector_size(kVectorBytes)));
+    const Numbers a = load<Numbers>(first);
+    const Numbers b = load<Numbers>(second);
+    to[0] = bits<Words>(__builtin_shufflevector(a, b, (kHalf / 2 + kHalf % 2 * 2 * kLanes)...));
+    to[1] = bits<Words>(
+        __builtin_shufflevector(a, b, (kLanes + kHalf / 2 + kHalf % 2 * 2 * kLanes)...));
 }
 
 // Values as they lie in memory, (keys, D). Their number is even where they are taken in pairs.
@@ -146,14 +149,15 @@ struct InMemory {
                 to[j] = both[0];
                 to[j + 1] = both[1];
             }
-        } else {
+        } else if constexpr (kPairs) {
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
-                to[j] = widened(values[kPairs ? 2 * k : k] + column + j * kLanes);
-                if constexpr (kPairs) {
-                    to[j] = to[j] >> 16 | widened(values[2 * k + 1] + column + j * kLanes);
-                }
+                const int64_t at = column + j * kLanes;
+                to[j] = widened(values[2 * k] + at) >> 16 | widened(values[2 * k + 1] + at);
             }
+        } else {
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) to[j] = widened(values[k] + column + j * kLanes);
         }
     }
 };
@@ -231,12 +235,15 @@ void multiply(const Product<Right>& p, int64_t rows, int64_t columns) {
 // ---- a block -----------------------------------------------------------------------------------
 
 // Fetch what comes a block later, most often: keys of a piece follow each other. Where they do not,
-// a wrong address does no harm; it is never a pointer.
+// a wrong address does no harm; it is never a pointer. It goes into the second cache: a core can
+// wait for few lines at once on their way to the first (docs/log.md).
 template <class Number>
 inline void prefetch_next(const Number* numbers, int64_t size) {
     const uintptr_t next = reinterpret_cast<uintptr_t>(numbers) + kBlock * size * sizeof(Number);
     for (uintptr_t at = 0; at < size * sizeof(Number); at += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(next + at), 0, 2);
+        constexpr int kRead = 0;
+        constexpr int kSecondCache = 2;
+        __builtin_prefetch(reinterpret_cast<const void*>(next + at), kRead, kSecondCache);
     }
 }
 
@@ -274,7 +281,8 @@ template <bool kPairs, class Number>
 void lay_out_values(const Number* const* values, int64_t size, int64_t inner, uint32_t* to) {
     const InMemory<kPairs, Number> from{values};
     for (int64_t k = 0; k < inner; ++k) {
-        for (int i = 0; i < (kPairs ? 2 : 1); ++i) prefetch_next(values[(kPairs ? 2 * k : k) + i], size);
+        constexpr int kKeys = kPairs ? 2 : 1;
+        for (int i = 0; i < kKeys; ++i) prefetch_next(values[kKeys * k + i], size);
         for (int64_t column = 0; column < size; column += kLanes) {  // D is a multiple of 16
             Words words[1];
             from.template read<1>(k, column, words);
@@ -283,15 +291,17 @@ void lay_out_values(const Number* const* values, int64_t size, int64_t inner, ui
     }
 }
 
-// scores (kRows, kBlock) = queries (kRows, inner) x keys as they lie in memory, read by vectors. They
-// need no layout, which for few rows would be more than the product. `count` is as above.
+// scores (kRows, kBlock) = queries (kRows, inner) x keys as they lie in memory, read by vectors.
+// `count` is as above. `kWhole` is the number of whole vectors of a head where it is known when
+// compiled, else 0.
 template <bool kPairs, int kRows, int kWhole, class Number>
 void score_in_memory(const Number* const* keys, int64_t size, int count, const uint32_t* queries,
                      float* scores) {
     constexpr int kStep = kPairs ? 2 : 1;  // numbers in a word
     const int64_t inner = size / kStep;
     const int64_t whole = kWhole > 0 ? kWhole * kLanes : inner / kLanes * kLanes;
-    const int rest = static_cast<int>(inner - whole);  // 0 where words are not pairs: D is 16 n
+    // D is a multiple of 16, so what is left of pairs is half a vector.
+    constexpr int kRest = kLanes / 2;
     for (int first = 0; first < count; first += kLanes) {
         Floats dots[kRows][kLanes];
         for (int i = 0; i < kLanes; ++i) {
@@ -314,11 +324,13 @@ void score_in_memory(const Number* const* keys, int64_t size, int count, const u
             }
 #pragma GCC unroll 8
             for (int row = 0; row < kRows; ++row) dots[row][i] = sums[row];
-            if (kWhole > 0 || rest == 0) continue;
-            const Words words = load_first<Words>(key + whole * kStep, rest * kStep);
-            for (int row = 0; row < kRows; ++row) {
-                const Words query = load_first<Words>(queries + row * inner + whole, rest);
-                dots[row][i] = add_product<kPairs>(dots[row][i], query, words);
+            if constexpr (kPairs && kWhole == 0) {
+                if (whole == inner) continue;
+                const Words words = load_first<Words>(key + whole * kStep, kRest * kStep);
+                for (int row = 0; row < kRows; ++row) {
+                    const Words query = load_first<Words>(queries + row * inner + whole, kRest);
+                    dots[row][i] = add_product<kPairs>(dots[row][i], query, words);
+                }
             }
         }
         for (int row = 0; row < kRows; ++row) {
@@ -379,7 +391,7 @@ class Attention {
           s_(layer.size, scratch) {
         num_queries_ = static_cast<int>((task.last - task.first) * layer.group);
         inner_ = layer.size / (kPairs ? 2 : 1);
-        are_few_ = num_queries_ <= kFew;
+        are_few_ = num_queries_ <= kFewQueries;
         for (int64_t row = task.first; row < task.last; ++row) s_.turned_by[row - task.first] = -1;
     }
 
@@ -530,10 +542,10 @@ class Attention {
                 columns_);
         }
         if (!all) {
-            for (int i = 0; i < rows; ++i) hide(s_.scores + i * kBlock, row_of(query + i), columns_);
+            for (int i = 0; i < rows; ++i) hide(s_.scores + i * kBlock, row_of(query + i));
         }
         float scales[kTileStride];
-        weigh(query, rows, columns_, scales);
+        weigh(query, rows, scales);
         if (are_few_) {
             for (int i = 0; i < count_; ++i) prefetch_next(values_[i], layer_.size);
             add_values(query, rows, scales, InMemory<kPairs, Number>{values_});
@@ -542,15 +554,18 @@ class Attention {
         }
     }
 
-    template <int kRows = kFew>
+    template <int kRows = kFewQueries>
     void score_few(int rows, const uint32_t* queries) {
         if constexpr (kRows > 0) {
             if (rows < kRows) return score_few<kRows - 1>(rows, queries);
-            if (inner_ == 2 * kLanes) {
-                score_in_memory<kPairs, kRows, 2>(keys_, layer_.size, columns_, queries, s_.scores);
-            } else {
-                score_in_memory<kPairs, kRows, 0>(keys_, layer_.size, columns_, queries, s_.scores);
+            if constexpr (kPairs) {
+                if (inner_ == 2 * kLanes) {  // heads of 64, as most small models have
+                    score_in_memory<kPairs, kRows, 2>(keys_, layer_.size, columns_, queries,
+                                                      s_.scores);
+                    return;
+                }
             }
+            score_in_memory<kPairs, kRows, 0>(keys_, layer_.size, columns_, queries, s_.scores);
         }
     }
 
@@ -563,7 +578,7 @@ class Attention {
     }
 
     // Scores of keys that a row does not see become -inf.
-    void hide(float* scores, int64_t row, int columns) const {
+    void hide(float* scores, int64_t row) const {
         int column = 0;
         for (int i = 0; i < num_strips_; ++i) {
             const Strip& strip = strips_[i];
@@ -574,17 +589,17 @@ class Attention {
             while (column < seen) scores[column++] = kNothing;
             column = most(column, strip.column + least(last, strip.count));
         }
-        while (column < columns) scores[column++] = kNothing;
+        while (column < columns_) scores[column++] = kNothing;
     }
 
     // Turn a tile's scores into weights, in place, and find the factors for the earlier output.
-    void weigh(int query, int rows, int columns, float* scales) {
+    void weigh(int query, int rows, float* scales) {
         const float factor = layer_.scale * 1.44269504f;  // log2(e): weights are powers of 2
         float tops[kTileStride] = {};
         for (int i = 0; i < rows; ++i) {
             const float* const scores = s_.scores + i * kBlock;
             Floats top = load<Floats>(scores);
-            for (int column = kLanes; column < columns; column += kLanes) {
+            for (int column = kLanes; column < columns_; column += kLanes) {
                 top = larger(load<Floats>(scores + column), top);
             }
             tops[i] = largest(top);
@@ -603,7 +618,7 @@ class Attention {
         for (int i = 0; i < rows; ++i) {
             float* const scores = s_.scores + i * kBlock;
             Floats total = {};
-            for (int column = 0; column < columns; column += kLanes) {
+            for (int column = 0; column < columns_; column += kLanes) {
                 const Floats score = load<Floats>(scores + column);
                 const Floats weights = exp2<kPairs>(score * factor - shifts[i]);
                 total += weights;

@@ -33,6 +33,9 @@ struct Plan {
 // Queries that may share a key head: a task holds at least one row with all of them.
 constexpr int64_t kMaxGroup = 128;
 
+// So few queries do not repay laying out keys and values: they are read as they lie in memory.
+constexpr int64_t kFewQueries = 6;
+
 enum class Format { kFloat32, kBFloat16 };
 
 // One layer. Strides are in elements; the last dimension is contiguous everywhere.

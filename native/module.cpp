@@ -183,7 +183,8 @@ class Step {
         }
     }
 
-    // Largest first, so that threads end at about the same time.
+    // Those of many queries, then those of few; each largest first, so that threads end at about
+    // the same time.
     void make_tasks(int64_t group) {
         if (group == group_) return;
         group_ = group;
@@ -206,7 +207,13 @@ class Step {
         }
         std::stable_sort(found.begin(), found.end(),
                          [](const auto& a, const auto& b) { return a.first > b.first; });
-        for (const auto& [cost, task] : found) tasks_.push_back(task);
+        for (const bool few : {false, true}) {
+            if (few) first_few_ = static_cast<int64_t>(tasks_.size());
+            for (const auto& [cost, task] : found) {
+                const int64_t queries = (task.last - task.first) * group;
+                if ((queries <= kFewQueries) == few) tasks_.push_back(task);
+            }
+        }
     }
 
     void describe(Layer& l, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -289,13 +296,17 @@ class Step {
         });
         const int64_t lines = (kernel_->scratch_bytes(layer.size) - 1) / sizeof(CacheLine) + 1;
         scratch_.resize(lines * threads);
-        const auto num_tasks = static_cast<int64_t>(tasks_.size());
-        // Units of many rows stand first and wait for arithmetic, those of few rows last and wait
-        // for memory. Half of the threads work from each end, so that neither stands idle.
-        const int64_t count = num_tasks * layer.kv_heads;
-        std::atomic<int64_t> from_front{0}, from_back{0};
+        // Tasks of many queries wait for arithmetic, those of few for memory. Threads begin with
+        // one or the other, so that neither stands idle. Each call takes one task, and so `count`
+        // calls take all of them.
+        const int64_t count = static_cast<int64_t>(tasks_.size()) * layer.kv_heads;
+        const int64_t first_few = first_few_ * layer.kv_heads;
+        std::atomic<int64_t> next[] = {0, first_few};
+        const int64_t ends[] = {first_few, count};
         run_tasks(count, threads, [&](int64_t, int worker) {
-            const int64_t i = worker % 2 == 0 ? from_front++ : count - 1 - from_back++;
+            const int kind = worker % 2;
+            int64_t i = next[kind]++;
+            if (i >= ends[kind]) i = next[1 - kind]++;
             Task task = tasks_[i / layer.kv_heads];
             task.kv_head = i % layer.kv_heads;
             kernel_->attend(plan_, layer, task, partials, scratch_.data() + worker * lines);
@@ -319,6 +330,7 @@ class Step {
     int64_t num_partials_ = 0;
     Plan plan_{};  // of the above
     std::vector<Task> tasks_;
+    int64_t first_few_ = 0;  // of the tasks, the first of few queries
     std::vector<float> partial_values_, partial_sums_, partial_largest_;
     std::vector<CacheLine> scratch_;
 };

@@ -41,11 +41,6 @@ inline void store(Scalar* to, Vector vector) {
     std::memcpy(to, &vector, sizeof(vector));
 }
 
-template <class Vector, class Scalar>
-inline void store_first(Scalar* to, Vector vector, int count) {
-    std::memcpy(to, &vector, count * sizeof(Scalar));
-}
-
 template <class To, class From>
 inline To bits(From from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -83,8 +78,12 @@ inline void transpose(Words (&rows)[kLanes]) {
 
 template <int kStep, int... kLane>
 inline Floats add_neighbours(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
-    return __builtin_shufflevector(a, b, (kLane & kStep ? kLane + kLanes : kLane)...) +
-           __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + kLanes : kLane + kStep)...);
+    // Of these two only one is a shuffle for the machine; the other blends.
+    const Floats same =
+        __builtin_shufflevector(a, b, (kLane & kStep ? kLane + kLanes : kLane)...);
+    const Floats neighbours =
+        __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + kLanes : kLane + kStep)...);
+    return same + neighbours;
 }
 
 // Lane i becomes the sum of all lanes of vector i. The vectors are used up.

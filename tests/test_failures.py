@@ -457,7 +457,7 @@ def test_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     generator = random.Random(0)
     params = SamplingParams(temperature=0.7, top_k=3, top_p=0.95)
-    draws = [choose_tokens(logits, [0], [params], [generator])[0] for _ in range(4000)]
+    draws = [choose_tokens(logits, [params], [generator])[0] for _ in range(4000)]
     expected = (logits[0] / 0.7).softmax(0)[:3]
     kept = expected[:2] / expected[:2].sum()  # the third lies beyond 0.95 of the first three
     assert set(draws) == {0, 1, 2} - (
@@ -465,5 +465,5 @@ def test_sampling_follows_the_distribution() -> None:
     )
     if 2 not in draws:
         assert draws.count(0) / len(draws) == pytest.approx(float(kept[0]), abs=0.03)
-    greedy = choose_tokens(logits, [0], [SamplingParams()], [generator])
+    greedy = choose_tokens(logits, [SamplingParams()], [generator])
     assert greedy == [0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokendance.bench import vllm
-from tokendance.bench.vllm import VLLM, VLLMConfig, child_environment, find_vllm
+from tokendance.bench.vllm import VLLM, VLLMConfig, child_environment, count_blocks, find_vllm
 from tokendance.errors import BaselineError, TokenDanceError
 
 PYTHON = Path(sys.executable)
@@ -51,6 +51,14 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_blocks_of_equal_beginnings_are_counted_once() -> None:
+    one, same_start = list(range(70)), list(range(40))
+    assert count_blocks([one], 10, 32) == 3  # 80 tokens
+    assert count_blocks([one, same_start], 10, 32) == 4  # the first block of 50 tokens is there
+    assert count_blocks([one, list(range(1, 41))], 10, 32) == 5
+    assert count_blocks([one], 0, 35) == 2
 
 
 def test_run_returns_what_the_worker_replies(script: Path) -> None:

@@ -61,16 +61,16 @@ class Plan:
     """All units of a step, one after the other. A row's result is the sum of its units'.
 
     A read is a row of a unit at one of its pieces; reads are ordered unit by unit, piece by piece,
-    row by row.
+    row by row. `Unit` says what its arrays mean.
 
     Attributes:
         offsets: int64, distinct; [0] is 0. Turn i is offset i.
         unit_rows: int64 (units + 1,), where each unit's rows begin in `rows`.
         unit_pieces: int64 (units + 1,), where its pieces begin in `starts` and `stops`.
-        rows: int64.
-        starts: int64.
+        rows: int64, unit by unit.
+        starts: int64, unit by unit, as `stops`.
         stops: int64.
-        turns: int32 (reads,).
+        turns: int32 (reads,), as `lasts` and `firsts`.
         lasts: int32 (reads,).
         firsts: int32 (reads,), by window.
     """
@@ -132,12 +132,13 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
     new_unit = (np.diff(group[order]) != 0) | (np.diff(span[order]) != 0)
     unit_pieces = np.concatenate(([0], np.flatnonzero(new_unit) + 1, [len(order)]))
 
-    # One line per read.
-    entry = by_piece[np.repeat(first_reader[order], num_readers) + _counted(num_readers)]
-    counts = num_rows[entries.request[entry]]
-    rows = np.repeat(first_rows[entries.request[entry]], counts) + _counted(counts)
+    # One line per piece and request that reads it ...
+    reader = by_piece[np.repeat(first_reader[order], num_readers) + _counted(num_readers)]
+    counts = num_rows[entries.request[reader]]
+    # ... and one per read.
+    rows = np.repeat(first_rows[entries.request[reader]], counts) + _counted(counts)
     piece = np.repeat(np.repeat(np.arange(len(order)), num_readers), counts)
-    entry = np.repeat(entry, counts)
+    entry = np.repeat(reader, counts)
     at = positions[rows] - entries.offset[entry]  # a row's position as the piece's owner counts
     starts, stops = entries.start[leader], entries.stop[leader]
 
@@ -259,8 +260,8 @@ def _num_until(
     for reads in np.split(inside, np.flatnonzero(np.diff(piece[inside])) + 1):
         if len(reads) == 0:
             continue
-        read = piece[reads[0]]
-        positions = slot_position[starts[read] : stops[read]]
+        here = piece[reads[0]]
+        positions = slot_position[starts[here] : stops[here]]
         ends[reads] = np.searchsorted(positions, at[reads], side="right")
     return ends
 

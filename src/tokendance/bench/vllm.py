@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +105,26 @@ class VLLMResult:
     cache_queries: int
     cache_hits: int
     token_ids: tuple[tuple[int, ...], ...]
+
+
+def count_blocks(prompts: Iterable[Sequence[int]], answer_tokens: int, block_size: int) -> int:
+    """Count the KV blocks that vLLM holds while all of these run: equal beginnings are shared.
+
+    Args:
+        prompts: token ids of each request.
+        answer_tokens: of each answer.
+        block_size: tokens of a block.
+    """
+    full: set[int] = set()
+    partial = 0
+    for prompt in prompts:
+        num_full = len(prompt) // block_size
+        before = 0
+        for block in range(num_full):
+            before = hash((before, *prompt[block * block_size : (block + 1) * block_size]))
+            full.add(before)
+        partial += -(-(len(prompt) + answer_tokens) // block_size) - num_full
+    return len(full) + partial
 
 
 def find_vllm() -> Path | None:

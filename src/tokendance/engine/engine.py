@@ -4,6 +4,7 @@ step():  schedule  ->  run  ->  postprocess
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from tokendance.config import EngineConfig
 from tokendance.engine.blend import MIN_LAYERS
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory, Runner
-from tokendance.engine.sampling import choose_tokens
+from tokendance.engine.sampling import choose_tokens, top_logprobs
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
 from tokendance.errors import AbortedError, ConfigError, NumericsError
@@ -179,9 +180,8 @@ class Engine:
         """Choose next tokens, and let go of requests that are done or have failed."""
         done: list[Request] = []
         wanting = [item.request for item in step if item.wants_logits]
-        # Where any number is NaN or infinity, so is the largest. Minus infinity forbids a token.
-        likeliest = logits.argmax(dim=-1, keepdim=True)
-        finite = logits.gather(-1, likeliest).isfinite().squeeze(-1).tolist()
+        # A sum is finite only where all numbers are, and one pass over these megabytes is enough.
+        finite = logits.sum(dim=-1).isfinite().tolist()
         for request, is_finite in zip(wanting, finite, strict=True):
             if not is_finite and request.placement is not None:
                 done += self._numerics(request)
@@ -193,14 +193,11 @@ class Engine:
         if not rows:
             return done
         alive = [wanting[row] for row in rows]
-        if len(rows) < len(wanting):  # seldom; they are megabytes
-            logits, likeliest = logits[rows], likeliest[rows]
-        chosen = choose_tokens(
-            logits,
-            likeliest.squeeze(-1).tolist(),
-            [request.params for request in alive],
-            [request.generator for request in alive],
-        )
+        if len(rows) < len(wanting):
+            logits = logits[rows]
+        for request, row_logits in zip(alive, logits, strict=True):
+            _restrict(row_logits, request)
+        chosen = choose_tokens(logits, [r.params for r in alive], [r.generator for r in alive])
         now = time.perf_counter()
         for request, row_logits, token in zip(alive, logits, chosen, strict=True):
             forced = request.params.forced_tokens
@@ -211,6 +208,12 @@ class Engine:
                 request.shadow_tokens.append(token)
             if in_shadow or request.params.keep_logprobs:
                 request.logprobs.append(torch.log_softmax(row_logits, dim=-1))
+            if request.params.top_logprobs is not None:
+                request.top_logprobs.append(
+                    top_logprobs(row_logits, token, request.params.top_logprobs)
+                )
+            if request.constraint is not None:
+                request.constraint.accept(token)
             if request.first_token_s is None:
                 request.first_token_s = now
                 self.scheduler.mark_sound(request)
@@ -281,3 +284,12 @@ class Engine:
             record = self._rounds[round_id]
             pages = self.scheduler.resident_pages(requests)
             record.resident_pages = max(record.resident_pages, pages)
+
+
+@torch.inference_mode()
+def _restrict(logits: Tensor, request: Request) -> None:
+    """Apply what a request asks of its next token to its logits (vocabulary,), in place."""
+    for token, bias in request.params.logit_bias:
+        logits[token] += bias
+    if request.constraint is not None:
+        logits.masked_fill_(request.constraint.forbidden(), -math.inf)

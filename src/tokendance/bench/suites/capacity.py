@@ -24,6 +24,7 @@ from tokendance.bench.arms import (
 )
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
+from tokendance.bench.vllm import VLLMConfig, count_blocks
 from tokendance.bench.workload import RoundWorkload, generate_workload
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.errors import ConfigError
@@ -148,10 +149,12 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     for mode in MODES:
         search(mode, lambda part, llm=engines[mode]: _seconds(llm, part))  # type: ignore[misc]
 
-    by_memory = {mode: _most_in_budget(model, mode, workload) for mode in MODES}
-    for mode, agents in by_memory.items():
+    by_memory: dict[str, int] = {mode: _most_in_budget(model, mode, workload) for mode in MODES}
+    if "vllm" in found:
+        by_memory["vllm"] = _most_in_vllm_budget(engines["prefix"], workload, token_bytes)
+    for name, agents in by_memory.items():
         row: Row = {
-            "mode": mode,
+            "mode": name,
             "limit": "1 GiB",
             "agents": agents,
             "vs_prefix": _over(agents, by_memory["prefix"]),
@@ -195,6 +198,18 @@ def _most_in_budget(model: LoadedModel, mode: ReuseMode, workload: RoundWorkload
             engine.abort(request)
         engine.pop_round(round_id)
         return all_in
+
+    return _bisect(fits, 0, len(workload.views) + 1)
+
+
+def _most_in_vllm_budget(encoder: LLM, workload: RoundWorkload, token_bytes: int) -> int:
+    """Likewise for vLLM, by counting its blocks: all but one, which it keeps for itself."""
+    block_size = VLLMConfig().block_size
+    budget = BUDGET_BYTES // (block_size * token_bytes) - 1
+
+    def fits(size: int) -> bool:
+        prompts = [prompt.token_ids.tolist() for prompt in workload.head(size).encoded(encoder)]
+        return count_blocks(prompts, ANSWER_TOKENS, block_size) <= budget
 
     return _bisect(fits, 0, len(workload.views) + 1)
 
