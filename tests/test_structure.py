@@ -30,6 +30,9 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 def test_rooms_import_only_what_they_may() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name not in ("server", "commands"):
+            assert "server" not in imported_rooms(path) or path.name == "cli.py", path
     for room, allowed in MAY_IMPORT.items():
         for path in (PACKAGE / room).rglob("*.py"):
             extra = imported_rooms(path) - allowed - {room, "config", "errors"}

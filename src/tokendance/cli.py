@@ -1,4 +1,4 @@
-"""The command line: run rounds, measure, calibrate, list models, examine the installation."""
+"""The command line: run rounds, serve, measure, calibrate, list models, examine what is here."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
 from tokendance.config import ReuseMode
-from tokendance.errors import TokenDanceError
+from tokendance.errors import ConfigError, TokenDanceError
 
 BenchName = Literal[
     "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "all"
@@ -131,6 +131,118 @@ def run(
         ),
         Console(),
     )
+
+
+def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Make a TOML file's values the defaults; options and environment go before it."""
+    if path is not None:
+        from tokendance.commands.serve import read_config
+
+        known = {parameter.name or "" for parameter in ctx.command.params} - {"config"}
+        ctx.default_map = read_config(path, known)
+    return path
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=_use_config,
+            envvar="TOKENDANCE_CONFIG",
+            help="A TOML file with options, named as here: port = 8000.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            envvar="TOKENDANCE_MODEL", help="An alias, a folder, or a Hugging Face hub id."
+        ),
+    ] = "smollm2-135m",
+    served_name: Annotated[
+        str | None,
+        typer.Option(help="What clients call the model; the same if left out."),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            envvar="TOKENDANCE_HOST",
+            help="Address to listen on. Beyond this machine an API key is needed.",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, envvar="TOKENDANCE_PORT", help="Port to listen on.")
+    ] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="TOKENDANCE_API_KEYS",
+            help="Who may ask; give it once per tenant. Tenants share nothing. Better in the "
+            "environment (separated by blanks) than here, where other users of the machine see it.",
+        ),
+    ] = None,
+    allow_public: Annotated[
+        bool, typer.Option(help="Listen beyond this machine without a key.")
+    ] = False,
+    reuse: Annotated[
+        ReuseMode, typer.Option(help="What KV is reused; see `tokendance run --help`.")
+    ] = "collective",
+    correction: Annotated[
+        CorrectionName | None,
+        typer.Option(help="Which tokens of reused text are computed afresh; edges if left out."),
+    ] = None,
+    fidelity_target: Annotated[
+        float | None,
+        typer.Option(help="Correct as little as keeps the KL divergence below this."),
+    ] = None,
+    window_ms: Annotated[
+        float,
+        typer.Option(min=0, help="Requests that arrive this near to each other make a round."),
+    ] = 4.0,
+    max_open_requests: Annotated[
+        int, typer.Option(min=1, help="Requests at a time; more are told to come back.")
+    ] = 256,
+    default_max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer where a request does not say.")
+    ] = 512,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(help="Memory for KV, like 2GiB; a quarter of the machine's if left out."),
+    ] = None,
+) -> None:
+    """Serve a model to any client of OpenAI's API; requests that come together make a round.
+
+    Nothing has to change in a client but its base_url. [bold]tokendance serve[/bold] serves the
+    demo model on this machine. Ctrl-C finishes what is under way and stops.
+    """
+    del config
+    try:
+        from tokendance.commands.serve import EngineOptions
+        from tokendance.commands.serve import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"The server needs {error.name}, which is not installed. "
+            "Run pip install 'tokendance[serve]'."
+        ) from error
+    from tokendance.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        served_name=served_name,
+        api_keys=tuple(api_key or ()),
+        allow_public=allow_public,
+        max_open_requests=max_open_requests,
+        default_max_tokens=default_max_tokens,
+        window_s=window_ms / 1000,
+    )
+    options = EngineOptions(model, reuse, correction, fidelity_target, dtype, threads, kv_budget)
+    run_server(options, settings, Console())
 
 
 @app.command()

@@ -275,27 +275,50 @@ class LLM:
             encoded = self.encoder.encode(prompt)
         except PromptError as reason:
             encoded, error = EncodedPrompt((), make_salt()), reason
+        request = self.request_of(
+            encoded,
+            params,
+            prompt.agent or name,
+            round_id,
+            in_round=in_round,
+            exact=prompt.reuse == "exact",
+        )
+        request.error = error or request.error
+        return request
+
+    def request_of(
+        self,
+        encoded: EncodedPrompt,
+        params: SamplingParams,
+        name: str,
+        round_id: RoundId,
+        *,
+        in_round: bool = True,
+        exact: bool = False,
+    ) -> Request:
+        """Make a request of an encoded prompt; one that cannot be run has its `error` set."""
+        error: TokenDanceError | None = None
         forced = params.forced_tokens or ()
         if any(not 0 <= token < self.model.shape.vocab_size for token in forced):
             error = PromptError(
-                f"The forced tokens of {prompt.agent or name!r} are not all in the model's "
+                f"The forced tokens of {name!r} are not all in the model's "
                 "vocabulary. Encode them with this model's tokenizer."
             )
         max_context = self.model.shape.max_context
         if len(encoded) >= max_context:
             error = PromptError(
-                f"The prompt of {prompt.agent or name!r} has {len(encoded)} tokens, and the "
+                f"The prompt of {name!r} has {len(encoded)} tokens, and the "
                 f"model's context holds {max_context}, the answer included. Shorten the prompt."
             )
         wanted = min(params.max_tokens, len(forced)) if forced else params.max_tokens
         request = Request(
-            prompt.agent or name,
+            name,
             round_id,
             encoded,
             params,
             max_new_tokens=min(wanted, max(1, max_context - len(encoded))),
             in_round=in_round,
-            exact=prompt.reuse == "exact",
+            exact=exact,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=self.model.stop_ids,
         )

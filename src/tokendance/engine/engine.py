@@ -4,6 +4,7 @@ step():  schedule  ->  run  ->  postprocess
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from tokendance.config import EngineConfig
 from tokendance.engine.blend import MIN_LAYERS
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory, Runner
-from tokendance.engine.sampling import choose_tokens
+from tokendance.engine.sampling import choose_tokens, top_logprobs
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
 from tokendance.errors import AbortedError, ConfigError, NumericsError
@@ -194,6 +195,8 @@ class Engine:
         alive = [wanting[row] for row in rows]
         if len(rows) < len(wanting):
             logits = logits[rows]
+        for request, row_logits in zip(alive, logits, strict=True):
+            _restrict(row_logits, request)
         chosen = choose_tokens(logits, [r.params for r in alive], [r.generator for r in alive])
         now = time.perf_counter()
         for request, row_logits, token in zip(alive, logits, chosen, strict=True):
@@ -205,6 +208,12 @@ class Engine:
                 request.shadow_tokens.append(token)
             if in_shadow or request.params.keep_logprobs:
                 request.logprobs.append(torch.log_softmax(row_logits, dim=-1))
+            if request.params.top_logprobs is not None:
+                request.top_logprobs.append(
+                    top_logprobs(row_logits, token, request.params.top_logprobs)
+                )
+            if request.constraint is not None:
+                request.constraint.accept(token)
             if request.first_token_s is None:
                 request.first_token_s = now
                 self.scheduler.mark_sound(request)
@@ -275,3 +284,12 @@ class Engine:
             record = self._rounds[round_id]
             pages = self.scheduler.resident_pages(requests)
             record.resident_pages = max(record.resident_pages, pages)
+
+
+@torch.inference_mode()
+def _restrict(logits: Tensor, request: Request) -> None:
+    """Apply what a request asks of its next token to its logits (vocabulary,), in place."""
+    for token, bias in request.params.logit_bias:
+        logits[token] += bias
+    if request.constraint is not None:
+        logits.masked_fill_(request.constraint.forbidden(), -math.inf)

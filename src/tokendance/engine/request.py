@@ -8,7 +8,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tokendance.collector.placement import Placement
-from tokendance.engine.sampling import SamplingParams
+from tokendance.engine.constraint import Constraint
+from tokendance.engine.sampling import SamplingParams, TokenLogprobs
 from tokendance.errors import TokenDanceError
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId
@@ -36,6 +37,7 @@ class Request:
         seed: of its random numbers.
         generator: of its random numbers; the sampler draws one a token.
         stop_ids: tokens that end it.
+        constraint: what its answer has to look like.
         placement: where its KV lies; the scheduler writes it on admission.
         num_computed: tokens whose KV is computed or scheduled; the scheduler writes it.
         generated: the answer so far; the engine writes it.
@@ -43,6 +45,7 @@ class Request:
             engine writes it.
         logprobs: float32 (vocabulary,) per generated token, if asked for, or the first
             ones if it is shadowed; the engine writes it.
+        top_logprobs: one per generated token, if asked for; the engine writes it.
         finish_reason: "stop", "length" or "error" when it is done; the engine writes it.
         stopped_by_text: whether a stop text ended it; the engine writes it.
         error: what went wrong, with reason "error".
@@ -66,11 +69,13 @@ class Request:
     seed: int = 0
     generator: random.Random = field(init=False)
     stop_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
     placement: Placement | None = None
     num_computed: int = 0
     generated: list[int] = field(default_factory=list)
     shadow_tokens: list[int] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)
+    top_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stopped_by_text: bool = False
     error: TokenDanceError | None = None
@@ -118,6 +123,9 @@ class Request:
         self.generated.clear()
         self.shadow_tokens.clear()
         self.logprobs.clear()
+        self.top_logprobs.clear()
+        if self.constraint is not None:
+            self.constraint.restart()
         self.first_token_s = None
         self.generator = random.Random(self.seed)
         self.num_retries += 1

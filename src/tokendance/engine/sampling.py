@@ -31,6 +31,9 @@ class SamplingParams:
         forced_tokens: answer these tokens whatever the logits say, at most `max_tokens` of them.
             For replaying recorded answers and for scoring.
         keep_logprobs: keep the log-probabilities of the whole vocabulary for every token.
+        top_logprobs: keep the log-probability of every token, and of so many likeliest ones in its
+            place; None keeps none.
+        logit_bias: (token, bias) pairs; added to the logits.
     """
 
     max_tokens: int = 64
@@ -43,6 +46,8 @@ class SamplingParams:
     ignore_eos: bool = False
     forced_tokens: tuple[int, ...] | None = None
     keep_logprobs: bool = False
+    top_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         checks = {
@@ -54,6 +59,7 @@ class SamplingParams:
                 not isinstance(self.stop, str) and all(self.stop),
                 "a tuple of texts that are not empty",
             ),
+            "top_logprobs": (self.top_logprobs is None or self.top_logprobs >= 0, "0 or more"),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
             "forced_tokens": (
                 self.forced_tokens is None or len(self.forced_tokens) > 0,
@@ -63,6 +69,27 @@ class SamplingParams:
         for name, (holds, rule) in checks.items():
             if not holds:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}. It must be {rule}.")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one place of an answer.
+
+    Attributes:
+        logprob: of the token that was chosen.
+        top: (token, log-probability) of the likeliest, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def top_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Log-probabilities of a token and of the `count` likeliest; logits float32 (vocabulary,)."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    likeliest = logprobs.topk(count)
+    top = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return TokenLogprobs(float(logprobs[token]), tuple(top))
 
 
 def choose_tokens(

@@ -5,8 +5,10 @@ tokens are recognized in the chat template's own text only: a user's text that s
 ordinary tokens.
 """
 
+import copy
 import re
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,16 +21,25 @@ from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_i
 
 
 class PromptEncoder:
-    """Encodes prompts with a model's tokenizer and chat template."""
+    """Encodes prompts with a model's tokenizer and chat template. Safe for several threads."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, salt: Salt) -> None:
         """Wrap a transformers tokenizer; `vocab_size` bounds the ids that callers may give."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._salt = salt
+        # Whether a tokenizer reads special tokens in a text is a switch inside of it, so that two
+        # threads that encode at a time would throw it for each other.
+        self._lock = threading.Lock()
         self._cache: dict[str, TokenIds] = {}
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
+
+    def with_salt(self, salt: Salt) -> "PromptEncoder":
+        """The same encoder for prompts that share nothing with those of other salts."""
+        other = copy.copy(self)
+        other._salt = salt
+        return other
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Encode one prompt.
@@ -36,28 +47,30 @@ class PromptEncoder:
         Raises:
             PromptError: if it is empty, of an unknown kind, or refused by the chat template.
         """
+        with self._lock:
+            encoded = build_prompt(self._pieces(prompt), self._salt)
+        if len(encoded) == 0:
+            raise PromptError("A prompt is empty. Give it at least one token.")
+        return encoded
+
+    def _pieces(self, prompt: Prompt) -> list[tuple[TokenIds, bool]]:
         content = prompt.content
         if isinstance(content, str):
-            pieces = self._parts(split_text(content), begin=True)
-        elif not isinstance(content, Sequence) and not isinstance(content, np.ndarray):
+            return self._parts(split_text(content), begin=True)
+        if not isinstance(content, Sequence) and not isinstance(content, np.ndarray):
             raise PromptError(
                 f"A prompt is a {type(content).__name__}. "
                 "Give text, token ids, a list of shared()/private() parts, or chat messages."
             )
-        elif all(isinstance(item, Part) for item in content):
-            pieces = self._parts(content, begin=True)  # type: ignore[arg-type]
-        elif all(isinstance(item, Mapping) for item in content):
-            pieces = self._messages(content)  # type: ignore[arg-type]
-        elif all(isinstance(item, int | np.integer) for item in content):
-            pieces = [(self._checked(content), False)]  # type: ignore[arg-type]
-        else:
-            raise PromptError(
-                "A prompt's list mixes kinds. Give token ids, parts or messages, one kind only."
-            )
-        encoded = build_prompt(pieces, self._salt)
-        if len(encoded) == 0:
-            raise PromptError("A prompt is empty. Give it at least one token.")
-        return encoded
+        if all(isinstance(item, Part) for item in content):
+            return self._parts(content, begin=True)  # type: ignore[arg-type]
+        if all(isinstance(item, Mapping) for item in content):
+            return self._messages(content)  # type: ignore[arg-type]
+        if all(isinstance(item, int | np.integer) for item in content):
+            return [(self._checked(content), False)]  # type: ignore[arg-type]
+        raise PromptError(
+            "A prompt's list mixes kinds. Give token ids, parts or messages, one kind only."
+        )
 
     def text_ids(self, text: str) -> TokenIds:
         """Token ids of a user's text; what spells a special token becomes ordinary tokens."""

@@ -1,0 +1,87 @@
+"""`tokendance serve`: an OpenAI-compatible server."""
+
+import logging
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from rich.console import Console
+from rich.markup import escape
+
+from tokendance.config import ReuseMode, format_bytes
+from tokendance.engine.sampling import SamplingParams
+from tokendance.errors import ConfigError
+from tokendance.llm import LLM
+from tokendance.models.loader import dtype_name
+from tokendance.server.app import create_app
+from tokendance.server.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the model is loaded with; see `LLM`."""
+
+    model: str
+    reuse: ReuseMode
+    correction: str | None
+    fidelity_target: float | None
+    dtype: str
+    threads: int | None
+    kv_budget: str | None
+
+
+def serve(options: EngineOptions, settings: ServerSettings, console: Console) -> None:
+    """Load the model and serve until interrupted; what is under way is finished first."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with console.status(f"Loading {escape(options.model)} ..."):
+        llm = LLM(
+            options.model,
+            reuse=options.reuse,
+            correction=options.correction,
+            fidelity_target=options.fidelity_target,
+            dtype=options.dtype,
+            kv_budget=options.kv_budget,
+        )
+        llm.generate("warm up", SamplingParams(max_tokens=1))
+        llm.engine.store.clear()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    app = create_app(llm, settings)
+    config = uvicorn.Config(
+        app,
+        settings.host,
+        settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_s),
+        server_header=False,
+    )
+    console.print(
+        f"[bold]{escape(app.state.server.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
+        f"{torch.get_num_threads()} threads, KV budget "
+        f"{format_bytes(llm.engine.config.store.kv_budget)}\n"
+        f"Set base_url to http://{settings.host}:{settings.port}/v1"
+        + (" and your API key." if settings.api_keys else "; any API key will do.")
+    )
+    uvicorn.Server(config).run()
+
+
+def read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    """Read a TOML file of options, named as on the command line.
+
+    Raises:
+        ConfigError: if it cannot be read, or names an option that does not exist.
+    """
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Give --config a TOML file.") from error
+    options = {name.replace("-", "_"): value for name, value in found.items()}
+    for name in options.keys() - known:
+        raise ConfigError(
+            f"{path} sets {name!r}, which is no option of serve. See `tokendance serve --help`."
+        )
+    return options

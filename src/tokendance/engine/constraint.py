@@ -1,0 +1,21 @@
+"""What an answer has to look like, token by token (constrained decoding)."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Constraint(Protocol):
+    """Says which tokens may come next. It belongs to one request."""
+
+    def forbidden(self) -> Tensor:
+        """Tokens that may not come next: bool (vocabulary,). Those that end answers count, too."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that was chosen."""
+        ...
+
+    def restart(self) -> None:
+        """Begin anew."""
+        ...

@@ -1,0 +1,123 @@
+"""An answer on its way to a client: jobs, their events, and the text that they spell."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tokenizers.decoders import DecodeStream
+
+from tokendance.engine.sampling import TokenLogprobs
+from tokendance.outputs import Output
+from tokendance.server.worker import Event, Finished, Job, NewTokens, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one of several answers has said since the last time.
+
+    Attributes:
+        index: of the answer.
+        text: new text; may be empty while a character is incomplete.
+        token_ids: new tokens.
+        logprobs: of each new token, if asked for.
+        output: the whole answer when it is done, else None.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    output: Output | None = None
+
+
+class Listener:
+    """Brings events of several jobs from the engine's thread into the event loop."""
+
+    def __init__(self) -> None:
+        """Listen in the loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def of(self, index: int) -> "_Ear":
+        """What job `index` is given to tell its events to."""
+        return _Ear(self, index)
+
+    def put(self, index: int, event: Event) -> None:
+        """Take an event; called on the engine's thread."""
+        # A loop that has closed has nobody left who would listen.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+    async def get(self) -> tuple[int, Event]:
+        """Wait for the next event of any job."""
+        return await self._events.get()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ear:
+    listener: Listener
+    index: int
+
+    def __call__(self, event: Event) -> None:
+        self.listener.put(self.index, event)
+
+
+class TextStream:
+    """Turns tokens into text piece by piece, and keeps back what may become a stop text."""
+
+    def __init__(self, tokenizer: object, stop: Sequence[str]) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: of transformers, a fast one.
+            stop: texts that end the answer and are not part of it.
+        """
+        self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._keep = max((len(text) for text in stop), default=1) - 1
+        self._text = ""
+        self._num_sent = 0
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """Take tokens; return what is certain to be in the answer."""
+        for token in token_ids:
+            self._text += self._decoder.step(self._backend, token) or ""
+        certain = max(self._num_sent, len(self._text) - self._keep)
+        return self._send(self._text[:certain])
+
+    def finish(self, text: str) -> str:
+        """Return what is left of the whole answer."""
+        if not text.startswith(self._text[: self._num_sent]):
+            text = self._text  # a tokenizer that spells the whole otherwise than its parts
+        return self._send(text)
+
+    def _send(self, text: str) -> str:
+        new = text[self._num_sent :]
+        self._num_sent = max(self._num_sent, len(text))
+        return new
+
+
+async def deltas(
+    listener: Listener, jobs: Mapping[int, Job], tokenizer: object
+) -> AsyncIterator[Delta]:
+    """What the jobs say, by their numbers, until all are done."""
+    streams = {index: TextStream(tokenizer, job.request.params.stop) for index, job in jobs.items()}
+    left = len(jobs)
+    while left:
+        index, event = await listener.get()
+        if isinstance(event, NewTokens):
+            text = streams[index].add(event.token_ids)
+            yield Delta(index, text, event.token_ids, event.logprobs)
+        elif isinstance(event, Finished):
+            left -= 1
+            yield Delta(index, streams[index].finish(event.output.text), output=event.output)
+
+
+@contextmanager
+def taken_back(worker: Worker, jobs: Sequence[Job]) -> Iterator[None]:
+    """Take jobs back when the one who waits for them has gone; no matter to those that are done."""
+    try:
+        yield
+    finally:
+        worker.cancel(jobs)

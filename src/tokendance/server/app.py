@@ -1,0 +1,126 @@
+"""The application: routes, errors, and what operators need."""
+
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from tokendance import __version__
+from tokendance.errors import TokenDanceError
+from tokendance.llm import LLM
+from tokendance.server.chat_routes import add_chat
+from tokendance.server.completion_routes import add_completions
+from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.limits import Limits
+from tokendance.server.round_routes import add_rounds
+from tokendance.server.settings import ServerSettings
+from tokendance.server.state import Server
+
+_SHAPES = {"str", "int", "float", "bool", "list", "dict"}
+
+
+def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
+    """Make the ASGI application; it owns the engine from its start to its end."""
+    server = Server(llm, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        server.worker.start()
+        yield
+        server.is_draining = True
+        await anyio.to_thread.run_sync(server.worker.stop, settings.drain_s)
+
+    app = FastAPI(title="TokenDance", version=__version__, lifespan=lifespan)
+    app.state.server = server
+    _add_errors(app)
+    _add_operations(app, server)
+    add_chat(app, server)
+    add_completions(app, server)
+    add_rounds(app, server)
+    app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        del request
+        return JSONResponse(error.body(), error.status, error.headers)
+
+    @app.exception_handler(TokenDanceError)
+    async def engine_error(request: Request, error: TokenDanceError) -> JSONResponse:
+        return await api_error(request, as_api_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = _field(first["loc"]) if first["type"] != "json_invalid" else None
+        text = f"{param or 'The body'}: {first['msg']}."
+        return await api_error(request, bad_request(text, param))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        headers = dict(error.headers or {})
+        return await api_error(
+            request, ApiError(error.status_code, str(error.detail), headers=headers)
+        )
+
+
+def _field(place: Sequence[str | int]) -> str | None:
+    """The name of a field, from where pydantic found it.
+
+    Which of several shapes it might have had is a part of the place, and not of the name.
+    """
+    parts = [str(part) for part in place if part != "body"]
+    named = [part for part in parts if re.fullmatch("[a-z_]+|[0-9]+", part) and part not in _SHAPES]
+    return ".".join(named) or None
+
+
+def _add_operations(app: FastAPI, server: Server) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the engine runs."""
+        alive = server.worker.is_alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether requests are taken."""
+        if server.worker.is_alive and not server.is_draining:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready"}, 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models(tenant: Annotated[str, Depends(server.tenant_of)]) -> dict[str, Any]:
+        """The one model."""
+        del tenant
+        return {"object": "list", "data": [_model_card(server)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, tenant: Annotated[str, Depends(server.tenant_of)]) -> dict[str, Any]:
+        """The one model, by its name."""
+        del tenant
+        server.check_model(name)
+        return _model_card(server)
+
+
+def _model_card(server: Server) -> dict[str, Any]:
+    return {
+        "id": server.model_name,
+        "object": "model",
+        "created": server.started_s,
+        "owned_by": "tokendance",
+        "max_model_len": server.llm.model.shape.max_context,
+    }

@@ -1,0 +1,158 @@
+"""POST /v1/chat/completions."""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+
+from tokendance.engine.sampling import TokenLogprobs
+from tokendance.outputs import Output
+from tokendance.server.answers import Delta
+from tokendance.server.chat import (
+    ToolCallOut,
+    constraint_of,
+    encode_chat,
+    is_marked,
+    split_tool_calls,
+)
+from tokendance.server.protocol import ChatRequest
+from tokendance.server.running import Ask, answer, read_ask, usage_of
+from tokendance.server.state import Server
+from tokendance.server.worker import Job
+
+
+def add_chat(app: FastAPI, server: Server) -> None:
+    """Add the route."""
+
+    @app.post("/v1/chat/completions")
+    async def chat(
+        body: ChatRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
+    ) -> Response:
+        """Answer a conversation."""
+        server.check_model(body.model)
+        encoder = server.encoder(tenant)
+        answer_id = f"chatcmpl-{secrets.token_hex(12)}"
+        created = int(time.time())
+
+        def read() -> Ask:
+            prompt = encode_chat(body, encoder, server.settings)
+            return read_ask(
+                server,
+                body,
+                [prompt],
+                partial(constraint_of, body, server.grammars),
+                marked=is_marked(body),
+            )
+
+        def document(kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+            return {
+                "id": answer_id,
+                "object": kind,
+                "created": created,
+                "model": server.model_name,
+                "choices": choices,
+                **more,
+            }
+
+        def whole(
+            jobs: list[Job], outputs: list[Output], logprobs: list[list[TokenLogprobs]]
+        ) -> dict[str, Any]:
+            choices = []
+            for index, (output, job) in enumerate(zip(outputs, jobs, strict=True)):
+                content, calls = _content(body, output.text)
+                message: dict[str, Any] = {"role": "assistant", "content": content}
+                if calls:
+                    message["content"] = content or None
+                    message["tool_calls"] = [call.as_openai() for call in calls]
+                choices.append(
+                    {
+                        "index": index,
+                        "message": message,
+                        "logprobs": _chat_logprobs(server, job, output.token_ids, logprobs[index]),
+                        "finish_reason": "tool_calls" if calls else output.finish_reason,
+                    }
+                )
+            return document("chat.completion", choices, usage=usage_of(outputs, body.n or 1))
+
+        def chunks(jobs: list[Job]) -> Callable[[Delta], list[dict[str, Any]]]:
+            begun: set[int] = set()
+            held = [""] * len(jobs)  # text that may become a call is not sent as text
+
+            def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+                choice = {"index": index, "delta": delta, "finish_reason": None, **more}
+                return document("chat.completion.chunk", [choice])
+
+            def of(delta: Delta) -> list[dict[str, Any]]:
+                found: list[dict[str, Any]] = []
+                if delta.index not in begun:
+                    begun.add(delta.index)
+                    found.append(chunk(delta.index, {"role": "assistant", "content": ""}))
+                more: dict[str, Any] = {}
+                if delta.logprobs:
+                    job = jobs[delta.index]
+                    more["logprobs"] = _chat_logprobs(
+                        server, job, delta.token_ids, list(delta.logprobs)
+                    )
+                text = delta.text
+                if body.tools:
+                    held[delta.index] += text
+                    text = ""
+                if text or more:
+                    found.append(chunk(delta.index, {"content": text}, **more))
+                if delta.output is None:
+                    return found
+                reason = delta.output.finish_reason
+                if body.tools:
+                    content, calls = _content(body, held[delta.index])
+                    if content:
+                        found.append(chunk(delta.index, {"content": content}))
+                    if calls:
+                        reason = "tool_calls"
+                        listed = [call.as_openai(place) for place, call in enumerate(calls)]
+                        found.append(chunk(delta.index, {"tool_calls": listed}))
+                found.append(chunk(delta.index, {}, finish_reason=reason))
+                return found
+
+            return of
+
+        def last_chunk(outputs: list[Output]) -> dict[str, Any] | None:
+            if body.stream_options is None or not body.stream_options.include_usage:
+                return None
+            return document("chat.completion.chunk", [], usage=usage_of(outputs, body.n or 1))
+
+        return await answer(
+            server,
+            request,
+            read,
+            streams=bool(body.stream),
+            whole=whole,
+            chunks=chunks,
+            last_chunk=last_chunk,
+        )
+
+
+def _content(body: ChatRequest, text: str) -> tuple[str, list[ToolCallOut]]:
+    return split_tool_calls(text) if body.tools else (text, [])
+
+
+def _chat_logprobs(
+    server: Server, job: Job, token_ids: Sequence[int], logprobs: list[TokenLogprobs]
+) -> dict[str, Any] | None:
+    if job.request.params.top_logprobs is None:
+        return None
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = server.token_text(token)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            entry(token, one.logprob)
+            | {"top_logprobs": [entry(other, value) for other, value in one.top]}
+            for token, one in zip(token_ids, logprobs, strict=False)
+        ],
+        "refusal": None,
+    }

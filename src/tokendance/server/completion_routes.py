@@ -1,0 +1,136 @@
+"""POST /v1/completions."""
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+
+from tokendance.engine.sampling import TokenLogprobs
+from tokendance.errors import InputError
+from tokendance.models.encoder import PromptEncoder
+from tokendance.outputs import Output
+from tokendance.rounds.prompts import Prompt, strip_separator
+from tokendance.rounds.segments import EncodedPrompt
+from tokendance.server.answers import Delta
+from tokendance.server.errors import bad_request
+from tokendance.server.protocol import CompletionRequest
+from tokendance.server.running import Ask, answer, read_ask, usage_of
+from tokendance.server.state import Server
+from tokendance.server.worker import Job
+
+
+def add_completions(app: FastAPI, server: Server) -> None:
+    """Add the route."""
+
+    @app.post("/v1/completions")
+    async def completions(
+        body: CompletionRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
+    ) -> Response:
+        """Go on with texts, or with token ids."""
+        server.check_model(body.model)
+        encoder = server.encoder(tenant)
+        answer_id = f"cmpl-{secrets.token_hex(12)}"
+        created = int(time.time())
+
+        def read() -> Ask:
+            prompts = [_encode(encoder, prompt) for prompt in _prompts(body)]
+            return read_ask(server, body, prompts)
+
+        def document(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+            return {
+                "id": answer_id,
+                "object": "text_completion",
+                "created": created,
+                "model": server.model_name,
+                "choices": choices,
+                **more,
+            }
+
+        def whole(
+            jobs: list[Job], outputs: list[Output], logprobs: list[list[TokenLogprobs]]
+        ) -> dict[str, Any]:
+            del jobs
+            choices = [
+                {
+                    "index": index,
+                    "text": output.text,
+                    "logprobs": _completion_logprobs(server, output, logprobs[index]),
+                    "finish_reason": output.finish_reason,
+                }
+                for index, output in enumerate(outputs)
+            ]
+            return document(choices, usage=usage_of(outputs, body.n or 1))
+
+        def chunks(jobs: list[Job]) -> Callable[[Delta], list[dict[str, Any]]]:
+            del jobs
+
+            def of(delta: Delta) -> list[dict[str, Any]]:
+                reason = None if delta.output is None else delta.output.finish_reason
+                if not delta.text and reason is None:
+                    return []
+                choice = {
+                    "index": delta.index,
+                    "text": delta.text,
+                    "logprobs": None,
+                    "finish_reason": reason,
+                }
+                return [document([choice])]
+
+            return of
+
+        def last_chunk(outputs: list[Output]) -> dict[str, Any] | None:
+            if body.stream_options is None or not body.stream_options.include_usage:
+                return None
+            return document([], usage=usage_of(outputs, body.n or 1))
+
+        return await answer(
+            server,
+            request,
+            read,
+            streams=bool(body.stream),
+            whole=whole,
+            chunks=chunks,
+            last_chunk=last_chunk,
+        )
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise bad_request("prompt is empty.", "prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def _encode(encoder: PromptEncoder, prompt: str | list[int]) -> EncodedPrompt:
+    try:
+        if isinstance(prompt, str):
+            prompt = strip_separator(prompt)
+        return encoder.encode(Prompt(prompt))
+    except InputError as error:
+        raise bad_request(str(error), "prompt") from error
+
+
+def _completion_logprobs(
+    server: Server, output: Output, logprobs: list[TokenLogprobs]
+) -> dict[str, Any] | None:
+    if not logprobs:
+        return None
+    texts = [server.token_text(token) for token in output.token_ids]
+    offsets = [0]
+    for text in texts:
+        offsets.append(offsets[-1] + len(text))
+    return {
+        "tokens": texts,
+        "token_logprobs": [one.logprob for one in logprobs[: len(texts)]],
+        "top_logprobs": [
+            {server.token_text(token): value for token, value in one.top}
+            for one in logprobs[: len(texts)]
+        ],
+        "text_offset": offsets[:-1],
+    }

@@ -1,0 +1,127 @@
+"""Answers that are sure to parse: JSON, schemas and tool calls, by constrained decoding.
+
+llguidance does the work; it says for every token whether it may come next.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import torch
+from torch import Tensor
+
+from tokendance.models.loader import LoadedModel
+from tokendance.server.errors import bad_request
+
+# Blanks where people put them, and nowhere else: a small model can write blanks for ever.
+_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+TOOL_BEGIN = "<tool_call>"
+TOOL_END = "</tool_call>"
+
+
+class Grammars:
+    """Makes constraints for a model. Safe for several threads."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        """Prepare; the tokenizer is read when the first constraint is asked for (a second)."""
+        self._model = model
+        self._lock = threading.Lock()
+        self._tokenizer: llguidance.LLTokenizer | None = None
+
+    def json_schema(self, schema: Mapping[str, Any], param: str) -> "GrammarConstraint":
+        """JSON that fits a schema.
+
+        Raises:
+            ApiError: for a schema that cannot be followed, naming the request's field `param`.
+        """
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides=_JSON
+            )
+        except ValueError as error:
+            raise bad_request(f"The schema cannot be followed: {error}", param) from error
+        return self._constraint(grammar, param)
+
+    def tool_calls(
+        self, tools: Sequence[Mapping[str, Any]], *, required: bool, several: bool
+    ) -> "GrammarConstraint":
+        """Text that may call tools, or one or several calls and no other text.
+
+        Args:
+            tools: functions as OpenAI describes them: name and parameters.
+            required: whether there has to be a call, and nothing else.
+            several: whether there may be more than one.
+        """
+        call = {"anyOf": [_call_schema(tool) for tool in tools], "x-guidance": _JSON}
+        if required:
+            more = '("\\n" call)*' if several else ""
+            lark = (
+                f"%llguidance {{}}\nstart: call {more}\n"
+                f'call: "{TOOL_BEGIN}\\n" json "\\n{TOOL_END}"\n'
+                f"json: %json {json.dumps(call)}\n"
+            )
+            return self._constraint(llguidance.LLMatcher.grammar_from_lark(lark), "tools")
+        tag = llguidance.StructTag(
+            trigger=TOOL_BEGIN, begin=f"{TOOL_BEGIN}\n", grammar=call, end=f"\n{TOOL_END}"
+        )
+        grammar = llguidance.StructTag.to_grammar([tag], assume_special=False)
+        return self._constraint(grammar, "tools")
+
+    def _constraint(self, grammar: str, param: str) -> "GrammarConstraint":
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = llguidance.hf.from_tokenizer(
+                    self._model.tokenizer,
+                    n_vocab=self._model.shape.vocab_size,
+                    eos_token=sorted(self._model.stop_ids),
+                )
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            reason = matcher.get_error().splitlines()[0]
+            raise bad_request(
+                f"What the answer shall look like cannot be followed: {reason}", param
+            )
+        return GrammarConstraint(matcher, self._model)
+
+
+class GrammarConstraint:
+    """A grammar on its way through one answer; see `engine.constraint.Constraint`."""
+
+    def __init__(self, matcher: "llguidance.LLMatcher", model: LoadedModel) -> None:
+        """Begin at the grammar's beginning."""
+        self._matcher = matcher
+        self._device = model.device
+        self._only_end = torch.ones(model.shape.vocab_size, dtype=torch.bool)
+        self._only_end[sorted(model.stop_ids)] = False
+
+    def forbidden(self) -> Tensor:
+        """Tokens that may not come next: bool (vocabulary,)."""
+        if self._matcher.is_stopped():
+            return self._only_end.to(self._device)
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        return (allowed == 0).to(self._device)
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that was chosen."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+
+    def restart(self) -> None:
+        """Begin anew."""
+        self._matcher.reset()
+
+
+def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": tool["name"]},
+            "arguments": tool.get("parameters") or {"type": "object"},
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }

@@ -1,0 +1,93 @@
+"""What Prometheus reads at /metrics. Labels are few and never hold what clients send."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tokendance.engine.request import Request
+from tokendance.llm import LLM
+from tokendance.outputs import Output
+
+if TYPE_CHECKING:
+    from tokendance.server.worker import Job
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_AGENTS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own."""
+
+    def __init__(self, llm: LLM) -> None:
+        """Describe an engine."""
+        self._registry = CollectorRegistry()
+        self._mode = llm.engine.config.reuse
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"tokendance_{name}", text, registry=self._registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"tokendance_{name}", text, ["reuse"], buckets=buckets, registry=self._registry
+            )
+
+        self._agents = Histogram(
+            "tokendance_round_agents",
+            "Requests that started together.",
+            buckets=_AGENTS,
+            registry=self._registry,
+        )
+        self._prompt = counter("prompt_tokens", "Prompt tokens of requests that were answered.")
+        self._computed = counter("computed_tokens", "Of these, computed.")
+        self._reused = counter("reused_tokens", "Of these, not computed: their KV was there.")
+        self._corrected = counter("corrected_tokens", "Of the computed, shared and corrected.")
+        self._generated = counter("generated_tokens", "Tokens of answers.")
+        self._requests = Counter(
+            "tokendance_requests",
+            "Requests by how they ended.",
+            ["reason"],
+            registry=self._registry,
+        )
+        self._first_token = histogram("first_token_seconds", "To the first token.", _SECONDS)
+        self._per_token = histogram(
+            "inter_token_seconds", "Between tokens of an answer, on average.", _SECONDS
+        )
+        scheduler = llm.engine.scheduler
+        pool = llm.engine.store.pool
+        self._gauge("running_requests", "Being computed.", lambda: len(scheduler.running))
+        self._gauge("waiting_requests", "In the queue.", lambda: len(scheduler.waiting))
+        self._gauge(
+            "kv_bytes_in_use",
+            "KV of running requests and of what is kept for later ones.",
+            lambda: (pool.num_pages - pool.num_free) * llm.engine.page_bytes,
+        )
+
+    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        gauge = Gauge(f"tokendance_{name}", text, registry=self._registry)
+        gauge.set_function(read)
+
+    def begin_round(self, agents: int) -> None:
+        """Count a round."""
+        self._agents.observe(agents)
+
+    def finish(self, job: "Job", request: Request, output: Output) -> None:
+        """Count a request that is done."""
+        self._requests.labels(output.finish_reason).inc()
+        if output.error is not None:
+            return
+        self._prompt.inc(output.prompt_tokens)
+        self._computed.inc(output.computed_tokens)
+        self._reused.inc(output.reused_tokens)
+        self._corrected.inc(output.corrected_tokens)
+        self._generated.inc(len(output.token_ids))
+        if request.first_token_s is None or request.finished_s is None:
+            return
+        self._first_token.labels(self._mode).observe(request.first_token_s - job.arrived_s)
+        if len(output.token_ids) > 1:
+            between = (request.finished_s - request.first_token_s) / (len(output.token_ids) - 1)
+            self._per_token.labels(self._mode).observe(between)
+
+    def text(self) -> bytes:
+        """Write all of it in Prometheus' format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,246 @@
+"""What clients send, in OpenAI's shapes.
+
+Fields that mean nothing to a local model are taken and have no effect; those that would change
+the answer and are not supported are refused by name (`refuse_unsupported`); unknown ones, too.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tokendance.server.errors import bad_request
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text", "refusal"]
+    text: str = ""
+
+
+class FunctionCall(BaseModel):
+    """What a model wants to call."""
+
+    name: Annotated[str, Field(max_length=64)]
+    arguments: str = "{}"
+
+
+class ToolCall(BaseModel):
+    """A call in an earlier answer."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(extra="ignore")  # clients send back what other servers gave them
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class FunctionSpec(BaseModel):
+    """A function that a model may call."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A tool; only functions are known."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(BaseModel):
+    """Which function has to be called."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """Which tool has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(BaseModel):
+    """A schema for an answer."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    name: str = ""
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What an answer has to look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool | None = None
+
+
+class RoundField(BaseModel):
+    """The round that a request belongs to.
+
+    Attributes:
+        id: any text; requests with the same one run together.
+        size: requests of the round: it starts when they are there, or after a short wait.
+        agent: whose request this is.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    agent: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+class Sampling(_Body):
+    """What requests of both kinds say of how tokens are chosen."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    ignore_eos: bool | None = None
+    round: RoundField | None = None
+    # Taken, without effect.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+
+class ChatRequest(Sampling):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    # Taken, without effect.
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    modalities: list[Literal["text"]] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+
+class CompletionRequest(Sampling):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class BlockRef(BaseModel):
+    """A shared block of a round, by its id."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["block"] = "block"
+    id: str
+
+
+class SharedText(BaseModel):
+    """Text that others of the round may have, too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["shared"]
+    text: str
+
+
+class RoundMessage(BaseModel):
+    """A message of an agent; its parts may be blocks of the round."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[BlockRef | SharedText | TextPart] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+
+
+class RoundAgent(Sampling):
+    """One agent of a round, with messages or with segments.
+
+    Attributes:
+        agent: its name.
+        model: may be left out.
+    """
+
+    agent: Annotated[str, Field(min_length=1, max_length=256)]
+    model: str = ""
+    messages: Annotated[list[RoundMessage], Field(min_length=1)] | None = None
+    segments: Annotated[list[BlockRef | SharedText | TextPart], Field(min_length=1)] | None = None
+
+
+class RoundRequest(_Body):
+    """Body of /v1/rounds: all agents of a round, and the blocks that they share."""
+
+    model: str
+    agents: Annotated[list[RoundAgent], Field(min_length=1, max_length=1024)]
+    blocks: dict[str, str] = {}
+    stream: bool | None = None
+
+
+def refuse_unsupported(body: Sampling) -> None:
+    """Refuse what would change the answer and cannot be done.
+
+    Raises:
+        ApiError: naming the field.
+    """
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(body, name):
+            raise bad_request(f"{name} is not supported. Leave it out, or set it to 0.", name)
+    if isinstance(body, CompletionRequest):
+        if body.echo:
+            raise bad_request("echo is not supported. Leave it out.", "echo")
+        if body.suffix:
+            raise bad_request("suffix is not supported. Leave it out.", "suffix")
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise bad_request("best_of is not supported. Use n.", "best_of")
+    if isinstance(body, ChatRequest) and body.top_logprobs is not None and not body.logprobs:
+        raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")

@@ -1,0 +1,255 @@
+"""From a request that was read to its answer, at once or as a stream.
+
+request -> admitted -> read (a thread) -> jobs -> worker -> events -> answer
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from tokendance.engine.sampling import SamplingParams, TokenLogprobs
+from tokendance.outputs import Output
+from tokendance.rounds.segments import EncodedPrompt
+from tokendance.server.answers import Delta, Listener, deltas, taken_back
+from tokendance.server.chat import sampling_params
+from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.grammar import GrammarConstraint
+from tokendance.server.protocol import ChatRequest, Sampling, refuse_unsupported
+from tokendance.server.state import Server
+from tokendance.server.worker import Event, Job, RoundKey
+from tokendance.store.entries import RoundId
+
+Result = TypeVar("Result")
+
+_NO_ROUND = RoundId(-1)  # until the worker has found the round
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request that was read: prompts, and how each of its answers is chosen."""
+
+    prompts: list[EncodedPrompt]
+    params: list[SamplingParams]
+    constraints: list[GrammarConstraint | None]
+    key: RoundKey | None
+    round_size: int | None
+    agent: str
+    marked: bool
+    field: str
+
+
+def read_ask(
+    server: Server,
+    body: Sampling,
+    prompts: list[EncodedPrompt],
+    make_constraint: Callable[[], GrammarConstraint | None] = lambda: None,
+    *,
+    marked: bool = False,
+) -> Ask:
+    """Read what requests of all kinds have.
+
+    Args:
+        server: that is asked.
+        body: of the request.
+        prompts: that were read of it.
+        make_constraint: called for each answer.
+        marked: see `Job`.
+
+    Raises:
+        ApiError: for what is not supported.
+    """
+    refuse_unsupported(body)
+    choices = body.n or 1
+    if choices > server.settings.max_choices:
+        raise bad_request(f"n is at most {server.settings.max_choices}.", "n")
+    size = server.llm.model.shape.vocab_size
+    params = [sampling_params(body, server.settings, size, choice) for choice in range(choices)]
+    given = body.round
+    return Ask(
+        prompts,
+        params,
+        [make_constraint() for _ in params],
+        None if given is None else RoundKey(prompts[0].salt, given.id),
+        None if given is None else given.size,
+        (given.agent if given is not None else None) or "the client",
+        marked,
+        "messages" if isinstance(body, ChatRequest) else "prompt",
+    )
+
+
+def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], None]]) -> list[Job]:
+    """Make a job for each choice of each prompt.
+
+    Args:
+        server: that is asked.
+        ask: what was asked.
+        ear: gives job number i what it tells its events to.
+
+    Raises:
+        ApiError: for a prompt that cannot be run.
+    """
+    jobs: list[Job] = []
+    for prompt in ask.prompts:
+        for params, constraint in zip(ask.params, ask.constraints, strict=True):
+            request = server.llm.request_of(prompt, params, ask.agent, _NO_ROUND)
+            if request.error is not None:
+                raise bad_request(str(request.error), ask.field, "context_length_exceeded")
+            request.constraint = constraint
+            jobs.append(Job(request, ear(len(jobs)), ask.key, ask.round_size, ask.marked))
+    return jobs
+
+
+async def begin(server: Server, read: Callable[[], Ask]) -> tuple[list[Job], Listener]:
+    """Read a request on another thread, while others of its round wait for it, and hand it in."""
+    server.worker.arrive()
+    listener = Listener()
+    try:
+        ask = await anyio.to_thread.run_sync(read)
+        jobs = make_jobs(server, ask, listener.of)
+    except BaseException:
+        server.worker.withdraw()
+        raise
+    server.worker.submit(jobs, announced=True)
+    return jobs, listener
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do something unless the client goes away before it is done."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "The client has gone.")
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def collect(
+    server: Server, jobs: Sequence[Job], listener: Listener
+) -> tuple[list[Output], list[list[TokenLogprobs]]]:
+    """Wait for all answers.
+
+    Raises:
+        ApiError: if one could not be given.
+    """
+    outputs: dict[int, Output] = {}
+    logprobs: list[list[TokenLogprobs]] = [[] for _ in jobs]
+    async for delta in deltas(listener, dict(enumerate(jobs)), server.llm.model.tokenizer):
+        logprobs[delta.index] += delta.logprobs
+        if delta.output is not None:
+            if delta.output.error is not None:
+                raise as_api_error(delta.output.error)
+            outputs[delta.index] = delta.output
+    return [outputs[index] for index in range(len(jobs))], logprobs
+
+
+def usage_of(outputs: Sequence[Output], choices: int) -> dict[str, Any]:
+    """Tokens as OpenAI counts them: a prompt once, however many answers it has."""
+    firsts = outputs[::choices]
+    prompt = sum(output.prompt_tokens for output in firsts)
+    answer = sum(len(output.token_ids) for output in outputs)
+    cached = sum(output.reused_tokens for output in firsts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def event(document: dict[str, Any]) -> str:
+    """A document as a server-sent event."""
+    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+
+
+class ReleasingStream(StreamingResponse):
+    """A stream of events that lets go of its jobs and its admission however it ends."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        server: Server,
+        jobs: Sequence[Job],
+    ) -> None:
+        """Send `events`; then take `jobs` back, and release what `Server.admit` has counted."""
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        self._server = server
+        self._jobs = jobs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._server.worker.cancel(self._jobs)
+            self._server.release()
+
+
+async def events_of(
+    server: Server,
+    jobs: Sequence[Job],
+    listener: Listener,
+    chunks: Callable[[Delta], list[dict[str, Any]]],
+    last_chunk: Callable[[list[Output]], dict[str, Any] | None],
+) -> AsyncIterator[str]:
+    """Events as the answers grow; an error ends the stream with an event of its own."""
+    outputs: dict[int, Output] = {}
+    async for delta in deltas(listener, dict(enumerate(jobs)), server.llm.model.tokenizer):
+        if delta.output is not None:
+            if delta.output.error is not None:
+                yield event(as_api_error(delta.output.error).body())
+                return
+            outputs[delta.index] = delta.output
+        for chunk in chunks(delta):
+            yield event(chunk)
+    last = last_chunk([outputs[index] for index in range(len(jobs))])
+    if last is not None:
+        yield event(last)
+    yield "data: [DONE]\n\n"
+
+
+async def answer(
+    server: Server,
+    request: Request,
+    read: Callable[[], Ask],
+    *,
+    streams: bool,
+    whole: Callable[[list[Job], list[Output], list[list[TokenLogprobs]]], dict[str, Any]],
+    chunks: Callable[[list[Job]], Callable[[Delta], list[dict[str, Any]]]],
+    last_chunk: Callable[[list[Output]], dict[str, Any] | None],
+) -> Response:
+    """Answer a request at once or as a stream."""
+    server.admit()
+    handed_over = False
+    try:
+        jobs, listener = await begin(server, read)
+        if streams:
+            handed_over = True
+            found = events_of(server, jobs, listener, chunks(jobs), last_chunk)
+            return ReleasingStream(found, server, jobs)
+        with taken_back(server.worker, jobs):
+            outputs, logprobs = await unless_gone(request, collect(server, jobs, listener))
+        return JSONResponse(whole(jobs, outputs, logprobs))
+    finally:
+        if not handed_over:
+            server.release()

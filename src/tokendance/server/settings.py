@@ -1,0 +1,65 @@
+"""Settings of the server. Each default is written here and nowhere else."""
+
+import ipaddress
+from dataclasses import dataclass
+
+from tokendance.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How the server listens, whom it lets in, and what it refuses.
+
+    Attributes:
+        host: address to listen on.
+        port: likewise; 0 takes any that is free.
+        served_name: the model's name for clients; as it was loaded if None.
+        api_keys: who may ask. Each key is a tenant, and tenants share nothing. Without any,
+            everybody may.
+        allow_public: listen beyond this machine without keys.
+        max_body_bytes: larger requests are refused.
+        max_messages: of one conversation.
+        max_open_requests: that are answered at a time; more are told to come back.
+        default_max_tokens: of an answer whose request does not say.
+        max_choices: answers to one request.
+        window_s: requests that arrive within so many seconds of each other make a round.
+        window_share: of a lone request's time; nobody waits longer for others.
+        round_wait_s: a round with an id starts so long after its last request, if it is not full.
+        drain_s: answers that are under way may take so long to end when the server stops.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_name: str | None = None
+    api_keys: tuple[str, ...] = ()
+    allow_public: bool = False
+    max_body_bytes: int = 8 * 2**20
+    max_messages: int = 4096
+    max_open_requests: int = 256
+    default_max_tokens: int = 512
+    max_choices: int = 16
+    window_s: float = 0.004
+    window_share: float = 0.05
+    round_wait_s: float = 0.2
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.api_keys and not self.allow_public and not _is_loopback(self.host):
+            raise ConfigError(
+                f"Without an API key the server listens on this machine only, not on {self.host}. "
+                "Give --api-key, or --allow-public if everybody who reaches it may use it."
+            )
+        for name in ("max_body_bytes", "max_messages", "max_open_requests", "default_max_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
+        if any(not key for key in self.api_keys):
+            raise ConfigError("An API key is empty. Give each at least one character.")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,140 @@
+"""What the routes work with."""
+
+import copy
+import hashlib
+import hmac
+import time
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from tokendance.llm import LLM
+from tokendance.models.encoder import PromptEncoder
+from tokendance.rounds.segments import Salt, make_salt
+from tokendance.server.errors import ApiError
+from tokendance.server.grammar import Grammars
+from tokendance.server.metrics import Metrics
+from tokendance.server.settings import ServerSettings
+from tokendance.server.worker import Worker
+
+
+@dataclass(slots=True)
+class Server:
+    """A model, its worker, and who may ask.
+
+    Attributes:
+        llm: the model; only the worker touches its engine.
+        settings: of the server.
+        metrics: what Prometheus reads.
+        worker: runs the engine.
+        grammars: for answers that have to parse.
+        started_s: seconds since 1970.
+        is_draining: no more requests are taken.
+        num_open: requests that are being answered.
+    """
+
+    llm: LLM
+    settings: ServerSettings
+    metrics: Metrics = field(init=False)
+    worker: Worker = field(init=False)
+    grammars: Grammars = field(init=False)
+    started_s: int = field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False
+    num_open: int = 0
+    _encoder: PromptEncoder = field(init=False)
+    _encoders: dict[Salt, PromptEncoder] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.llm)
+        # Encoding changes a tokenizer for a moment, and the engine's thread decodes with the other.
+        model = self.llm.model
+        self._encoder = PromptEncoder(
+            copy.deepcopy(model.tokenizer), model.shape.vocab_size, make_salt()
+        )
+        self.grammars = Grammars(self.llm.model)
+        self.worker = Worker(
+            self.llm,
+            self.metrics,
+            window_s=self.settings.window_s,
+            window_share=self.settings.window_share,
+            round_wait_s=self.settings.round_wait_s,
+        )
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.settings.served_name or self.llm.model.name
+
+    def encoder(self, tenant: str) -> PromptEncoder:
+        """The encoder of a tenant, whose hashes nobody else's prompts have."""
+        model = self.llm.model
+        salt = make_salt(model.name, str(model.dtype), tenant)
+        if salt not in self._encoders:
+            self._encoders[salt] = self._encoder.with_salt(salt)
+        return self._encoders[salt]
+
+    def admit(self) -> None:
+        """Count a request that is answered from now on, until `release`.
+
+        Raises:
+            ApiError: 503 while the server stops or its engine has failed, 429 if too many are open.
+        """
+        if self.is_draining or not self.worker.is_alive:
+            raise ApiError(
+                503, "The server is stopping. Ask another, or later.", headers={"Retry-After": "5"}
+            )
+        if self.num_open >= self.settings.max_open_requests:
+            raise ApiError(
+                429,
+                f"{self.num_open} requests are being answered, and no more are taken at a time. "
+                "Ask again in a moment.",
+                code="too_many_requests",
+                headers={"Retry-After": "1"},
+            )
+        self.num_open += 1
+
+    def release(self) -> None:
+        """Count a request as answered."""
+        self.num_open -= 1
+
+    def token_text(self, token: int) -> str:
+        """The text of one token."""
+        text: str = self.llm.model.tokenizer.decode([token])
+        return text
+
+    def tenant_of(self, request: Request) -> str:
+        """Who asks, by the API key.
+
+        Raises:
+            ApiError: 401 without a key that is known.
+        """
+        if not self.settings.api_keys:
+            return ""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        digest = hashlib.sha256(given.encode()).digest()
+        found = ""
+        for key in self.settings.api_keys:
+            # All are compared, so that time tells nothing about them.
+            if hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest):
+                found = hashlib.sha256(key.encode()).hexdigest()
+        if not found:
+            raise ApiError(
+                401,
+                "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+            )
+        return found
+
+    def check_model(self, name: str) -> None:
+        """Refuse another model's name.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name != self.model_name:
+            raise ApiError(
+                404,
+                f"The model {name!r} is not served here. Ask for {self.model_name!r}.",
+                param="model",
+                code="model_not_found",
+            )

@@ -1,0 +1,350 @@
+"""The engine in a thread of its own, so that the event loop never waits for the model.
+
+Handlers hand in jobs and listen to events; everything that touches the engine happens here:
+
+    handler   arrive() ... submit(job)           cancel(job)
+                             |                       |
+    thread    inbox -> window, rounds with ids -> engine.add -> engine.step -> job.listen(event)
+
+All methods of `Worker` may be called from any thread; a job's listener is called on the worker's.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tokendance.engine.request import Request
+from tokendance.engine.sampling import TokenLogprobs
+from tokendance.errors import AbortedError
+from tokendance.llm import LLM, make_output
+from tokendance.outputs import Output
+from tokendance.rounds.discovery import Discovery
+from tokendance.rounds.segments import Salt
+from tokendance.server.metrics import Metrics
+from tokendance.server.window import Window
+from tokendance.store.entries import RoundId
+
+# Tenants whose shared pieces are remembered; the one that asked longest ago is forgotten.
+_MAX_TENANTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Tokens that a job has said since the last event.
+
+    Attributes:
+        token_ids: one or more.
+        logprobs: of each, if asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job is done, or has failed; nothing follows."""
+
+    output: Output
+
+
+Event = NewTokens | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class RoundKey:
+    """A round that clients have named.
+
+    Attributes:
+        tenant: whose.
+        name: as the client calls it.
+    """
+
+    tenant: Salt
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One answer that somebody waits for.
+
+    Attributes:
+        request: for the engine; its prompt may be cut into segments anew before it starts.
+        listen: called with each event.
+        key: of the round that it belongs to, if a client named one.
+        round_size: requests of that round, if the client says.
+        marked: whether the client said which parts are shared.
+        arrived_s: clock time.
+        num_sent: tokens that were told to the listener; the worker writes it.
+        alone: whether it started in a round of one; the worker writes it.
+    """
+
+    request: Request
+    listen: Callable[[Event], None]
+    key: RoundKey | None = None
+    round_size: int | None = None
+    marked: bool = False
+    arrived_s: float = field(default_factory=time.perf_counter)
+    num_sent: int = 0
+    alone: bool = True
+
+
+@dataclass(slots=True)
+class _NamedRound:
+    waiting: list[Job]
+    last_s: float
+    size: int | None = None
+    round_id: RoundId | None = None  # once it has started
+    num_live: int = 0
+
+
+class Worker:
+    """Runs an engine; see the module."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        metrics: Metrics,
+        *,
+        window_s: float,
+        window_share: float,
+        round_wait_s: float,
+    ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            llm: nobody else may use its engine.
+            metrics: told of what happens.
+            window_s: see `ServerSettings`.
+            window_share: likewise.
+            round_wait_s: likewise.
+        """
+        self._llm = llm
+        self._metrics = metrics
+        self._round_wait_s = round_wait_s
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._window: Window[Job] = Window(window_s, window_share)
+        self._named: OrderedDict[RoundKey, _NamedRound] = OrderedDict()
+        self._live: dict[Request, Job] = {}
+        self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = False
+        self._deadline = 0.0
+        self.failure: BaseException | None = None
+
+    # -- from any thread ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs and serves."""
+        return self._thread.is_alive() and self.failure is None
+
+    def arrive(self) -> None:
+        """Announce a request that is still being read, so that a round waits for it a little."""
+
+        def note() -> None:
+            self._window.num_expected += 1
+
+        self._inbox.put(note)
+
+    def submit(self, jobs: Sequence[Job], *, announced: bool = False) -> None:
+        """Hand in jobs that arrived together.
+
+        Args:
+            jobs: of one request; those without a key wait for others in the window.
+            announced: whether `arrive` was called for them.
+        """
+
+        def take() -> None:
+            self._window.num_expected -= announced
+            now = time.perf_counter()
+            for job in jobs:
+                if job.key is None:
+                    self._window.add(job, now)
+                else:
+                    self._add_named(job, job.key, now)
+
+        self._inbox.put(take)
+
+    def submit_round(self, jobs: Sequence[Job], *, announced: bool = False) -> None:
+        """Hand in a whole round, which starts at once."""
+
+        def take() -> None:
+            self._window.num_expected -= announced
+            self._begin(jobs, self._llm.engine.new_round_id())
+
+        self._inbox.put(take)
+
+    def withdraw(self) -> None:
+        """Take an announcement back."""
+        self.submit((), announced=True)
+
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        """Take jobs back, wherever they are; nothing happens to those that are done."""
+        given = list(jobs)
+        self._inbox.put(lambda: self._cancel(given))
+
+    def stop(self, drain_s: float) -> None:
+        """Finish what is under way, for so many seconds at most, then end the thread."""
+        deadline = time.perf_counter() + drain_s
+
+        def begin_to_stop() -> None:
+            self._stopping = True
+            self._deadline = deadline
+
+        self._inbox.put(begin_to_stop)
+        self._thread.join(drain_s + 10.0)
+
+    # -- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not (self._stopping and self._is_idle()):
+                self._read_inbox()
+                self._begin_due()
+                if self._stopping and time.perf_counter() > self._deadline:
+                    self._cancel(list(self._live.values()))
+                if self._llm.engine.has_work:
+                    self._llm.engine.step()
+                self._publish()
+        except BaseException as error:
+            self.failure = error
+            self._fail_all(error)
+            raise
+
+    def _is_idle(self) -> bool:
+        named = any(named.waiting for named in self._named.values())
+        return not self._live and not named and self._window.due_s() is None
+
+    def _read_inbox(self) -> None:
+        """Take what has come; wait only where there is nothing to compute."""
+        timeout: float | None = 0.0
+        if not self._llm.engine.has_work:
+            due = [time_ for time_ in (self._window.due_s(), *self._named_due()) if time_]
+            timeout = max(0.0, min(due) - time.perf_counter()) if due else None
+            if self._stopping:
+                timeout = 0.0
+        with contextlib.suppress(queue.Empty):
+            if timeout is None or timeout > 0:
+                self._inbox.get(timeout=timeout)()
+            while True:
+                self._inbox.get_nowait()()
+
+    def _named_due(self) -> list[float]:
+        return [
+            named.last_s + self._round_wait_s for named in self._named.values() if named.waiting
+        ]
+
+    def _begin_due(self) -> None:
+        now = time.perf_counter()
+        ready = self._window.take_all() if self._stopping else self._window.take(now)
+        if ready:
+            self._begin(ready, self._llm.engine.new_round_id())
+        for named in self._named.values():
+            if not named.waiting:
+                continue
+            full = named.size is not None and len(named.waiting) + named.num_live >= named.size
+            if full or self._stopping or now >= named.last_s + self._round_wait_s:
+                if named.round_id is None:
+                    named.round_id = self._llm.engine.new_round_id()
+                jobs, named.waiting = named.waiting, []
+                named.num_live += len(jobs)
+                self._begin(jobs, named.round_id)
+
+    def _add_named(self, job: Job, key: RoundKey, now: float) -> None:
+        named = self._named.setdefault(key, _NamedRound([], now))
+        named.waiting.append(job)
+        named.last_s = now
+        named.size = job.round_size or named.size
+
+    def _begin(self, jobs: Sequence[Job], round_id: RoundId) -> None:
+        """Start jobs as one round: those of a tenant are compared with each other."""
+        by_salt: dict[Salt, list[Job]] = {}
+        for job in jobs:
+            by_salt.setdefault(job.request.prompt.salt, []).append(job)
+        for salt, together in by_salt.items():
+            self._discover(salt, [job for job in together if not job.marked])
+            sizes = len(together)
+            for job in together:
+                request = job.request
+                request.round_id = round_id
+                # A lone request that shares nothing is computed exactly.
+                request.in_round = bool(request.prompt.shared_segments())
+                job.alone = sizes == 1
+                self._live[request] = job
+            self._metrics.begin_round(sizes)
+            self._llm.engine.add([job.request for job in together])
+
+    def _discover(self, salt: Salt, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        if salt not in self._discoveries:
+            self._discoveries[salt] = Discovery(salt)
+            if len(self._discoveries) > _MAX_TENANTS:
+                self._discoveries.popitem(last=False)
+        self._discoveries.move_to_end(salt)
+        found = self._discoveries[salt].segment([job.request.prompt.token_ids for job in jobs])
+        for job, prompt in zip(jobs, found, strict=True):
+            job.request.prompt = prompt
+
+    def _publish(self) -> None:
+        """Tell listeners what is new, and let go of what is done."""
+        for request, job in list(self._live.items()):
+            # A request that began anew says again what it has said.
+            new = tuple(request.generated[job.num_sent :])
+            if new and request.error is None:
+                logprobs = tuple(request.top_logprobs[job.num_sent :])
+                job.num_sent += len(new)
+                job.listen(NewTokens(new, logprobs))
+            if request.finish_reason is not None:
+                self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        request = job.request
+        del self._live[request]
+        output = make_output(request)
+        self._metrics.finish(job, request, output)
+        if job.alone and output.error is None:
+            self._window.note_lone(time.perf_counter() - job.arrived_s)
+        named = self._named.get(job.key) if job.key is not None else None
+        if named is not None and job.key is not None:
+            named.num_live -= 1
+            if named.num_live <= 0 and not named.waiting:
+                del self._named[job.key]
+        if all(other.round_id != request.round_id for other in self._live):
+            self._llm.engine.pop_round(request.round_id)
+        job.listen(Finished(output))
+
+    def _cancel(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if self._remove_waiting(job):
+                job.request.error = AbortedError("The request was taken back.")
+                job.request.finish_reason = "error"
+                job.listen(Finished(make_output(job.request)))
+            elif job.request in self._live:
+                self._llm.engine.abort(job.request)
+
+    def _remove_waiting(self, job: Job) -> bool:
+        """Take a job back that has not started; say whether there was one."""
+        named = self._named.get(job.key) if job.key is not None else None
+        if named is None:
+            return self._window.remove(job)
+        if job not in named.waiting:
+            return False
+        named.waiting.remove(job)
+        return True
+
+    def _fail_all(self, error: BaseException) -> None:
+        for job in [*self._live.values(), *self._window.take_all()]:
+            job.request.error = AbortedError(f"The engine stopped: {error}")
+            job.request.finish_reason = "error"
+            with contextlib.suppress(Exception):
+                job.listen(Finished(make_output(job.request)))

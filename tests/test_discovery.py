@@ -1,0 +1,103 @@
+"""Shared text that nobody has marked."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance.rounds.discovery import Discovery, DiscoveryConfig
+from tokendance.rounds.segments import EncodedPrompt, TokenIds, as_token_ids, make_salt
+
+GRAM = 4
+CONFIG = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, memory_tokens=2000)
+
+
+def words(seed: int, count: int) -> list[int]:
+    """Token ids that no other seed has."""
+    return [1000 * seed + place for place in range(count)]
+
+
+def discover(*rounds: list[list[int]]) -> list[EncodedPrompt]:
+    """Segment some rounds one after the other; return the last."""
+    discovery = Discovery(make_salt("test"), CONFIG)
+    return [discovery.segment([as_token_ids(ids) for ids in prompts]) for prompts in rounds][-1]
+
+
+def shared(prompt: EncodedPrompt) -> list[list[int]]:
+    return [segment.token_ids.tolist() for _, segment in prompt.shared_segments()]
+
+
+A, B, C = words(1, 30), words(2, 20), words(3, 25)
+
+
+def test_what_all_have_in_one_order_is_one_segment() -> None:
+    found = discover([[*words(10 + i, 5 + i), *A, *B, *words(20 + i, 3)] for i in range(3)])
+    assert all(shared(prompt) == [[*A, *B]] for prompt in found)
+
+
+def test_blocks_in_any_order_are_found_each() -> None:
+    first = [*words(10, 5), *A, *B, *C, *words(11, 3)]
+    second = [*C, *words(12, 7), *A, *words(13, 2), *B]
+    third = [*words(14, 1), *B, *A, *C]
+    assert [shared(prompt) for prompt in discover([first, second, third])] == [
+        [A, B, C],
+        [C, A, B],
+        [B, A, C],
+    ]
+
+
+def test_a_later_round_finds_what_an_earlier_one_had() -> None:
+    earlier = [[*words(10 + i, 5), *A, *B] for i in range(2)]
+    later = [[*words(20 + i, 6), *A, *B, *C] for i in range(3)]
+    assert all(shared(prompt) == [[*A, *B], C] for prompt in discover(earlier, later))
+
+
+def test_a_late_prompt_finds_what_its_round_had() -> None:
+    together = [[*words(10 + i, 5), *A] for i in range(2)]
+    assert [shared(prompt) for prompt in discover(together, [[*words(30, 9), *A]])] == [[A]]
+
+
+def test_one_that_lacks_its_own_block() -> None:
+    prompts = [[*words(10, 5), *A, *B, *C], [*words(11, 6), *A, *C], [*words(12, 7), *B, *C]]
+    found = discover(prompts)
+    assert [shared(prompt) for prompt in found] == [[A, B, C], [A, C], [B, C]]
+
+
+def test_short_and_lone_text_is_private() -> None:
+    short = words(5, 2 * GRAM - 1)
+    found = discover([[*words(10, 9), *short, *words(11, 9)], [*words(12, 9), *short]])
+    assert [shared(prompt) for prompt in found] == [[], []]
+    assert shared(discover([[*A, *B]])[0]) == []
+    assert shared(discover([[1, 2]])[0]) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    blocks=st.lists(
+        st.lists(st.integers(0, 3), min_size=2 * GRAM, max_size=20), min_size=1, max_size=4
+    ),
+    orders=st.lists(st.lists(st.integers(0, 3), max_size=5), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
+)
+def test_segments_are_cut_from_the_prompt_and_stand_in_another(
+    blocks: list[list[int]], orders: list[list[int]], seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    prompts: list[TokenIds] = []
+    for order in orders:
+        ids: list[int] = random.integers(10, 1000, random.integers(1, 9)).tolist()
+        for block in order:
+            ids += blocks[block % len(blocks)]
+        prompts.append(as_token_ids(ids))
+    found = Discovery(make_salt("test"), CONFIG).segment(prompts)
+    for prompt, encoded in zip(prompts, found, strict=True):
+        assert np.array_equal(encoded.token_ids, prompt)
+        for _, segment in encoded.shared_segments():
+            assert len(segment) >= CONFIG.min_tokens
+            holders = [one for one in prompts if contains(one, segment.token_ids)]
+            assert len(holders) >= 2
+
+
+def contains(text: TokenIds, piece: TokenIds) -> bool:
+    return piece.tobytes() in [
+        text[start : start + len(piece)].tobytes() for start in range(len(text) - len(piece) + 1)
+    ]

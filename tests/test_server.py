@@ -1,0 +1,477 @@
+"""The server over HTTP, with a tiny random model."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from tokendance import LLM, Prompt, SamplingParams
+from tokendance.cli import app as command_line
+from tokendance.config import EngineConfig, StoreConfig
+from tokendance.errors import ConfigError
+from tokendance.models.loader import LoadedModel, load_model
+from tokendance.server.app import create_app
+from tokendance.server.chat import split_tool_calls
+from tokendance.server.settings import ServerSettings
+from tokendance.server.state import Server
+from tokendance.server.window import Window
+
+HELLO = [{"role": "user", "content": "hello there"}]
+# 64 tokens for the tiny tokenizer, whose tokens are characters.
+NEWS = "The baker says that bread is out until noon, so come back later."
+
+
+@contextmanager
+def serving(llm: LLM, **settings: Any) -> Iterator[tuple[httpx.Client, Server]]:
+    """Serve on a free port of this machine."""
+    app = create_app(llm, ServerSettings(port=0, served_name="tiny", **settings))
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not server.started:
+                time.sleep(0.01)
+            yield client, app.state.server
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def roomy(model_folder: Callable[..., Path]) -> LoadedModel:
+    return load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
+
+
+@pytest.fixture
+def served(
+    make_llm: Callable[..., LLM], roomy: LoadedModel
+) -> Iterator[tuple[httpx.Client, Server]]:
+    llm = make_llm(num_pages=2000, model=roomy)
+    with serving(llm, max_body_bytes=100_000, max_messages=50) as both:
+        yield both
+
+
+def chat(client: httpx.Client, messages: Any = HELLO, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8, **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_an_answer_has_openais_shape(served: tuple[httpx.Client, Server]) -> None:
+    client, server = served
+    document = chat(client).json()
+    choice = document["choices"][0]
+    assert document["object"] == "chat.completion"
+    assert document["model"] == "tiny"
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] in ("stop", "length")
+    usage = document["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    # Asked again, all but the last token of the prompt is there.
+    again = chat(client).json()
+    assert again["choices"][0]["message"] == choice["message"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    assert 'tokendance_requests_total{reason="length"}' in client.get("/metrics").text
+    assert server.num_open == 0
+
+
+def test_an_answer_is_what_the_library_gives(
+    served: tuple[httpx.Client, Server], roomy: LoadedModel
+) -> None:
+    client, _ = served
+    text = chat(client, max_tokens=12, ignore_eos=True).json()["choices"][0]["message"]["content"]
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**22)))
+    expected = llm.generate([Prompt(HELLO)], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert text == expected[0].text
+
+
+@pytest.mark.parametrize("stop", [None, ["e"]])
+def test_a_stream_says_the_same(served: tuple[httpx.Client, Server], stop: Any) -> None:
+    client, _ = served
+    fields = {"max_tokens": 20, "ignore_eos": True, "stop": stop, "n": 2, "seed": 3}
+    fields |= {"temperature": 1}
+    whole = chat(client, **fields).json()
+    stream = events(chat(client, stream=True, stream_options={"include_usage": True}, **fields))
+    assert stream[-1]["choices"] == []
+    assert stream[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    for index, expected in enumerate(whole["choices"]):
+        deltas = [
+            choice for event in stream for choice in event["choices"] if choice["index"] == index
+        ]
+        assert deltas[0]["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(choice["delta"].get("content", "") for choice in deltas)
+        assert text == expected["message"]["content"]
+        assert deltas[-1]["finish_reason"] == expected["finish_reason"]
+
+
+def test_contents_that_clients_send(served: tuple[httpx.Client, Server]) -> None:
+    client, _ = served
+    conversation: list[dict[str, Any]] = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": text} for text in ("one", "two")]},
+        {"role": "user", "name": "Ann", "content": "three", "refusal": None},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "four"},
+        {"role": "assistant", "name": "Bob", "content": "five"},
+    ]  # fmt: skip
+    silent: dict[str, Any] = {
+        "seed": None,
+        "top_p": None,
+        "stop": None,
+        "user": "me",
+        "metadata": {"a": "b"},
+    }
+    silent |= {"reasoning_effort": "low", "verbosity": "low", "store": False, "tools": None}
+    found = chat(client, conversation, **silent)
+    assert found.status_code == 200, found.text
+    # The speaker is part of what the model reads.
+    nameless = [{**message, "name": None} for message in conversation]
+    lengths = [
+        chat(client, messages).json()["usage"]["prompt_tokens"]
+        for messages in (conversation, nameless)
+    ]
+    assert lengths[0] - lengths[1] == len("Ann: ") + len("Bob: ")
+
+
+def test_log_probabilities_and_biases(served: tuple[httpx.Client, Server]) -> None:
+    client, _ = served
+    choice = chat(client, logprobs=True, top_logprobs=3).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert content
+    for entry in content:
+        top = [one["logprob"] for one in entry["top_logprobs"]]
+        assert top == sorted(top, reverse=True)
+        assert entry["logprob"] == top[0]  # greedy
+    biased = chat(client, logit_bias={"40": 100}, logprobs=True, max_tokens=3).json()["choices"][0]
+    tokens = [entry["token"] for entry in biased["logprobs"]["content"]]
+    assert len(tokens) == 3
+    assert len(set(tokens)) == 1
+
+
+def test_completions_of_text_and_ids(served: tuple[httpx.Client, Server]) -> None:
+    client, _ = served
+
+    def complete(prompt: Any, **fields: Any) -> dict[str, Any]:
+        body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 5, **fields}
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        document: dict[str, Any] = response.json()
+        return document
+
+    both = complete([[40, 41, 42], [50, 51]])
+    assert [choice["index"] for choice in both["choices"]] == [0, 1]
+    assert both["usage"]["prompt_tokens"] == 5
+    assert both["choices"][1]["text"] == complete([50, 51])["choices"][0]["text"]
+    assert len(complete("abc", logprobs=2)["choices"][0]["logprobs"]["tokens"]) > 0
+    body = {"model": "tiny", "prompt": "abc", "stream": True, "temperature": 0, "max_tokens": 5}
+    stream = events(client.post("/v1/completions", json=body))
+    text = "".join(choice["text"] for event in stream for choice in event["choices"])
+    assert text == complete("abc")["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "gpt-4"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x"}] * 51}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "messages"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"n": 99}, 400, "n"),
+        ({"presence_penalty": 1}, 400, "presence_penalty"),
+        ({"functions": []}, 400, "functions"),
+        ({"top_logprobs": 3}, 400, "top_logprobs"),
+        ({"logit_bias": {"hello": 1}}, 400, "logit_bias"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+            400,
+            "response_format.json_schema",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    served: tuple[httpx.Client, Server], fields: dict[str, Any], status: int, param: str
+) -> None:
+    client, server = served
+    response = chat(client, **fields)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["param"] == param
+    assert response.json()["error"]["message"]
+    assert server.num_open == 0
+    assert chat(client).status_code == 200
+
+
+def test_bodies_that_are_no_request(served: tuple[httpx.Client, Server]) -> None:
+    client, _ = served
+    url = "/v1/chat/completions"
+    headers = {"content-type": "application/json"}
+    for body in (b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"null", b"[" * 5000):
+        assert client.post(url, content=body, headers=headers).status_code == 400
+    assert client.post(url, content=b"x" * 200_000).status_code == 413
+    chunks = (b"x" * 1000 for _ in range(200))  # does not say how long it is
+    assert client.post(url, content=chunks).status_code == 413
+    assert client.get(url).status_code == 405
+    assert client.get("/nothing").status_code == 404
+
+
+def test_json_is_sure_to_parse(served: tuple[httpx.Client, Server]) -> None:
+    client, _ = served
+    schema = {
+        "type": "object",
+        "properties": {
+            "mood": {"enum": ["good", "bad"]},
+            "count": {"type": "integer", "maximum": 99, "minimum": 0},
+        },
+        "required": ["mood", "count"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for seed in range(3):
+        answer = chat(client, response_format=wanted, max_tokens=80, temperature=1, seed=seed)
+        choice = answer.json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        found = json.loads(choice["message"]["content"])
+        assert found["mood"] in ("good", "bad")
+        assert 0 <= found["count"] <= 99
+
+
+def test_tool_calls_are_sure_to_parse(served: tuple[httpx.Client, Server]) -> None:
+    client, _ = served
+    parameters = {
+        "type": "object",
+        "properties": {"where": {"enum": ["pub", "park"]}},
+        "required": ["where"],
+        "additionalProperties": False,
+    }
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name in ("walk", "run")
+    ]
+    fields = {"tools": tools, "max_tokens": 200, "temperature": 1, "parallel_tool_calls": False}
+    for choice, names in (
+        ("required", {"walk", "run"}),
+        ({"type": "function", "function": {"name": "run"}}, {"run"}),
+    ):
+        document = chat(client, tool_choice=choice, **fields).json()
+        answer = document["choices"][0]
+        assert answer["finish_reason"] == "tool_calls"
+        (call,) = answer["message"]["tool_calls"]
+        assert call["function"]["name"] in names
+        assert json.loads(call["function"]["arguments"])["where"] in ("pub", "park")
+    stream = events(chat(client, tool_choice="required", stream=True, **fields))
+    deltas = [event["choices"][0]["delta"] for event in stream]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert len(calls) == 1
+    assert not any(delta.get("content") for delta in deltas)
+    assert chat(client, tool_choice="auto", **fields).status_code == 200
+
+
+def test_cutting_calls_out_of_an_answer() -> None:
+    text = 'I go.\n<tool_call>\n{"name": "walk", "arguments": {"to": "a"}}\n</tool_call>'
+    words, calls = split_tool_calls(text)
+    assert words == "I go."
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("walk", {"to": "a"})]
+    for other in ("no call", "<tool_call> cut off", "<tool_call>[]</tool_call>", "</tool_call>"):
+        assert split_tool_calls(other) == (other, [])
+
+
+def prompts_of_a_round(agents: int) -> list[list[dict[str, str]]]:
+    return [
+        [
+            {"role": "system", "content": f"{name}, whom they call {name * 3}, number {index}"},
+            {"role": "user", "content": f"{NEWS} And you, {name}?"},
+        ]
+        for index, name in enumerate("abcdefgh"[:agents])
+    ]
+
+
+def together(client: httpx.Client, prompts: list[Any], **fields: Any) -> list[httpx.Response]:
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: chat(client, prompt, **fields), prompts))
+
+
+def cached(response: httpx.Response) -> int:
+    count: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return count
+
+
+def test_requests_that_come_together_share(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(num_pages=2000)
+    with serving(llm, window_s=0.2, window_share=1.0) as (client, _):
+        responses = together(client, prompts_of_a_round(5))
+        assert all(response.status_code == 200 for response in responses)
+        reused = sorted(cached(response) for response in responses)
+        assert reused[0] < len(NEWS) // 2  # who computes it
+        assert all(count >= 0.8 * len(NEWS) - 10 for count in reused[1:])
+        assert 'tokendance_round_agents_bucket{le="5.0"} 1.0' in client.get("/metrics").text
+        # One that comes late finds it, too.
+        late = chat(client, prompts_of_a_round(6)[5])
+        assert cached(late) >= 0.8 * len(NEWS) - 10
+
+
+def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(num_pages=2000)
+    with serving(llm, window_s=0.0, round_wait_s=30.0) as (client, server):
+        first, second, third = prompts_of_a_round(3)
+        asked = {"round": {"id": "r1", "size": 3}}
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(chat, client, prompt, **asked) for prompt in (first, second)]
+            time.sleep(0.3)
+            assert not any(one.done() for one in waiting)
+            responses = [chat(client, third, **asked), *(one.result() for one in waiting)]
+        assert sorted(cached(response) > 40 for response in responses) == [False, True, True]
+        assert not server.worker._named
+
+
+def test_a_whole_round_in_one_call(served: tuple[httpx.Client, Server]) -> None:
+    client, server = served
+    blocks = {"x": NEWS, "y": NEWS[::-1]}
+    listed = [{"type": "block", "id": name} for name in blocks]
+    agents = [
+        {
+            "agent": name,
+            "temperature": 0,
+            "max_tokens": 5,
+            "messages": [
+                {"role": "system", "content": f"I am {name}"},
+                {"role": "user", "content": [*listed, {"type": "text", "text": "And you?"}]},
+            ],
+        }
+        for name in ("ann", "bob")
+    ]
+    agents.append({"agent": "eve", "segments": [{"type": "block", "id": "nothing"}]})
+    agents.append({"agent": "joe", "segments": [*listed], "max_tokens": 3, "temperature": 0})
+    body = {"model": "tiny", "blocks": blocks, "agents": agents}
+    document = client.post("/v1/rounds", json=body).json()
+    found = document["agents"]
+    assert [one["agent"] for one in found] == ["ann", "bob", "eve", "joe"]
+    assert "nothing" in found[2]["error"]["message"]
+    reused = [
+        found[index]["usage"]["prompt_tokens_details"]["cached_tokens"] for index in (0, 1, 3)
+    ]
+    assert sorted(reused)[1] >= 2 * (len(NEWS) - 10)
+    stream = events(client.post("/v1/rounds", json={**body, "stream": True}))
+    assert {event["agent"] for event in stream} == {"ann", "bob", "eve", "joe"}
+    for event in stream:
+        if "message" in event:
+            assert event["message"] == found[event["index"]]["message"]
+    body["agents"] = [agents[0], agents[0]]
+    assert client.post("/v1/rounds", json=body).json()["error"]["param"] == "agents"
+    assert server.num_open == 0
+
+
+def test_tenants_share_nothing(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(num_pages=2000)
+    with serving(llm, api_keys=("one", "two")) as (client, _):
+        assert chat(client).status_code == 401
+        client.headers["authorization"] = "Bearer three"
+        assert chat(client).status_code == 401
+        for key in ("one", "two"):
+            client.headers["authorization"] = f"Bearer {key}"
+            assert cached(chat(client)) == 0
+            assert cached(chat(client)) > 0
+
+
+def test_too_many_are_told_to_come_back(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(num_pages=2000)
+    with serving(llm, max_open_requests=1, round_wait_s=0.5) as (client, server):
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(chat, client, round={"id": "r", "size": 2})
+            while server.num_open == 0:
+                time.sleep(0.01)
+            refused = chat(client)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert first.result().status_code == 200
+        assert chat(client).status_code == 200
+
+
+def test_a_client_that_goes_away_frees_its_pages(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(num_pages=2000)
+    with serving(llm, default_max_tokens=400) as (client, server):
+        body = {"model": "tiny", "messages": HELLO, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            next(response.iter_bytes())
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/chat/completions", json=body | {"stream": False}, timeout=0.05)
+        deadline = time.monotonic() + 20
+        while (server.num_open or llm.engine.has_work) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.num_open == 0
+        assert not llm.engine.has_work
+
+
+def test_many_at_once_are_all_answered(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(num_pages=300)
+    with serving(llm) as (client, _):
+        prompts = [[{"role": "user", "content": f"{NEWS} {index}"}] for index in range(64)]
+        responses = together(client, prompts, max_tokens=4)
+        assert [response.status_code for response in responses] == [200] * 64
+
+
+def test_the_window() -> None:
+    window: Window[str] = Window(gap_s=0.004, share=0.05, lone_s=1.0)
+    assert window.due_s() is None
+    window.add("a", 10.0)
+    assert window.take(10.003) == []
+    window.add("b", 10.003)
+    assert window.take(10.006) == []
+    assert window.take(10.0071) == ["a", "b"]
+    for place in range(40):  # a stream of arrivals does not keep the first waiting for ever
+        window.add(str(place), 20.0 + 0.002 * place)
+    assert window.due_s() == pytest.approx(20.05)
+    assert window.remove("3")
+    assert not window.remove("3")
+    assert len(window.take_all()) == 39
+    window.add("c", 30.0)
+    window.num_expected = 1  # somebody is still being read
+    assert window.due_s() == pytest.approx(30.05)
+    for _ in range(100):
+        window.note_lone(0.02)
+    assert window.due_s() == pytest.approx(30.001, abs=1e-4)
+
+
+def test_settings_that_cannot_be(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    with pytest.raises(ConfigError, match="API key"):
+        ServerSettings(host="0.0.0.0")
+    ServerSettings(host="0.0.0.0", api_keys=("secret",))
+    ServerSettings(host="::1")
+    file = tmp_path / "serve.toml"
+    file.write_text("prot = 8000\n")
+    result = CliRunner().invoke(command_line, ["serve", "--config", str(file)])
+    assert isinstance(result.exception, ConfigError)
+    assert "prot" in str(result.exception)
+    file.write_text('model = "no-such-model"\n')
+    result = CliRunner().invoke(command_line, ["serve", "--config", str(file)])
+    assert "no-such-model" in str(result.exception)
