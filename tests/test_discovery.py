@@ -62,6 +62,21 @@ def test_one_that_lacks_its_own_block() -> None:
     assert [shared(prompt) for prompt in found] == [[A, B, C], [A, C], [B, C]]
 
 
+def test_what_stands_between_blocks_belongs_to_one_of_them() -> None:
+    mark = [7]
+    blocks = [A, B, C]
+    prompts = [
+        [*words(10 + i, 5), *mark] + [token for place in order for token in [*blocks[place], *mark]]
+        for i, order in enumerate([(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+    ]
+    found = discover(prompts)
+    assert [prompt.token_ids.tolist() for prompt in found] == prompts
+    assert all(len(shared(prompt)) == 3 for prompt in found)
+    assert len({tuple(one) for prompt in found for one in shared(prompt)}) == 3
+    cut_off = [[*A, *B], [*A, B[0], *words(20, 9)], B]
+    assert [prompt.token_ids.tolist() for prompt in discover(cut_off)] == cut_off
+
+
 def test_short_and_lone_text_is_private() -> None:
     short = words(5, 2 * GRAM - 1)
     found = discover([[*words(10, 9), *short, *words(11, 9)], [*words(12, 9), *short]])

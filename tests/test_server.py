@@ -109,6 +109,19 @@ def test_an_answer_is_what_the_library_gives(
     assert text == expected[0].text
 
 
+def test_a_stream_holds_no_stop_text(served: tuple[httpx.Client, Server]) -> None:
+    client, server = served
+    encoder = server.llm.encoder
+    forced = {str(encoder.text_ids(one)[0]): 100.0 for one in "E"}
+    for stop in (["EEE"], ["E"], ["EE", "x"]):
+        fields = {"logit_bias": forced, "stop": stop, "max_tokens": 9}
+        whole = chat(client, **fields).json()["choices"][0]
+        assert whole["message"]["content"] == ""
+        assert whole["finish_reason"] == "stop"
+        stream = events(chat(client, stream=True, **fields))
+        assert not any(event["choices"][0]["delta"].get("content") for event in stream)
+
+
 @pytest.mark.parametrize("stop", [None, ["e"]])
 def test_a_stream_says_the_same(served: tuple[httpx.Client, Server], stop: Any) -> None:
     client, _ = served
@@ -210,6 +223,9 @@ def test_completions_of_text_and_ids(served: tuple[httpx.Client, Server]) -> Non
         ({"top_logprobs": 3}, 400, "top_logprobs"),
         ({"logit_bias": {"hello": 1}}, 400, "logit_bias"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"n": 10**9}, 400, "n"),
+        ({"messages": [0] * 30_000}, 400, "messages.0"),
+        ({"logit_bias": {"9" * 5000: 1}}, 400, "logit_bias"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
@@ -300,6 +316,8 @@ def test_cutting_calls_out_of_an_answer() -> None:
     words, calls = split_tool_calls(text)
     assert words == "I go."
     assert [(call.name, json.loads(call.arguments)) for call in calls] == [("walk", {"to": "a"})]
+    inside = '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call> done'
+    assert split_tool_calls(inside)[0] == "done"
     for other in ("no call", "<tool_call> cut off", "<tool_call>[]</tool_call>", "</tool_call>"):
         assert split_tool_calls(other) == (other, [])
 
@@ -350,6 +368,18 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
             responses = [chat(client, third, **asked), *(one.result() for one in waiting)]
         assert sorted(cached(response) > 40 for response in responses) == [False, True, True]
         assert not server.worker._named
+        # One that goes away before its round begins leaves nothing behind.
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(
+                "/v1/chat/completions",
+                json={"model": "tiny", "messages": first, "round": {"id": "r2", "size": 9}},
+                timeout=0.3,
+            )
+        deadline = time.monotonic() + 20
+        while server.worker._named and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not server.worker._named
+        assert server.num_open == 0
 
 
 def test_a_whole_round_in_one_call(served: tuple[httpx.Client, Server]) -> None:
@@ -428,6 +458,26 @@ def test_a_client_that_goes_away_frees_its_pages(make_llm: Callable[..., LLM]) -
             time.sleep(0.02)
         assert server.num_open == 0
         assert not llm.engine.has_work
+
+
+def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
+    llm = LLM.from_loaded(tiny, EngineConfig(store=StoreConfig(2**22)))
+    with serving(llm, round_wait_s=60.0) as (client, server):
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(chat, client, round={"id": "r", "size": 2})
+            while server.num_open == 0:
+                time.sleep(0.01)
+            time.sleep(0.2)
+
+            def fail() -> None:
+                raise RuntimeError("out of order")
+
+            llm.engine.step = fail  # type: ignore[assignment, method-assign]
+            assert chat(client).status_code == 503
+            assert waiting.result().status_code == 503
+        assert chat(client).status_code == 503
+        assert client.get("/health").status_code == 503
+        assert server.num_open == 0
 
 
 def test_many_at_once_are_all_answered(make_llm: Callable[..., LLM]) -> None:

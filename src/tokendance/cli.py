@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import typer
@@ -133,13 +134,27 @@ def run(
     )
 
 
+def _server_commands() -> ModuleType:
+    """What `serve` runs.
+
+    Raises:
+        ConfigError: if the packages that it needs are not installed.
+    """
+    try:
+        from tokendance.commands import serve as commands
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"The server needs {error.name}, which is not installed. "
+            "Run pip install 'tokendance[serve]'."
+        ) from error
+    return commands
+
+
 def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make a TOML file's values the defaults; options and environment go before it."""
     if path is not None:
-        from tokendance.commands.serve import read_config
-
         known = {parameter.name or "" for parameter in ctx.command.params} - {"config"}
-        ctx.default_map = read_config(path, known)
+        ctx.default_map = _server_commands().read_config(path, known)
     return path
 
 
@@ -221,14 +236,7 @@ def serve(
     demo model on this machine. Ctrl-C finishes what is under way and stops.
     """
     del config
-    try:
-        from tokendance.commands.serve import EngineOptions
-        from tokendance.commands.serve import serve as run_server
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"The server needs {error.name}, which is not installed. "
-            "Run pip install 'tokendance[serve]'."
-        ) from error
+    commands = _server_commands()
     from tokendance.server.settings import ServerSettings
 
     settings = ServerSettings(
@@ -241,8 +249,10 @@ def serve(
         default_max_tokens=default_max_tokens,
         window_s=window_ms / 1000,
     )
-    options = EngineOptions(model, reuse, correction, fidelity_target, dtype, threads, kv_budget)
-    run_server(options, settings, Console())
+    options = commands.EngineOptions(
+        model, reuse, correction, fidelity_target, dtype, threads, kv_budget
+    )
+    commands.serve(options, settings, Console())
 
 
 @app.command()

@@ -13,6 +13,7 @@
     └── RequestError              a request could not be finished; the others are unharmed
         ├── BudgetError           the KV budget cannot hold it
         ├── NumericsError         the model produced NaN or infinity for it
+        ├── ConstraintError       what its answer shall look like cannot be followed
         └── AbortedError          the caller took it back
 
 Each message is one sentence that says what happened, and one that says what to do.
@@ -69,6 +70,10 @@ class BudgetError(RequestError):
 
 class NumericsError(RequestError):
     """The model produced NaN or infinity for the request."""
+
+
+class ConstraintError(RequestError):
+    """What the request's answer shall look like cannot be followed."""
 
 
 class AbortedError(RequestError):

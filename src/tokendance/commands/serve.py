@@ -4,6 +4,7 @@ import logging
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.server.app import create_app
 from tokendance.server.settings import ServerSettings
+from tokendance.server.state import Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,19 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
         f"Set base_url to http://{settings.host}:{settings.port}/v1"
         + (" and your API key." if settings.api_keys else "; any API key will do.")
     )
-    uvicorn.Server(config).run()
+    _DrainingServer(config, app.state.server).run()
+
+
+class _DrainingServer(uvicorn.Server):
+    """Takes no more requests from the first signal on, while those under way are finished."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._served = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._served.is_draining = True
+        super().handle_exit(sig, frame)
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:

@@ -16,6 +16,10 @@ class Constraint(Protocol):
         """Go on with a token that was chosen."""
         ...
 
+    def failure(self) -> str | None:
+        """Why it cannot be followed any further; None if it can."""
+        ...
+
     def restart(self) -> None:
         """Begin anew."""
         ...

@@ -22,7 +22,7 @@ from tokendance.engine.runner import KVMemory, Runner
 from tokendance.engine.sampling import choose_tokens, top_logprobs
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
-from tokendance.errors import AbortedError, ConfigError, NumericsError
+from tokendance.errors import AbortedError, ConfigError, ConstraintError, NumericsError
 from tokendance.models.loader import LoadedModel
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
@@ -214,6 +214,13 @@ class Engine:
                 )
             if request.constraint is not None:
                 request.constraint.accept(token)
+                if (reason := request.constraint.failure()) is not None:
+                    request.error = ConstraintError(
+                        f"What the answer of {request.agent!r} shall look like cannot be followed: "
+                        f"{reason} Simplify it."
+                    )
+                    done += self._fail(request, keep_kv=True)
+                    continue
             if request.first_token_s is None:
                 request.first_token_s = now
                 self.scheduler.mark_sound(request)
@@ -230,7 +237,9 @@ class Engine:
         """Add a token to a request's answer; return why it is done, if it is."""
         params = request.params
         if params.forced_tokens is None:
-            ends = () if params.ignore_eos else request.stop_ids
+            # A constrained answer ends where its grammar does.
+            goes_on = params.ignore_eos and request.constraint is None
+            ends = () if goes_on else request.stop_ids
             if token in ends or token in params.stop_token_ids:
                 return "stop"
         request.generated.append(token)
@@ -286,10 +295,12 @@ class Engine:
             record.resident_pages = max(record.resident_pages, pages)
 
 
-@torch.inference_mode()
 def _restrict(logits: Tensor, request: Request) -> None:
     """Apply what a request asks of its next token to its logits (vocabulary,), in place."""
-    for token, bias in request.params.logit_bias:
-        logits[token] += bias
-    if request.constraint is not None:
-        logits.masked_fill_(request.constraint.forbidden(), -math.inf)
+    if not request.params.logit_bias and request.constraint is None:
+        return
+    with torch.inference_mode():
+        for token, bias in request.params.logit_bias:
+            logits[token] += bias
+        if request.constraint is not None:
+            logits.masked_fill_(request.constraint.forbidden(), -math.inf)

@@ -18,6 +18,7 @@ Pieces that were found before take part like prompts, so that a later round find
 whatever is longer by then, and a prompt that comes late finds those of its round.
 """
 
+import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ from tokendance.rounds.segments import (
 Words = npt.NDArray[np.uint64]
 
 _NONE = np.uint64(0)  # before the first gram of a prompt, and after its last
+# Shortening a path may let it overlap no more, or drop it; that is over after a pass or two.
+_MAX_PASSES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,14 @@ class Discovery:
         Args:
             prompts: int32 token ids of each.
         """
-        texts = [*prompts, *self._known.values()]
+        # Several answers to one prompt are no reason to call it shared.
+        distinct = list({prompt.tobytes(): prompt for prompt in prompts}.values())
+        texts = [*distinct, *self._known.values()]
         found = find_shared(texts, self._hasher, self._config.min_tokens)
+        ranges = {prompt.tobytes(): places for prompt, places in zip(distinct, found, strict=False)}
         segmented = [
-            build_prompt(_pieces(prompt, ranges), self._salt)
-            for prompt, ranges in zip(prompts, found, strict=False)
+            build_prompt(_pieces(prompt, ranges[prompt.tobytes()]), self._salt)
+            for prompt in prompts
         ]
         for prompt in segmented:
             for _, segment in prompt.shared_segments():
@@ -85,6 +91,8 @@ class Discovery:
     def _remember(self, segment: SegmentHash, token_ids: TokenIds) -> None:
         if segment in self._known:
             self._known.move_to_end(segment)
+            return
+        if len(token_ids) > self._config.memory_tokens:
             return
         self._known[segment] = token_ids
         self._num_known += len(token_ids)
@@ -96,7 +104,7 @@ class Discovery:
 class _GramHasher:
     """Hashes of all grams: token ids become random numbers, the digits of a number modulo 2^64.
 
-    The random numbers are drawn anew in each process, so that nobody can write texts that collide.
+    The random numbers are drawn anew for each `Discovery`, so nobody can write texts that collide.
     A collision does no harm beyond a needless cut: segments are known by another hash.
     """
 
@@ -167,16 +175,18 @@ def find_shared(
     branches_before = _differs(before[order], firsts)[group]
     branches_after = _differs(after[order], firsts)[group]
 
-    found: list[list[tuple[int, int]]] = []
-    for end, count in zip(ends.tolist(), counts.tolist(), strict=True):
-        here = slice(end - count, end)
-        found.append(
-            _paths(
-                is_shared[here], branches_before[here], branches_after[here],
-                hasher.gram, min_tokens,
-            )
-        )  # fmt: skip
-    return found
+    found = [
+        _paths(
+            gram[end - count : end],
+            is_shared[end - count : end],
+            branches_before[end - count : end],
+            branches_after[end - count : end],
+            hasher.gram,
+        )
+        for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
+    ]
+    _set_apart(found, min_tokens)
+    return [_ranges(paths) for paths in found]
 
 
 def _differs(
@@ -189,19 +199,33 @@ def _differs(
     return differs
 
 
+@dataclass(slots=True)
+class _Path:
+    """A path without branches in one text.
+
+    Attributes:
+        key: the same for the path wherever it stands.
+        first: position of its first token.
+        last: position after its last.
+        branches_before: whether it is reached from several sides, or begins a text somewhere.
+        branches_after: likewise whether it goes on to several.
+    """
+
+    key: int
+    first: int
+    last: int
+    branches_before: bool
+    branches_after: bool
+
+
 def _paths(
+    gram: Words,
     is_shared: npt.NDArray[np.bool_],
     branches_before: npt.NDArray[np.bool_],
     branches_after: npt.NDArray[np.bool_],
-    gram: int,
-    min_tokens: int,
-) -> list[tuple[int, int]]:
-    """Paths without branches of one text, as ranges of its tokens.
-
-    Neighbouring paths overlap in all tokens of a gram but one. Those belong to the path that has
-    them elsewhere without the other: to the later one where only it is reached from several sides,
-    else to the earlier one.
-    """
+    size: int,
+) -> list[_Path]:
+    """Paths of one text in their order. Neighbours may overlap, in less than a gram's tokens."""
     if not is_shared.any():
         return []
     cut = branches_before.copy()
@@ -209,17 +233,54 @@ def _paths(
     cut[0] = True
     begins = np.flatnonzero(cut & is_shared)
     stops = np.flatnonzero(np.append(cut[1:] | ~is_shared[1:], True) & is_shared) + 1
+    return [
+        _Path(
+            int(gram[begin]),
+            begin,
+            stop + size - 1,
+            bool(branches_before[begin]),
+            bool(branches_after[stop - 1]),
+        )
+        for begin, stop in zip(begins.tolist(), stops.tolist(), strict=True)
+    ]
+
+
+def _set_apart(found: list[list[_Path]], min_tokens: int) -> None:
+    """Leave out short paths, and shorten those that overlap, each by the same wherever it stands.
+
+    What two paths have in common goes to the later one where only that is reached from several
+    sides, else to the earlier one.
+    """
+    for _ in range(_MAX_PASSES):
+        for paths in found:
+            paths[:] = [path for path in paths if path.last - path.first >= min_tokens]
+        heads: dict[int, int] = {}
+        tails: dict[int, int] = {}
+        for paths in found:
+            for one, other in itertools.pairwise(paths):
+                overlap = one.last - other.first
+                if overlap <= 0:
+                    continue
+                if other.branches_before and not one.branches_after:
+                    tails[one.key] = max(overlap, tails.get(one.key, 0))
+                else:
+                    heads[other.key] = max(overlap, heads.get(other.key, 0))
+        if not heads and not tails:
+            return
+        for path in itertools.chain.from_iterable(found):
+            path.first += heads.get(path.key, 0)
+            path.last -= tails.get(path.key, 0)
+
+
+def _ranges(paths: Sequence[_Path]) -> list[tuple[int, int]]:
+    """Where the paths of a text lie; what should still overlap is cut."""
     ranges: list[tuple[int, int]] = []
-    for begin, stop in zip(begins.tolist(), stops.tolist(), strict=True):
-        first, last = begin, stop + gram - 1
-        follows = begin > 0 and is_shared[begin - 1]
-        if follows and branches_after[begin - 1]:
-            first = begin + gram - 1
-        is_followed = stop < len(is_shared) and is_shared[stop]
-        if is_followed and not branches_after[stop - 1]:
-            last = stop
-        if last - first >= min_tokens:
-            ranges.append((first, last))
+    done = 0
+    for path in paths:
+        first = max(path.first, done)
+        if first < path.last:
+            ranges.append((first, path.last))
+            done = path.last
     return ranges
 
 

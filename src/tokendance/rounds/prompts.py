@@ -15,6 +15,7 @@ from typing import Any
 from tokendance.errors import PromptError
 
 SEPARATOR = "<TTSEP>"
+_SEPARATOR = list(SEPARATOR)
 
 Message = Mapping[str, Any]
 
@@ -62,9 +63,14 @@ def strip_separator(text: str) -> str:
 
     For applications that paste words of others into a text with separators of their own.
     """
-    while SEPARATOR in text:
-        text = text.replace(SEPARATOR, "")
-    return text
+    if SEPARATOR not in text:
+        return text
+    kept: list[str] = []
+    for character in text:
+        kept.append(character)
+        if character == SEPARATOR[-1] and kept[-len(SEPARATOR) :] == _SEPARATOR:
+            del kept[-len(SEPARATOR) :]
+    return "".join(kept)
 
 
 def split_text(text: str, *, shared_without_separator: bool = False) -> list[Part]:

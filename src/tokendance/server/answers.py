@@ -1,6 +1,7 @@
 """An answer on its way to a client: jobs, their events, and the text that they spell."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Listener:
     def put(self, index: int, event: Event) -> None:
         """Take an event; called on the engine's thread."""
         # A loop that has closed has nobody left who would listen.
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     async def get(self) -> tuple[int, Event]:
@@ -75,20 +76,29 @@ class TextStream:
         """
         self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
         self._keep = max((len(text) for text in stop), default=1) - 1
         self._text = ""
         self._num_sent = 0
+        self._is_lost = False
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Take tokens; return what is certain to be in the answer."""
-        for token in token_ids:
-            self._text += self._decoder.step(self._backend, token) or ""
-        certain = max(self._num_sent, len(self._text) - self._keep)
-        return self._send(self._text[:certain])
+        if self._is_lost:
+            return ""
+        try:
+            for token in token_ids:
+                self._text += self._decoder.step(self._backend, token) or ""
+        except Exception:  # bytes that no character begins with: the end supplies what is missing
+            self._is_lost = True
+            return ""
+        stops = [at for at in map(self._text.find, self._stop) if at >= 0]
+        certain = min([len(self._text) - self._keep, *stops])
+        return self._send(self._text[: max(self._num_sent, certain)])
 
     def finish(self, text: str) -> str:
         """Return what is left of the whole answer."""
-        if not text.startswith(self._text[: self._num_sent]):
+        if not text.startswith(self._text[: self._num_sent]) and not self._is_lost:
             text = self._text  # a tokenizer that spells the whole otherwise than its parts
         return self._send(text)
 
@@ -99,15 +109,22 @@ class TextStream:
 
 
 async def deltas(
-    listener: Listener, jobs: Mapping[int, Job], tokenizer: object
+    listener: Listener, jobs: Mapping[int, Job], tokenizer: object, *, spelt: bool = True
 ) -> AsyncIterator[Delta]:
-    """What the jobs say, by their numbers, until all are done."""
+    """What the jobs say, by their numbers, until all are done.
+
+    Args:
+        listener: of the jobs.
+        jobs: by their numbers.
+        tokenizer: see `TextStream`.
+        spelt: whether the text of each piece is wanted.
+    """
     streams = {index: TextStream(tokenizer, job.request.params.stop) for index, job in jobs.items()}
     left = len(jobs)
     while left:
         index, event = await listener.get()
         if isinstance(event, NewTokens):
-            text = streams[index].add(event.token_ids)
+            text = streams[index].add(event.token_ids) if spelt else ""
             yield Delta(index, text, event.token_ids, event.logprobs)
         elif isinstance(event, Finished):
             left -= 1

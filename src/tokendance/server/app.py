@@ -58,6 +58,12 @@ def _add_errors(app: FastAPI) -> None:
     async def engine_error(request: Request, error: TokenDanceError) -> JSONResponse:
         return await api_error(request, as_api_error(error))
 
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        # It is in the log with its traceback; the client learns no more than that.
+        del error
+        return await api_error(request, ApiError(500, "The server failed on this request."))
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]

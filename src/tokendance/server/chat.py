@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,23 @@ class ToolCallOut:
 # ---- the prompt ---------------------------------------------------------------------------------
 
 
+def check_length(texts: Iterable[str], limit: int) -> None:
+    """Refuse texts that no context could hold, before they are tokenized.
+
+    Raises:
+        ApiError: if they have more than `limit` characters.
+    """
+    total = sum(map(len, texts))
+    if total > limit:
+        raise bad_request(
+            f"The prompt has {total} characters, more than the model's context can hold.",
+            "messages",
+            "context_length_exceeded",
+        )
+
+
 def encode_chat(
-    body: ChatRequest, encoder: PromptEncoder, settings: ServerSettings
+    body: ChatRequest, encoder: PromptEncoder, settings: ServerSettings, limit: int
 ) -> EncodedPrompt:
     """Encode a conversation.
 
@@ -65,9 +80,10 @@ def encode_chat(
             "messages",
         )
     messages = [_as_message(message) for message in body.messages]
-    if body.tools and body.tool_choice != "none":
+    check_length((text for message in body.messages for text in _texts(message)), limit)
+    if body.may_call:
         described = "\n".join(
-            json.dumps(tool.function.model_dump(exclude_none=True)) for tool in body.tools
+            json.dumps(tool.function.model_dump(exclude_none=True)) for tool in body.tools or ()
         )
         text = _HOW_TO_CALL % described
         if messages[0]["role"] == "system":
@@ -118,7 +134,7 @@ def _text(text: str) -> dict[str, str]:
 def _parsed(arguments: str) -> Any:
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 
@@ -180,8 +196,8 @@ def sampling_params(
 def _logit_bias(body: Sampling, vocab_size: int) -> tuple[tuple[int, float], ...]:
     found: list[tuple[int, float]] = []
     for key, bias in (body.logit_bias or {}).items():
-        if not key.isdecimal() or int(key) >= vocab_size:
-            raise bad_request(f"logit_bias names {key!r}, which is no token id.", "logit_bias")
+        if not key.isdecimal() or len(key) > 9 or int(key) >= vocab_size:
+            raise bad_request(f"logit_bias names {key[:20]!r}, no token id.", "logit_bias")
         if not -100 <= bias <= 100:
             raise bad_request("A logit_bias lies between -100 and 100.", "logit_bias")
         found.append((int(key), bias))
@@ -232,8 +248,7 @@ def split_tool_calls(text: str) -> tuple[str, list[ToolCallOut]]:
     rest = text
     while True:
         before, begin, after = rest.partition(TOOL_BEGIN)
-        inside, end, later = after.partition(TOOL_END)
-        call = _as_call(inside) if begin and end else None
+        call, later = _read_call(after) if begin else (None, "")
         if call is None:
             words.append(rest)
             break
@@ -243,9 +258,15 @@ def split_tool_calls(text: str) -> tuple[str, list[ToolCallOut]]:
     return "".join(words).strip() if calls else text, calls
 
 
-def _as_call(text: str) -> ToolCallOut | None:
+def _read_call(text: str) -> tuple[ToolCallOut | None, str]:
+    """Read the call at the beginning of a text, up to its end mark; return it and what follows."""
+    body = text.lstrip()
     try:
-        call = json.loads(text)
-        return ToolCallOut(str(call["name"]), json.dumps(call["arguments"]))
-    except (ValueError, KeyError, TypeError):
-        return None
+        call, end = json.JSONDecoder().raw_decode(body)
+        found = ToolCallOut(str(call["name"]), json.dumps(call["arguments"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, text
+    rest = body[end:].lstrip()
+    if not rest.startswith(TOOL_END):
+        return None, text
+    return found, rest.removeprefix(TOOL_END)

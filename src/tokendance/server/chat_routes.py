@@ -38,7 +38,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
         created = int(time.time())
 
         def read() -> Ask:
-            prompt = encode_chat(body, encoder, server.settings)
+            prompt = encode_chat(body, encoder, server.settings, server.max_characters)
             return read_ask(
                 server,
                 body,
@@ -97,7 +97,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                         server, job, delta.token_ids, list(delta.logprobs)
                     )
                 text = delta.text
-                if body.tools:
+                if body.may_call:
                     held[delta.index] += text
                     text = ""
                 if text or more:
@@ -105,7 +105,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                 if delta.output is None:
                     return found
                 reason = delta.output.finish_reason
-                if body.tools:
+                if body.may_call:
                     content, calls = _content(body, held[delta.index])
                     if content:
                         found.append(chunk(delta.index, {"content": content}))
@@ -135,7 +135,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
 
 
 def _content(body: ChatRequest, text: str) -> tuple[str, list[ToolCallOut]]:
-    return split_tool_calls(text) if body.tools else (text, [])
+    return split_tool_calls(text) if body.may_call else (text, [])
 
 
 def _chat_logprobs(

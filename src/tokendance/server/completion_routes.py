@@ -14,6 +14,7 @@ from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta
+from tokendance.server.chat import check_length
 from tokendance.server.errors import bad_request
 from tokendance.server.protocol import CompletionRequest
 from tokendance.server.running import Ask, answer, read_ask, usage_of
@@ -35,7 +36,12 @@ def add_completions(app: FastAPI, server: Server) -> None:
         created = int(time.time())
 
         def read() -> Ask:
-            prompts = [_encode(encoder, prompt) for prompt in _prompts(body)]
+            given = _prompts(body)
+            check_length(
+                (one for one in given if isinstance(one, str)),
+                server.max_characters * server.settings.max_choices,
+            )
+            prompts = [_encode(encoder, prompt) for prompt in given]
             return read_ask(server, body, prompts)
 
         def document(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

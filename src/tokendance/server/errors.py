@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from tokendance.errors import BudgetError, InputError, TokenDanceError
+from tokendance.errors import (
+    AbortedError,
+    BudgetError,
+    ConfigError,
+    ConstraintError,
+    InputError,
+    TokenDanceError,
+)
 
 
 class ApiError(Exception):
@@ -55,6 +62,12 @@ def as_api_error(error: TokenDanceError) -> ApiError:
         return bad_request(str(error), "messages")
     if isinstance(error, BudgetError):
         return bad_request(str(error), "max_tokens", "context_length_exceeded")
+    if isinstance(error, ConstraintError):
+        return bad_request(str(error), "response_format")
+    if isinstance(error, ConfigError):
+        return bad_request(str(error))
+    if isinstance(error, AbortedError):
+        return ApiError(503, str(error), headers={"Retry-After": "5"})
     return ApiError(500, str(error), code="request_failed")
 
 

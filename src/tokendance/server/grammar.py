@@ -74,11 +74,17 @@ class Grammars:
     def _constraint(self, grammar: str, param: str) -> "GrammarConstraint":
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = llguidance.hf.from_tokenizer(
-                    self._model.tokenizer,
-                    n_vocab=self._model.shape.vocab_size,
-                    eos_token=sorted(self._model.stop_ids),
-                )
+                tokenizer = self._model.tokenizer
+                try:
+                    self._tokenizer = llguidance.hf.from_tokenizer(
+                        tokenizer,
+                        n_vocab=max(self._model.shape.vocab_size, len(tokenizer)),
+                        eos_token=sorted(self._model.stop_ids),
+                    )
+                except ValueError as error:
+                    raise bad_request(
+                        f"This model's answers cannot be constrained: {error}", param
+                    ) from error
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().splitlines()[0]
@@ -103,7 +109,11 @@ class GrammarConstraint:
         if self._matcher.is_stopped():
             return self._only_end.to(self._device)
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
-        return (allowed == 0).to(self._device)
+        return (allowed[: len(self._only_end)] == 0).to(self._device)
+
+    def failure(self) -> str | None:
+        """Why the grammar cannot be followed any further, if it cannot."""
+        return self._matcher.get_error() if self._matcher.is_error() else None
 
     def accept(self, token: int) -> None:
         """Go on with a token that was chosen."""

@@ -43,7 +43,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore")  # clients send back what other servers gave them
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -149,7 +149,7 @@ class Sampling(_Body):
 class ChatRequest(Sampling):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -164,11 +164,24 @@ class ChatRequest(Sampling):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
 
 class CompletionRequest(Sampling):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[str], Field(fail_fast=True, max_length=1024)]
+        | Annotated[
+            list[Annotated[list[int], Field(fail_fast=True)]],
+            Field(fail_fast=True, max_length=1024),
+        ]
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -199,7 +212,11 @@ class RoundMessage(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[BlockRef | SharedText | TextPart] | None = None
+    content: (
+        str
+        | Annotated[list[BlockRef | SharedText | TextPart], Field(fail_fast=True, max_length=4096)]
+        | None
+    ) = None
     name: Annotated[str, Field(max_length=256)] | None = None
 
 
@@ -213,15 +230,23 @@ class RoundAgent(Sampling):
 
     agent: Annotated[str, Field(min_length=1, max_length=256)]
     model: str = ""
-    messages: Annotated[list[RoundMessage], Field(min_length=1)] | None = None
-    segments: Annotated[list[BlockRef | SharedText | TextPart], Field(min_length=1)] | None = None
+    messages: (
+        Annotated[list[RoundMessage], Field(fail_fast=True, min_length=1, max_length=4096)] | None
+    ) = None
+    segments: (
+        Annotated[
+            list[BlockRef | SharedText | TextPart],
+            Field(fail_fast=True, min_length=1, max_length=4096),
+        ]
+        | None
+    ) = None
 
 
 class RoundRequest(_Body):
     """Body of /v1/rounds: all agents of a round, and the blocks that they share."""
 
     model: str
-    agents: Annotated[list[RoundAgent], Field(min_length=1, max_length=1024)]
+    agents: Annotated[list[RoundAgent], Field(fail_fast=True, min_length=1, max_length=512)]
     blocks: dict[str, str] = {}
     stream: bool | None = None
 
@@ -236,11 +261,21 @@ def refuse_unsupported(body: Sampling) -> None:
         if getattr(body, name):
             raise bad_request(f"{name} is not supported. Leave it out, or set it to 0.", name)
     if isinstance(body, CompletionRequest):
+        if body.logprobs is not None and body.stream:
+            raise bad_request("logprobs with stream is not supported here.", "logprobs")
         if body.echo:
             raise bad_request("echo is not supported. Leave it out.", "echo")
         if body.suffix:
             raise bad_request("suffix is not supported. Leave it out.", "suffix")
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is not supported. Use n.", "best_of")
-    if isinstance(body, ChatRequest) and body.top_logprobs is not None and not body.logprobs:
-        raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")
+    if isinstance(body, ChatRequest):
+        if body.top_logprobs is not None and not body.logprobs:
+            raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")
+        formatted = body.response_format is not None and body.response_format.type != "text"
+        if formatted and body.may_call:
+            raise bad_request(
+                "response_format with tools is not supported. Leave one of them out, or set "
+                "tool_choice to 'none'.",
+                "response_format",
+            )

@@ -27,6 +27,7 @@ from tokendance.outputs import Output
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
+from tokendance.server.chat import check_length
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.protocol import (
     BlockRef,
@@ -99,7 +100,10 @@ def _read(
     found: list[Job | ApiError] = []
     for index, agent in enumerate(body.agents):
         try:
-            prompt = _encode(agent, body.blocks, encoder)
+            prompt = _encode(agent, body.blocks, encoder, server.max_characters)
+            for name in ("round", "stream", "stream_options"):
+                if getattr(agent, name) is not None:
+                    raise bad_request(f"{name} goes with the round, not with an agent.", name)
             if (agent.n or 1) > 1:
                 raise bad_request("An agent of a round has one answer.", "n")
             ask = read_ask(server, agent, [prompt], marked=True)
@@ -109,17 +113,19 @@ def _read(
     return found
 
 
-def _encode(agent: RoundAgent, blocks: dict[str, str], encoder: PromptEncoder) -> EncodedPrompt:
+def _encode(
+    agent: RoundAgent, blocks: dict[str, str], encoder: PromptEncoder, limit: int
+) -> EncodedPrompt:
     if (agent.messages is None) == (agent.segments is None):
         raise bad_request(f"Give {agent.agent!r} either messages or segments.", "agents")
     try:
         if agent.segments is not None:
-            return encoder.encode(Prompt(_parts(agent.segments, blocks)))
+            return encoder.encode(Prompt(_parts(agent.segments, blocks, limit)))
         messages: list[dict[str, Any]] = []
         for message in agent.messages or ():
             content = message.content
             if isinstance(content, list):
-                content = _parts(content, blocks)  # type: ignore[assignment]
+                content = _parts(content, blocks, limit)  # type: ignore[assignment]
             role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
             name = {"name": message.name} if message.name else {}
             messages.append({"role": role, "content": content, **name})
@@ -128,7 +134,9 @@ def _encode(agent: RoundAgent, blocks: dict[str, str], encoder: PromptEncoder) -
         raise bad_request(str(error), "agents") from error
 
 
-def _parts(given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str]) -> list[Part]:
+def _parts(
+    given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str], limit: int
+) -> list[Part]:
     parts: list[Part] = []
     for one in given:
         if isinstance(one, BlockRef):
@@ -139,6 +147,7 @@ def _parts(given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, 
             parts.append(shared(one.text))
         else:
             parts.append(private(one.text))
+    check_length((part.content for part in parts if isinstance(part.content, str)), limit)
     return parts
 
 
@@ -152,7 +161,7 @@ async def _entries(
     """Index and entry of each agent as it ends; first of those that were refused."""
     for index, error in refused.items():
         yield index, {"agent": body.agents[index].agent, **error.body()}
-    async for delta in deltas(listener, jobs, server.llm.model.tokenizer):
+    async for delta in deltas(listener, jobs, server.llm.model.tokenizer, spelt=False):
         if delta.output is not None:
             yield delta.index, _entry(body.agents[delta.index].agent, delta.output)
 

@@ -22,7 +22,7 @@ from tokendance.server.answers import Delta, Listener, deltas, taken_back
 from tokendance.server.chat import sampling_params
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.grammar import GrammarConstraint
-from tokendance.server.protocol import ChatRequest, Sampling, refuse_unsupported
+from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsupported
 from tokendance.server.state import Server
 from tokendance.server.worker import Event, Job, RoundKey
 from tokendance.store.entries import RoundId
@@ -68,8 +68,12 @@ def read_ask(
     """
     refuse_unsupported(body)
     choices = body.n or 1
-    if choices > server.settings.max_choices:
-        raise bad_request(f"n is at most {server.settings.max_choices}.", "n")
+    if choices * len(prompts) > server.settings.max_choices:
+        raise bad_request(
+            f"{len(prompts)} prompts with n = {choices} are more than the "
+            f"{server.settings.max_choices} answers that one request may have.",
+            "n",
+        )
     size = server.llm.model.shape.vocab_size
     params = [sampling_params(body, server.settings, size, choice) for choice in range(choices)]
     given = body.round
@@ -81,7 +85,7 @@ def read_ask(
         None if given is None else given.size,
         (given.agent if given is not None else None) or "the client",
         marked,
-        "messages" if isinstance(body, ChatRequest) else "prompt",
+        "prompt" if isinstance(body, CompletionRequest) else "messages",
     )
 
 
@@ -152,7 +156,8 @@ async def collect(
     """
     outputs: dict[int, Output] = {}
     logprobs: list[list[TokenLogprobs]] = [[] for _ in jobs]
-    async for delta in deltas(listener, dict(enumerate(jobs)), server.llm.model.tokenizer):
+    numbered = dict(enumerate(jobs))
+    async for delta in deltas(listener, numbered, server.llm.model.tokenizer, spelt=False):
         logprobs[delta.index] += delta.logprobs
         if delta.output is not None:
             if delta.output.error is not None:
@@ -177,7 +182,7 @@ def usage_of(outputs: Sequence[Output], choices: int) -> dict[str, Any]:
 
 def event(document: dict[str, Any]) -> str:
     """A document as a server-sent event."""
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(document)}\n\n"
 
 
 class ReleasingStream(StreamingResponse):

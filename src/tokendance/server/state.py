@@ -65,6 +65,11 @@ class Server:
         """What clients call the model."""
         return self.settings.served_name or self.llm.model.name
 
+    @property
+    def max_characters(self) -> int:
+        """Longer texts are refused unread; hardly a token has more than a hundred."""
+        return 128 * self.llm.model.shape.max_context
+
     def encoder(self, tenant: str) -> PromptEncoder:
         """The encoder of a tenant, whose hashes nobody else's prompts have."""
         model = self.llm.model
@@ -102,7 +107,7 @@ class Server:
         text: str = self.llm.model.tokenizer.decode([token])
         return text
 
-    def tenant_of(self, request: Request) -> str:
+    async def tenant_of(self, request: Request) -> str:
         """Who asks, by the API key.
 
         Raises:

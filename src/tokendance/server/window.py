@@ -6,7 +6,6 @@ share of what a lone request takes here, which is measured as they end. Whoever 
 a round of its own, joins the decoding batch, and still finds what the earlier one has computed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -81,6 +80,3 @@ class Window(Generic[Item]):
     def note_lone(self, seconds: float) -> None:
         """Learn from a request that ran alone."""
         self.lone_s += _SMOOTHING * (seconds - self.lone_s)
-
-
-Clock = Callable[[], float]

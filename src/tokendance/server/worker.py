@@ -10,6 +10,7 @@ All methods of `Worker` may be called from any thread; a job's listener is calle
 """
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -28,8 +29,12 @@ from tokendance.server.metrics import Metrics
 from tokendance.server.window import Window
 from tokendance.store.entries import RoundId
 
+log = logging.getLogger("tokendance.server")
+
 # Tenants whose shared pieces are remembered; the one that asked longest ago is forgotten.
 _MAX_TENANTS = 64
+# A named round whose requests keep coming waits so many times as long as for one.
+_LONGEST_WAITS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +100,29 @@ class Job:
 
 @dataclass(slots=True)
 class _NamedRound:
+    """A round that has not ended.
+
+    Attributes:
+        waiting: jobs that have not started.
+        first_s: when the first of them came.
+        last_s: when the last of them came.
+        size: requests of it, if a client has said.
+        num_requests: that have come.
+        round_id: of the engine, once it has started.
+        num_live: jobs that have started and are not done.
+    """
+
     waiting: list[Job]
+    first_s: float
     last_s: float
     size: int | None = None
-    round_id: RoundId | None = None  # once it has started
+    num_requests: int = 0
+    round_id: RoundId | None = None
     num_live: int = 0
+
+    def due_s(self, wait_s: float) -> float:
+        """When it starts if nobody else comes."""
+        return min(self.last_s + wait_s, self.first_s + _LONGEST_WAITS * wait_s)
 
 
 class Worker:
@@ -133,6 +156,8 @@ class Worker:
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
+        self._gate = threading.Lock()
+        self._is_closed = False  # nobody reads the inbox any more
         self._deadline = 0.0
         self.failure: BaseException | None = None
 
@@ -153,7 +178,7 @@ class Worker:
         def note() -> None:
             self._window.num_expected += 1
 
-        self._inbox.put(note)
+        self._put(note)
 
     def submit(self, jobs: Sequence[Job], *, announced: bool = False) -> None:
         """Hand in jobs that arrived together.
@@ -169,10 +194,11 @@ class Worker:
             for job in jobs:
                 if job.key is None:
                     self._window.add(job, now)
-                else:
-                    self._add_named(job, job.key, now)
+            if jobs and jobs[0].key is not None:
+                self._add_named(jobs, jobs[0].key, now)
 
-        self._inbox.put(take)
+        if not self._put(take):
+            self._refuse(jobs)
 
     def submit_round(self, jobs: Sequence[Job], *, announced: bool = False) -> None:
         """Hand in a whole round, which starts at once."""
@@ -181,7 +207,8 @@ class Worker:
             self._window.num_expected -= announced
             self._begin(jobs, self._llm.engine.new_round_id())
 
-        self._inbox.put(take)
+        if not self._put(take):
+            self._refuse(jobs)
 
     def withdraw(self) -> None:
         """Take an announcement back."""
@@ -190,7 +217,7 @@ class Worker:
     def cancel(self, jobs: Iterable[Job]) -> None:
         """Take jobs back, wherever they are; nothing happens to those that are done."""
         given = list(jobs)
-        self._inbox.put(lambda: self._cancel(given))
+        self._put(lambda: self._cancel(given))
 
     def stop(self, drain_s: float) -> None:
         """Finish what is under way, for so many seconds at most, then end the thread."""
@@ -200,8 +227,15 @@ class Worker:
             self._stopping = True
             self._deadline = deadline
 
-        self._inbox.put(begin_to_stop)
+        self._put(begin_to_stop)
         self._thread.join(drain_s + 10.0)
+
+    def _put(self, command: Callable[[], None]) -> bool:
+        """Hand a command to the thread; say whether there is one that will read it."""
+        with self._gate:
+            if not self._is_closed:
+                self._inbox.put(command)
+            return not self._is_closed
 
     # -- the thread ---------------------------------------------------------------------------
 
@@ -217,8 +251,14 @@ class Worker:
                 self._publish()
         except BaseException as error:
             self.failure = error
-            self._fail_all(error)
-            raise
+            log.exception("the engine has failed; nothing is served any more")
+        finally:
+            with self._gate:
+                self._is_closed = True
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._inbox.get_nowait()()
+            self._refuse([*self._live.values(), *self._take_waiting()])
 
     def _is_idle(self) -> bool:
         named = any(named.waiting for named in self._named.values())
@@ -239,9 +279,7 @@ class Worker:
                 self._inbox.get_nowait()()
 
     def _named_due(self) -> list[float]:
-        return [
-            named.last_s + self._round_wait_s for named in self._named.values() if named.waiting
-        ]
+        return [named.due_s(self._round_wait_s) for named in self._named.values() if named.waiting]
 
     def _begin_due(self) -> None:
         now = time.perf_counter()
@@ -251,19 +289,22 @@ class Worker:
         for named in self._named.values():
             if not named.waiting:
                 continue
-            full = named.size is not None and len(named.waiting) + named.num_live >= named.size
-            if full or self._stopping or now >= named.last_s + self._round_wait_s:
+            full = named.size is not None and named.num_requests >= named.size
+            if full or self._stopping or now >= named.due_s(self._round_wait_s):
                 if named.round_id is None:
                     named.round_id = self._llm.engine.new_round_id()
                 jobs, named.waiting = named.waiting, []
                 named.num_live += len(jobs)
                 self._begin(jobs, named.round_id)
 
-    def _add_named(self, job: Job, key: RoundKey, now: float) -> None:
-        named = self._named.setdefault(key, _NamedRound([], now))
-        named.waiting.append(job)
+    def _add_named(self, jobs: Sequence[Job], key: RoundKey, now: float) -> None:
+        named = self._named.setdefault(key, _NamedRound([], now, now))
+        if not named.waiting:
+            named.first_s = now
+        named.waiting += jobs
         named.last_s = now
-        named.size = job.round_size or named.size
+        named.num_requests += 1
+        named.size = jobs[0].round_size or named.size
 
     def _begin(self, jobs: Sequence[Job], round_id: RoundId) -> None:
         """Start jobs as one round: those of a tenant are compared with each other."""
@@ -340,11 +381,19 @@ class Worker:
         if job not in named.waiting:
             return False
         named.waiting.remove(job)
+        if not named.waiting and named.num_live == 0 and job.key is not None:
+            del self._named[job.key]
         return True
 
-    def _fail_all(self, error: BaseException) -> None:
-        for job in [*self._live.values(), *self._window.take_all()]:
-            job.request.error = AbortedError(f"The engine stopped: {error}")
+    def _take_waiting(self) -> list[Job]:
+        named = [job for one in self._named.values() for job in one.waiting]
+        return [*self._window.take_all(), *named]
+
+    @staticmethod
+    def _refuse(jobs: Iterable[Job]) -> None:
+        """Answer jobs that nobody will run."""
+        for job in jobs:
+            job.request.error = AbortedError("The engine has stopped.")
             job.request.finish_reason = "error"
             with contextlib.suppress(Exception):
                 job.listen(Finished(make_output(job.request)))
