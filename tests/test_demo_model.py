@@ -1,5 +1,8 @@
 """The demo weights: words, fidelity and generality on a real model."""
 
+import json
+import random
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +15,7 @@ from tokendance.config import EngineConfig, StoreConfig
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.rounds.trace import example_trace
+from tokendance.server.grammar import Grammars
 
 pytestmark = pytest.mark.demo
 STORE = StoreConfig(2**30)
@@ -37,6 +41,35 @@ def test_it_answers_and_ends_its_turn(exact: LLM) -> None:
     output = exact.generate([messages], SamplingParams(max_tokens=20))[0]
     assert "Paris" in output.text
     assert output.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_tokens_that_a_schema_allows_are_json_that_fits(model: LoadedModel, seed: int) -> None:
+    fields = {
+        "name": {"type": "string", "maxLength": 8},
+        "mood": {"enum": ["good", "very bad"]},
+        "list": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    }
+    schema = {
+        "type": "object",
+        "properties": fields,
+        "required": list(fields),
+        "additionalProperties": False,
+    }
+    constraint = Grammars(model).json_schema(schema, "response_format")
+    chooser = random.Random(seed)
+    token_ids: list[int] = []
+    while len(token_ids) < 500:
+        allowed = (~constraint.forbidden()).nonzero().flatten().tolist()
+        token = chooser.choice(allowed)
+        if token in model.stop_ids:
+            break
+        constraint.accept(token)
+        assert constraint.failure() is None
+        token_ids.append(token)
+    found = json.loads(model.tokenizer.decode(token_ids))
+    assert list(found) == list(fields)
+    assert found["mood"] in ("good", "very bad")
 
 
 def test_it_equals_transformers(exact: LLM) -> None:

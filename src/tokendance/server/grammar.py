@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llguidance
-import llguidance.hf
 import torch
 from torch import Tensor
 
@@ -18,6 +17,9 @@ from tokendance.server.errors import bad_request
 
 # Blanks where people put them, and nowhere else: a small model can write blanks for ever.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# What a tokenizer has to spell as we do.
+_SAMPLE = '{"name": "a b", "list": [1, 2]}'
 
 TOOL_BEGIN = "<tool_call>"
 TOOL_END = "</tool_call>"
@@ -74,13 +76,8 @@ class Grammars:
     def _constraint(self, grammar: str, param: str) -> "GrammarConstraint":
         with self._lock:
             if self._tokenizer is None:
-                tokenizer = self._model.tokenizer
                 try:
-                    self._tokenizer = llguidance.hf.from_tokenizer(
-                        tokenizer,
-                        n_vocab=max(self._model.shape.vocab_size, len(tokenizer)),
-                        eos_token=sorted(self._model.stop_ids),
-                    )
+                    self._tokenizer = _read_tokenizer(self._model)
                 except ValueError as error:
                     raise bad_request(
                         f"This model's answers cannot be constrained: {error}", param
@@ -113,7 +110,8 @@ class GrammarConstraint:
 
     def failure(self) -> str | None:
         """Why the grammar cannot be followed any further, if it cannot."""
-        return self._matcher.get_error() if self._matcher.is_error() else None
+        # What follows the first line is the parser's state, the whole grammar included.
+        return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
 
     def accept(self, token: int) -> None:
         """Go on with a token that was chosen."""
@@ -123,6 +121,31 @@ class GrammarConstraint:
     def restart(self) -> None:
         """Begin anew."""
         self._matcher.reset()
+
+
+def _read_tokenizer(model: LoadedModel) -> "llguidance.LLTokenizer":
+    """Hand a tokenizer to llguidance, which reads its JSON.
+
+    Raises:
+        ValueError: if it cannot be read, or is read wrongly.
+    """
+    tokenizer = model.tokenizer
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Tokenizers that were converted may decode in several steps, of which llguidance takes the
+    # first for all: then a blank would be a letter to it.
+    steps = (spec.get("decoder") or {}).get("decoders", [])
+    byte_level = [step for step in steps if step["type"] == "ByteLevel"]
+    if byte_level:
+        spec["decoder"] = byte_level[0]
+    read = llguidance.LLTokenizer(
+        json.dumps(spec),
+        n_vocab=max(model.shape.vocab_size, len(tokenizer)),
+        eos_token=sorted(model.stop_ids),
+    )
+    ids = tokenizer(_SAMPLE, add_special_tokens=False).input_ids
+    if read.decode_bytes(ids).decode(errors="replace").strip() != _SAMPLE:
+        raise ValueError("its tokenizer is of a kind that is not known.")
+    return read
 
 
 def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
