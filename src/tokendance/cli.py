@@ -12,10 +12,23 @@ from rich.text import Text
 from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
 from tokendance.config import ReuseMode
 from tokendance.errors import ConfigError, TokenDanceError
+from tokendance.server.settings import ServerSettings
 
 BenchName = Literal[
     "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "all"
 ]
+
+# Options that several commands have.
+Model = Annotated[str, typer.Option(help="An alias, a folder, or a Hugging Face hub id.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")]
+KVBudget = Annotated[
+    str | None,
+    typer.Option(help="Memory for KV, like 2GiB; a quarter of the machine's if left out."),
+]
+TextSeed = Annotated[int, typer.Option(help="Of texts, lengths and orders.")]
+
+_SERVER = ServerSettings()  # its defaults
 
 app = typer.Typer(
     help="Serve rounds of LLM agents that share the KV cache of what they all read.",
@@ -34,9 +47,7 @@ def run(
             "answers. The example town if left out."
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="An alias, a folder, or a Hugging Face hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     reuse: Annotated[
         ReuseMode,
         typer.Option(
@@ -92,14 +103,9 @@ def run(
         float, typer.Option(min=0, help="0 always takes the likeliest token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers, with a temperature.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
-    ] = None,
-    kv_budget: Annotated[
-        str | None,
-        typer.Option(help="Memory for KV, like 2GiB; a quarter of the machine's if left out."),
-    ] = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    kv_budget: KVBudget = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write figures and answers to this file.")
     ] = None,
@@ -185,10 +191,10 @@ def serve(
             envvar="TOKENDANCE_HOST",
             help="Address to listen on. Beyond this machine an API key is needed.",
         ),
-    ] = "127.0.0.1",
+    ] = _SERVER.host,
     port: Annotated[
         int, typer.Option(min=0, max=65535, envvar="TOKENDANCE_PORT", help="Port to listen on.")
-    ] = 8000,
+    ] = _SERVER.port,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -214,21 +220,16 @@ def serve(
     window_ms: Annotated[
         float,
         typer.Option(min=0, help="Requests that arrive this near to each other make a round."),
-    ] = 4.0,
+    ] = _SERVER.window_s * 1000,
     max_open_requests: Annotated[
         int, typer.Option(min=1, help="Requests at a time; more are told to come back.")
-    ] = 256,
+    ] = _SERVER.max_open_requests,
     default_max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer where a request does not say.")
-    ] = 512,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
-    ] = None,
-    kv_budget: Annotated[
-        str | None,
-        typer.Option(help="Memory for KV, like 2GiB; a quarter of the machine's if left out."),
-    ] = None,
+    ] = _SERVER.default_max_tokens,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    kv_budget: KVBudget = None,
 ) -> None:
     """Serve a model to any client of OpenAI's API; requests that come together make a round.
 
@@ -237,8 +238,6 @@ def serve(
     """
     del config
     commands = _server_commands()
-    from tokendance.server.settings import ServerSettings
-
     settings = ServerSettings(
         host=host,
         port=port,
@@ -267,9 +266,7 @@ def bench(
             "all: everything, with a report."
         ),
     ],
-    model: Annotated[
-        str, typer.Option(help="An alias, a folder, or a Hugging Face hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     against: Annotated[
         Literal["vllm"] | None,
         typer.Option(help="Measure this engine too, in its own environment (make vllm)."),
@@ -300,10 +297,8 @@ def bench(
             min=1, help="Counted runs in prefill and plain; in fidelity, workloads of other seeds."
         ),
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Of texts, lengths and orders.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
-    ] = None,
+    seed: TextSeed = 0,
+    threads: Threads = None,
 ) -> None:
     """Measure: a table while it works, and one JSON line last.
 
@@ -328,15 +323,13 @@ def calibrate(
     model: Annotated[
         str, typer.Argument(help="An alias, a folder, or a Hugging Face hub id.")
     ] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Dtype = "auto",
     size: Annotated[
         Literal["full", "tiny"],
         typer.Option(help="tiny measures next to nothing, to see that it works."),
     ] = "full",
-    seed: Annotated[int, typer.Option(help="Of texts, lengths and orders.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")
-    ] = None,
+    seed: TextSeed = 0,
+    threads: Threads = None,
 ) -> None:
     """Measure how much correction a model needs, for --fidelity-target.
 

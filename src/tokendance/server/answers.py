@@ -119,7 +119,11 @@ async def deltas(
         tokenizer: see `TextStream`.
         spelt: whether the text of each piece is wanted.
     """
-    streams = {index: TextStream(tokenizer, job.request.params.stop) for index, job in jobs.items()}
+    streams = {
+        index: TextStream(tokenizer, job.request.params.stop)
+        for index, job in jobs.items()
+        if spelt
+    }
     left = len(jobs)
     while left:
         index, event = await listener.get()
@@ -128,7 +132,8 @@ async def deltas(
             yield Delta(index, text, event.token_ids, event.logprobs)
         elif isinstance(event, Finished):
             left -= 1
-            yield Delta(index, streams[index].finish(event.output.text), output=event.output)
+            text = streams[index].finish(event.output.text) if spelt else ""
+            yield Delta(index, text, output=event.output)
 
 
 @contextmanager

@@ -110,13 +110,13 @@ def _as_message(message: ChatMessage) -> dict[str, Any]:
         for call in message.tool_calls:
             said = {"name": call.function.name, "arguments": _parsed(call.function.arguments)}
             texts.append(f"{TOOL_BEGIN}\n{json.dumps(said)}\n{TOOL_END}")
-    found: dict[str, Any] = {
-        "role": _ROLES.get(message.role, message.role),
-        "content": [_text(text) for text in texts if text],
-    }
-    if message.name:
-        found["name"] = message.name
-    return found
+    return as_message(message.role, [_text(text) for text in texts if text], message.name)
+
+
+def as_message(role: str, content: Any, name: str | None) -> dict[str, Any]:
+    """A message as `Prompt` takes it: its role is one that templates know."""
+    found = {"role": _ROLES.get(role, role), "content": content}
+    return {**found, "name": name} if name else found
 
 
 def _texts(message: ChatMessage) -> list[str]:

@@ -1,9 +1,6 @@
 """POST /v1/chat/completions."""
 
-import secrets
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -19,7 +16,7 @@ from tokendance.server.chat import (
     split_tool_calls,
 )
 from tokendance.server.protocol import ChatRequest
-from tokendance.server.running import Ask, answer, read_ask, usage_of
+from tokendance.server.running import Ask, answer, read_ask
 from tokendance.server.state import Server
 from tokendance.server.worker import Job
 
@@ -34,8 +31,8 @@ def add_chat(app: FastAPI, server: Server) -> None:
         """Answer a conversation."""
         server.check_model(body.model)
         encoder = server.encoder(tenant)
-        answer_id = f"chatcmpl-{secrets.token_hex(12)}"
-        created = int(time.time())
+        head = server.head("chatcmpl")
+        chunk_head = {**head, "object": "chat.completion.chunk"}
 
         def read() -> Ask:
             prompt = encode_chat(body, encoder, server.settings, server.max_characters)
@@ -43,19 +40,9 @@ def add_chat(app: FastAPI, server: Server) -> None:
                 server,
                 body,
                 [prompt],
-                partial(constraint_of, body, server.grammars),
+                constraint_of(body, server.grammars),
                 marked=is_marked(body),
             )
-
-        def document(kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-            return {
-                "id": answer_id,
-                "object": kind,
-                "created": created,
-                "model": server.model_name,
-                "choices": choices,
-                **more,
-            }
 
         def whole(
             jobs: list[Job], outputs: list[Output], logprobs: list[list[TokenLogprobs]]
@@ -75,7 +62,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                         "finish_reason": "tool_calls" if calls else output.finish_reason,
                     }
                 )
-            return document("chat.completion", choices, usage=usage_of(outputs, body.n or 1))
+            return {**head, "object": "chat.completion", "choices": choices}
 
         def chunks(jobs: list[Job]) -> Callable[[Delta], list[dict[str, Any]]]:
             begun: set[int] = set()
@@ -83,7 +70,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
 
             def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
                 choice = {"index": index, "delta": delta, "finish_reason": None, **more}
-                return document("chat.completion.chunk", [choice])
+                return {**chunk_head, "choices": [choice]}
 
             def of(delta: Delta) -> list[dict[str, Any]]:
                 found: list[dict[str, Any]] = []
@@ -118,20 +105,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
 
             return of
 
-        def last_chunk(outputs: list[Output]) -> dict[str, Any] | None:
-            if body.stream_options is None or not body.stream_options.include_usage:
-                return None
-            return document("chat.completion.chunk", [], usage=usage_of(outputs, body.n or 1))
-
-        return await answer(
-            server,
-            request,
-            read,
-            streams=bool(body.stream),
-            whole=whole,
-            chunks=chunks,
-            last_chunk=last_chunk,
-        )
+        return await answer(server, request, body, read, whole, chunks, chunk_head)
 
 
 def _content(body: ChatRequest, text: str) -> tuple[str, list[ToolCallOut]]:

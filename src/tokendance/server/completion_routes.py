@@ -1,7 +1,5 @@
 """POST /v1/completions."""
 
-import secrets
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -17,7 +15,7 @@ from tokendance.server.answers import Delta
 from tokendance.server.chat import check_length
 from tokendance.server.errors import bad_request
 from tokendance.server.protocol import CompletionRequest
-from tokendance.server.running import Ask, answer, read_ask, usage_of
+from tokendance.server.running import Ask, answer, read_ask
 from tokendance.server.state import Server
 from tokendance.server.worker import Job
 
@@ -32,8 +30,7 @@ def add_completions(app: FastAPI, server: Server) -> None:
         """Go on with texts, or with token ids."""
         server.check_model(body.model)
         encoder = server.encoder(tenant)
-        answer_id = f"cmpl-{secrets.token_hex(12)}"
-        created = int(time.time())
+        head = {**server.head("cmpl"), "object": "text_completion"}
 
         def read() -> Ask:
             given = _prompts(body)
@@ -43,16 +40,6 @@ def add_completions(app: FastAPI, server: Server) -> None:
             )
             prompts = [_encode(encoder, prompt) for prompt in given]
             return read_ask(server, body, prompts)
-
-        def document(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-            return {
-                "id": answer_id,
-                "object": "text_completion",
-                "created": created,
-                "model": server.model_name,
-                "choices": choices,
-                **more,
-            }
 
         def whole(
             jobs: list[Job], outputs: list[Output], logprobs: list[list[TokenLogprobs]]
@@ -67,7 +54,7 @@ def add_completions(app: FastAPI, server: Server) -> None:
                 }
                 for index, output in enumerate(outputs)
             ]
-            return document(choices, usage=usage_of(outputs, body.n or 1))
+            return {**head, "choices": choices}
 
         def chunks(jobs: list[Job]) -> Callable[[Delta], list[dict[str, Any]]]:
             del jobs
@@ -82,24 +69,11 @@ def add_completions(app: FastAPI, server: Server) -> None:
                     "logprobs": None,
                     "finish_reason": reason,
                 }
-                return [document([choice])]
+                return [{**head, "choices": [choice]}]
 
             return of
 
-        def last_chunk(outputs: list[Output]) -> dict[str, Any] | None:
-            if body.stream_options is None or not body.stream_options.include_usage:
-                return None
-            return document([], usage=usage_of(outputs, body.n or 1))
-
-        return await answer(
-            server,
-            request,
-            read,
-            streams=bool(body.stream),
-            whole=whole,
-            chunks=chunks,
-            last_chunk=last_chunk,
-        )
+        return await answer(server, request, body, read, whole, chunks, head)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

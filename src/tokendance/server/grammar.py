@@ -3,6 +3,7 @@
 llguidance does the work; it says for every token whether it may come next.
 """
 
+import copy
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,7 @@ class GrammarConstraint:
     def __init__(self, matcher: "llguidance.LLMatcher", model: LoadedModel) -> None:
         """Begin at the grammar's beginning."""
         self._matcher = matcher
+        self._model = model
         self._device = model.device
         self._only_end = torch.ones(model.shape.vocab_size, dtype=torch.bool)
         self._only_end[sorted(model.stop_ids)] = False
@@ -118,6 +120,10 @@ class GrammarConstraint:
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 
+    def copy(self) -> "GrammarConstraint":
+        """Another one at the same place, for another answer."""
+        return GrammarConstraint(self._matcher.deep_copy(), self._model)
+
     def restart(self) -> None:
         """Begin anew."""
         self._matcher.reset()
@@ -129,7 +135,7 @@ def _read_tokenizer(model: LoadedModel) -> "llguidance.LLTokenizer":
     Raises:
         ValueError: if it cannot be read, or is read wrongly.
     """
-    tokenizer = model.tokenizer
+    tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread decodes with that one
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     # Tokenizers that were converted may decode in several steps, of which llguidance takes the
     # first for all: then a blank would be a letter to it.

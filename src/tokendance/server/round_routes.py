@@ -11,8 +11,6 @@ The answer has an entry for each agent, in their order; as a stream, an event fo
 An agent that cannot be served has an `error`, and the others are unharmed.
 """
 
-import secrets
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
@@ -27,7 +25,7 @@ from tokendance.outputs import Output
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
-from tokendance.server.chat import check_length
+from tokendance.server.chat import as_message, check_length
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.protocol import (
     BlockRef,
@@ -70,11 +68,7 @@ def add_rounds(app: FastAPI, server: Server) -> None:
             refused = {index: job for index, job in enumerate(asked) if isinstance(job, ApiError)}
             server.worker.submit_round(list(jobs.values()))
             entries = _entries(server, body, jobs, refused, listener)
-            head = {
-                "id": f"round-{secrets.token_hex(12)}",
-                "created": int(time.time()),
-                "model": server.model_name,
-            }
+            head = server.head("round")
             if body.stream:
                 handed_over = True
                 return ReleasingStream(_events(head, entries), server, list(jobs.values()))
@@ -126,9 +120,7 @@ def _encode(
             content = message.content
             if isinstance(content, list):
                 content = _parts(content, blocks, limit)  # type: ignore[assignment]
-            role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
-            name = {"name": message.name} if message.name else {}
-            messages.append({"role": role, "content": content, **name})
+            messages.append(as_message(message.role, content, message.name))
         return encoder.encode(Prompt(messages))
     except InputError as error:
         raise bad_request(str(error), "agents") from error

@@ -50,7 +50,7 @@ def read_ask(
     server: Server,
     body: Sampling,
     prompts: list[EncodedPrompt],
-    make_constraint: Callable[[], GrammarConstraint | None] = lambda: None,
+    constraint: GrammarConstraint | None = None,
     *,
     marked: bool = False,
 ) -> Ask:
@@ -60,7 +60,7 @@ def read_ask(
         server: that is asked.
         body: of the request.
         prompts: that were read of it.
-        make_constraint: called for each answer.
+        constraint: of each answer.
         marked: see `Job`.
 
     Raises:
@@ -80,7 +80,7 @@ def read_ask(
     return Ask(
         prompts,
         params,
-        [make_constraint() for _ in params],
+        [None if constraint is None else constraint.copy() for _ in params],
         None if given is None else RoundKey(prompts[0].salt, given.id),
         None if given is None else given.size,
         (given.agent if given is not None else None) or "the client",
@@ -215,7 +215,7 @@ async def events_of(
     jobs: Sequence[Job],
     listener: Listener,
     chunks: Callable[[Delta], list[dict[str, Any]]],
-    last_chunk: Callable[[list[Output]], dict[str, Any] | None],
+    last_chunk: Callable[[list[Output]], dict[str, Any]] | None,
 ) -> AsyncIterator[str]:
     """Events as the answers grow; an error ends the stream with an event of its own."""
     outputs: dict[int, Output] = {}
@@ -227,34 +227,51 @@ async def events_of(
             outputs[delta.index] = delta.output
         for chunk in chunks(delta):
             yield event(chunk)
-    last = last_chunk([outputs[index] for index in range(len(jobs))])
-    if last is not None:
-        yield event(last)
+    if last_chunk is not None:
+        yield event(last_chunk([outputs[index] for index in range(len(jobs))]))
     yield "data: [DONE]\n\n"
 
 
 async def answer(
     server: Server,
     request: Request,
+    body: Sampling,
     read: Callable[[], Ask],
-    *,
-    streams: bool,
     whole: Callable[[list[Job], list[Output], list[list[TokenLogprobs]]], dict[str, Any]],
     chunks: Callable[[list[Job]], Callable[[Delta], list[dict[str, Any]]]],
-    last_chunk: Callable[[list[Output]], dict[str, Any] | None],
+    chunk_head: dict[str, Any],
 ) -> Response:
-    """Answer a request at once or as a stream."""
+    """Answer a request at once or as a stream, with its usage.
+
+    Args:
+        server: that is asked.
+        request: of HTTP.
+        body: says whether it is a stream, and whether that has its usage.
+        read: reads the request; called on another thread.
+        whole: makes the document of an answer, but for its usage.
+        chunks: makes what turns deltas into the documents of a stream.
+        chunk_head: what those have in common.
+    """
+
+    def usage(outputs: list[Output]) -> dict[str, Any]:
+        return {"usage": usage_of(outputs, body.n or 1)}
+
+    def last_chunk(outputs: list[Output]) -> dict[str, Any]:
+        return {**chunk_head, "choices": [], **usage(outputs)}
+
     server.admit()
     handed_over = False
     try:
         jobs, listener = await begin(server, read)
-        if streams:
+        if body.stream:
             handed_over = True
-            found = events_of(server, jobs, listener, chunks(jobs), last_chunk)
+            wanted = body.stream_options is not None and body.stream_options.include_usage
+            last = last_chunk if wanted else None
+            found = events_of(server, jobs, listener, chunks(jobs), last)
             return ReleasingStream(found, server, jobs)
         with taken_back(server.worker, jobs):
             outputs, logprobs = await unless_gone(request, collect(server, jobs, listener))
-        return JSONResponse(whole(jobs, outputs, logprobs))
+        return JSONResponse({**whole(jobs, outputs, logprobs), **usage(outputs)})
     finally:
         if not handed_over:
             server.release()

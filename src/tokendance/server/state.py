@@ -3,14 +3,16 @@
 import copy
 import hashlib
 import hmac
+import secrets
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
-from tokendance.rounds.segments import Salt, make_salt
+from tokendance.rounds.segments import make_salt
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.metrics import Metrics
@@ -42,7 +44,7 @@ class Server:
     is_draining: bool = False
     num_open: int = 0
     _encoder: PromptEncoder = field(init=False)
-    _encoders: dict[Salt, PromptEncoder] = field(default_factory=dict)
+    _encoders: dict[str, PromptEncoder] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.llm)
@@ -73,10 +75,18 @@ class Server:
     def encoder(self, tenant: str) -> PromptEncoder:
         """The encoder of a tenant, whose hashes nobody else's prompts have."""
         model = self.llm.model
-        salt = make_salt(model.name, str(model.dtype), tenant)
-        if salt not in self._encoders:
-            self._encoders[salt] = self._encoder.with_salt(salt)
-        return self._encoders[salt]
+        if tenant not in self._encoders:
+            salt = make_salt(model.name, str(model.dtype), tenant)
+            self._encoders[tenant] = self._encoder.with_salt(salt)
+        return self._encoders[tenant]
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every answer begins with; `kind` begins its id."""
+        return {
+            "id": f"{kind}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": self.model_name,
+        }
 
     def admit(self) -> None:
         """Count a request that is answered from now on, until `release`.
@@ -120,8 +130,9 @@ class Server:
         found = ""
         for key in self.settings.api_keys:
             # All are compared, so that time tells nothing about them.
-            if hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest):
-                found = hashlib.sha256(key.encode()).hexdigest()
+            known = hashlib.sha256(key.encode()).digest()
+            if hmac.compare_digest(known, digest):
+                found = known.hex()
         if not found:
             raise ApiError(
                 401,

@@ -200,11 +200,10 @@ class Worker:
         if not self._put(take):
             self._refuse(jobs)
 
-    def submit_round(self, jobs: Sequence[Job], *, announced: bool = False) -> None:
+    def submit_round(self, jobs: Sequence[Job]) -> None:
         """Hand in a whole round, which starts at once."""
 
         def take() -> None:
-            self._window.num_expected -= announced
             self._begin(jobs, self._llm.engine.new_round_id())
 
         if not self._put(take):
@@ -367,9 +366,7 @@ class Worker:
     def _cancel(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             if self._remove_waiting(job):
-                job.request.error = AbortedError("The request was taken back.")
-                job.request.finish_reason = "error"
-                job.listen(Finished(make_output(job.request)))
+                self._refuse([job], "The request was taken back.")
             elif job.request in self._live:
                 self._llm.engine.abort(job.request)
 
@@ -390,10 +387,10 @@ class Worker:
         return [*self._window.take_all(), *named]
 
     @staticmethod
-    def _refuse(jobs: Iterable[Job]) -> None:
+    def _refuse(jobs: Iterable[Job], why: str = "The engine has stopped.") -> None:
         """Answer jobs that nobody will run."""
         for job in jobs:
-            job.request.error = AbortedError("The engine has stopped.")
+            job.request.error = AbortedError(why)
             job.request.finish_reason = "error"
             with contextlib.suppress(Exception):
                 job.listen(Finished(make_output(job.request)))
