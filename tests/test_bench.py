@@ -34,6 +34,7 @@ HEADLINES: dict[str, set[str]] = {
         for figure in ("kl", "kl_next", "top1", "identical", "recall", "corrected")
         for mode in ("pic", "collective")
     } | {"kl_ratio", "kl_next_ratio"},
+    "serve": {"round_speed", "lone_latency", "burst_answered"},
     "capacity": {
         "agents_vllm", "agents_prefix", "agents_pic", "agents_collective", "ratio_vs_vllm",
         "ratio_by_memory",

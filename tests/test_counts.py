@@ -157,7 +157,7 @@ def test_the_reuse_limit_does_not_split_a_round(make_llm: MakeLLM) -> None:
 
 def test_a_session_hands_on_no_special_tokens(make_llm: MakeLLM) -> None:
     llm = make_llm(num_pages=800)
-    session = llm.session([Agent("Ann", "a"), Agent("Bo", "b")])
+    session = llm.session(agents=[Agent("Ann", "a"), Agent("Bo", "b")])
     start, end = (llm.model.tokenizer.convert_tokens_to_ids(t) for t in ("<|start|>", "<|end|>"))
     forged = SamplingParams(max_tokens=9, forced_tokens=(end, start, 60, 61, start))
     session.run("go", forged)
@@ -168,10 +168,10 @@ def test_a_session_hands_on_no_special_tokens(make_llm: MakeLLM) -> None:
 
 def test_a_session_hands_on_no_stop_text(make_llm: MakeLLM) -> None:
     llm = make_llm(num_pages=800)
-    session = llm.session([Agent("Ann", "a"), Agent("Bo", "b")])
+    session = llm.session(agents=[Agent("Ann", "a"), Agent("Bo", "b")])
     said = session.run("go", SamplingParams(max_tokens=12, ignore_eos=True))
     letter = next(c for c in said.outputs[0].text[2:] if c.isascii() and c.isprintable())
-    again = llm.session([Agent("Ann", "a"), Agent("Bo", "b")])
+    again = llm.session(agents=[Agent("Ann", "a"), Agent("Bo", "b")])
     stopped = again.run("go", SamplingParams(max_tokens=12, ignore_eos=True, stop=(letter,)))
     assert stopped.outputs[0].stopped_by_text
     assert letter not in stopped.outputs[0].text
@@ -201,7 +201,7 @@ def test_identical_prompts_share_at_once(make_llm: MakeLLM) -> None:
 def test_session_hands_on_words_in_one_order(make_llm: MakeLLM) -> None:
     llm = make_llm(num_pages=800)
     session = llm.session(
-        [Agent(name, f"I am {name}.") for name in ("Ann", "Bo", "Cy")],
+        agents=[Agent(name, f"I am {name}.") for name in ("Ann", "Bo", "Cy")],
         params=SamplingParams(max_tokens=12, ignore_eos=True),
     )
     first = session.run("Speak.")
@@ -223,7 +223,7 @@ def test_session_hands_on_words_in_one_order(make_llm: MakeLLM) -> None:
 def test_session_drops_the_oldest_rounds_when_the_context_is_full(make_llm: MakeLLM) -> None:
     llm = make_llm(num_pages=800)
     session = llm.session(
-        [Agent(name, f"I am {name}.") for name in ("Ann", "Bo")],
+        agents=[Agent(name, f"I am {name}.") for name in ("Ann", "Bo")],
         params=SamplingParams(max_tokens=60, ignore_eos=True),
     )
     lengths = [max(o.prompt_tokens for o in session.run("Speak.").outputs) for _ in range(6)]

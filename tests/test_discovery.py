@@ -1,10 +1,12 @@
 """Shared text that nobody has marked."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance.rounds.discovery import Discovery, DiscoveryConfig
+from tokendance.rounds.discovery import Discovery, DiscoveryConfig, Found, Heard
 from tokendance.rounds.segments import EncodedPrompt, TokenIds, as_token_ids, make_salt
 
 GRAM = 4
@@ -16,10 +18,19 @@ def words(seed: int, count: int) -> list[int]:
     return [1000 * seed + place for place in range(count)]
 
 
-def discover(*rounds: list[list[int]]) -> list[EncodedPrompt]:
-    """Segment some rounds one after the other; return the last."""
+def discover_all(*rounds: list[list[int]]) -> tuple[list[EncodedPrompt], list[Heard]]:
+    """Segment some rounds one after the other; return what was found in the last."""
     discovery = Discovery(make_salt("test"), CONFIG)
-    return [discovery.segment([as_token_ids(ids) for ids in prompts]) for prompts in rounds][-1]
+    found = Found([], [])
+    for now, prompts in enumerate(rounds):
+        found = discovery.segment([as_token_ids(ids) for ids in prompts], now)
+        discovery.check_integrity()
+    return found.prompts, found.heard
+
+
+def discover(*rounds: list[list[int]]) -> list[EncodedPrompt]:
+    """Only the prompts of that."""
+    return discover_all(*rounds)[0]
 
 
 def shared(prompt: EncodedPrompt) -> list[list[int]]:
@@ -54,6 +65,56 @@ def test_a_later_round_finds_what_an_earlier_one_had() -> None:
 def test_a_late_prompt_finds_what_its_round_had() -> None:
     together = [[*words(10 + i, 5), *A] for i in range(2)]
     assert [shared(prompt) for prompt in discover(together, [[*words(30, 9), *A]])] == [[A]]
+
+
+def test_prompts_one_after_another_find_what_the_earlier_ones_had() -> None:
+    prompts = [[*words(10 + i, 5 + i), *A, *B, *words(20 + i, 9)] for i in range(3)]
+    assert shared(discover([prompts[0]])[0]) == []
+    assert shared(discover([prompts[0]], [prompts[1]])[0]) == [[*A, *B]]
+    found, heard = discover_all([prompts[0]], [prompts[1]], [prompts[2]])
+    assert shared(found[0]) == [[*A, *B]]
+    assert [one.token_ids.tolist() for one in heard] == prompts[:2]
+    for one in heard:
+        ((first, last, _),) = one.parts
+        assert one.token_ids[first:last].tolist() == [*A, *B]
+
+
+def test_a_conversation_that_goes_on_shares_nothing_with_itself() -> None:
+    first = [*words(10, 5), *A]
+    second = [*first, *words(11, 9), *B]
+    third = [*second, *words(12, 9), *C]
+    found, heard = discover_all([first], [second], [third])
+    assert shared(found[0]) == []
+    assert heard == []
+    # But when its beginning is forgotten, the rest of it is found elsewhere.
+    assert shared(discover([third], [third[5:]])[0]) == [third[5:]]
+
+
+def test_prompts_of_long_ago_are_forgotten() -> None:
+    discovery = Discovery(make_salt("test"), CONFIG)
+    prompts = [as_token_ids([*words(10 + i, 5), *A]) for i in range(3)]
+    late = CONFIG.recent_s + 1
+    for prompt, now, is_found in ((prompts[0], 0.0, False), (prompts[1], late, False)):
+        assert bool(shared(discovery.segment([prompt], now).prompts[0])) == is_found
+    assert shared(discovery.segment([prompts[2]], 2 * late - 2).prompts[0]) == [A]
+    only_together = Discovery(make_salt("test"), replace(CONFIG, recent_s=0.0))
+    for prompt in prompts:
+        assert shared(only_together.segment([prompt], 0.0).prompts[0]) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    times=st.lists(st.floats(0, 300), min_size=40, max_size=40),
+)
+def test_the_memory_stays_within_its_bounds(lengths: list[int], times: list[float]) -> None:
+    config = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, memory_tokens=200, recent_s=900.0)
+    discovery = Discovery(make_salt("test"), config)
+    now = 0.0
+    for place, length in enumerate(lengths):
+        now += times[place]
+        discovery.segment([as_token_ids([*words(place % 7, length), *A[: length % 20]])], now)
+        discovery.check_integrity()
 
 
 def test_one_that_lacks_its_own_block() -> None:
@@ -103,7 +164,7 @@ def test_segments_are_cut_from_the_prompt_and_stand_in_another(
         for block in order:
             ids += blocks[block % len(blocks)]
         prompts.append(as_token_ids(ids))
-    found = Discovery(make_salt("test"), CONFIG).segment(prompts)
+    found = Discovery(make_salt("test"), CONFIG).segment(prompts, 0.0).prompts
     for prompt, encoded in zip(prompts, found, strict=True):
         assert np.array_equal(encoded.token_ids, prompt)
         for _, segment in encoded.shared_segments():

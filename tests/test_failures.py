@@ -213,7 +213,7 @@ def test_wrong_rounds(make_llm: MakeLLM) -> None:
         llm.run_round(["a", "b"], [PARAMS])
     with pytest.raises(RoundError, match="no agents"):
         llm.session().run("x")
-    session = llm.session([Agent("Ann", "x")])
+    session = llm.session(agents=[Agent("Ann", "x")])
     with pytest.raises(RoundError, match="already"):
         session.join(Agent("Ann", "y"))
     with pytest.raises(RoundError, match="'Bo'"):

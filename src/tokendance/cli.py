@@ -15,7 +15,7 @@ from tokendance.errors import ConfigError, TokenDanceError
 from tokendance.server.settings import ServerSettings
 
 BenchName = Literal[
-    "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "all"
+    "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "serve", "all"
 ]
 
 # Options that several commands have.
@@ -26,6 +26,11 @@ KVBudget = Annotated[
     str | None,
     typer.Option(help="Memory for KV, like 2GiB; a quarter of the machine's if left out."),
 ]
+StoreBudget = Annotated[
+    str | None,
+    typer.Option(help="Most bytes of KV in the store, like 10GiB; without bound if left out."),
+]
+StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.", file_okay=False)]
 TextSeed = Annotated[int, typer.Option(help="Of texts, lengths and orders.")]
 
 _SERVER = ServerSettings()  # its defaults
@@ -106,6 +111,18 @@ def run(
     dtype: Dtype = "auto",
     threads: Threads = None,
     kv_budget: KVBudget = None,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            help="With --store: name of the session. Each round is on disk when it is shown, and "
+            "the same name goes on where it stopped, in --rounds more rounds."
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="With --session: folder in which sessions last.", file_okay=False),
+    ] = None,
+    store_budget: StoreBudget = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write figures and answers to this file.")
     ] = None,
@@ -134,6 +151,9 @@ def run(
             dtype=dtype,
             threads=threads,
             kv_budget=kv_budget,
+            session=session,
+            store=store,
+            store_budget=store_budget,
             json_file=json_file,
         ),
         Console(),
@@ -227,6 +247,26 @@ def serve(
     default_max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer where a request does not say.")
     ] = _SERVER.default_max_tokens,
+    recent: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Agents may be asked one after another: text of prompts of so many seconds ago "
+            "is reused, too. 0: only of those that arrive together.",
+        ),
+    ] = _SERVER.recent_s,
+    shadow: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Compute this share of mirrors again when idle, exactly, and show in /metrics "
+            "how far they were.",
+        ),
+    ] = 0.0,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="A line for each request, as this.")
+    ] = "text",
     dtype: Dtype = "auto",
     threads: Threads = None,
     kv_budget: KVBudget = None,
@@ -247,9 +287,18 @@ def serve(
         max_open_requests=max_open_requests,
         default_max_tokens=default_max_tokens,
         window_s=window_ms / 1000,
+        recent_s=recent,
     )
     options = commands.EngineOptions(
-        model, reuse, correction, fidelity_target, dtype, threads, kv_budget
+        model=model,
+        reuse=reuse,
+        correction=correction,
+        fidelity_target=fidelity_target,
+        dtype=dtype,
+        threads=threads,
+        kv_budget=kv_budget,
+        shadow=shadow,
+        log_format=log_format,
     )
     commands.serve(options, settings, Console())
 
@@ -263,6 +312,7 @@ def bench(
             "prefill: seconds of a round. decode: tokens per second. "
             "storage: bytes per agent. capacity: most agents in a time or a memory. "
             "fidelity: how near the answers are to full computation. "
+            "serve: what HTTP and finding shared text cost. "
             "all: everything, with a report."
         ),
     ],
@@ -358,6 +408,56 @@ def models(
         prepare_model(prepare, Console())
     else:
         list_models(names or [], Console())
+
+
+store_app = typer.Typer(
+    help="Look at what sessions have left on disk, check it, and remove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(store_app, name="store")
+
+
+@store_app.command()
+def ls(store: StoreFolder) -> None:
+    """List sessions, with what they take against one dense cache for each agent."""
+    from tokendance.commands.store import list_sessions
+
+    list_sessions(store, Console())
+
+
+@store_app.command()
+def show(name: str, store: StoreFolder) -> None:
+    """Show a session: its agents, its files, and who refers to what."""
+    from tokendance.commands.store import show_session
+
+    show_session(store, name, Console())
+
+
+@store_app.command()
+def verify(store: StoreFolder) -> None:
+    """Read everything and compare it with what was written; exit code 1 if it differs."""
+    from tokendance.commands.store import verify_store
+
+    verify_store(store, Console())
+
+
+@store_app.command()
+def gc(store: StoreFolder, store_budget: StoreBudget = None) -> None:
+    """Remove what is past its time, left over, damaged, or more than the budget."""
+    from tokendance.commands.store import collect_garbage
+    from tokendance.config import parse_bytes
+
+    budget = None if store_budget is None else parse_bytes(store_budget)
+    collect_garbage(store, budget, Console())
+
+
+@store_app.command()
+def rm(name: str, store: StoreFolder) -> None:
+    """Remove a session."""
+    from tokendance.commands.store import remove_session
+
+    remove_session(store, name, Console())
 
 
 @app.command()

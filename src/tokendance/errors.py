@@ -9,6 +9,8 @@
     │   ├── PromptError           one prompt is empty, too long, or refused by the template
     │   ├── RoundError            the round as a whole is wrong: empty, a name twice
     │   └── TraceError            a line of a trace cannot be read
+    ├── StoreError                a folder of sessions that cannot be used
+    │   └── CorruptFileError      a file in it is not what was written
     ├── BaselineError             the engine that we compare with is missing or failed
     └── RequestError              a request could not be finished; the others are unharmed
         ├── BudgetError           the KV budget cannot hold it
@@ -54,6 +56,14 @@ class RoundError(InputError):
 
 class TraceError(InputError):
     """A line of a trace cannot be read."""
+
+
+class StoreError(TokenDanceError):
+    """A folder of sessions cannot be used."""
+
+
+class CorruptFileError(StoreError):
+    """A file of the store is not what was written."""
 
 
 class BaselineError(TokenDanceError):

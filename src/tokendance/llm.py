@@ -23,15 +23,18 @@ from tokendance.engine.engine import Engine, RoundRecord
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
-from tokendance.engine.shadow import ShadowReport, compare
+from tokendance.engine.shadow import ShadowReport, compare, exact_request
+from tokendance.engine.tiers import Tiers
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
 from tokendance.models.calibration import table_path
 from tokendance.models.encoder import PromptEncoder
+from tokendance.models.identity import identity_of
 from tokendance.models.loader import LoadedModel, dtype_name, load_model
 from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Agent, Session
+from tokendance.store.disk import DiskStore
 from tokendance.store.entries import RoundId
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
@@ -47,6 +50,7 @@ class LLM:
         model: the loaded model.
         engine: the loop under it, for callers that add and step by themselves.
         encoder: text to token ids and back.
+        tiers: memory and disk, where sessions last; None without a store.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class LLM:
         page_size: int | None = None,
         max_reuse_rounds: int | None = None,
         attention: AttentionName = "auto",
+        store: str | Path | None = None,
+        store_budget: int | str | None = None,
     ) -> None:
         """Load a model and allocate its memory.
 
@@ -86,9 +92,13 @@ class LLM:
             page_size: tokens per page.
             max_reuse_rounds: see `StoreConfig`.
             attention: what computes it; see `EngineConfig`.
+            store: folder in which sessions with a name last; made if it does not exist.
+            store_budget: most bytes of KV in it, as a number or like "10GiB"; without bound if
+                left out.
 
         Raises:
             ConfigError: for a setting that cannot be.
+            StoreError: for a folder that cannot be used.
             ModelNotFoundError: if there is no such model.
             UnsupportedModelError: if the arithmetic does not hold for it.
         """
@@ -105,10 +115,12 @@ class LLM:
                 "correction and first_k go with reuse 'collective', and without fidelity_target, "
                 "which chooses the correction itself."
             )
-        store = StoreConfig(
+        memory = StoreConfig(
             _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
             **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
         )
+        if store is None and store_budget is not None:
+            raise ConfigError("store_budget goes with store. Give a folder, or leave it out.")
         loaded = load_model(str(model), dtype, device)
         target = None
         if fidelity_target is not None:
@@ -116,13 +128,15 @@ class LLM:
             target = FidelityTarget(fidelity_target, table)
         config = EngineConfig(
             reuse=reuse,
-            store=store,
+            store=memory,
             target=target,
             shadow=shadow,
             attention=attention,
             **_given(correction=correction, max_batch_tokens=max_batch_tokens),
         )
         self._start(loaded, config)
+        if store is not None:
+            self.open_store(Path(store), **_given(budget=store_budget))
 
     @classmethod
     def from_loaded(
@@ -144,6 +158,24 @@ class LLM:
             model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
         )
         self.engine = Engine(model, config, self.encoder.decode, memory)
+        self.tiers: Tiers | None = None
+
+    def open_store(self, folder: Path, budget: int | str | None = None) -> None:
+        """Let sessions with a name last in a folder.
+
+        Args:
+            folder: made if it does not exist.
+            budget: see `LLM`.
+
+        Raises:
+            StoreError: if it cannot be used, or holds KV of another model.
+        """
+        disk = DiskStore(
+            folder,
+            identity_of(self.model),
+            **_given(budget=None if budget is None else parse_bytes(budget)),
+        )
+        self.tiers = Tiers(self.engine, disk)
 
     def generate(
         self,
@@ -217,19 +249,35 @@ class LLM:
 
     def session(
         self,
+        name: str | None = None,
         agents: Sequence[Agent] = (),
         *,
         params: SamplingParams | None = None,
         max_history: int | None = None,
+        ttl_s: float | None = None,
     ) -> Session:
-        """Begin a session: agents that hear each other from round to round.
+        """Begin a session, or go on with one: agents that hear each other from round to round.
 
         Args:
-            agents: who is there at first.
+            name: of the session. With a `store`, each round is on disk when it is done, and a
+                session of this name goes on where it stopped, in this process or a later one.
+            agents: who is there at first; of a session that goes on, those who are new.
             params: of every answer, if a round does not say otherwise.
             max_history: past rounds that agents remember; as many as fit the context if left out.
+            ttl_s: seconds after its last round in which it is sure to be kept; for ever if left
+                out.
+
+        Raises:
+            InputError: for a name that cannot be.
+            StoreError: if what is stored cannot be read.
         """
-        return Session(self, agents, params=params, max_history=max_history)
+        return Session(self, name, agents, params=params, max_history=max_history, ttl_s=ttl_s)
+
+    def close(self) -> None:
+        """Let others use the store. An LLM without one needs no closing."""
+        if self.tiers is not None:
+            self.tiers.disk.close()
+            self.tiers = None
 
     def check_shadow(self) -> ShadowReport | None:
         """Compute one mirror again, exactly, and compare; None if none waits.
@@ -240,19 +288,7 @@ class LLM:
         if not self.engine.shadows.pending:
             return None
         shadow = self.engine.shadows.pending.pop()
-        params = SamplingParams(
-            max_tokens=len(shadow.tokens), forced_tokens=shadow.tokens, keep_logprobs=True
-        )
-        request = Request(
-            shadow.agent,
-            self.engine.new_round_id(),
-            shadow.prompt,
-            params,
-            max_new_tokens=len(shadow.tokens),
-            in_round=False,
-            exact=True,
-            leaves=False,
-        )
+        request = exact_request(shadow, self.engine.new_round_id())
         self._run([request], None)
         self.engine.pop_round(request.round_id)
         if request.error is not None:

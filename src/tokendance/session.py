@@ -10,16 +10,25 @@ Each agent's conversation, in the model's own chat template:
 
 The blocks come in one order for all agents, so one owner serves all. Answers are carried on as
 token ids, so a conversation continues exactly where its KV ends.
+
+A session with a name, of an LLM with a store, is durable: when a round is done, what was said and
+the KV of it are on disk, and a session of the same name goes on from there in any later process.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tokendance.engine.sampling import SamplingParams
-from tokendance.errors import RoundError
+from tokendance.engine.tiers import SpokenCache
+from tokendance.errors import RoundError, StoreError
 from tokendance.outputs import Output, RoundResult
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
+from tokendance.rounds.segments import as_token_ids
+from tokendance.store.records import SessionKey, StoredSession
 
 if TYPE_CHECKING:
     from tokendance.llm import LLM, Progress
@@ -47,8 +56,34 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Member:
+    """An agent with what it has lived through.
+
+    Attributes:
+        agent: who it is.
+        turns: its rounds.
+        cache: its last prompt with its answer.
+    """
+
     agent: Agent
     turns: list[_Turn] = field(default_factory=list)
+    cache: SpokenCache = field(default_factory=lambda: SpokenCache(np.empty(0, np.int32), 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A round that has begun: for each member, in their order, what it was asked.
+
+    Attributes:
+        tasks: as given.
+        prompts: with history.
+        params: of the answers.
+        remembered: rounds that the prompt holds; those before are forgotten.
+    """
+
+    tasks: tuple[str, ...]
+    prompts: list[Prompt]
+    params: list[SamplingParams]
+    remembered: tuple[int, ...]
 
 
 class Session:
@@ -56,25 +91,35 @@ class Session:
 
     Attributes:
         round: number of the next round, from 0.
+        name: under which it is stored; None if it ends with the process.
     """
 
     def __init__(
         self,
         llm: "LLM",
+        name: str | None = None,
         agents: Sequence[Agent] = (),
         *,
         params: SamplingParams | None = None,
         max_history: int | None = None,
+        ttl_s: float | None = None,
     ) -> None:
         """See `LLM.session()`."""
         self._llm = llm
         self._params = params or SamplingParams()
         self._max_history = max_history
+        self._ttl_s = ttl_s
         self._members: dict[str, _Member] = {}
         self._heard: tuple[Part, ...] = ()
+        self.name = name
         self.round = 0
+        self._tiers = llm.tiers if name is not None else None
+        self._key = SessionKey("", name) if name is not None else None
+        if (stored := self._stored()) is not None:
+            self._load(stored)
         for agent in agents:
-            self.join(agent)
+            if agent.name not in self._members or self.round == 0:
+                self.join(agent)
 
     @property
     def agents(self) -> tuple[Agent, ...]:
@@ -119,9 +164,25 @@ class Session:
         Raises:
             RoundError: if nobody is here, or an agent has no task.
         """
+        asked = self._ask(task, params)
+        if self._tiers is not None and (stored := self._stored()) is not None:
+            # Some of it may not be in memory: after a restart all, later what was evicted.
+            self._tiers.restore(stored, self._llm.encoder.salt)
+        result = self._llm.run_round(asked.prompts, asked.params, progress)
+        self._hear(asked, result.outputs)
+        self._save()
+        return result
+
+    def _ask(
+        self,
+        task: str | Mapping[str, str],
+        params: SamplingParams | Mapping[str, SamplingParams] | None,
+    ) -> _Asked:
+        """Make the prompts of the next round. Changes nothing."""
         if not self._members:
             raise RoundError("The session has no agents. Let one join first.")
         prompts: list[Prompt] = []
+        remembered: list[int] = []
         chosen: list[SamplingParams] = []
         tasks: list[str] = []
         for name, member in self._members.items():
@@ -131,19 +192,93 @@ class Session:
             one_params = params.get(name) if isinstance(params, Mapping) else params
             tasks.append(one_task)
             chosen.append(one_params or self._params)
-            prompts.append(self._prompt(member, one_task, chosen[-1].max_tokens))
-        result = self._llm.run_round(prompts, chosen, progress)
+            prompt, num_turns = self._prompt(member, one_task, chosen[-1].max_tokens)
+            prompts.append(prompt)
+            remembered.append(num_turns)
+        return _Asked(tuple(tasks), prompts, chosen, tuple(remembered))
+
+    def _hear(self, asked: _Asked, outputs: Sequence[Output]) -> None:
+        """Take what was said in a round."""
         blocks: list[Part] = []
-        for output, member, one_task in zip(
-            result.outputs, self._members.values(), tasks, strict=True
+        for output, member, one_task, num_turns in zip(
+            outputs, self._members.values(), asked.tasks, asked.remembered, strict=True
         ):
             words = self._words(output)
+            del member.turns[: len(member.turns) - num_turns]
             member.turns.append(_Turn(self._heard, one_task, words))
             if output.error is None:
                 blocks.append(self.block(output.agent, words))
+                said = np.array(output.token_ids, np.int32)
+                tokens = np.concatenate([output.prompt_token_ids, said])
+                member.cache = SpokenCache(tokens, output.prompt_tokens)
         self._heard = tuple(blocks)
         self.round += 1
-        return result
+
+    # -- what lasts ---------------------------------------------------------------------------
+
+    def _stored(self) -> StoredSession | None:
+        if self._tiers is None or self._key is None:
+            return None
+        return self._tiers.disk.session(self._key)
+
+    def _save(self) -> None:
+        """Make what was said, and the KV of it, durable."""
+        if self._tiers is None or self._key is None:
+            return
+        self._tiers.save(
+            self._key,
+            round_number=self.round,
+            state=json.dumps(self._state()).encode(),
+            caches={name: member.cache for name, member in self._members.items()},
+            heard=[as_token_ids(part.content) for part in self._blocks()],  # type: ignore[arg-type]
+            salt=self._llm.encoder.salt,
+            ttl_s=self._ttl_s,
+        )
+
+    def _blocks(self) -> list[Part]:
+        """All blocks that somebody remembers, each once."""
+        turns = [turn for member in self._members.values() for turn in member.turns]
+        heard = [*(turn.heard for turn in turns), self._heard]
+        return list(dict.fromkeys(part for parts in heard for part in parts))
+
+    def _state(self) -> dict[str, Any]:
+        """All that the next round needs, but for KV. What all have heard is written once."""
+        heard: dict[int, tuple[Part, ...]] = {id(self._heard): self._heard}
+        for member in self._members.values():
+            heard |= {id(turn.heard): turn.heard for turn in member.turns}
+        places = {key: place for place, key in enumerate(heard)}
+        return {
+            "heard": [[part.content for part in parts] for parts in heard.values()],
+            "members": [
+                {
+                    "name": member.agent.name,
+                    "system": member.agent.system,
+                    "turns": [
+                        [places[id(turn.heard)], turn.task, turn.reply] for turn in member.turns
+                    ],
+                    "cache": [member.cache.token_ids.tolist(), member.cache.num_prompt],
+                }
+                for member in self._members.values()
+            ],
+        }
+
+    def _load(self, stored: StoredSession) -> None:
+        try:
+            state = json.loads(stored.state)
+            heard = [tuple(shared(content) for content in parts) for parts in state["heard"]]
+            for one in state["members"]:
+                turns = [_Turn(heard[at], task, tuple(said)) for at, task, said in one["turns"]]
+                token_ids, num_prompt = one["cache"]
+                cache = SpokenCache(np.array(token_ids, np.int32), int(num_prompt))
+                agent = Agent(one["name"], one["system"])
+                self._members[agent.name] = _Member(agent, turns, cache)
+            self._heard = heard[0]
+            self.round = stored.round
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise StoreError(
+                f"What is stored of the session {stored.key.name!r} cannot be read "
+                f"({type(error).__name__}). Remove it with `tokendance store rm`."
+            ) from error
 
     def block(self, speaker: str, token_ids: Sequence[int]) -> Part:
         """Make a shared block from what an agent said."""
@@ -158,8 +293,8 @@ class Session:
             return tuple(encoder.text_ids(output.text).tolist())
         return tuple(encoder.without_special(output.token_ids))
 
-    def _prompt(self, member: _Member, task: str, max_tokens: int) -> Prompt:
-        """Build an agent's prompt with as much of its history as is remembered and fits."""
+    def _prompt(self, member: _Member, task: str, max_tokens: int) -> tuple[Prompt, int]:
+        """Build an agent's prompt with as many of its rounds as are remembered and fit."""
         turns = member.turns
         if self._max_history is not None:
             turns = turns[max(0, len(turns) - self._max_history) :]
@@ -172,10 +307,10 @@ class Session:
             messages.append(_user_message(self._heard, task))
             prompt = Prompt(messages, agent=member.agent.name)
             if not turns:
-                return prompt
+                return prompt, 0
             length = len(self._llm.encoder.encode(prompt)) + max_tokens
             if length <= self._llm.model.shape.max_context:
-                return prompt
+                return prompt, len(turns)
             turns = turns[1:]
 
 

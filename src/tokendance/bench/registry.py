@@ -7,8 +7,11 @@ from typing import Literal, Protocol, cast, get_args
 from rich.console import Console
 
 from tokendance.bench.suite import BenchSettings, SuiteResult
+from tokendance.errors import ConfigError
 
-SuiteName = Literal["attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity"]
+SuiteName = Literal[
+    "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "serve"
+]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")
 
@@ -26,5 +29,15 @@ class SuiteModule(Protocol):
 
 
 def load_suite(name: SuiteName) -> SuiteModule:
-    """Import a suite."""
-    return cast(SuiteModule, import_module(f"tokendance.bench.suites.{name}"))
+    """Import a suite.
+
+    Raises:
+        ConfigError: if it needs a package that is not installed.
+    """
+    try:
+        return cast(SuiteModule, import_module(f"tokendance.bench.suites.{name}"))
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"The suite {name} needs {error.name}, which is not installed. "
+            "Run pip install 'tokendance[bench,serve]'."
+        ) from error

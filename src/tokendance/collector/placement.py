@@ -213,8 +213,7 @@ def draft_placement(
         in_run[positions] = True
         run_positions.append(positions)
     own = np.flatnonzero(unplaced & ~in_run)
-    size = store.pool.page_size
-    num_pages = sum(-(-len(positions) // size) for positions in (own, *run_positions))
+    num_pages = store.num_pages([own, *run_positions])
     return Draft(
         slots,
         blocks,
@@ -259,15 +258,10 @@ def place(
     if not store.make_room(draft.num_pages):
         store.pool.release(kept, Holder.REQUEST)
         return None
-    size = store.pool.page_size
-    pages = store.pool.allocate(draft.num_pages)
-    fresh = (pages[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
-    offset = 0
-    for positions in (*draft.run_positions, draft.own):
-        slots[positions] = fresh[offset : offset + len(positions)]
-        store.slot_position[slots[positions]] = positions
-        store.slot_ready[slots[positions]] = False
-        offset += -(-len(positions) // size) * size
+    parts = [*draft.run_positions, draft.own]
+    taken, pages = store.take_slots(parts)
+    for positions, fresh in zip(parts, taken, strict=True):
+        slots[positions] = fresh
 
     placement = Placement(
         slots,

@@ -62,6 +62,9 @@ class RunSettings:
     dtype: str
     threads: int | None
     kv_budget: str | None
+    session: str | None
+    store: Path | None
+    store_budget: str | None
     json_file: Path | None
 
 
@@ -86,6 +89,8 @@ def run_trace(settings: RunSettings, console: Console) -> None:
             shadow=settings.shadow,
             kv_budget=settings.kv_budget,
             dtype=settings.dtype,
+            store=settings.store,
+            store_budget=settings.store_budget,
         )
     console.print(
         f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm.model.dtype)}, "
@@ -155,6 +160,16 @@ def _check_settings(settings: RunSettings, trace: Trace) -> None:
             f"The trace has {len(trace.rounds)} rounds, and --rounds asks for {settings.rounds}. "
             "Ask for fewer."
         )
+    if (settings.session is None) != (settings.store is None):
+        raise ConfigError(
+            "--session and --store go together: which session, and the folder in which it lasts. "
+            "Give both, or none."
+        )
+    if trace.rounds and settings.session is not None:
+        raise ConfigError(
+            "Recorded rounds have all their text in the trace, so there is no session to go on "
+            "with. Leave --session and --store out."
+        )
     if settings.json_file is not None:
         check_writable(settings.json_file, "--json")
 
@@ -184,9 +199,20 @@ def _live(
     llm: LLM, trace: Trace, settings: RunSettings, console: Console
 ) -> Iterator[tuple[int, RoundResult]]:
     """Run rounds in which the agents hear each other's answers."""
-    session = llm.session([Agent(agent.name, agent.system) for agent in trace.agents.values()])
+    session = llm.session(settings.session)
+    if session.round:
+        console.print(
+            f"[bold]{escape(str(session.name))}[/bold] goes on with round {session.round + 1} and "
+            f"{len(session.agents)} agents."
+        )
+    if not session.round or settings.trace is not None or settings.agents is not None:
+        here = {agent.name for agent in session.agents}
+        for one in trace.agents.values():
+            if one.name not in here:
+                session.join(Agent(one.name, one.system))
     limit = settings.max_tokens or LIVE_MAX_TOKENS
-    for number in range(1, (settings.rounds or LIVE_ROUNDS) + 1):
+    first = session.round + 1
+    for number in range(first, first + (settings.rounds or LIVE_ROUNDS)):
         task = FIRST_TASK if number == 1 else NEXT_TASK
         params = {
             agent.name: _params(settings, limit, number, index)

@@ -1,6 +1,5 @@
 """`tokendance serve`: an OpenAI-compatible server."""
 
-import logging
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.server.app import create_app
+from tokendance.server.logs import LogFormat, configure
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the model is loaded with; see `LLM`."""
+    """What the model is loaded with, see `LLM`, and how the log looks."""
 
     model: str
     reuse: ReuseMode
@@ -33,6 +33,8 @@ class EngineOptions:
     dtype: str
     threads: int | None
     kv_budget: str | None
+    shadow: float
+    log_format: LogFormat
 
 
 def serve(options: EngineOptions, settings: ServerSettings, console: Console) -> None:
@@ -47,10 +49,11 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
             fidelity_target=options.fidelity_target,
             dtype=options.dtype,
             kv_budget=options.kv_budget,
+            shadow=options.shadow,
         )
         llm.generate("warm up", SamplingParams(max_tokens=1))
         llm.engine.store.clear()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    configure(options.log_format)
     app = create_app(llm, settings)
     config = uvicorn.Config(
         app,

@@ -6,7 +6,7 @@ step():  schedule  ->  run  ->  postprocess
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,10 +24,14 @@ from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
 from tokendance.errors import AbortedError, ConfigError, ConstraintError, NumericsError
 from tokendance.models.loader import LoadedModel
+from tokendance.rounds.discovery import Heard
+from tokendance.rounds.segments import Salt
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
 
 _MAX_RETRIES = 2
+# A pass of fewer tokens says little of how fast prompts are computed.
+_PACE_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -49,6 +53,9 @@ class Engine:
     """Runs requests through a model, sharing KV as the configuration says.
 
     Not safe for several threads at once.
+
+    Attributes:
+        seconds_per_token: of the last large pass over prompts; None before there was one.
     """
 
     def __init__(
@@ -90,12 +97,18 @@ class Engine:
         self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
         self.shadows = Shadows(config.shadow)
         self._decode = decode
+        self.seconds_per_token: float | None = None
         self._rounds: dict[RoundId, RoundRecord] = {}
         self._round_ids = itertools.count()
 
     def new_round_id(self) -> RoundId:
         """Return an id for requests that belong together."""
         return RoundId(next(self._round_ids))
+
+    def recall(self, prompts: Iterable[Heard], salt: Salt) -> None:
+        """Offer parts of earlier prompts for reuse, as far as their KV is still there."""
+        for prompt in prompts:
+            self.store.put_copies(prompt.token_ids, salt, prompt.parts)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue requests that arrive together; those of a running round join it.
@@ -153,12 +166,16 @@ class Engine:
         )
         if not step:
             return refused
+        start = time.perf_counter()
         try:
             logits = self.runner.run(step, self.store.slot_position)
         except BaseException:
             # An interrupt, most often: what was to be written is not there.
             self.scheduler.undo(step)
             raise
+        num_tokens = sum(len(item.positions) for item in step)
+        if num_tokens >= _PACE_TOKENS:
+            self.seconds_per_token = (time.perf_counter() - start) / num_tokens
         return refused + self._postprocess(step, logits)
 
     def pop_round(self, round_id: RoundId) -> RoundRecord:

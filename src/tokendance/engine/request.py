@@ -52,6 +52,8 @@ class Request:
         text: the answer as text, when it is known; the engine writes it.
         num_cached: prompt tokens that were not computed; the scheduler writes it on admission.
         num_corrected: shared tokens computed afresh; the scheduler writes it on admission.
+        reads_copies: whether it reuses segments from another context; the scheduler writes it on
+            admission.
         num_retries: times that it began anew because an owner failed.
         first_token_s: clock time of the first token, likewise `finished_s`; the engine writes.
     """
@@ -82,6 +84,7 @@ class Request:
     text: str | None = None
     num_cached: int = 0
     num_corrected: int = 0
+    reads_copies: bool = False
     num_retries: int = 0
     first_token_s: float | None = None
     finished_s: float | None = None

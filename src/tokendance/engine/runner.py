@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRe
 from tokendance.config import format_bytes
 from tokendance.engine.blend import CHECK_LAYER, BlendPass
 from tokendance.engine.scheduler import Scheduled
-from tokendance.errors import ConfigError
+from tokendance.errors import ConfigError, StoreError
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
+from tokendance.store.kv_file import KVRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +54,54 @@ class KVMemory:
                 f"{str(error).splitlines()[0]} Lower kv_budget (--kv-budget)."
             ) from error
 
+    def read(self, slots: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> KVRows:
+        """Copy the KV of some slots out of this memory.
+
+        Args:
+            slots: int32 (n,).
+            positions: int32 (n,), at which their keys were rotated.
+        """
+        index = torch.as_tensor(slots, dtype=torch.int64, device=self.keys.device)
+        keys, values = (
+            _as_numpy(memory.index_select(2, index)) for memory in (self.keys, self.values)
+        )
+        return KVRows(positions, keys, values)
+
+    def write(self, slots: npt.NDArray[np.int32], rows: KVRows) -> None:
+        """Copy KV into slots.
+
+        Args:
+            slots: int32 (n,).
+            rows: n of them, of this memory's shape and dtype.
+
+        Raises:
+            StoreError: if they are of another shape or dtype.
+        """
+        kind = str(_as_numpy(self.keys[:0]).dtype)
+        layers, heads, _, size = self.keys.shape
+        wanted = (layers, heads, len(slots), size)
+        if rows.keys.shape != wanted or rows.values.shape != wanted or rows.keys.dtype != kind:
+            raise StoreError(
+                f"Stored KV of shape {rows.keys.shape} and kind {rows.keys.dtype} does not fit "
+                f"{wanted} and {kind}. It is of another model."
+            )
+        index = torch.as_tensor(slots, dtype=torch.int64, device=self.keys.device)
+        for memory, new in ((self.keys, rows.keys), (self.values, rows.values)):
+            memory.index_copy_(2, index, _as_tensor(new, memory))
+
+
+def _as_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """The same numbers for numpy, which has no bfloat16: its bits as uint16."""
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    found: npt.NDArray[Any] = tensor.numpy()
+    return found
+
+
+def _as_tensor(array: npt.NDArray[Any], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).view(like.dtype).to(like.device)
+
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that is not mapped before it is written; in huge pages where the system has them.
@@ -73,6 +123,7 @@ class Runner:
     """Runs packed batches through the model, over KV memory.
 
     Attributes:
+        memory: holds the KV of all slots.
         on_logits: replaces the logits of each step before anything is chosen from them; for tests
             that want to see or spoil them.
     """
@@ -80,7 +131,7 @@ class Runner:
     def __init__(self, model: LoadedModel, memory: KVMemory, backend: BackendFactory) -> None:
         """Run `model` over `memory`, with the attention that `backend` makes."""
         self._model = model
-        self._memory = memory
+        self.memory = memory
         self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)
         self._blend: BlendPass | None = None  # while a pass runs in which requests copy KV
         self.on_logits: Callable[[Sequence[Scheduled], Tensor], Tensor] | None = None
@@ -146,8 +197,8 @@ class Runner:
             stacked,
             key[0],
             value[0],
-            self._memory.keys[layer],
-            self._memory.values[layer],
+            self.memory.keys[layer],
+            self.memory.values[layer],
             scale,
         )
         if self._blend is not None:

@@ -108,6 +108,7 @@ class Scheduler:
         request.placement = placement
         request.num_cached = len(request.prompt) - len(placement.compute) + placement.num_copied
         request.num_corrected = placement.num_corrected
+        request.reads_copies = bool(placement.copies)
         return True
 
     def _draft(self, request: Request, rules: ReuseRules) -> Draft:

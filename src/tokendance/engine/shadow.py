@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tokendance.engine.request import Request
-from tokendance.engine.sampling import compare_logprobs
+from tokendance.engine.sampling import SamplingParams, compare_logprobs
 from tokendance.rounds.segments import EncodedPrompt
+from tokendance.store.entries import RoundId
 
 # Distributions over a large vocabulary are heavy (200 kB a token): so many tokens are compared,
 # and so many mirrors wait.
@@ -95,6 +96,22 @@ class Shadows:
         place = self._random.randrange(MAX_PENDING + self.num_dropped)
         if place < MAX_PENDING:
             self.pending[place] = shadow
+
+
+def exact_request(shadow: Shadow, round_id: RoundId) -> Request:
+    """Make the request that computes a shadow; its `logprobs` are for `compare`."""
+    return Request(
+        shadow.agent,
+        round_id,
+        shadow.prompt,
+        SamplingParams(
+            max_tokens=len(shadow.tokens), forced_tokens=shadow.tokens, keep_logprobs=True
+        ),
+        max_new_tokens=len(shadow.tokens),
+        in_round=False,
+        exact=True,
+        leaves=False,
+    )
 
 
 def compare(shadow: Shadow, exact: tuple[Tensor, ...]) -> ShadowReport:

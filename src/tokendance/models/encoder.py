@@ -35,6 +35,11 @@ class PromptEncoder:
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
 
+    @property
+    def salt(self) -> Salt:
+        """What its prompts are hashed with."""
+        return self._salt
+
     def with_salt(self, salt: Salt) -> "PromptEncoder":
         """The same encoder for prompts that share nothing with those of other salts."""
         other = copy.copy(self)

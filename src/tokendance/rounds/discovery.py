@@ -1,8 +1,7 @@
 """Discovery: shared text that nobody has marked, found in token ids.
 
-Prompts that arrive together are compared by their grams, all windows of so many tokens, through a
-rolling hash (Rabin and Karp, IBM Journal of Research and Development 31, 1987). What several
-prompts have in a row is cut wherever one of them begins, ends or goes on otherwise:
+Prompts that arrive together are compared by their grams, all windows of so many tokens. What
+several prompts have in a row is cut wherever one of them begins, ends or goes on otherwise:
 
     prompt 1   [ private ][ A . . . . . . ][ B . . . . ][ private ]
     prompt 2   [ private    ][ B . . . . ][ private ][ A . . . . . . ]
@@ -14,28 +13,29 @@ is a path without branches (a unitig, as genome assemblers call it). Ids are tho
 a whole: near the edge of a piece they can differ from prompt to prompt, and then the piece is
 shorter by those tokens. So the model reads what it would have read anyway.
 
-Pieces that were found before take part like prompts, so that a later round finds them again in
-whatever is longer by then, and a prompt that comes late finds those of its round.
+What was found before takes part like a prompt, so that a later round finds it again in whatever is
+longer by then, and a prompt that comes late finds that of its round. Prompts of the last minutes
+take part, too: agents who are asked one after another make a round that is drawn out. Of such a
+prompt only what follows after the beginning that it has in common with a new one: a conversation
+that goes on finds its beginning, exactly, by its prefix.
 """
 
 import itertools
-import secrets
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from tokendance.rounds.memory import GramHasher, Text, TextMemory, Words
 from tokendance.rounds.segments import (
     EncodedPrompt,
     Salt,
     SegmentHash,
     TokenIds,
     build_prompt,
+    hash_segment,
 )
-
-Words = npt.NDArray[np.uint64]
 
 _NONE = np.uint64(0)  # before the first gram of a prompt, and after its last
 # Shortening a path may let it overlap no more, or drop it; that is over after a pass or two.
@@ -49,12 +49,41 @@ class DiscoveryConfig:
     Attributes:
         gram: tokens that are compared at once; shorter pieces are never found.
         min_tokens: shorter pieces are not worth correcting their edges.
-        memory_tokens: pieces found before that are kept for comparison, in tokens.
+        memory_tokens: texts that are kept for comparison, in tokens.
+        recent_s: whole prompts take part so many seconds after they, or what they had in common
+            with others, were last seen; with 0 only those that arrive together.
     """
 
     gram: int = 16
     min_tokens: int = 32
-    memory_tokens: int = 2**15
+    memory_tokens: int = 2**17
+    recent_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heard:
+    """An earlier prompt that has shared pieces of new ones.
+
+    Attributes:
+        token_ids: int32, of the whole prompt.
+        parts: first position, position after the last, and hash of each of these pieces in it.
+    """
+
+    token_ids: TokenIds
+    parts: tuple[tuple[int, int, SegmentHash], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What was found in prompts that arrived together.
+
+    Attributes:
+        prompts: cut into private and shared segments, in the order given.
+        heard: earlier prompts with the same pieces.
+    """
+
+    prompts: list[EncodedPrompt]
+    heard: list[Heard]
 
 
 class Discovery:
@@ -64,104 +93,115 @@ class Discovery:
         """Begin with nothing remembered."""
         self._salt = salt
         self._config = config or DiscoveryConfig()
-        self._hasher = _GramHasher(self._config.gram)
-        self._known: OrderedDict[SegmentHash, TokenIds] = OrderedDict()
-        self._num_known = 0
+        self._hasher = GramHasher(self._config.gram)
+        self._memory = TextMemory(self._config.memory_tokens, self._config.recent_s)
 
-    def segment(self, prompts: Sequence[TokenIds]) -> list[EncodedPrompt]:
+    def segment(self, prompts: Sequence[TokenIds], now: float) -> Found:
         """Cut prompts that arrive together into private and shared segments.
 
         Args:
             prompts: int32 token ids of each.
+            now: clock time in seconds.
         """
         # Several answers to one prompt are no reason to call it shared.
-        distinct = list({prompt.tobytes(): prompt for prompt in prompts}.values())
-        texts = [*distinct, *self._known.values()]
-        found = find_shared(texts, self._hasher, self._config.min_tokens)
-        ranges = {prompt.tobytes(): places for prompt, places in zip(distinct, found, strict=False)}
+        new = list({prompt.tobytes(): prompt for prompt in prompts}.values())
+        grams = [self._hasher.hashes(prompt) for prompt in new]
+        # Each text that takes part, and where that part of it begins.
+        known = [
+            (text, _common_beginning(text.token_ids, new) if text.is_prompt else 0)
+            for text in self._memory.meet(np.concatenate(grams), now)
+        ]
+        parts = [*grams, *(text.grams[first:] for text, first in known)]
+        found = find_shared(parts, self._config.gram, self._config.min_tokens)
+        ranges = {
+            prompt.tobytes(): places for prompt, places in zip(new, found[: len(new)], strict=True)
+        }
         segmented = [
             build_prompt(_pieces(prompt, ranges[prompt.tobytes()]), self._salt)
             for prompt in prompts
         ]
-        for prompt in segmented:
-            for _, segment in prompt.shared_segments():
-                self._remember(segment.hash, segment.token_ids)
-        return segmented
+        heard = self._heard(segmented, known, found[len(new) :])
+        self._remember(segmented, new, grams, known, now)
+        return Found(segmented, heard)
 
-    def _remember(self, segment: SegmentHash, token_ids: TokenIds) -> None:
-        if segment in self._known:
-            self._known.move_to_end(segment)
+    def _heard(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        known: Sequence[tuple[Text, int]],
+        found: Sequence[Sequence[tuple[int, int]]],
+    ) -> list[Heard]:
+        wanted = {segment.hash for prompt in prompts for _, segment in prompt.shared_segments()}
+        heard: list[Heard] = []
+        for (text, begin), places in zip(known, found, strict=True):
+            if not text.is_prompt:
+                continue
+            hashed = [
+                (
+                    begin + first,
+                    begin + last,
+                    hash_segment(text.token_ids[begin + first : begin + last], self._salt),
+                )
+                for first, last in places
+            ]
+            parts = tuple(part for part in hashed if part[2] in wanted)
+            if parts:
+                heard.append(Heard(text.token_ids, parts))
+        return heard
+
+    def _remember(
+        self,
+        segmented: Sequence[EncodedPrompt],
+        new: Sequence[TokenIds],
+        grams: Sequence[Words],
+        known: Sequence[tuple[Text, int]],
+        now: float,
+    ) -> None:
+        for encoded in segmented:
+            for _, segment in encoded.shared_segments():
+                ids = segment.token_ids
+                self._memory.add(ids, self._hasher.hashes(ids), now, is_prompt=False)
+        if self._config.recent_s <= 0:
             return
-        if len(token_ids) > self._config.memory_tokens:
-            return
-        self._known[segment] = token_ids
-        self._num_known += len(token_ids)
-        while self._num_known > self._config.memory_tokens:
-            _, oldest = self._known.popitem(last=False)
-            self._num_known -= len(oldest)
+        # Prompts that have gone on since are part of what they have become.
+        self._memory.discard(
+            text for text, begin in known if text.is_prompt and begin == len(text.token_ids)
+        )
+        for prompt, hashes in zip(new, grams, strict=True):
+            self._memory.add(prompt, hashes, now, is_prompt=True)
+
+    def check_integrity(self) -> None:
+        """Assert that what is remembered can be found, and no more."""
+        self._memory.check_integrity()
 
 
-class _GramHasher:
-    """Hashes of all grams: token ids become random numbers, the digits of a number modulo 2^64.
-
-    The random numbers are drawn anew for each `Discovery`, so nobody can write texts that collide.
-    A collision does no harm beyond a needless cut: segments are known by another hash.
-    """
-
-    def __init__(self, gram: int) -> None:
-        self.gram = gram
-        self._digits = np.zeros(0, np.uint64)
-        self._base = np.uint64(secrets.randbits(64) | 1)
-        self._inverse = np.uint64(pow(int(self._base), -1, 2**64))
-
-    def hashes(self, token_ids: TokenIds) -> Words:
-        """Hash the gram at each position but the last few; never 0."""
-        count = len(token_ids) - self.gram + 1
-        if count <= 0:
-            return np.zeros(0, np.uint64)
-        powers = self._powers(self._base, len(token_ids))
-        sums = np.cumsum(self._digit(token_ids) * powers, dtype=np.uint64)
-        sums = np.concatenate(([_NONE], sums))
-        grams = (sums[self.gram :] - sums[: -self.gram]) * self._powers(self._inverse, count)
-        found: Words = np.maximum(grams, np.uint64(1))
-        return found
-
-    def _digit(self, token_ids: TokenIds) -> Words:
-        largest = int(token_ids.max())
-        if largest >= len(self._digits):
-            raw = secrets.token_bytes(8 * (largest + 1 - len(self._digits)))
-            self._digits = np.concatenate((self._digits, np.frombuffer(raw, np.uint64)))
-        digits: Words = self._digits[token_ids]
-        return digits
-
-    @staticmethod
-    def _powers(base: np.uint64, count: int) -> Words:
-        powers = np.full(count, base, np.uint64)
-        powers[0] = 1
-        return np.cumprod(powers, dtype=np.uint64)
+def _common_beginning(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
+    """Length of the longest beginning that a text has in common with any of the prompts."""
+    longest = 0
+    for prompt in prompts:
+        length = min(len(text), len(prompt))
+        differs = np.flatnonzero(text[:length] != prompt[:length])
+        longest = max(longest, int(differs[0]) if len(differs) else length)
+    return longest
 
 
-def find_shared(
-    texts: Sequence[TokenIds], hasher: _GramHasher, min_tokens: int
-) -> list[list[tuple[int, int]]]:
+def find_shared(grams: Sequence[Words], size: int, min_tokens: int) -> list[list[tuple[int, int]]]:
     """Find the pieces of each text that some other text has, too.
 
     Args:
-        texts: int32 token ids of each.
-        hasher: of grams; a piece has at least one.
+        grams: of each text; a piece has at least one.
+        size: tokens of a gram.
         min_tokens: shorter pieces are left out.
 
     Returns:
         For each text ranges of positions, ascending and apart. Where two texts have a piece in
         common, both have it as one of these ranges, unless pieces overlap.
     """
-    grams = [hasher.hashes(text) for text in texts]
     counts = np.array([len(one) for one in grams])
     if counts.sum() == 0:
-        return [[] for _ in texts]
+        return [[] for _ in grams]
     ends = np.cumsum(counts)
     gram = np.concatenate(grams)
-    text = np.repeat(np.arange(len(texts)), counts)
+    text = np.repeat(np.arange(len(grams)), counts)
     before, after = np.roll(gram, 1), np.roll(gram, -1)
     before[(ends - counts)[counts > 0]] = _NONE
     after[ends[counts > 0] - 1] = _NONE
@@ -181,7 +221,7 @@ def find_shared(
             is_shared[end - count : end],
             branches_before[end - count : end],
             branches_after[end - count : end],
-            hasher.gram,
+            size,
         )
         for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
     ]

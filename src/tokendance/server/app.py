@@ -18,6 +18,7 @@ from tokendance.server.chat_routes import add_chat
 from tokendance.server.completion_routes import add_completions
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.limits import Limits
+from tokendance.server.logs import RequestLog
 from tokendance.server.round_routes import add_rounds
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
@@ -45,6 +46,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     add_completions(app, server)
     add_rounds(app, server)
     app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestLog)
     return app
 
 

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tokendance.engine.request import Request
+from tokendance.engine.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.outputs import Output
+from tokendance.store.pages import Holder
 
 if TYPE_CHECKING:
     from tokendance.server.worker import Job
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
+_SHARES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1)
 _AGENTS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 
 
@@ -57,15 +61,41 @@ class Metrics:
         pool = llm.engine.store.pool
         self._gauge("running_requests", "Being computed.", lambda: len(scheduler.running))
         self._gauge("waiting_requests", "In the queue.", lambda: len(scheduler.waiting))
+        page_bytes = llm.engine.page_bytes
         self._gauge(
-            "kv_bytes_in_use",
-            "KV of running requests and of what is kept for later ones.",
-            lambda: (pool.num_pages - pool.num_free) * llm.engine.page_bytes,
+            "kv_bytes_resident",
+            "KV that running requests hold, room for their answers included.",
+            lambda: pool.num_held(Holder.REQUEST) * page_bytes,
+        )
+        self._gauge(
+            "kv_bytes_stored",
+            "KV that can be found again; what running requests hold of it is resident, too.",
+            lambda: pool.num_held(Holder.INDEX) * page_bytes,
+        )
+        self._gauge(
+            "kv_bytes_budget", "Most KV that there can be.", lambda: pool.num_pages * page_bytes
+        )
+        self._shadow_kl = Histogram(
+            "tokendance_shadow_kl_nats",
+            "Mirrors computed again exactly: KL divergence of their answers, a token.",
+            buckets=_NATS,
+            registry=self._registry,
+        )
+        self._shadow_top1 = Histogram(
+            "tokendance_shadow_top1",
+            "Mirrors computed again exactly: share of tokens that both put first.",
+            buckets=_SHARES,
+            registry=self._registry,
         )
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         gauge = Gauge(f"tokendance_{name}", text, registry=self._registry)
         gauge.set_function(read)
+
+    def note_shadow(self, report: ShadowReport) -> None:
+        """Count a mirror that was computed again."""
+        self._shadow_kl.observe(report.kl)
+        self._shadow_top1.observe(report.top1)
 
     def begin_round(self, agents: int) -> None:
         """Count a round."""
@@ -83,10 +113,13 @@ class Metrics:
         self._generated.inc(len(output.token_ids))
         if request.first_token_s is None or request.finished_s is None:
             return
-        self._first_token.labels(self._mode).observe(request.first_token_s - job.arrived_s)
+        mode = "none"
+        if output.reused_tokens:
+            mode = self._mode if request.reads_copies else "prefix"
+        self._first_token.labels(mode).observe(request.first_token_s - job.arrived_s)
         if len(output.token_ids) > 1:
             between = (request.finished_s - request.first_token_s) / (len(output.token_ids) - 1)
-            self._per_token.labels(self._mode).observe(between)
+            self._per_token.labels(mode).observe(between)
 
     def text(self) -> bytes:
         """Write all of it in Prometheus' format."""

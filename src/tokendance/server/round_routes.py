@@ -66,6 +66,7 @@ def add_rounds(app: FastAPI, server: Server) -> None:
             asked = await anyio.to_thread.run_sync(_read, server, body, encoder, listener)
             jobs = {index: job for index, job in enumerate(asked) if isinstance(job, Job)}
             refused = {index: job for index, job in enumerate(asked) if isinstance(job, ApiError)}
+            request.state.jobs = list(jobs.values())
             server.worker.submit_round(list(jobs.values()))
             entries = _entries(server, body, jobs, refused, listener)
             head = server.head("round")

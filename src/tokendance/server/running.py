@@ -263,6 +263,7 @@ async def answer(
     handed_over = False
     try:
         jobs, listener = await begin(server, read)
+        request.state.jobs = jobs
         if body.stream:
             handed_over = True
             wanted = body.stream_options is not None and body.stream_options.include_usage

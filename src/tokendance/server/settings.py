@@ -25,6 +25,8 @@ class ServerSettings:
         window_s: requests that arrive within so many seconds of each other make a round.
         window_share: of a lone request's time; nobody waits longer for others.
         round_wait_s: a round with an id starts so long after its last request, if it is not full.
+        recent_s: text of prompts of so many seconds ago is reused, too, so agents may be asked one
+            after another; with 0 only that of prompts that arrive together.
         drain_s: answers that are under way may take so long to end when the server stops.
     """
 
@@ -41,6 +43,7 @@ class ServerSettings:
     window_s: float = 0.004
     window_share: float = 0.05
     round_wait_s: float = 0.2
+    recent_s: float = 600.0
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:

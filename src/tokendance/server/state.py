@@ -60,6 +60,7 @@ class Server:
             window_s=self.settings.window_s,
             window_share=self.settings.window_share,
             round_wait_s=self.settings.round_wait_s,
+            recent_s=self.settings.recent_s,
         )
 
     @property
@@ -139,6 +140,7 @@ class Server:
                 "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",
             )
+        request.state.tenant = found
         return found
 
     def check_model(self, name: str) -> None:

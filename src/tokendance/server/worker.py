@@ -23,8 +23,9 @@ from tokendance.engine.sampling import TokenLogprobs
 from tokendance.errors import AbortedError
 from tokendance.llm import LLM, make_output
 from tokendance.outputs import Output
-from tokendance.rounds.discovery import Discovery
+from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import Salt
+from tokendance.server.idle_shadows import IdleShadows
 from tokendance.server.metrics import Metrics
 from tokendance.server.window import Window
 from tokendance.store.entries import RoundId
@@ -136,6 +137,7 @@ class Worker:
         window_s: float,
         window_share: float,
         round_wait_s: float,
+        recent_s: float,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -145,14 +147,17 @@ class Worker:
             window_s: see `ServerSettings`.
             window_share: likewise.
             round_wait_s: likewise.
+            recent_s: likewise.
         """
         self._llm = llm
         self._metrics = metrics
         self._round_wait_s = round_wait_s
+        self._discovery = DiscoveryConfig(recent_s=recent_s)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._window: Window[Job] = Window(window_s, window_share)
         self._named: OrderedDict[RoundKey, _NamedRound] = OrderedDict()
         self._live: dict[Request, Job] = {}
+        self._shadows = IdleShadows(llm.engine, metrics)
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -243,6 +248,10 @@ class Worker:
             while not (self._stopping and self._is_idle()):
                 self._read_inbox()
                 self._begin_due()
+                if self._live or self._stopping:
+                    self._shadows.give_way()
+                else:
+                    self._shadows.go_on()
                 if self._stopping and time.perf_counter() > self._deadline:
                     self._cancel(list(self._live.values()))
                 if self._llm.engine.has_work:
@@ -267,7 +276,8 @@ class Worker:
         """Take what has come; wait only where there is nothing to compute."""
         timeout: float | None = 0.0
         if not self._llm.engine.has_work:
-            due = [time_ for time_ in (self._window.due_s(), *self._named_due()) if time_]
+            due_s = (self._window.due_s(), self._shadows.due_s(), *self._named_due())
+            due = [time_ for time_ in due_s if time_ is not None]
             timeout = max(0.0, min(due) - time.perf_counter()) if due else None
             if self._stopping:
                 timeout = 0.0
@@ -327,12 +337,14 @@ class Worker:
         if not jobs:
             return
         if salt not in self._discoveries:
-            self._discoveries[salt] = Discovery(salt)
+            self._discoveries[salt] = Discovery(salt, self._discovery)
             if len(self._discoveries) > _MAX_TENANTS:
                 self._discoveries.popitem(last=False)
         self._discoveries.move_to_end(salt)
-        found = self._discoveries[salt].segment([job.request.prompt.token_ids for job in jobs])
-        for job, prompt in zip(jobs, found, strict=True):
+        prompts = [job.request.prompt.token_ids for job in jobs]
+        found = self._discoveries[salt].segment(prompts, time.perf_counter())
+        self._llm.engine.recall(found.heard, salt)
+        for job, prompt in zip(jobs, found.prompts, strict=True):
             job.request.prompt = prompt
 
     def _publish(self) -> None:

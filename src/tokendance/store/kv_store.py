@@ -9,15 +9,15 @@ Both hold references to pages, never tensors. An entry may be listed before its 
 `slot_ready` says which slots can be read, and a request that found unready ones waits for the
 request that computes them. So requests that start together share like any others.
 
-Eviction takes the least recently used entry that has a page which no running request holds.
+Eviction goes by `store/eviction.py`, and leaves out entries whose pages running requests hold.
 A mirror holds the runs that it reads whole, so they stay as long as it runs. Entries of one prompt
 are touched from its end to its beginning, so the end of a prompt goes before its start.
 """
 
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from tokendance.rounds.segments import ChainHash, Salt, SegmentHash, TokenIds, hash_chain
 from tokendance.store.entries import (
@@ -29,6 +29,7 @@ from tokendance.store.entries import (
     Slots,
     pages_of,
 )
+from tokendance.store.eviction import EvictionOrder
 from tokendance.store.pages import Holder, PageIds, PagePool
 
 
@@ -41,6 +42,9 @@ class KVStore:
             allocates the slot writes it.
         slot_ready: bool, whether the slot's KV is computed, or will be in the step that is being
             scheduled; the scheduler writes it.
+        order: in which entries are evicted.
+        slot_stamp: int64, which `take_slots` the slot was taken with; another number tells that
+            what a slot held is gone.
     """
 
     def __init__(self, num_pages: int, page_size: int, max_reuse_rounds: int) -> None:
@@ -54,8 +58,10 @@ class KVStore:
         self.pool = PagePool(num_pages, page_size)
         self.slot_position = np.zeros(num_pages * page_size, np.int32)
         self.slot_ready = np.zeros(num_pages * page_size, np.bool_)
+        self.slot_stamp = np.zeros(num_pages * page_size, np.int64)
+        self._num_taken = 0
         self._max_reuse_rounds = max_reuse_rounds
-        self._lru: OrderedDict[Entry, None] = OrderedDict()  # least recently used first
+        self.order = EvictionOrder()
         self._prefix: dict[tuple[ChainHash, bool], PrefixBlock] = {}
         self._segments: dict[SegmentHash, list[SegmentCopy]] = {}
         self._num_runs = 0
@@ -111,6 +117,10 @@ class KVStore:
             if round_id in copy.rounds or len(copy.rounds) < self._max_reuse_rounds
         ]
 
+    def all_copies(self, segment: SegmentHash) -> Sequence[SegmentCopy]:
+        """List every copy of a segment, also those that have been reused enough."""
+        return self._segments.get(segment, ())
+
     # -- putting in ---------------------------------------------------------------------------
 
     def put_prefix(
@@ -158,18 +168,42 @@ class KVStore:
             new.append(copy)
         return new
 
+    def put_copies(
+        self, token_ids: TokenIds, salt: Salt, parts: Iterable[tuple[int, int, SegmentHash]]
+    ) -> None:
+        """List parts of an earlier prompt as copies of segments of which there are none.
+
+        Args:
+            token_ids: int32, of the whole prompt; only as much of it is looked at as is known.
+            salt: the prompt's.
+            parts: first position, position after the last, and hash of each.
+        """
+        missing = [part for part in parts if part[2] not in self._segments]
+        if not missing:
+            return
+        _, slots = self.match_prefix(token_ids, salt, exact=False)
+        # What is still being computed may fail, and then nobody would take it out of the index.
+        known = [
+            (segment, slots[first:last])
+            for first, last, segment in missing
+            if last <= len(slots) and self.slot_ready[slots[first:last]].all()
+        ]
+        if known:
+            self.put_run(known)
+
     def touch(self, entries: Sequence[Entry]) -> None:
         """Mark entries of one prompt, given from its beginning to its end, as just used."""
+        self.order.begin_use()
         for entry in reversed(entries):
-            if entry in self._lru:
-                self._lru.move_to_end(entry)
+            if entry in self.order:
+                self.order.use(entry)
 
     def count_reuse(self, copies: Iterable[SegmentCopy], round_id: RoundId) -> None:
         """Note that mirrors of a round reuse these copies."""
         for copy in copies:
             copy.rounds.add(round_id)
 
-    # -- taking out ---------------------------------------------------------------------------
+    # -- making room ---------------------------------------------------------------------------
 
     def can_make_room(self, count: int, keep: PageIds) -> bool:
         """Say whether `count` pages could be free, with `keep` left alone. Changes nothing."""
@@ -180,11 +214,11 @@ class KVStore:
         return count <= pool.num_pages - int(np.count_nonzero(taken))
 
     def make_room(self, count: int) -> bool:
-        """Evict least recently used entries until `count` pages are free; say if they are."""
+        """Evict entries in their order until `count` pages are free; say if they are."""
         missing = count - self.pool.num_free
         if missing <= 0:
             return True
-        for entry in list(self._lru):
+        for entry in self.order.in_turn():
             if (self.pool.num_refs(entry.pages, Holder.REQUEST) > 0).all():
                 continue  # running requests hold all of it: taking it out would free nothing
             self.drop(entry)
@@ -192,11 +226,39 @@ class KVStore:
                 return True
         return False
 
+    def take_slots(self, parts: Sequence[npt.NDArray[np.int64]]) -> tuple[list[Slots], PageIds]:
+        """Allocate slots for tokens, each part in pages of its own; call after `make_room`.
+
+        Args:
+            parts: positions of the tokens of each part, in storage order.
+
+        Returns:
+            The slots of each part, not ready; and the pages, held for a request.
+        """
+        size = self.pool.page_size
+        pages = self.pool.allocate(self.num_pages(parts))
+        fresh = (pages[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
+        self._num_taken += 1
+        taken: list[Slots] = []
+        offset = 0
+        for positions in parts:
+            slots: Slots = fresh[offset : offset + len(positions)].astype(np.int32)
+            self.slot_position[slots] = positions
+            self.slot_ready[slots] = False
+            self.slot_stamp[slots] = self._num_taken
+            taken.append(slots)
+            offset += -(-len(positions) // size) * size
+        return taken, pages
+
+    def num_pages(self, parts: Iterable[npt.NDArray[np.int64]]) -> int:
+        """Pages that these parts need."""
+        return sum(-(-len(positions) // self.pool.page_size) for positions in parts)
+
     def drop(self, entry: Entry) -> None:
         """Take one entry out of its index. Does nothing if it is gone already."""
-        if entry not in self._lru:
+        if entry not in self.order:
             return
-        del self._lru[entry]
+        self.order.discard(entry)
         self.pool.release(entry.pages, Holder.INDEX)
         if isinstance(entry, PrefixBlock):
             del self._prefix[entry.chain, entry.exact]
@@ -208,7 +270,7 @@ class KVStore:
 
     def clear(self, keep: Collection[Entry] = ()) -> None:
         """Drop every entry but some; pages that running requests hold live on until they end."""
-        for entry in list(self._lru):
+        for entry in list(self.order):
             if entry not in keep:
                 self.drop(entry)
 
@@ -218,7 +280,7 @@ class KVStore:
         return pages_of(slots, self.pool.page_size)
 
     def _add(self, entry: Entry) -> None:
-        self._lru[entry] = None
+        self.order.add(entry)
         self.pool.retain(entry.pages, Holder.INDEX)
 
     def check_integrity(self, request_pages: Iterable[PageIds]) -> None:
@@ -230,11 +292,11 @@ class KVStore:
         expected = np.zeros((len(Holder), self.pool.num_pages), np.int32)
         for pages in request_pages:
             expected[Holder.REQUEST][pages] += 1
-        for entry in self._lru:
+        for entry in self.order:
             expected[Holder.INDEX][entry.pages] += 1
             assert np.array_equal(entry.pages, self._pages(entry.slots))
         self.pool.check_integrity(expected)
         listed = set(self._prefix.values()) | {
             copy for copies in self._segments.values() for copy in copies
         }
-        assert listed == set(self._lru), "the indexes and the eviction order disagree"
+        assert listed == set(self.order), "the indexes and the eviction order disagree"

@@ -55,7 +55,7 @@ class _Recorder:
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        self.encoder, self.model = llm.encoder, llm.model
+        self.encoder, self.model, self.tiers = llm.encoder, llm.model, None
         self.prompts: list[Prompt] = []
 
     def run_round(
@@ -108,7 +108,7 @@ def _talk(llm: LLM, agents: int, num_rounds: int, max_tokens: int, seed: int) ->
     """Let people of the example town hear each other."""
     recorder = _Recorder(llm)
     people = list(read_trace(example_trace()).agents.values())[:agents]
-    session = Session(recorder, [Agent(one.name, one.system) for one in people])  # type: ignore[arg-type]
+    session = Session(recorder, None, [Agent(one.name, one.system) for one in people])  # type: ignore[arg-type]
     played = []
     for number in range(num_rounds):
         params = {

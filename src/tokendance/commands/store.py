@@ -1,0 +1,169 @@
+"""`tokendance store`: what is kept on disk, whether it is whole, and how to be rid of it."""
+
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokendance.config import format_bytes
+from tokendance.errors import StoreError
+from tokendance.store.disk import DiskStore
+from tokendance.store.records import FileId, SessionKey, StoredSession
+
+
+def list_sessions(folder: Path, console: Console) -> None:
+    """Print a table of all sessions: sizes stored against one dense cache for each agent."""
+    with DiskStore(folder, None) as disk:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("session", no_wrap=True)
+        for heading in ("agents", "rounds", "dense", "stored", "times", "files", "last used"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        row_bytes = disk.index.row_bytes
+        for key in disk.index.session_keys():
+            session, usage = disk.session(key), disk.index.usage(key)
+            assert session is not None
+            dense = usage.dense_rows * row_bytes
+            table.add_row(
+                escape(_title(key)),
+                str(len(session.caches)),
+                str(session.round),
+                format_bytes(dense),
+                format_bytes(usage.num_bytes),
+                f"{dense / usage.num_bytes:.1f}" if usage.num_bytes else "-",
+                str(usage.files),
+                _ago(session.used_s),
+            )
+        console.print(table)
+        console.print(
+            f"{format_bytes(disk.num_bytes)} of KV in {escape(str(folder))}. dense: one full "
+            "cache for each agent. A file that several sessions share counts for each."
+        )
+
+
+def show_session(folder: Path, name: str, console: Console) -> None:
+    """Print who refers to what in a session."""
+    with DiskStore(folder, None) as disk:
+        key, session = _find(disk, name)
+        readers = disk.index.readers(key)
+        console.print(
+            f"[bold]{escape(_title(key))}[/bold]: {len(session.caches)} agents, "
+            f"{session.round} rounds, last used {_ago(session.used_s)}"
+            + (f", kept for {_span(session.ttl_s)} after that" if session.ttl_s else "")
+        )
+        agents = Table(box=None, pad_edge=False)
+        agents.add_column("agent", no_wrap=True)
+        for heading in ("tokens", "exact", "own", "shared"):
+            agents.add_column(heading, justify="right", no_wrap=True)
+        for agent, cache in session.caches.items():
+            own = sum(
+                int(count)
+                for file, _, count in cache.pieces
+                if len(readers[FileId(int(file))][1]) == 1
+            )
+            agents.add_row(
+                escape(agent),
+                f"{len(cache.token_ids):,}",
+                f"{cache.num_exact:,}",
+                f"{own:,}",
+                f"{len(cache.token_ids) - own:,}",
+            )
+        console.print(agents)
+        files = Table(box=None, pad_edge=False)
+        for heading in ("file", "tokens", "size"):
+            files.add_column(heading, justify="right", no_wrap=True)
+        files.add_column("who refers to it")
+        for file, (num_rows, names) in readers.items():
+            files.add_row(
+                disk.index.file(file).name[:8],
+                f"{num_rows:,}",
+                format_bytes(disk.index.file(file).num_bytes),
+                escape(", ".join(names)),
+            )
+        console.print(files)
+
+
+def verify_store(folder: Path, console: Console) -> None:
+    """Read every file and compare it with its checksum.
+
+    Raises:
+        typer.Exit: with code 1 if something is damaged.
+    """
+    with DiskStore(folder, None) as disk:
+        with console.status("Reading every file ..."):
+            problems = disk.verify()
+        for problem in problems:
+            readers = {
+                f"{_title(key)}: {', '.join(found[problem.file][1])}"
+                for key in disk.index.session_keys()
+                if problem.file in (found := disk.index.readers(key))
+            }
+            whose = f" It belongs to {'; '.join(sorted(readers))}." if readers else ""
+            console.print(f"[red]{escape(problem.text)}[/red]{escape(whose)}")
+        if problems:
+            raise typer.Exit(1)
+        console.print(f"All of {escape(str(folder))} is as it was written.")
+
+
+def collect_garbage(folder: Path, budget: int | None, console: Console) -> None:
+    """Remove sessions past their time, leftovers, damaged files, and what exceeds a budget."""
+    with DiskStore(folder, None) as disk:
+        before = disk.num_bytes
+        expired = disk.remove_expired()
+        problems = disk.verify()
+        for problem in problems:
+            if problem.file is not None:
+                disk.forget_file(problem.file)
+        if budget is not None:
+            disk.budget = budget
+            disk.make_room(0, None)
+        console.print(
+            f"{len(expired)} sessions past their time, {disk.num_leftovers} leftovers and "
+            f"{sum(one.file is not None for one in problems)} damaged files removed: "
+            f"{format_bytes(before - disk.num_bytes)} of KV freed, "
+            f"{format_bytes(disk.num_bytes)} left."
+        )
+
+
+def remove_session(folder: Path, name: str, console: Console) -> None:
+    """Remove a session with all that only it refers to."""
+    with DiskStore(folder, None) as disk:
+        key, _ = _find(disk, name)
+        before = disk.num_bytes
+        disk.remove(key)
+        console.print(
+            f"{escape(_title(key))} is removed: {format_bytes(before - disk.num_bytes)} freed."
+        )
+
+
+def _find(disk: DiskStore, name: str) -> tuple[SessionKey, StoredSession]:
+    """The session of a title.
+
+    Raises:
+        StoreError: if there is none.
+    """
+    keys = disk.index.session_keys()
+    for key in keys:
+        session = disk.session(key)
+        if _title(key) == name and session is not None:
+            return key, session
+    known = ", ".join(repr(_title(key)) for key in keys[:10]) or "none"
+    raise StoreError(f"There is no session {name!r} in {disk.folder}. There are: {known}.")
+
+
+def _title(key: SessionKey) -> str:
+    """A session's name; after a few digits of whose it is, where there are tenants."""
+    return f"{key.tenant[:8]}/{key.name}" if key.tenant else key.name
+
+
+def _ago(used_s: float) -> str:
+    return f"{_span(max(0.0, time.time() - used_s))} ago"
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

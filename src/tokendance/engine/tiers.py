@@ -1,0 +1,445 @@
+"""Between memory and disk: what a session leaves is written, and is read when it goes on.
+
+Memory is written through: after each round whatever of a session's KV is not on disk yet goes
+there, so eviction from memory only forgets. A round adds one file of what several agents read (its
+runs) and a file of each agent's own tokens; what earlier rounds wrote is referred to again:
+
+    agent's tokens   [ own, round 1 ][ run, round 1 ][ own ][ run, round 2 ][ own, round 2 ]
+    pieces            file 7, 0-310   file 3, 0-980   7, 310-   file 9, ...   file 12, ...
+
+Rows of a file lie in the order of their slots. When they come back they take slots in the same
+order, so attention reads the same pieces of memory as before.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tokendance.engine.engine import Engine
+from tokendance.errors import CorruptFileError
+from tokendance.rounds.segments import Salt, TokenIds, hash_segment
+from tokendance.store.disk import DiskStore
+from tokendance.store.entries import PrefixBlock, RoundId, SegmentCopy, Slots
+from tokendance.store.kv_file import KVRows, WrittenFile
+from tokendance.store.pages import Holder
+from tokendance.store.records import (
+    CacheRecord,
+    CopyRecord,
+    FileId,
+    Pieces,
+    SessionKey,
+    StoredSession,
+)
+
+log = logging.getLogger("tokendance.store")
+
+# Larger files are cut, so that none has to fit memory twice.
+_MAX_ROWS = 4096
+_READERS = 2
+# Bytes a second until some were read here.
+_FIRST_RATE = 500e6
+_NO_FILE = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpokenCache:
+    """What an agent has read and said, all of which may have KV.
+
+    Attributes:
+        token_ids: int32, prompt and answer.
+        num_prompt: length of the prompt.
+    """
+
+    token_ids: TokenIds
+    num_prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What was written of a session.
+
+    Attributes:
+        new_bytes: of new files.
+        left_out: tokens whose KV does not fit the budget; they are computed again.
+    """
+
+    new_bytes: int
+    left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was read of a session.
+
+    Attributes:
+        rows: tokens whose KV was read.
+        num_bytes: of the files.
+        computed: tokens that are left to compute again.
+        problems: what was wrong with files, a sentence each.
+    """
+
+    rows: int
+    num_bytes: int
+    computed: int
+    problems: tuple[str, ...]
+
+
+class Tiers:
+    """Moves KV of sessions between an engine's memory and a disk store.
+
+    Use it while the engine has nothing to do.
+    """
+
+    def __init__(self, engine: Engine, disk: DiskStore) -> None:
+        """Write what this engine computes to `disk`."""
+        self._engine = engine
+        self.disk = disk
+        count = len(engine.store.slot_position)
+        # Where each slot's KV is on disk, if its stamp is still what it was then.
+        self._file = np.full(count, _NO_FILE, np.int64)
+        self._row = np.zeros(count, np.int64)
+        self._stamp = np.full(count, -1, np.int64)
+        # The same the other way round: slots of each file's rows.
+        self._slots: dict[FileId, Slots] = {}
+        self._bytes_per_s = _FIRST_RATE
+
+    # -- memory to disk -----------------------------------------------------------------------
+
+    def save(
+        self,
+        key: SessionKey,
+        *,
+        round_number: int,
+        state: bytes,
+        caches: Mapping[str, SpokenCache],
+        heard: Iterable[TokenIds],
+        salt: Salt,
+        ttl_s: float | None = None,
+    ) -> Saved:
+        """Make a session durable as it is now.
+
+        Args:
+            key: of the session.
+            round_number: of its next round.
+            state: what it needs to go on, besides KV.
+            caches: what each agent has read and said; as much as has KV is kept.
+            heard: shared segments whose copies are kept, too, int32.
+            salt: of these prompts.
+            ttl_s: see `StoredSession`.
+
+        Raises:
+            StoreError: if the disk cannot be written; what was durable before still is.
+        """
+        found = {agent: self._match(one.token_ids, salt) for agent, one in caches.items()}
+        slots = {agent: matched for agent, (_, matched) in found.items()}
+        copies = [
+            (segment, copy)
+            for segment in heard
+            for copy in self._engine.store.all_copies(hash_segment(segment, salt))
+            if self._engine.store.slot_ready[copy.slots].all()
+        ]
+        wanted = list(slots.values()), [copy.slots for _, copy in copies]
+        row_bytes = self._engine.kv_bytes_per_token + 4
+        self.disk.make_room(sum(map(len, self._groups(*wanted))) * row_bytes, key)
+        groups = self._groups(*wanted)  # files that made room may have had something of it
+        written: dict[FileId, WrittenFile] = {}
+        left_out = 0
+        room = self.disk.budget - self.disk.num_bytes
+        try:
+            for group in groups:
+                rows = self._engine.runner.memory.read(
+                    group, self._engine.store.slot_position[group]
+                )
+                if rows.num_bytes + _head_bytes(rows) > room:
+                    left_out += len(group)
+                    continue
+                file, one = self.disk.write(rows)
+                written[file] = one
+                room -= one.num_bytes
+                self._note(file, group)
+            records = {
+                agent: self._record(caches[agent], matched, found[agent][0])
+                for agent, matched in slots.items()
+            }
+            self.disk.commit(
+                key,
+                round_number=round_number,
+                state=state,
+                caches=records,
+                copies=self._copy_records(copies),
+                files=written,
+                ttl_s=ttl_s,
+            )
+        except BaseException:
+            for file in written:
+                self._stamp[self._slots.pop(file)] = -1
+            self.disk.discard(written.values())
+            raise
+        for blocks, _ in found.values():
+            self._mark(blocks)
+        return Saved(sum(one.num_bytes for one in written.values()), left_out)
+
+    def _match(self, token_ids: TokenIds, salt: Salt) -> tuple[list[PrefixBlock], Slots]:
+        blocks, slots = self._engine.store.match_prefix(token_ids, salt, exact=False)
+        return blocks, slots
+
+    def _copy_records(
+        self, copies: Sequence[tuple[TokenIds, SegmentCopy]]
+    ) -> tuple[CopyRecord, ...]:
+        records = []
+        for segment, copy in copies:
+            cache = self._record(SpokenCache(segment, 0), copy.slots, ())
+            if len(cache.token_ids) == len(segment):  # else the budget has cut it
+                records.append(CopyRecord(cache, copy.run, copy.index, len(copy.rounds)))
+        return tuple(records)
+
+    def _groups(self, caches: Sequence[Slots], copies: Sequence[Slots]) -> list[Slots]:
+        """Slots that are not on disk, by file: what several caches have, then each one's own."""
+        num_readers = np.zeros(len(self._file), np.int64)
+        for slots in caches:
+            num_readers[np.unique(slots)] += 1
+        for slots in copies:  # nobody's own, where no cache has them
+            num_readers[slots[num_readers[slots] == 0]] = 2
+        new = np.flatnonzero((num_readers > 0) & ~self._is_on_disk()).astype(np.int32)
+        groups = [new[num_readers[new] > 1]]
+        is_own = np.zeros(len(self._file), np.bool_)
+        is_own[new[num_readers[new] == 1]] = True
+        for slots in caches:
+            own = np.unique(slots)
+            groups.append(own[is_own[own]])
+        return [
+            group[at : at + _MAX_ROWS] for group in groups for at in range(0, len(group), _MAX_ROWS)
+        ]
+
+    def _mark(self, blocks: Sequence[PrefixBlock]) -> None:
+        """Tell memory which entries could be read again, and for how much."""
+        store = self._engine.store
+        for block in reversed(blocks):
+            if (self._stamp[block.slots] == store.slot_stamp[block.slots]).all():
+                store.order.mark_on_disk(block)
+        per_token = self._engine.seconds_per_token
+        if per_token is not None:
+            read_s = self._engine.kv_bytes_per_token / self._bytes_per_s
+            store.order.disk_cost = read_s / per_token
+
+    def _is_on_disk(self) -> npt.NDArray[np.bool_]:
+        for file in self._slots.keys() - self.disk.index.file_ids():
+            slots = self._slots.pop(file)
+            self._stamp[slots[self._file[slots] == file]] = -1
+        same: npt.NDArray[np.bool_] = self._stamp == self._engine.store.slot_stamp
+        return same
+
+    def _note(self, file: FileId, slots: Slots, rows: npt.NDArray[np.int64] | None = None) -> None:
+        """Note which rows of a file some slots hold: all of them in order, or `rows`."""
+        rows = np.arange(len(slots)) if rows is None else rows
+        self._file[slots] = file
+        self._row[slots] = rows
+        self._stamp[slots] = self._engine.store.slot_stamp[slots]
+        known = self._slots.get(file, np.full(0, -1, np.int32))
+        size = max(len(known), int(rows.max(initial=-1)) + 1)
+        merged = np.full(size, -1, np.int32)
+        merged[: len(known)] = known
+        merged[rows] = slots
+        self._slots[file] = merged
+
+    def _record(
+        self, cache: SpokenCache, slots: Slots, blocks: Sequence[PrefixBlock]
+    ) -> CacheRecord:
+        """Where a cache is on disk, up to the first token that is not."""
+        on_disk = self._stamp[slots] == self._engine.store.slot_stamp[slots]
+        missing = np.flatnonzero(~on_disk)
+        length = int(missing[0]) if len(missing) else len(slots)
+        files, rows = self._file[slots[:length]], self._row[slots[:length]]
+        goes_on = (np.diff(files) == 0) & (np.diff(rows) == 1)
+        firsts = np.flatnonzero(np.concatenate(([True], ~goes_on))) if length else np.empty(0, int)
+        counts = np.diff(np.append(firsts, length))
+        num_exact = 0
+        for block in blocks:
+            if not block.exact:
+                break
+            num_exact += len(block.slots)
+        pieces: Pieces = np.stack([files[firsts], rows[firsts], counts], axis=1).astype(np.int64)
+        return CacheRecord(
+            cache.token_ids[:length],
+            min(num_exact, length),
+            min(cache.num_prompt, length),
+            pieces,
+        )
+
+    # -- disk to memory -----------------------------------------------------------------------
+
+    def restore(self, session: StoredSession, salt: Salt) -> Restored:
+        """Read what memory lacks of a session's KV, as far as there is room and as it pays.
+
+        A file that is damaged is taken out of the store, and what it held is computed again.
+        """
+        files = self._missing(session, salt)
+        known: dict[FileId, WrittenFile] = {}
+        problems: list[str] = []
+        for file in files:
+            try:
+                known[file] = self.disk.index.file(file)
+            except CorruptFileError as error:
+                problems.append(str(error))
+        if not self._pays(known.values()):
+            return Restored(0, 0, sum(one.num_rows for one in known.values()), ())
+        start = time.perf_counter()
+        num_rows = num_bytes = 0
+        bad: set[FileId] = set()
+        with ThreadPoolExecutor(_READERS, "store") as pool:
+            contents = _read_ahead(self.disk, known, pool)
+            held: list[npt.NDArray[np.int32]] = []
+            try:
+                for file, content in contents:
+                    try:
+                        rows = content.result()
+                    except CorruptFileError as error:
+                        log.warning("%s", error)
+                        problems.append(str(error))
+                        bad.add(file)
+                        continue
+                    pages = self._load(file, rows)
+                    if pages is None:
+                        break
+                    held.append(pages)
+                    num_rows += len(rows)
+                    num_bytes += known[file].num_bytes
+                left = self._list(session, salt)
+            finally:
+                for pages in held:
+                    self._engine.store.pool.release(pages, Holder.REQUEST)
+        for file in bad:
+            self.disk.forget_file(file)
+        if num_bytes:
+            self._bytes_per_s = num_bytes / (time.perf_counter() - start)
+        return Restored(num_rows, num_bytes, left, tuple(problems))
+
+    def _missing(self, session: StoredSession, salt: Salt) -> list[FileId]:
+        """Files that memory lacks, in the order in which agents have their tokens."""
+        wanted: list[Pieces] = [
+            copy.cache.pieces
+            for copy in session.copies
+            if not self._engine.store.all_copies(hash_segment(copy.cache.token_ids, salt))
+        ]
+        for cache in session.caches.values():
+            _, matched = self._match(cache.token_ids, salt)
+            wanted.append(cache.pieces[np.cumsum(cache.pieces[:, 2]) > len(matched)])
+        pieces = np.concatenate([np.empty((0, 3), np.int64), *wanted])
+        return [
+            file
+            for file in dict.fromkeys(FileId(int(file)) for file in pieces[:, 0])
+            if not self._is_in_memory(file, pieces[pieces[:, 0] == file])
+        ]
+
+    def _is_in_memory(self, file: FileId, pieces: Pieces) -> bool:
+        slots = self._slots.get(file)
+        if slots is None:
+            return False
+        rows = np.concatenate([np.arange(first, first + count) for _, first, count in pieces])
+        return bool(rows.max() < len(slots) and self._alive(file, slots[rows]).all())
+
+    def _alive(self, file: FileId, slots: Slots) -> npt.NDArray[np.bool_]:
+        """Whether slots still hold the rows of a file that they were noted with."""
+        store = self._engine.store
+        pages = slots // store.pool.page_size
+        held = sum(store.pool.num_refs(pages, holder) for holder in Holder) > 0
+        alive: npt.NDArray[np.bool_] = (
+            (slots >= 0)
+            & held
+            & (self._file[slots] == file)
+            & (self._stamp[slots] == store.slot_stamp[slots])
+        )
+        return alive
+
+    def _pays(self, files: Iterable[WrittenFile]) -> bool:
+        """Whether reading files takes less time than computing what they hold."""
+        per_token = self._engine.seconds_per_token
+        if per_token is None:
+            return True
+        read_s = sum(file.num_bytes for file in files) / self._bytes_per_s
+        return read_s < per_token * sum(file.num_rows for file in files)
+
+    def _load(self, file: FileId, rows: KVRows) -> npt.NDArray[np.int32] | None:
+        """Put a file's rows into memory; return the pages, held, or None if there is no room."""
+        store = self._engine.store
+        positions = rows.positions.astype(np.int64)
+        if not store.make_room(store.num_pages([positions])):
+            return None
+        (slots,), pages = store.take_slots([positions])
+        self._engine.runner.memory.write(slots, rows)
+        store.slot_ready[slots] = True
+        self._note(file, slots)
+        return pages
+
+    def _list(self, session: StoredSession, salt: Salt) -> int:
+        """List what is in memory in the prefix index; return how many tokens are not."""
+        store = self._engine.store
+        left = 0
+        for cache in session.caches.values():
+            _, matched = self._match(cache.token_ids, salt)
+            every = np.concatenate([matched, self._slots_of(cache.pieces, len(matched))])
+            for length in {min(cache.num_prompt, len(every)), len(every)}:
+                store.put_prefix(
+                    cache.token_ids[:length], every[:length], salt, min(cache.num_exact, length)
+                )
+            self._mark(self._match(cache.token_ids[: len(every)], salt)[0])
+            left += len(cache.token_ids) - len(every)
+        runs: dict[int, list[CopyRecord]] = {}
+        for copy in session.copies:
+            if not store.all_copies(hash_segment(copy.cache.token_ids, salt)):
+                runs.setdefault(copy.run, []).append(copy)
+        for run in runs.values():
+            self._list_run(sorted(run, key=lambda copy: copy.place), salt)
+        return left
+
+    def _list_run(self, run: Sequence[CopyRecord], salt: Salt) -> None:
+        known = [
+            (copy, slots)
+            for copy in run
+            if len(slots := self._slots_of(copy.cache.pieces)) == len(copy.cache.token_ids)
+        ]
+        entries = self._engine.store.put_run(
+            [(hash_segment(copy.cache.token_ids, salt), slots) for copy, slots in known]
+        )
+        for (copy, _), entry in zip(known, entries, strict=True):
+            assert isinstance(entry, SegmentCopy)
+            entry.sound = True
+            # Rounds of another process: below all numbers that rounds have here.
+            entry.rounds = {RoundId(-2 - place) for place in range(copy.rounds)}
+
+    def _slots_of(self, pieces: Pieces, skip: int = 0) -> Slots:
+        """Slots of a cache's tokens from number `skip` on, up to the first that memory lacks."""
+        slots = [np.empty(0, np.int32)]
+        done = 0
+        for file, first, count in pieces.tolist():
+            past = max(0, min(count, skip - done))
+            known = self._slots.get(FileId(file), slots[0])
+            rows = known[first + past : first + count]
+            alive = self._alive(FileId(file), rows)
+            slots.append(rows[: int(np.argmin(alive)) if not alive.all() else len(rows)])
+            done += count
+            if len(slots[-1]) < count - past:
+                break
+        return np.concatenate(slots)
+
+
+def _read_ahead(
+    disk: DiskStore, files: Mapping[FileId, WrittenFile], pool: ThreadPoolExecutor
+) -> Iterator[tuple[FileId, "Future[KVRows]"]]:
+    """Read files in their order, a few ahead of whoever takes them."""
+    waiting: list[tuple[FileId, Future[KVRows]]] = []
+    for file, one in files.items():
+        waiting.append((file, pool.submit(disk.read, one)))
+        if len(waiting) > _READERS:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _head_bytes(rows: KVRows) -> int:
+    """Most bytes of a file besides its rows: a line for each tensor."""
+    return 256 + 128 * 2 * len(rows.keys)

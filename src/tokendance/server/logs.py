@@ -1,0 +1,118 @@
+"""Logs: a line for each request, as text or as JSON, and the id that client and log know it by.
+
+Nothing that a client has said is in a line: who asked (a few digits of the key's hash), for what
+path, how it ended, how long it took, and how many tokens were computed and reused.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from typing import Any, Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LogFormat = Literal["text", "json"]
+
+log = logging.getLogger("tokendance.server.requests")
+
+_ID_HEADER = b"x-request-id"
+_QUIET_PATHS = {"/health", "/ready", "/metrics"}
+_TENANT_DIGITS = 8
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object a line: time, level, logger, message, and the figures of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write one record."""
+        document = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "figures", {}),
+        }
+        if record.exc_info:
+            document["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(document)
+
+
+def configure(log_format: LogFormat) -> None:
+    """Send logs of this package to standard error."""
+    handler = logging.StreamHandler()
+    if log_format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+class RequestLog:
+    """ASGI middleware: gives each request an id, and logs it when it has ended.
+
+    A client may choose the id (x-request-id); it comes back in the answer's head.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Stand before an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(_ID_HEADER, b"").decode("latin-1")
+        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else _new_id()
+        state: dict[str, Any] = scope.setdefault("state", {})
+        started_s = time.perf_counter()
+        status = 499  # where nothing was sent, the client has gone
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (_ID_HEADER, request_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            figures = {
+                "id": request_id,
+                "method": scope["method"],
+                "path": scope["path"][:200],
+                "status": status,
+                "seconds": round(time.perf_counter() - started_s, 4),
+                **_token_figures(state),
+            }
+            level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
+            text = " ".join(f"{name}={value!r}" for name, value in figures.items())
+            log.log(level, text, extra={"figures": figures})
+
+
+def _new_id() -> str:
+    return f"req-{secrets.token_hex(12)}"
+
+
+def _token_figures(state: dict[str, Any]) -> dict[str, Any]:
+    """What the routes have noted: `tenant`, and `jobs` once the request was handed in."""
+    figures: dict[str, Any] = {}
+    if state.get("tenant"):
+        figures["tenant"] = state["tenant"][:_TENANT_DIGITS]
+    if "jobs" in state:
+        requests = [job.request for job in state["jobs"]]
+        figures["answers"] = len(requests)
+        figures["prompt_tokens"] = sum(len(request.prompt) for request in requests)
+        figures["reused_tokens"] = sum(request.num_cached for request in requests)
+        figures["answer_tokens"] = sum(len(request.generated) for request in requests)
+        reasons = {request.finish_reason or "unfinished" for request in requests}
+        figures["ended_by"] = "+".join(sorted(reasons))
+    return figures

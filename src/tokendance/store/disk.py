@@ -1,0 +1,265 @@
+"""The disk tier: sessions in a folder that outlives the process, however it ends.
+
+    folder/
+      lock            held by the one process that has the store open
+      index.sqlite    sessions, their caches, and files with their checksums (store/index.py)
+      kv/             files of KV rows (store/kv_file.py), named at random
+
+A round becomes durable in two steps. Files are written under temporary names, flushed, renamed, and
+their folder is flushed; then one transaction names them in the index. A file that is on disk and
+not in the index is left over from a write that did not end, and is removed when the store is
+opened. So what the index says is there, and nothing else is.
+
+What a session says (its state) is small and is always kept. KV can be computed again: where the
+budget is short it goes first, session by session, those that were used longest ago first.
+"""
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from tokendance.errors import CorruptFileError, StoreError
+from tokendance.store.index import SessionIndex, told
+from tokendance.store.kv_file import KVRows, WrittenFile, flush_folder, read_rows, write_rows
+from tokendance.store.records import (
+    CacheRecord,
+    CopyRecord,
+    FileId,
+    Problem,
+    SessionKey,
+    StoredSession,
+)
+
+NO_BUDGET = 2**63 - 1
+
+
+class DiskStore:
+    """Sessions on disk; see the module. One process at a time may open it.
+
+    Attributes:
+        folder: where it lies.
+        budget: most bytes of KV files.
+        index: of what is there, to look at; only this class changes it.
+        num_leftovers: files that were removed when it was opened.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, str] | None,
+        *,
+        budget: int = NO_BUDGET,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open a store, or make one where there is none.
+
+        Args:
+            folder: of the store; made if it does not exist.
+            identity: what the KV depends on (weights, dtype, tokenizer, rotation), by name. None
+                opens a store that exists, only to look at it or to remove from it.
+            budget: see above.
+            clock: seconds since 1970.
+
+        Raises:
+            StoreError: if it is in use, damaged, no store, of a newer version, or holds KV of
+                another model.
+        """
+        self.folder = folder
+        self.budget = budget
+        self._files = folder / "kv"
+        self._clock = clock
+        with told(folder):
+            self._prepare_folder(may_make=identity is not None)
+            self._lock = _take_lock(folder / "lock")
+            try:
+                has_files = any(self._files.iterdir())
+                self.index = SessionIndex(folder / "index.sqlite", identity, has_files=has_files)
+                self.num_leftovers = self._remove_leftovers()
+            except BaseException:
+                os.close(self._lock)
+                raise
+
+    def _prepare_folder(self, *, may_make: bool) -> None:
+        if not (self.folder / "index.sqlite").exists():
+            if not may_make:
+                raise StoreError(f"There is no store in {self.folder}. Give --store its folder.")
+            if self.folder.exists() and any(
+                path.name not in ("lock", "kv") for path in self.folder.iterdir()
+            ):
+                raise StoreError(
+                    f"{self.folder} holds other things and is no store. Give --store a folder "
+                    "that is empty or does not exist."
+                )
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._files.mkdir(mode=0o700, exist_ok=True)
+
+    def _remove_leftovers(self) -> int:
+        """Remove files that no transaction has named; return how many."""
+        known = {self.index.file(file).name for file in self.index.file_ids()}
+        leftovers = [path.name for path in self._files.iterdir() if path.name not in known]
+        self._unlink(leftovers)
+        return len(leftovers)
+
+    def close(self) -> None:
+        """Let others open it."""
+        self.index.close()
+        os.close(self._lock)
+
+    def __enter__(self) -> "DiskStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all KV files."""
+        return self.index.num_bytes
+
+    def session(self, key: SessionKey) -> StoredSession | None:
+        """A session, or None if there is none of that name; see `SessionIndex.session`."""
+        return self.index.session(key)
+
+    # -- files --------------------------------------------------------------------------------
+
+    def read(self, file: WrittenFile) -> KVRows:
+        """Read a file's rows; from any thread.
+
+        Raises:
+            CorruptFileError: if it is missing or damaged.
+        """
+        return read_rows(self._files, file)
+
+    def write(self, rows: KVRows) -> tuple[FileId, WrittenFile]:
+        """Write rows; the file lasts once `commit` has named it.
+
+        Raises:
+            StoreError: if the disk cannot be written.
+        """
+        # Drawn, so that none is ever used again for something else.
+        return FileId(secrets.randbits(62)), write_rows(self._files, rows)
+
+    def discard(self, files: Iterable[WrittenFile]) -> None:
+        """Remove files that were written and not named."""
+        self._unlink(file.name for file in files)
+
+    def _unlink(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):  # a leftover, then
+                (self._files / name).unlink()
+
+    # -- sessions -----------------------------------------------------------------------------
+
+    def commit(
+        self,
+        key: SessionKey,
+        *,
+        round_number: int,
+        state: bytes,
+        caches: Mapping[str, CacheRecord],
+        files: Mapping[FileId, WrittenFile],
+        copies: tuple[CopyRecord, ...] = (),
+        ttl_s: float | None = None,
+    ) -> None:
+        """Make a session durable as it is now, in place of what it was.
+
+        Args:
+            key: of the session.
+            round_number: of its next round.
+            state: what it needs to go on.
+            caches: by agent.
+            files: written since the last time.
+            copies: of shared segments.
+            ttl_s: see `StoredSession`.
+
+        Raises:
+            StoreError: if the index cannot be written; the session is then as it was before.
+        """
+        if files:
+            with told(self._files):
+                flush_folder(self._files)
+        session = StoredSession(key, round_number, state, caches, copies, self._clock(), ttl_s)
+        self._unlink(self.index.put(session, files))
+
+    def remove(self, key: SessionKey) -> bool:
+        """Remove a session and what only it refers to; say whether there was one."""
+        existed, names = self.index.remove(key)
+        self._unlink(names)
+        return existed
+
+    def drop_kv(self, key: SessionKey) -> None:
+        """Remove a session's KV and keep what it says; it is computed again when it goes on."""
+        self._unlink(self.index.drop_kv(key))
+
+    def forget_file(self, file: FileId) -> None:
+        """Take a damaged file out: caches keep what stands before its first token."""
+        self._unlink(self.index.forget_file(file))
+
+    def make_room(self, num_bytes: int, keep: SessionKey | None) -> bool:
+        """Drop KV of other sessions until so many more bytes fit the budget; say if they do.
+
+        Sessions past their time go first, whole; then the KV of those used longest ago.
+        """
+        self.remove_expired(keep)
+        for key in reversed(self.index.session_keys()):
+            if self.num_bytes + num_bytes <= self.budget:
+                break
+            if key != keep:
+                self.drop_kv(key)
+        return self.num_bytes + num_bytes <= self.budget
+
+    def remove_expired(self, keep: SessionKey | None = None) -> list[SessionKey]:
+        """Remove sessions that have outlived their time; return them."""
+        expired = [key for key in self.index.expired(self._clock()) if key != keep]
+        for key in expired:
+            self.remove(key)
+        return expired
+
+    # -- checking -----------------------------------------------------------------------------
+
+    def verify(self) -> list[Problem]:
+        """Read everything, and say what is not as it was written."""
+        problems: list[Problem] = []
+        for file in sorted(self.index.file_ids()):
+            try:
+                self.read(self.index.file(file))
+            except CorruptFileError as error:
+                problems.append(Problem(str(error), file))
+        return problems + self.index.damage()
+
+    def check_integrity(self) -> None:
+        """Assert that index, files and budget agree."""
+        known = [self.index.file(file) for file in self.index.file_ids()]
+        assert {file.name for file in known} == {path.name for path in self._files.iterdir()}
+        for file in known:
+            assert (self._files / file.name).stat().st_size == file.num_bytes
+        assert self.num_bytes <= self.budget
+        self.index.check_integrity()
+
+
+def _take_lock(path: Path) -> int:
+    """Hold a file for this process alone.
+
+    Raises:
+        StoreError: if another process does.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks on this system: SQLite's own keep the index whole
+        pass
+    except OSError:
+        other = os.read(handle, 32).decode("ascii", "replace").strip()
+        os.close(handle)
+        raise StoreError(
+            f"{path.parent} is in use by process {other or 'unknown'}. Two cannot write to one "
+            "store: stop the other, or give --store another folder."
+        ) from None
+    os.ftruncate(handle, 0)
+    os.write(handle, str(os.getpid()).encode())
+    return handle

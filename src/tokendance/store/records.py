@@ -1,0 +1,128 @@
+"""What is stored of sessions, as the disk tier hands it over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+from tokendance.errors import InputError
+from tokendance.rounds.segments import TokenIds
+
+MAX_NAME = 256
+FileId = NewType("FileId", int)
+# (n, 3): file, first row, number of rows; in the order of the tokens.
+Pieces = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """A session's place: names are free text and never become a path.
+
+    Attributes:
+        tenant: whose; "" where there are no tenants.
+        name: 1 to 256 characters.
+    """
+
+    tenant: str
+    name: str
+
+    def __post_init__(self) -> None:
+        try:
+            self.name.encode()
+        except UnicodeError:
+            raise InputError("A session's name holds half a character. Use another.") from None
+        if not 1 <= len(self.name) <= MAX_NAME or not self.name.isprintable():
+            raise InputError(
+                f"A session's name has 1 to {MAX_NAME} printable characters, and this one has "
+                f"{len(self.name)}, or others. Use another."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheRecord:
+    """What is stored of one agent's cache.
+
+    Attributes:
+        token_ids: int32, what the agent has read and said, as far as its KV is stored.
+        num_exact: length of the beginning that is what the model computes for these very tokens.
+        num_prompt: length of the prompt, which is known by itself, too: an answer may be told
+            otherwise than it was generated.
+        pieces: where the KV of these tokens is.
+    """
+
+    token_ids: TokenIds
+    num_exact: int
+    num_prompt: int
+    pieces: Pieces
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CopyRecord:
+    """What is stored of a copy of a shared segment, for agents who hear it again elsewhere.
+
+    Attributes:
+        cache: its tokens; never exact for anybody.
+        run: those of one number were computed in one context.
+        place: among the segments of its run.
+        rounds: in which it has been reused.
+    """
+
+    cache: CacheRecord
+    run: int
+    place: int
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredSession:
+    """A session as it is on disk.
+
+    Attributes:
+        key: its place.
+        round: number of its next round.
+        state: what it needs to go on, as its owner wrote it.
+        caches: by agent.
+        copies: of shared segments that it has heard.
+        used_s: seconds since 1970 when it was last written.
+        ttl_s: seconds after which it may be removed; None: never by itself.
+    """
+
+    key: SessionKey
+    round: int
+    state: bytes
+    caches: Mapping[str, CacheRecord]
+    copies: tuple[CopyRecord, ...]
+    used_s: float
+    ttl_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """What a session, or the store, takes on disk.
+
+    Attributes:
+        files: of KV.
+        stored_rows: tokens in these files.
+        dense_rows: tokens of one full cache for each agent.
+        num_bytes: of the files.
+    """
+
+    files: int
+    stored_rows: int
+    dense_rows: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it was written.
+
+    Attributes:
+        text: what, and what follows.
+        file: that is damaged, if it is one.
+    """
+
+    text: str
+    file: FileId | None = None

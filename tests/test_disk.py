@@ -1,0 +1,393 @@
+"""The disk tier: whatever happens, what was reported is there, and what is there is right."""
+
+import os
+import random
+import signal
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance.errors import CorruptFileError, InputError, StoreError
+from tokendance.store.disk import DiskStore
+from tokendance.store.kv_file import KVRows, WrittenFile, checksum_of
+from tokendance.store.records import CacheRecord, FileId, SessionKey
+
+IDENTITY = {"weights": "abc", "dtype": "float32", "shape": "2 layers"}
+TOWN = SessionKey("", "town")
+
+
+def rows_of(seed: int, count: int = 20) -> KVRows:
+    rng = np.random.default_rng(seed)
+    keys, values = rng.standard_normal((2, 2, 3, count, 4)).astype(np.float32)
+    return KVRows(np.arange(count, dtype=np.int32), keys, values)
+
+
+def is_same(one: KVRows, other: KVRows) -> bool:
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("positions", "keys", "values")
+    )
+
+
+def cache_of(files: list[tuple[FileId, int]]) -> CacheRecord:
+    pieces = np.array([(file, 0, count) for file, count in files], np.int64).reshape(-1, 3)
+    total = sum(count for _, count in files)
+    return CacheRecord(np.arange(total, dtype=np.int32), total, total, pieces)
+
+
+def save(store: DiskStore, key: SessionKey, number: int, seeds: dict[str, list[int]]) -> None:
+    """Write a session whose agents have a file for each seed; equal seeds share one."""
+    files: dict[FileId, WrittenFile] = {}
+    by_seed: dict[int, FileId] = {}
+    for seed in sorted({seed for own in seeds.values() for seed in own}):
+        file, written = store.write(rows_of(seed))
+        files[file] = written
+        by_seed[seed] = file
+    caches = {agent: cache_of([(by_seed[one], 20) for one in own]) for agent, own in seeds.items()}
+    store.commit(key, round_number=number, state=b"%d" % number, caches=caches, files=files)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[DiskStore]:
+    with DiskStore(tmp_path / "store", IDENTITY) as found:
+        yield found
+
+
+def test_what_is_written_is_read(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1, 2], "bob": [1, 3]})
+    found = store.session(TOWN)
+    assert found is not None
+    assert (found.round, found.state, list(found.caches)) == (1, b"1", ["ann", "bob"])
+    for agent, seeds in {"ann": [1, 2], "bob": [1, 3]}.items():
+        pieces = found.caches[agent].pieces
+        for (file, _, _), seed in zip(pieces.tolist(), seeds, strict=True):
+            assert is_same(store.read(store.index.file(FileId(file))), rows_of(seed))
+    usage = store.index.usage(TOWN)
+    assert (usage.files, usage.stored_rows, usage.dense_rows) == (3, 60, 80)
+    assert sorted(names for _, names in store.index.readers(TOWN).values()) == [
+        ["ann"], ["ann", "bob"], ["bob"],
+    ]  # fmt: skip
+    store.check_integrity()
+
+
+def test_only_the_owner_may_read(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1]})
+    for path in [store.folder, *store.folder.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_files_that_nobody_refers_to_are_removed(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1], "bob": [1, 2]})
+    save(store, TOWN, 2, {"ann": [3]})
+    assert store.index.usage(TOWN).files == 1
+    store.check_integrity()
+    assert store.remove(TOWN)
+    assert not store.remove(TOWN)
+    assert store.num_bytes == 0
+    store.check_integrity()
+
+
+def test_a_second_process_is_refused(store: DiskStore) -> None:
+    with pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):
+        DiskStore(store.folder, IDENTITY)
+
+
+def test_another_model_or_version_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    DiskStore(folder, IDENTITY).close()
+    with pytest.raises(StoreError, match="another model: weights differ"):
+        DiskStore(folder, {**IDENTITY, "weights": "def"})
+    DiskStore(folder, None).close()  # only to look
+    with sqlite3.connect(folder / "index.sqlite") as index:
+        index.execute("UPDATE meta SET value = '99' WHERE key = 'version'")
+    index.close()
+    with pytest.raises(StoreError, match="newer version"):
+        DiskStore(folder, IDENTITY)
+
+
+def test_folders_that_are_no_store_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(StoreError, match="holds other things"):
+        DiskStore(tmp_path, IDENTITY)
+    with pytest.raises(StoreError, match="no store"):
+        DiskStore(tmp_path / "nothing", None)
+    assert not (tmp_path / "nothing").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError):
+        DiskStore(tmp_path / "file", IDENTITY)
+    assert (tmp_path / "letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a\0b", "x" * 4000, "line\nbreak", "\ud800", "../" * 100, "\u202e"]
+)
+def test_names_that_cannot_be(name: str) -> None:
+    with pytest.raises(InputError):
+        SessionKey("", name)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/", "..", "C:\\x", "' OR 1=1 --", "käse 🧀"])
+def test_names_never_become_paths(store: DiskStore, name: str) -> None:
+    before = set(store.folder.parent.rglob("*"))
+    save(store, SessionKey("", name), 1, {"../../agent": [1]})
+    new = set(store.folder.parent.rglob("*")) - before
+    assert {path.parent for path in new} <= {store.folder, store.folder / "kv"}
+    assert store.index.session_keys() == [SessionKey("", name)]
+
+
+def test_a_flipped_byte_is_found_and_named(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1, 2], "bob": [1, 3]})
+    rng = random.Random(0)
+    paths = sorted((store.folder / "kv").iterdir())
+    for path in paths:
+        whole = path.read_bytes()
+        for place in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(20))]:
+            path.write_bytes(
+                whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :]
+            )
+            (problem,) = store.verify()
+            assert path.name in problem.text
+        path.write_bytes(whole[: len(whole) // 2])
+        assert len(store.verify()) == 1
+        path.write_bytes(whole)
+    assert store.verify() == []
+    # Only what it touches is gone.
+    session = store.session(TOWN)
+    assert session is not None
+    store.forget_file(FileId(int(session.caches["bob"].pieces[1, 0])))
+    session = store.session(TOWN)
+    assert session is not None
+    assert [len(cache.token_ids) for cache in session.caches.values()] == [40, 20]
+    store.check_integrity()
+
+
+def test_a_flipped_byte_in_the_index_is_found_or_harmless(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with DiskStore(folder, IDENTITY) as store:
+        save(store, TOWN, 1, {"ann": [1, 2], "bob": [1, 3]})
+        expected = store.session(TOWN)
+    assert expected is not None
+    index = folder / "index.sqlite"
+    whole = index.read_bytes()
+    files = {path.name: path.read_bytes() for path in (folder / "kv").iterdir()}
+    rng = random.Random(3)
+    num_found = 0
+    for _ in range(300):
+        place = rng.randrange(len(whole))
+        changed = bytes([whole[place] ^ (1 << rng.randrange(8))])
+        index.write_bytes(whole[:place] + changed + whole[place + 1 :])
+        try:
+            with DiskStore(folder, IDENTITY) as store:
+                if not store.verify():
+                    found = store.session(TOWN)
+                    assert found is not None
+                    assert (found.round, found.state) == (expected.round, expected.state)
+                    for agent, cache in found.caches.items():
+                        assert np.array_equal(cache.token_ids, expected.caches[agent].token_ids)
+                        assert np.array_equal(cache.pieces, expected.caches[agent].pieces)
+                else:
+                    num_found += 1
+        except StoreError:
+            num_found += 1
+        for name, content in files.items():
+            (folder / "kv" / name).write_bytes(content)
+    assert num_found > 5  # most of a small index is empty space
+
+
+def test_files_in_each_others_place_are_found(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1, 2]})
+    one, other = sorted((store.folder / "kv").iterdir())
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert len(store.verify()) == 2
+
+
+def test_an_index_that_is_cut_off_is_refused_and_nothing_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with DiskStore(folder, IDENTITY) as store:
+        for number in range(20):
+            save(store, SessionKey("", f"town {number}"), 1, {"ann": [number]})
+    index = folder / "index.sqlite"
+    whole = index.read_bytes()
+    files = sorted((folder / "kv").iterdir())
+    for length in (0, 50, 100, 4096, 8192, len(whole) // 2, len(whole) - 4096, len(whole) - 1):
+        index.write_bytes(whole[:length])
+        with pytest.raises(StoreError):
+            DiskStore(folder, IDENTITY)
+    index.unlink()
+    with pytest.raises(StoreError):
+        DiskStore(folder, IDENTITY)
+    assert sorted((folder / "kv").iterdir()) == files
+    index.write_bytes(whole)
+    with DiskStore(folder, IDENTITY) as store:
+        assert len(store.index.session_keys()) == 20
+        store.check_integrity()
+
+
+def test_a_full_disk_harms_nothing(store: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(store, TOWN, 1, {"ann": [1]})
+    real = os.fsync
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.write(rows_of(2))
+    monkeypatch.setattr(os, "fsync", real)
+    store.check_integrity()
+    # The index, too.
+    (pages,) = store.index._index.execute("PRAGMA page_count").fetchone()
+    store.index._index.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreError, match="full"):
+        store.commit(
+            SessionKey("", "long"), round_number=1, state=bytes(100_000), caches={}, files={}
+        )
+    store.index._index.execute("PRAGMA max_page_count = 100000")
+    assert store.index.session_keys() == [TOWN]
+    save(store, TOWN, 2, {"ann": [1, 2]})
+    store.check_integrity()
+
+
+def test_a_budget_is_kept(tmp_path: Path) -> None:
+    now = 1000.0
+    size = len(rows_of(0).keys.tobytes()) * 2 + 1200
+    with DiskStore(tmp_path / "s", IDENTITY, budget=3 * size, clock=lambda: now) as store:
+        for number in range(3):
+            now += 1
+            assert store.make_room(size - 500, SessionKey("", str(number)))
+            save(store, SessionKey("", str(number)), 1, {"ann": [number]})
+        now += 1
+        assert store.make_room(size, SessionKey("", "3"))
+        store.check_integrity()
+        # Who was used longest ago has lost its KV, and none of what it says.
+        kept = [store.session(SessionKey("", str(number))) for number in range(3)]
+        assert [len(one.caches) for one in kept if one] == [0, 1, 1]
+        assert [one.state for one in kept if one] == [b"1", b"1", b"1"]
+        assert not store.make_room(10 * size, SessionKey("", "2"))
+        assert store.index.usage(SessionKey("", "2")).files == 1  # whom it was for keeps its own
+
+
+def test_sessions_past_their_time_are_removed(tmp_path: Path) -> None:
+    now = 1000.0
+    with DiskStore(tmp_path / "s", IDENTITY, clock=lambda: now) as store:
+        for name, ttl_s in (("short", 10.0), ("long", 100.0), ("ever", None)):
+            store.commit(
+                SessionKey("", name), round_number=1, state=b"", caches={}, files={}, ttl_s=ttl_s
+            )
+        now += 50
+        assert store.remove_expired() == [SessionKey("", "short")]
+        assert {key.name for key in store.index.session_keys()} == {"long", "ever"}
+
+
+def test_leftovers_are_removed(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        save(store, TOWN, 1, {"ann": [1]})
+        store.write(rows_of(2))  # never named
+        (store.folder / "kv" / "abc.tmp").write_bytes(b"half")
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        assert store.num_leftovers == 2
+        store.check_integrity()
+
+
+def write_for_ever(folder: Path, report: int) -> None:
+    """Write rounds of two sessions, and report each when it is durable; runs until it is killed."""
+    with DiskStore(folder, IDENTITY) as store:
+        numbers = [
+            session.round if (session := store.session(SessionKey("", name))) else 0
+            for name in "ab"
+        ]
+        while True:
+            for place, name in enumerate("ab"):
+                numbers[place] += 1
+                number = numbers[place]
+                save(store, SessionKey("", name), number, {"ann": [number], "bob": [number, 7]})
+                os.write(report, b"%s %d\n" % (name.encode(), number))
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_killed_at_any_moment_it_holds_what_it_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    rng = random.Random(1)
+    reported = {"a": 0, "b": 0}
+    for _ in range(100):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                write_for_ever(folder, writing)
+            finally:
+                os._exit(1)
+        os.close(writing)
+        time.sleep(rng.uniform(0.0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with open(reading, "rb") as pipe:
+            for line in pipe.read().split(b"\n"):
+                if line:
+                    name, number = line.decode().split()
+                    reported[name] = int(number)
+        with DiskStore(folder, IDENTITY) as store:
+            store.check_integrity()
+            assert store.verify() == []
+            for name, last in reported.items():
+                session = store.session(SessionKey("", name))
+                found = session.round if session else 0
+                assert found in (last, last + 1)
+                reported[name] = found
+                if session is None:
+                    continue
+                assert session.state == b"%d" % found
+                file = FileId(int(session.caches["ann"].pieces[0, 0]))
+                assert is_same(store.read(store.index.file(file)), rows_of(found))
+    assert min(reported.values()) > 10  # it did get to write
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=25))
+def test_any_order_of_changes_keeps_the_books(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("store") / "s"
+    store = DiskStore(folder, IDENTITY, budget=40_000)
+    expected: dict[str, int] = {}
+    try:
+        for number, (action, which) in enumerate(steps, 1):
+            key = SessionKey("", f"town {which}")
+            if action <= 1 and store.make_room(8_000, key):
+                save(store, key, number, {"ann": [number], "bob": [number, 7]})
+                expected[key.name] = number
+            elif action == 2:
+                assert store.remove(key) == (expected.pop(key.name, None) is not None)
+            elif action == 3:
+                store.drop_kv(key)
+            elif action == 4:
+                store.close()
+                store = DiskStore(folder, IDENTITY, budget=40_000)
+            elif action == 5 and (files := sorted(store.index.file_ids())):
+                store.forget_file(files[which % len(files)])
+            store.check_integrity()
+            found = {key.name: store.session(key) for key in store.index.session_keys()}
+            assert {name: one.round for name, one in found.items() if one} == expected
+    finally:
+        store.close()
+
+
+def test_a_file_of_something_else_is_refused(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1]})
+    (file,) = store.index.file_ids()
+    written = store.index.file(file)
+    path = store.folder / "kv" / written.name
+    for content in (b"", b"not safetensors at all", b"\xff" * 64):
+        path.write_bytes(content)
+        other = WrittenFile(written.name, 20, len(content), checksum_of(content))
+        with pytest.raises(CorruptFileError):
+            store.read(other)

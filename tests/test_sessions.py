@@ -1,0 +1,290 @@
+"""Sessions that last: they go on after a restart as if nothing had been."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tokendance import LLM, Agent, SamplingParams, Session
+from tokendance.config import EngineConfig, StoreConfig
+from tokendance.errors import StoreError
+from tokendance.models.loader import LoadedModel, load_model
+from tokendance.outputs import RoundResult
+from tokendance.store.records import SessionKey
+
+ANSWER = SamplingParams(max_tokens=10, ignore_eos=True)
+PEOPLE = [Agent(name, f"I am {name}, and my number is {name * 3}.") for name in ("Ann", "Bo", "Cy")]
+
+
+@pytest.fixture(scope="module")
+def roomy(model_folder: Callable[..., Path]) -> LoadedModel:
+    return load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
+
+
+def open_llm(model: LoadedModel, folder: Path | None, pages: int = 2000, **budget: Any) -> LLM:
+    page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
+    llm = LLM.from_loaded(model, EngineConfig(store=StoreConfig(pages * page_bytes, 16)))
+    if folder is not None:
+        llm.open_store(folder, **budget)
+    return llm
+
+
+def run(session: Session, rounds: int) -> list[RoundResult]:
+    results = [session.run(f"Speak, the {session.round}th time.") for _ in range(rounds)]
+    for result in results:
+        result.raise_for_errors()
+    return results
+
+
+def words(results: list[RoundResult]) -> list[list[tuple[int, ...]]]:
+    return [[output.token_ids for output in result.outputs] for result in results]
+
+
+def computed(results: list[RoundResult]) -> list[int]:
+    return [result.stats.computed_tokens for result in results]
+
+
+def test_a_session_goes_on_where_the_last_process_stopped(
+    roomy: LoadedModel, tmp_path: Path
+) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 5)
+    parts: list[RoundResult] = []
+    for rounds in (2, 1, 2):
+        llm = open_llm(roomy, tmp_path / "store")
+        session = llm.session("town", PEOPLE, params=ANSWER)
+        assert session.round == len(parts)
+        parts += run(session, rounds)
+        llm.engine.check_integrity()
+        assert llm.tiers is not None
+        llm.tiers.disk.check_integrity()
+        llm.close()
+    assert words(parts) == words(whole)
+    assert computed(parts) == computed(whole)  # nothing is computed twice
+
+
+def test_what_was_evicted_is_read_again(roomy: LoadedModel, tmp_path: Path) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
+    llm = open_llm(roomy, tmp_path / "store")
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    parts = run(session, 2)
+    llm.engine.store.clear()
+    parts += run(session, 1)
+    assert words(parts) == words(whole)
+    assert computed(parts) == computed(whole)
+    llm.close()
+
+
+def test_without_kv_a_session_says_the_same(roomy: LoadedModel, tmp_path: Path) -> None:
+    """What is stored of what was said is enough; KV saves computing it."""
+    llm = open_llm(roomy, tmp_path / "store")
+    first = run(llm.session("town", PEOPLE, params=ANSWER), 2)
+    assert llm.tiers is not None
+    llm.tiers.disk.drop_kv(SessionKey("", "town"))
+    llm.engine.store.clear()
+    (third,) = run(llm.session("town", params=ANSWER), 1)
+    assert len(third.outputs) == 3
+    assert third.stats.computed_tokens > first[1].stats.computed_tokens
+    assert all(
+        output.prompt_tokens > before.prompt_tokens
+        for output, before in zip(third.outputs, first[1].outputs, strict=True)
+    )
+    llm.close()
+
+
+def test_the_stored_form_is_shared(roomy: LoadedModel, tmp_path: Path) -> None:
+    """A round adds what is new: one run, and each agent's own tokens."""
+    llm = open_llm(roomy, tmp_path / "store")
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    assert llm.tiers is not None
+    disk, key = llm.tiers.disk, SessionKey("", "town")
+    before = disk.index.usage(key)
+    for _ in range(4):
+        (result,) = run(session, 1)
+        usage = disk.index.usage(key)
+        # Answers' last tokens have no KV yet, and are computed with the next prompt.
+        new = result.stats.computed_tokens + result.stats.generated_tokens - len(PEOPLE)
+        assert usage.stored_rows - before.stored_rows == new
+        before = usage
+    by_file = disk.index.readers(key).values()
+    runs = [rows for rows, names in by_file if names == ["Ann", "Bo", "Cy"]]
+    assert len(runs) == 3  # of rounds 2 to 4
+    shared_rows = sum(runs)
+    # Two of three readers refer to them. An answer that held a special token is told without it,
+    # and what followed that token is in its file still.
+    assert 0.9 * 2 * shared_rows < usage.dense_rows - usage.stored_rows <= 2 * shared_rows
+    session.leave("Ann")
+    run(session, 1)
+    assert not any("Ann" in names for _, names in disk.index.readers(key).values())
+    disk.check_integrity()
+    llm.close()
+
+
+def test_a_damaged_file_costs_what_it_held(roomy: LoadedModel, tmp_path: Path) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
+    llm = open_llm(roomy, tmp_path / "store")
+    run(llm.session("town", PEOPLE, params=ANSWER), 2)
+    assert llm.tiers is not None
+    readers = llm.tiers.disk.index.readers(SessionKey("", "town"))
+    file = next(file for file, (_, names) in readers.items() if names == ["Bo"])
+    path = tmp_path / "store" / "kv" / llm.tiers.disk.index.file(file).name
+    llm.close()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    llm = open_llm(roomy, tmp_path / "store")
+    (third,) = run(llm.session("town", params=ANSWER), 1)
+    assert words([third]) == words(whole[2:])
+    expected = {output.agent: output.computed_tokens for output in whole[2].outputs}
+    for output in third.outputs:
+        assert (output.computed_tokens > expected[output.agent]) == (output.agent == "Bo")
+    assert llm.tiers is not None
+    llm.tiers.disk.check_integrity()
+    llm.close()
+
+
+def test_two_sessions_share_nothing_but_text(roomy: LoadedModel, tmp_path: Path) -> None:
+    llm = open_llm(roomy, tmp_path / "store")
+    one = llm.session("one", PEOPLE, params=ANSWER)
+    other = llm.session("other", PEOPLE[:2], params=ANSWER)
+    run(one, 2)
+    run(other, 1)
+    assert llm.session("one").round == 2
+    assert llm.session("other").round == 1
+    assert len(llm.session("other").agents) == 2
+    assert llm.session("third").round == 0
+    llm.close()
+
+
+def test_a_budget_on_disk_is_kept(roomy: LoadedModel, tmp_path: Path) -> None:
+    llm = open_llm(roomy, tmp_path / "store", budget="300KiB")
+    assert llm.tiers is not None
+    for name in "abc":
+        run(llm.session(name, PEOPLE, params=ANSWER), 3)
+        llm.tiers.disk.check_integrity()
+        assert llm.tiers.disk.num_bytes <= 300 * 2**10
+    assert {llm.session(name).round for name in "abc"} == {3}
+    llm.close()
+
+
+def test_a_store_that_fails_says_so_and_keeps_the_round_before(
+    roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_llm(roomy, tmp_path / "store")
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    run(session, 1)
+    assert llm.tiers is not None
+
+    def fail(*_: object, **__: object) -> None:
+        raise StoreError("The disk is full.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.tiers.disk, "commit", fail)
+        with pytest.raises(StoreError, match="full"):
+            session.run("Speak.")
+    llm.tiers.disk.check_integrity()
+    assert llm.session("town").round == 1
+    run(session, 1)  # and it goes on when there is room again
+    assert llm.session("town").round == 3
+    llm.tiers.disk.check_integrity()
+    llm.close()
+
+
+def test_memory_does_not_grow_with_rounds(roomy: LoadedModel, tmp_path: Path) -> None:
+    llm = open_llm(roomy, tmp_path / "store", pages=300)
+    session = llm.session("town", PEOPLE, params=ANSWER, max_history=2)
+    assert llm.tiers is not None
+    sizes = []
+    for _ in range(24):
+        run(session, 1)
+        sizes.append((len(llm.tiers.disk.index.file_ids()), len(llm.tiers._slots)))
+    assert max(sizes[12:]) <= max(sizes[6:12])
+    llm.engine.check_integrity()
+    llm.close()
+
+
+class Towns(RuleBasedStateMachine):
+    """Sessions that talk, are evicted, reloaded, dropped and restarted, in any order."""
+
+    model: LoadedModel
+    folder: Path
+    number = 0
+
+    @initialize()
+    def begin(self) -> None:
+        Towns.number += 1
+        self.path = self.folder / str(Towns.number)
+        self.llm = open_llm(self.model, self.path, pages=60, budget="400KiB")
+        self.rounds: dict[str, int] = {}
+        self.open: dict[str, Session] = {}
+
+    @rule(name=st.sampled_from("ab"), agents=st.integers(1, 3))
+    def talk(self, name: str, agents: int) -> None:
+        if name not in self.open:
+            self.open[name] = self.llm.session(
+                name, PEOPLE[:agents], params=SamplingParams(max_tokens=4), max_history=2
+            )
+        session = self.open[name]
+        assert session.round == self.rounds.get(name, 0)
+        run(session, 1)
+        self.rounds[name] = session.round
+
+    @rule(name=st.sampled_from("ab"))
+    @precondition(lambda self: self.rounds)
+    def leave(self, name: str) -> None:
+        session = self.open.get(name)
+        if session is not None and len(session.agents) > 1:
+            session.leave(session.agents[0].name)
+
+    @rule()
+    def evict(self) -> None:
+        self.llm.engine.store.clear()
+
+    @rule()
+    def restart(self) -> None:
+        self.llm.close()
+        self.open.clear()
+        self.llm = open_llm(self.model, self.path, pages=60, budget="400KiB")
+
+    @rule(name=st.sampled_from("ab"))
+    def drop(self, name: str) -> None:
+        assert self.llm.tiers is not None
+        existed = self.llm.tiers.disk.remove(SessionKey("", name))
+        assert existed == (name in self.rounds)
+        self.rounds.pop(name, None)
+        self.open.pop(name, None)
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not hasattr(self, "llm"):
+            return
+        self.llm.engine.check_integrity()
+        assert self.llm.tiers is not None
+        self.llm.tiers.disk.check_integrity()
+        assert {key.name for key in self.llm.tiers.disk.index.session_keys()} == set(self.rounds)
+
+    def teardown(self) -> None:
+        if hasattr(self, "llm"):
+            self.llm.close()
+
+
+@pytest.fixture
+def towns(roomy: LoadedModel, tmp_path: Path) -> type[Towns]:
+    Towns.model, Towns.folder = roomy, tmp_path
+    return Towns
+
+
+def test_any_order_of_events_keeps_the_books(towns: type[Towns]) -> None:
+    run_state_machine_as_test(
+        towns, settings=settings(max_examples=10, stateful_step_count=12, deadline=None)
+    )
