@@ -15,13 +15,14 @@ import httpx
 import pytest
 import uvicorn
 
-from tokendance import LLM, Prompt, SamplingParams
+from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.server.app import create_app
 from tokendance.server.chat import split_tool_calls
+from tokendance.server.logs import JsonFormatter
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
@@ -417,6 +418,131 @@ def test_a_whole_round_in_one_call(served: tuple[httpx.Client, Server]) -> None:
     body["agents"] = [agents[0], agents[0]]
     assert client.post("/v1/rounds", json=body).json()["error"]["param"] == "agents"
     assert server.num_open == 0
+
+
+def ask_session(client: httpx.Client, names: str, task: str, **fields: Any) -> httpx.Response:
+    agents = [
+        {
+            "agent": name,
+            "system": f"I am {name}, and my number is {name * 5}.",
+            "task": task,
+            "max_tokens": 6,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        for name in names
+    ]
+    body = {"model": "tiny", "session": "town", "agents": agents, **fields}
+    return client.post("/v1/rounds", json=body)
+
+
+def test_a_session_remembers_and_lasts(roomy: LoadedModel, tmp_path: Path) -> None:
+    def said(response: httpx.Response) -> dict[str, str]:
+        assert response.status_code == 200, response.text
+        return {one["agent"]: one["message"]["content"] for one in response.json()["agents"]}
+
+    def start() -> LLM:
+        llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+        llm.open_store(tmp_path / "store")
+        return llm
+
+    library = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+    people = [Agent(name, f"I am {name}, and my number is {name * 5}.") for name in "abc"]
+    session = library.session(
+        agents=people[:2], params=SamplingParams(max_tokens=6, ignore_eos=True)
+    )
+    expected = [session.run("one"), session.run("two")]
+    session.leave("a")
+    session.join(people[2])
+    expected.append(session.run("three"))
+    words = [{output.agent: output.text for output in result.outputs} for result in expected]
+    with serving(llm := start()) as (client, server):
+        assert said(ask_session(client, "ab", "one")) == words[0]
+        # The order in which a client names them is not that of the blocks.
+        assert said(ask_session(client, "ba", "two")) == words[1]
+        refused = ask_session(client, "ab", "x", agents=[{"agent": "new", "task": "x"}])
+        assert refused.status_code == 400
+        assert "Say who it is" in refused.json()["error"]["message"]
+        refused = ask_session(client, "ab", "x", blocks={"a": "b"})
+        assert refused.json()["error"]["param"] == "blocks"
+        assert server.num_open == 0
+    llm.close()
+    with serving(llm := start()) as (client, server):
+        stream = events(ask_session(client, "bc", "three", stream=True))
+        assert {event["agent"]: event["message"]["content"] for event in stream} == words[2]
+        assert {event["round"] for event in stream} == {3}
+        assert server.num_open == 0
+    llm.engine.check_integrity()
+    llm.close()
+
+
+def test_chat_requests_may_name_a_session(roomy: LoadedModel, tmp_path: Path) -> None:
+    cached_tokens = []
+    for number in range(2):
+        llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+        llm.open_store(tmp_path / "store")
+        with serving(llm, round_wait_s=30.0) as (client, _):
+            asked = {"round": {"id": f"r{number}", "size": 1, "agent": "ann", "session": "s"}}
+            cached_tokens.append(cached(chat(client, prompts_of_a_round(1)[0], **asked)))
+        llm.close()
+    assert cached_tokens[0] == 0
+    assert cached_tokens[1] > 80
+
+
+def test_agents_asked_one_after_another_share(make_llm: Callable[..., LLM]) -> None:
+    with serving(make_llm(num_pages=2000)) as (client, _):
+        reused = [cached(chat(client, prompt)) for prompt in prompts_of_a_round(4)]
+        assert reused[0] == 0
+        assert all(count >= 0.8 * len(NEWS) - 10 for count in reused[1:])
+        # A conversation that goes on by itself is exact: all of it is its own beginning.
+        talk = [{"role": "user", "content": "Which is the way to the mill, and who lives there?"}]
+        for turn in range(3):
+            answer = chat(client, talk)
+            talk += [
+                {"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"]},
+                {"role": "user", "content": f"Question {turn}: how far is it from here to there?"},
+            ]
+            assert (cached(answer) > 0) == (turn > 0)
+        text = client.get("/metrics").text
+        assert 'tokendance_first_token_seconds_count{reuse="prefix"} 2.0' in text
+        assert 'tokendance_first_token_seconds_count{reuse="collective"} 3.0' in text
+
+
+def test_agents_one_after_another_share_nothing_where_it_is_off(
+    make_llm: Callable[..., LLM],
+) -> None:
+    with serving(make_llm(num_pages=2000), recent_s=0.0) as (client, _):
+        assert [cached(chat(client, prompt)) for prompt in prompts_of_a_round(3)] == [0, 0, 0]
+
+
+def test_shadows_run_while_nobody_waits(roomy: LoadedModel) -> None:
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24), shadow=1.0))
+    with serving(llm, window_s=0.2, window_share=1.0) as (client, _):
+        together(client, prompts_of_a_round(4))
+        deadline = time.monotonic() + 60
+        while "tokendance_shadow_kl_nats_count 3.0" not in client.get("/metrics").text:
+            assert time.monotonic() < deadline, client.get("/metrics").text
+            time.sleep(0.1)
+    assert not llm.engine.has_work
+
+
+def test_a_request_has_an_id_and_a_line(
+    served: tuple[httpx.Client, Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    client, _ = served
+    secret = "the secret of the mill"
+    with caplog.at_level("INFO", logger="tokendance.server.requests"):
+        answer = chat(client, [{"role": "user", "content": secret}])
+        own = client.get("/v1/models", headers={"x-request-id": "mine-1"})
+        bad = client.get("/v1/models", headers={"x-request-id": "a b"})
+    assert own.headers["x-request-id"] == "mine-1"
+    assert bad.headers["x-request-id"].startswith("req-")
+    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    assert [line["id"] for line in lines[1:]] == ["mine-1", bad.headers["x-request-id"]]
+    assert lines[0]["id"] == answer.headers["x-request-id"]
+    assert lines[0]["status"] == 200
+    assert lines[0]["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    assert not any(secret in json.dumps(line) for line in lines)
 
 
 def test_tenants_share_nothing(make_llm: Callable[..., LLM]) -> None:

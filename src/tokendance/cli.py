@@ -264,6 +264,11 @@ def serve(
             "how far they were.",
         ),
     ] = 0.0,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder in which sessions last, over restarts too.", file_okay=False),
+    ] = None,
+    store_budget: StoreBudget = None,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="A line for each request, as this.")
     ] = "text",
@@ -299,6 +304,8 @@ def serve(
         kv_budget=kv_budget,
         shadow=shadow,
         log_format=log_format,
+        store=store,
+        store_budget=store_budget,
     )
     commands.serve(options, settings, Console())
 

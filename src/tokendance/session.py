@@ -25,9 +25,10 @@ import numpy as np
 from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.tiers import SpokenCache
 from tokendance.errors import RoundError, StoreError
+from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output, RoundResult
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
-from tokendance.rounds.segments import as_token_ids
+from tokendance.rounds.segments import EncodedPrompt, as_token_ids
 from tokendance.store.records import SessionKey, StoredSession
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class _Member:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A round that has begun: for each member, in their order, what it was asked.
+class Asked:
+    """A round of a session that has begun: for each member, in their order, what it was asked.
 
     Attributes:
         tasks: as given.
@@ -103,9 +104,23 @@ class Session:
         params: SamplingParams | None = None,
         max_history: int | None = None,
         ttl_s: float | None = None,
+        tenant: str = "",
+        encoder: PromptEncoder | None = None,
     ) -> None:
-        """See `LLM.session()`."""
+        """See `LLM.session()`.
+
+        Args:
+            llm: that runs the rounds.
+            name: see there, likewise `agents`, `params`, `max_history` and `ttl_s`.
+            agents: likewise.
+            params: likewise.
+            max_history: likewise.
+            ttl_s: likewise.
+            tenant: whose it is; sessions of other tenants have other names.
+            encoder: of the tenant's prompts; that of the LLM if left out.
+        """
         self._llm = llm
+        self._encoder = encoder or llm.encoder
         self._params = params or SamplingParams()
         self._max_history = max_history
         self._ttl_s = ttl_s
@@ -114,7 +129,7 @@ class Session:
         self.name = name
         self.round = 0
         self._tiers = llm.tiers if name is not None else None
-        self._key = SessionKey("", name) if name is not None else None
+        self._key = SessionKey(tenant, name) if name is not None else None
         if (stored := self._stored()) is not None:
             self._load(stored)
         for agent in agents:
@@ -164,20 +179,18 @@ class Session:
         Raises:
             RoundError: if nobody is here, or an agent has no task.
         """
-        asked = self._ask(task, params)
-        if self._tiers is not None and (stored := self._stored()) is not None:
-            # Some of it may not be in memory: after a restart all, later what was evicted.
-            self._tiers.restore(stored, self._llm.encoder.salt)
+        asked = self.ask(task, params)
+        self.restore()
         result = self._llm.run_round(asked.prompts, asked.params, progress)
-        self._hear(asked, result.outputs)
-        self._save()
+        self.hear(asked, result.outputs)
+        self.save()
         return result
 
-    def _ask(
+    def ask(
         self,
         task: str | Mapping[str, str],
         params: SamplingParams | Mapping[str, SamplingParams] | None,
-    ) -> _Asked:
+    ) -> Asked:
         """Make the prompts of the next round. Changes nothing."""
         if not self._members:
             raise RoundError("The session has no agents. Let one join first.")
@@ -195,9 +208,9 @@ class Session:
             prompt, num_turns = self._prompt(member, one_task, chosen[-1].max_tokens)
             prompts.append(prompt)
             remembered.append(num_turns)
-        return _Asked(tuple(tasks), prompts, chosen, tuple(remembered))
+        return Asked(tuple(tasks), prompts, chosen, tuple(remembered))
 
-    def _hear(self, asked: _Asked, outputs: Sequence[Output]) -> None:
+    def hear(self, asked: Asked, outputs: Sequence[Output]) -> None:
         """Take what was said in a round."""
         blocks: list[Part] = []
         for output, member, one_task, num_turns in zip(
@@ -216,12 +229,17 @@ class Session:
 
     # -- what lasts ---------------------------------------------------------------------------
 
+    def restore(self) -> None:
+        """Read what memory lacks of its KV: after a restart all, later what was evicted."""
+        if self._tiers is not None and (stored := self._stored()) is not None:
+            self._tiers.restore(stored, self._encoder.salt)
+
     def _stored(self) -> StoredSession | None:
         if self._tiers is None or self._key is None:
             return None
         return self._tiers.disk.session(self._key)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Make what was said, and the KV of it, durable."""
         if self._tiers is None or self._key is None:
             return
@@ -231,7 +249,7 @@ class Session:
             state=json.dumps(self._state()).encode(),
             caches={name: member.cache for name, member in self._members.items()},
             heard=[as_token_ids(part.content) for part in self._blocks()],  # type: ignore[arg-type]
-            salt=self._llm.encoder.salt,
+            salt=self._encoder.salt,
             ttl_s=self._ttl_s,
         )
 
@@ -280,15 +298,19 @@ class Session:
                 f"({type(error).__name__}). Remove it with `tokendance store rm`."
             ) from error
 
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Encode a prompt that `ask` has made."""
+        return self._encoder.encode(prompt)
+
     def block(self, speaker: str, token_ids: Sequence[int]) -> Part:
         """Make a shared block from what an agent said."""
-        encoder = self._llm.encoder
+        encoder = self._encoder
         name, end = encoder.text_ids(f"{speaker}: "), encoder.text_ids("\n")
         return shared([*name.tolist(), *token_ids, *end.tolist()])
 
     def _words(self, output: Output) -> tuple[int, ...]:
         """What an agent said, as token ids that are safe in everybody's prompt."""
-        encoder = self._llm.encoder
+        encoder = self._encoder
         if output.stopped_by_text:  # the last tokens spell the stop text
             return tuple(encoder.text_ids(output.text).tolist())
         return tuple(encoder.without_special(output.token_ids))
@@ -308,7 +330,7 @@ class Session:
             prompt = Prompt(messages, agent=member.agent.name)
             if not turns:
                 return prompt, 0
-            length = len(self._llm.encoder.encode(prompt)) + max_tokens
+            length = len(self._encoder.encode(prompt)) + max_tokens
             if length <= self._llm.model.shape.max_context:
                 return prompt, len(turns)
             turns = turns[1:]

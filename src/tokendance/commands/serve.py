@@ -35,6 +35,8 @@ class EngineOptions:
     kv_budget: str | None
     shadow: float
     log_format: LogFormat
+    store: Path | None
+    store_budget: str | None
 
 
 def serve(options: EngineOptions, settings: ServerSettings, console: Console) -> None:
@@ -50,6 +52,8 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
             dtype=options.dtype,
             kv_budget=options.kv_budget,
             shadow=options.shadow,
+            store=options.store,
+            store_budget=options.store_budget,
         )
         llm.generate("warm up", SamplingParams(max_tokens=1))
         llm.engine.store.clear()
@@ -71,7 +75,10 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
         f"Set base_url to http://{settings.host}:{settings.port}/v1"
         + (" and your API key." if settings.api_keys else "; any API key will do.")
     )
-    _DrainingServer(config, app.state.server).run()
+    try:
+        _DrainingServer(config, app.state.server).run()
+    finally:
+        llm.close()
 
 
 class _DrainingServer(uvicorn.Server):

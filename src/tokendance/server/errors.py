@@ -8,6 +8,7 @@ from tokendance.errors import (
     ConfigError,
     ConstraintError,
     InputError,
+    StoreError,
     TokenDanceError,
 )
 
@@ -68,6 +69,8 @@ def as_api_error(error: TokenDanceError) -> ApiError:
         return bad_request(str(error))
     if isinstance(error, AbortedError):
         return ApiError(503, str(error), headers={"Retry-After": "5"})
+    if isinstance(error, StoreError):
+        return ApiError(507, str(error), code="not_stored")
     return ApiError(500, str(error), code="request_failed")
 
 

@@ -26,8 +26,11 @@ class IdleShadows:
         self._idle_since_s = time.perf_counter()
 
     def due_s(self) -> float | None:
-        """When the next one begins if nothing else comes; None if there is none."""
-        if self._running is not None or not self._engine.shadows.pending:
+        """When there is something to do if nothing else comes; None if there is nothing."""
+        if self._running is not None:
+            _, request = self._running
+            return None if request.finish_reason is None else 0.0
+        if not self._engine.shadows.pending:
             return None
         return self._idle_since_s + _IDLE_S
 

@@ -112,6 +112,7 @@ class RoundField(BaseModel):
         id: any text; requests with the same one run together.
         size: requests of the round: it starts when they are there, or after a short wait.
         agent: whose request this is.
+        session: its KV is kept on disk after each round, where the server has a store.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -119,6 +120,7 @@ class RoundField(BaseModel):
     id: Annotated[str, Field(min_length=1, max_length=256)]
     size: Annotated[int, Field(ge=1, le=4096)] | None = None
     agent: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
 class Sampling(_Body):
@@ -226,10 +228,14 @@ class RoundAgent(Sampling):
     Attributes:
         agent: its name.
         model: may be left out.
+        system: who it is, in a session in which it is new.
+        task: what it is asked, in a session.
     """
 
     agent: Annotated[str, Field(min_length=1, max_length=256)]
     model: str = ""
+    system: str | None = None
+    task: str | None = None
     messages: (
         Annotated[list[RoundMessage], Field(fail_fast=True, min_length=1, max_length=4096)] | None
     ) = None
@@ -243,12 +249,23 @@ class RoundAgent(Sampling):
 
 
 class RoundRequest(_Body):
-    """Body of /v1/rounds: all agents of a round, and the blocks that they share."""
+    """Body of /v1/rounds: all agents of a round, and the blocks that they share.
+
+    Attributes:
+        model: its name.
+        agents: of the round.
+        blocks: shared texts by their ids, outside sessions.
+        stream: whether answers come one by one.
+        session: whose next round it is; see `server/sessions.py`.
+        ttl_s: seconds for which a session is sure to be kept after its last round.
+    """
 
     model: str
     agents: Annotated[list[RoundAgent], Field(fail_fast=True, min_length=1, max_length=512)]
     blocks: dict[str, str] = {}
     stream: bool | None = None
+    session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    ttl_s: Annotated[float, Field(gt=0)] | None = None
 
 
 def refuse_unsupported(body: Sampling) -> None:

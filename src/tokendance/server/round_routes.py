@@ -8,24 +8,27 @@
                                          {"type": "text", "text": "What do you say?"}]}]}, ...]}
 
 The answer has an entry for each agent, in their order; as a stream, an event for each as it ends.
-An agent that cannot be served has an `error`, and the others are unharmed.
+An agent that cannot be served has an `error`, and the others are unharmed. With a session, the
+server keeps what was said, and agents give their tasks only: see `server/sessions.py`.
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from tokendance.errors import InputError
+from tokendance.errors import InputError, TokenDanceError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
-from tokendance.server.chat import as_message, check_length
+from tokendance.server.chat import as_message, check_length, sampling_params
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.protocol import (
     BlockRef,
@@ -42,12 +45,15 @@ from tokendance.server.running import (
     unless_gone,
     usage_of,
 )
+from tokendance.server.sessions import Sessions
 from tokendance.server.state import Server
-from tokendance.server.worker import Job
+from tokendance.server.worker import Event, Job
+from tokendance.session import Asked, Session
 
 
 def add_rounds(app: FastAPI, server: Server) -> None:
     """Add the route."""
+    sessions = Sessions(server)
 
     @app.post("/v1/rounds")
     async def rounds(
@@ -58,25 +64,29 @@ def add_rounds(app: FastAPI, server: Server) -> None:
         """Answer all agents of a round."""
         server.check_model(body.model)
         _check_names(body)
-        encoder = server.encoder(tenant)
         server.admit()
         handed_over = False
         try:
-            listener = Listener()
-            asked = await anyio.to_thread.run_sync(_read, server, body, encoder, listener)
-            jobs = {index: job for index, job in enumerate(asked) if isinstance(job, Job)}
-            refused = {index: job for index, job in enumerate(asked) if isinstance(job, ApiError)}
-            request.state.jobs = list(jobs.values())
-            server.worker.submit_round(list(jobs.values()))
-            entries = _entries(server, body, jobs, refused, listener)
-            head = server.head("round")
-            if body.stream:
-                handed_over = True
-                return ReleasingStream(_events(head, entries), server, list(jobs.values()))
-            with taken_back(server.worker, list(jobs.values())):
-                found = await unless_gone(request, _all(entries))
-            agents = [found[index] for index in range(len(body.agents))]
-            return JSONResponse({**head, "object": "round", "agents": agents})
+            async with AsyncExitStack() as stack:
+                if body.session is None:
+                    begun = await _begin(server, body, server.encoder(tenant))
+                else:
+                    session = await stack.enter_async_context(sessions.round_of(body, tenant))
+                    begun = await _begin_in_session(server, body, session)
+                jobs = list(begun.jobs.values())
+                request.state.jobs = jobs
+                server.worker.submit_round(jobs)
+                entries = _entries(server, body, begun)
+                head = {**server.head("round"), "object": "round"}
+                if begun.number is not None:
+                    head |= {"session": body.session, "round": begun.number}
+                if body.stream:
+                    handed_over = True
+                    return ReleasingStream(_events(head, entries), server, jobs, stack.pop_all())
+                with taken_back(server.worker, jobs):
+                    found = await unless_gone(request, _all(entries))
+                agents = [found[index] for index in range(len(body.agents))]
+                return JSONResponse({**head, "agents": agents})
         finally:
             if not handed_over:
                 server.release()
@@ -88,29 +98,112 @@ def _check_names(body: RoundRequest) -> None:
             raise bad_request(f"Two agents are called {name!r}. Give each its own name.", "agents")
 
 
-def _read(
-    server: Server, body: RoundRequest, encoder: PromptEncoder, listener: Listener
-) -> list[Job | ApiError]:
-    """Make a job for each agent, or say why there is none."""
-    found: list[Job | ApiError] = []
-    for index, agent in enumerate(body.agents):
-        try:
-            prompt = _encode(agent, body.blocks, encoder, server.max_characters)
-            for name in ("round", "stream", "stream_options"):
-                if getattr(agent, name) is not None:
-                    raise bad_request(f"{name} goes with the round, not with an agent.", name)
-            if (agent.n or 1) > 1:
-                raise bad_request("An agent of a round has one answer.", "n")
-            ask = read_ask(server, agent, [prompt], marked=True)
-            found += make_jobs(server, ask, lambda _, index=index: listener.of(index))  # type: ignore[misc]
-        except ApiError as error:
-            found.append(error)
-    return found
+@dataclass(slots=True)
+class _Begun:
+    """A round that is ready to run.
+
+    Attributes:
+        listener: hears its jobs.
+        jobs: by the agents' places.
+        refused: agents that cannot be served, likewise.
+        done: called with all outputs, by the agents' places, before the last is told.
+        number: of the session's round, if it is one.
+    """
+
+    listener: Listener
+    jobs: dict[int, Job]
+    refused: dict[int, ApiError]
+    done: Callable[[dict[int, Output]], Awaitable[None]]
+    number: int | None = None
+
+
+async def _begin(server: Server, body: RoundRequest, encoder: PromptEncoder) -> _Begun:
+    """Read a round that stands for itself."""
+    listener = Listener()
+
+    def read() -> list[Job | ApiError]:
+        found: list[Job | ApiError] = []
+        for index, agent in enumerate(body.agents):
+            try:
+                prompt = _encode(agent, body.blocks, encoder, server.max_characters)
+                found.append(_make_job(server, agent, prompt, listener.of(index)))
+            except ApiError as error:
+                found.append(error)
+        return found
+
+    async def done(_: dict[int, Output]) -> None:
+        pass
+
+    asked = await anyio.to_thread.run_sync(read)
+    jobs = {index: job for index, job in enumerate(asked) if isinstance(job, Job)}
+    refused = {index: job for index, job in enumerate(asked) if isinstance(job, ApiError)}
+    return _Begun(listener, jobs, refused, done)
+
+
+async def _begin_in_session(server: Server, body: RoundRequest, session: Session) -> _Begun:
+    """Read the next round of a session; what is wrong with one agent is wrong with all of it."""
+    if body.blocks:
+        raise bad_request("A session knows what was said; leave blocks out.", "blocks")
+    listener = Listener()
+    # Blocks stand in the session's order.
+    places = {agent.agent: place for place, agent in enumerate(body.agents)}
+    order = [places[agent.name] for agent in session.agents]
+    settings, vocab_size = server.settings, server.llm.model.shape.vocab_size
+
+    def read() -> tuple[Asked, list[Job]]:
+        tasks = {}
+        for agent in body.agents:
+            if agent.task is None or agent.messages is not None or agent.segments is not None:
+                raise bad_request(
+                    f"In a session {agent.agent!r} has a task, and neither messages nor segments.",
+                    "agents",
+                )
+            check_length([agent.task, agent.system or ""], server.max_characters)
+            tasks[agent.agent] = agent.task
+        params = {
+            agent.agent: sampling_params(agent, settings, vocab_size) for agent in body.agents
+        }
+        asked = session.ask(tasks, params)
+        jobs = [
+            _make_job(server, body.agents[place], session.encode(prompt), listener.of(place))
+            for place, prompt in zip(order, asked.prompts, strict=True)
+        ]
+        return asked, jobs
+
+    async def done(outputs: dict[int, Output]) -> None:
+        session.hear(asked, [outputs[place] for place in order])
+        await server.worker.call(session.save)
+
+    try:
+        asked, made = await anyio.to_thread.run_sync(read)
+    except InputError as error:
+        raise bad_request(str(error), "agents") from error
+    await server.worker.call(session.restore)
+    jobs = dict(zip(order, made, strict=True))
+    return _Begun(listener, jobs, {}, done, session.round + 1)
+
+
+def _make_job(
+    server: Server, agent: RoundAgent, prompt: EncodedPrompt, ear: Callable[[Event], None]
+) -> Job:
+    for name in ("round", "stream", "stream_options"):
+        if getattr(agent, name) is not None:
+            raise bad_request(f"{name} goes with the round, not with an agent.", name)
+    if (agent.n or 1) > 1:
+        raise bad_request("An agent of a round has one answer.", "n")
+    ask = read_ask(server, agent, [prompt], marked=True)
+    (job,) = make_jobs(server, ask, lambda _: ear)
+    # An error of the engine names the agent, and so does the session that hears its answer.
+    job.request.agent = agent.agent
+    return job
 
 
 def _encode(
     agent: RoundAgent, blocks: dict[str, str], encoder: PromptEncoder, limit: int
 ) -> EncodedPrompt:
+    for name in ("system", "task"):
+        if getattr(agent, name) is not None:
+            raise bad_request(f"{name} goes with a session. Put it into the messages.", name)
     if (agent.messages is None) == (agent.segments is None):
         raise bad_request(f"Give {agent.agent!r} either messages or segments.", "agents")
     try:
@@ -145,17 +238,18 @@ def _parts(
 
 
 async def _entries(
-    server: Server,
-    body: RoundRequest,
-    jobs: dict[int, Job],
-    refused: dict[int, ApiError],
-    listener: Listener,
+    server: Server, body: RoundRequest, begun: _Begun
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     """Index and entry of each agent as it ends; first of those that were refused."""
-    for index, error in refused.items():
+    for index, error in begun.refused.items():
         yield index, {"agent": body.agents[index].agent, **error.body()}
-    async for delta in deltas(listener, jobs, server.llm.model.tokenizer, spelt=False):
+    outputs: dict[int, Output] = {}
+    tokenizer = server.llm.model.tokenizer
+    async for delta in deltas(begun.listener, begun.jobs, tokenizer, spelt=False):
         if delta.output is not None:
+            outputs[delta.index] = delta.output
+            if len(outputs) == len(begun.jobs):
+                await begun.done(outputs)
             yield delta.index, _entry(body.agents[delta.index].agent, delta.output)
 
 
@@ -177,6 +271,11 @@ async def _all(entries: AsyncIterator[tuple[int, dict[str, Any]]]) -> dict[int, 
 async def _events(
     head: dict[str, Any], entries: AsyncIterator[tuple[int, dict[str, Any]]]
 ) -> AsyncIterator[str]:
-    async for index, entry in entries:
-        yield event({**head, "object": "round.agent", "index": index, **entry})
+    head = {**head, "object": "round.agent"}
+    try:
+        async for index, entry in entries:
+            yield event({**head, "index": index, **entry})
+    except TokenDanceError as error:
+        yield event(as_api_error(error).body())
+        return
     yield "data: [DONE]\n\n"

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsup
 from tokendance.server.state import Server
 from tokendance.server.worker import Event, Job, RoundKey
 from tokendance.store.entries import RoundId
+from tokendance.store.records import SessionKey
 
 Result = TypeVar("Result")
 
@@ -43,6 +45,7 @@ class Ask:
     round_size: int | None
     agent: str
     marked: bool
+    session: SessionKey | None
     field: str
 
 
@@ -85,6 +88,9 @@ def read_ask(
         None if given is None else given.size,
         (given.agent if given is not None else None) or "the client",
         marked,
+        None
+        if given is None or given.session is None
+        else SessionKey(f"chat/{prompts[0].salt.hex()}", given.session),
         "prompt" if isinstance(body, CompletionRequest) else "messages",
     )
 
@@ -107,7 +113,10 @@ def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], N
             if request.error is not None:
                 raise bad_request(str(request.error), ask.field, "context_length_exceeded")
             request.constraint = constraint
-            jobs.append(Job(request, ear(len(jobs)), ask.key, ask.round_size, ask.marked))
+            ear_of = ear(len(jobs))
+            jobs.append(
+                Job(request, ear_of, ask.key, ask.round_size, ask.marked, session=ask.session)
+            )
     return jobs
 
 
@@ -193,13 +202,22 @@ class ReleasingStream(StreamingResponse):
         events: AsyncIterator[str],
         server: Server,
         jobs: Sequence[Job],
+        stack: AsyncExitStack | None = None,
     ) -> None:
-        """Send `events`; then take `jobs` back, and release what `Server.admit` has counted."""
+        """Send `events`; then take `jobs` back, and release what `Server.admit` has counted.
+
+        Args:
+            events: to send.
+            server: that has admitted it.
+            jobs: whose events they are.
+            stack: closed at the end, too.
+        """
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
         self._server = server
         self._jobs = jobs
+        self._stack = stack or AsyncExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -208,6 +226,7 @@ class ReleasingStream(StreamingResponse):
         finally:
             self._server.worker.cancel(self._jobs)
             self._server.release()
+            await self._stack.aclose()
 
 
 async def events_of(

@@ -9,6 +9,7 @@ Handlers hand in jobs and listen to events; everything that touches the engine h
 All methods of `Worker` may be called from any thread; a job's listener is called on the worker's.
 """
 
+import asyncio
 import contextlib
 import logging
 import queue
@@ -16,7 +17,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tokendance.engine.request import Request
 from tokendance.engine.sampling import TokenLogprobs
@@ -25,10 +28,15 @@ from tokendance.llm import LLM, make_output
 from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import Salt
+from tokendance.server.errors import as_api_error
 from tokendance.server.idle_shadows import IdleShadows
+from tokendance.server.kept import KeptSessions
 from tokendance.server.metrics import Metrics
 from tokendance.server.window import Window
 from tokendance.store.entries import RoundId
+from tokendance.store.records import SessionKey
+
+Result = TypeVar("Result")
 
 log = logging.getLogger("tokendance.server")
 
@@ -84,6 +92,7 @@ class Job:
         key: of the round that it belongs to, if a client named one.
         round_size: requests of that round, if the client says.
         marked: whether the client said which parts are shared.
+        session: whose KV is kept, if the client named one.
         arrived_s: clock time.
         num_sent: tokens that were told to the listener; the worker writes it.
         alone: whether it started in a round of one; the worker writes it.
@@ -94,6 +103,7 @@ class Job:
     key: RoundKey | None = None
     round_size: int | None = None
     marked: bool = False
+    session: SessionKey | None = None
     arrived_s: float = field(default_factory=time.perf_counter)
     num_sent: int = 0
     alone: bool = True
@@ -158,6 +168,7 @@ class Worker:
         self._named: OrderedDict[RoundKey, _NamedRound] = OrderedDict()
         self._live: dict[Request, Job] = {}
         self._shadows = IdleShadows(llm.engine, metrics)
+        self._kept = KeptSessions(llm.tiers)
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -213,6 +224,24 @@ class Worker:
 
         if not self._put(take):
             self._refuse(jobs)
+
+    async def call(self, work: Callable[[], Result]) -> Result:
+        """Do something on the engine's thread, between two steps; what it raises is raised here.
+
+        Raises:
+            ApiError: 503 if there is no thread any more.
+        """
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if not self._put(run):
+            raise as_api_error(AbortedError("The engine has stopped."))
+        return await asyncio.wrap_future(future)
 
     def withdraw(self) -> None:
         """Take an announcement back."""
@@ -321,6 +350,8 @@ class Worker:
         for job in jobs:
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
         for salt, together in by_salt.items():
+            prompts = [job.request.prompt for job in together]
+            self._kept.restore({job.session for job in together if job.session}, prompts)
             self._discover(salt, [job for job in together if not job.marked])
             sizes = len(together)
             for job in together:
@@ -366,11 +397,15 @@ class Worker:
         self._metrics.finish(job, request, output)
         if job.alone and output.error is None:
             self._window.note_lone(time.perf_counter() - job.arrived_s)
+        if job.session is not None:
+            self._kept.note(job.session, request)
         named = self._named.get(job.key) if job.key is not None else None
         if named is not None and job.key is not None:
             named.num_live -= 1
             if named.num_live <= 0 and not named.waiting:
                 del self._named[job.key]
+                if job.session is not None:
+                    self._kept.save(job.session)
         if all(other.round_id != request.round_id for other in self._live):
             self._llm.engine.pop_round(request.round_id)
         job.listen(Finished(output))

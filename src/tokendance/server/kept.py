@@ -1,0 +1,78 @@
+"""KV that clients ask to keep: chat requests whose round names a session.
+
+The client keeps what was said; the server keeps the KV of it on disk, when a round of the session
+has ended, and reads it again when a later round comes and memory has lost it.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tokendance.engine.request import Request
+from tokendance.engine.tiers import SpokenCache, Tiers
+from tokendance.errors import TokenDanceError
+from tokendance.rounds.segments import EncodedPrompt
+from tokendance.store.records import SessionKey
+
+log = logging.getLogger("tokendance.server")
+
+_MAX_SESSIONS = 1024
+
+
+class KeptSessions:
+    """Sessions of chat requests. All methods are called on the engine's thread."""
+
+    def __init__(self, tiers: Tiers | None) -> None:
+        """Keep them in a store; without one nothing is kept."""
+        self._tiers = tiers
+        # By session, then by agent: the last prompt with its answer.
+        self._said: OrderedDict[SessionKey, dict[str, tuple[EncodedPrompt, SpokenCache]]]
+        self._said = OrderedDict()
+
+    def restore(self, keys: Iterable[SessionKey], prompts: Sequence[EncodedPrompt]) -> None:
+        """Read what memory lacks of some sessions, of one tenant, before a round of theirs."""
+        if self._tiers is None:
+            return
+        for key in keys:
+            try:
+                stored = self._tiers.disk.session(key)
+                if stored is not None:
+                    self._tiers.restore(stored, prompts[0].salt)
+            except TokenDanceError as error:
+                log.warning("A session cannot be read, and is computed again: %s", error)
+
+    def note(self, key: SessionKey, request: Request) -> None:
+        """Take what an agent has read and said."""
+        if self._tiers is None or request.error is not None:
+            return
+        tokens = np.concatenate([request.prompt.token_ids, np.array(request.generated, np.int32)])
+        said = self._said.setdefault(key, {})
+        said[request.agent] = request.prompt, SpokenCache(tokens, len(request.prompt))
+        self._said.move_to_end(key)
+        if len(self._said) > _MAX_SESSIONS:
+            self._said.popitem(last=False)
+
+    def save(self, key: SessionKey) -> None:
+        """Write a session, after a round of it."""
+        if self._tiers is None or key not in self._said:
+            return
+        said = self._said[key]
+        heard = {
+            segment.hash: segment.token_ids
+            for prompt, _ in said.values()
+            for _, segment in prompt.shared_segments()
+        }
+        try:
+            stored = self._tiers.disk.session(key)
+            self._tiers.save(
+                key,
+                round_number=1 + (stored.round if stored is not None else 0),
+                state=b"",
+                caches={agent: cache for agent, (_, cache) in said.items()},
+                heard=heard.values(),
+                salt=next(iter(said.values()))[0].salt,
+            )
+        except TokenDanceError as error:
+            log.warning("A session is not on disk; it goes on in memory: %s", error)

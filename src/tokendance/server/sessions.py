@@ -1,0 +1,101 @@
+"""Sessions by name: the server keeps what the agents of a round have said, from call to call.
+
+    {"model": "...", "session": "town", "agents": [
+        {"agent": "ann", "system": "You are Ann.", "task": "What worries you?"},
+        {"agent": "bob", "system": "You are Bob.", "task": "What worries you?"}]}
+
+The next call with the same session gives new tasks, and everybody has heard what all said before.
+Who is not named in a call has left; who is new says who it is (`system`) and joins. With a store, a
+round is on disk when it is answered, and a session goes on after a restart.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from tokendance.errors import RoundError
+from tokendance.server.errors import ApiError
+from tokendance.server.protocol import RoundRequest
+from tokendance.server.state import Server
+from tokendance.session import Agent, Session
+
+# Sessions that are kept in memory; of the others only those are known that are on disk.
+_MAX_SESSIONS = 1024
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a session is, with a lock for the one round that it can have at a time."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    session: Session | None = None
+
+
+class Sessions:
+    """All sessions of a server, by tenant and name. Used in the event loop."""
+
+    def __init__(self, server: Server) -> None:
+        """Begin with those on disk."""
+        self._server = server
+        self._places: OrderedDict[tuple[str, str], _Place] = OrderedDict()
+
+    @asynccontextmanager
+    async def round_of(self, body: RoundRequest, tenant: str) -> AsyncIterator[Session]:
+        """Hold a session for a round, with exactly the agents that the request names.
+
+        Raises:
+            ApiError: 409 while another round of it is under way.
+        """
+        assert body.session is not None
+        key = (tenant, body.session)
+        place = self._places.setdefault(key, _Place())
+        self._places.move_to_end(key)
+        if place.lock.locked():
+            raise ApiError(
+                409,
+                f"A round of the session {body.session!r} is under way. Wait for its end.",
+                code="round_under_way",
+            )
+        async with place.lock:
+            self._forget_oldest()
+            if place.session is None:
+                place.session = await self._server.worker.call(
+                    lambda: Session(
+                        self._server.llm,
+                        body.session,
+                        tenant=tenant,
+                        encoder=self._server.encoder(tenant),
+                        ttl_s=body.ttl_s,
+                    )
+                )
+            _admit(place.session, body)
+            yield place.session
+
+    def _forget_oldest(self) -> None:
+        for key in list(self._places):
+            if len(self._places) <= _MAX_SESSIONS:
+                return
+            if not self._places[key].lock.locked():
+                del self._places[key]
+
+
+def _admit(session: Session, body: RoundRequest) -> None:
+    """Let who is new join, and who is not named leave.
+
+    Raises:
+        RoundError: for a new agent that does not say who it is; nothing has changed then.
+    """
+    here = {agent.name for agent in session.agents}
+    named = {one.agent for one in body.agents}
+    new = [one for one in body.agents if one.agent not in here]
+    for one in new:
+        if one.system is None:
+            raise RoundError(
+                f"{one.agent!r} is new in the session. Say who it is: give it a system text."
+            )
+    for name in here - named:
+        session.leave(name)
+    for one in new:
+        session.join(Agent(one.agent, one.system or ""))
