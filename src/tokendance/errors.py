@@ -8,7 +8,8 @@
     ├── InputError
     │   ├── PromptError           one prompt is empty, too long, or refused by the template
     │   ├── RoundError            the round as a whole is wrong: empty, a name twice
-    │   └── TraceError            a line of a trace cannot be read
+    │   ├── TraceError            a line of a trace cannot be read
+    │   └── CacheError            KV from elsewhere does not fit: arrays, or what is said of them
     ├── StoreError                a folder of sessions that cannot be used
     │   └── CorruptFileError      a file in it is not what was written
     ├── BaselineError             the engine that we compare with is missing or failed
@@ -56,6 +57,10 @@ class RoundError(InputError):
 
 class TraceError(InputError):
     """A line of a trace cannot be read."""
+
+
+class CacheError(InputError):
+    """KV that was not made here does not fit: its arrays, or what is said of them."""
 
 
 class StoreError(TokenDanceError):

@@ -1,0 +1,193 @@
+"""Compression of KV that is not read for a while: one byte per number instead of two or four.
+
+As in KIVI (arXiv 2402.02750), numbers share a scale along the axis on which they are alike. In keys
+a few channels are large at all tokens, so each channel has a scale of its own over the tokens of a
+chunk. Values have no such channels, so each token has one of its own, in every head.
+
+    x  ~  center + scale * code,     code in -127 ... 127,     |x - x'| <= scale / 2
+
+The center is the middle of a group's range. Keys keep it, since a channel that hardly turns with
+position has one sign throughout. Values do without (center 0), since their ranges lie around zero.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokendance.errors import CacheError, ConfigError
+from tokendance.store.dense import LayerKV, check_tensor
+from tokendance.store.floats import KVArray, largest, narrow, widen
+
+CHUNK_TOKENS = 128
+
+_MAX_CODE = 127
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedTensor:
+    """Keys or values (n, KVH, D) in one byte per number.
+
+    Attributes:
+        codes: int8 (n, KVH, D), within -127 ... 127.
+        scales: float32 (ceil(n / chunk_tokens), KVH, D or 1), one for each group.
+        centers: float32, likewise; None if all are 0.
+        chunk_tokens: consecutive tokens of a group.
+        dtype: of what was compressed.
+    """
+
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+    centers: npt.NDArray[np.float32] | None
+    chunk_tokens: int
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of codes, scales and centers."""
+        centers = 0 if self.centers is None else self.centers.nbytes
+        return self.codes.nbytes + self.scales.nbytes + centers
+
+    @property
+    def dense_bytes(self) -> int:
+        """What it took before."""
+        return self.codes.size * self.dtype.itemsize
+
+    def decompress(self) -> KVArray:
+        """Return (n, KVH, D) in the original dtype.
+
+        No number is farther from what it was than half the scale of its group, but for rounding to
+        that dtype.
+        """
+        work = _work_dtype(self.dtype)
+        numbers = self.codes.astype(work)
+        numbers *= _spread(self.scales, self.chunk_tokens, len(numbers))
+        if self.centers is not None:
+            numbers += _spread(self.centers, self.chunk_tokens, len(numbers))
+        limit = largest(self.dtype)  # scales are rounded up, which may carry the largest beyond
+        np.clip(numbers, -limit, limit, out=numbers)
+        return narrow(numbers.astype(np.float32, copy=False), self.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedLayer:
+    """One layer.
+
+    Attributes:
+        keys: a scale and a center for each channel and chunk.
+        values: a scale for each token and head.
+    """
+
+    keys: CompressedTensor
+    values: CompressedTensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Of both."""
+        return self.keys.num_bytes + self.values.num_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """What both took before."""
+        return self.keys.dense_bytes + self.values.dense_bytes
+
+    def decompress(self) -> LayerKV:
+        """Return the layer in its original dtype; see `CompressedTensor.decompress`."""
+        return LayerKV(self.keys.decompress(), self.values.decompress())
+
+
+def compress_layer(layer: LayerKV, chunk_tokens: int = CHUNK_TOKENS) -> CompressedLayer:
+    """Compress keys and values; see `compress_keys` and `compress_values`."""
+    return CompressedLayer(compress_keys(layer.keys, chunk_tokens), compress_values(layer.values))
+
+
+def compress_keys(keys: KVArray, chunk_tokens: int = CHUNK_TOKENS) -> CompressedTensor:
+    """Compress keys, each channel of each chunk of tokens by itself.
+
+    It takes n KVH D + 8 ceil(n / chunk_tokens) KVH D bytes: in whole chunks of 128 tokens,
+    1.88 times less than 16-bit numbers and 3.76 times less than float32.
+
+    Args:
+        keys: (n, KVH, D), not changed; n may be 0.
+        chunk_tokens: fewer are nearer and take more.
+
+    Raises:
+        CacheError: for another shape or dtype, and for numbers that are not finite.
+        ConfigError: for a chunk of no tokens.
+    """
+    if chunk_tokens < 1:
+        raise ConfigError(f"chunk_tokens is {chunk_tokens}. Give at least 1.")
+    work = _checked("keys", keys)
+    starts = np.arange(0, len(keys), chunk_tokens)
+    highest = np.maximum.reduceat(work, starts, axis=0)
+    lowest = np.minimum.reduceat(work, starts, axis=0)
+    centers = (highest / 2 + lowest / 2).astype(np.float32)
+    # As the center was rounded, one side can be longer than the other.
+    reach = np.maximum(highest - centers, centers - lowest)
+    return _compress(work, reach, centers, chunk_tokens, keys.dtype)
+
+
+def compress_values(values: KVArray) -> CompressedTensor:
+    """Compress values, each head of each token by itself.
+
+    It takes n KVH (D + 4) bytes: with heads of 64, 1.88 times less than 16-bit numbers and 3.76
+    times less than float32; with heads of 128, 1.94 and 3.88 times.
+
+    Args:
+        values: (n, KVH, D), not changed; n may be 0.
+
+    Raises:
+        CacheError: for another shape or dtype, and for numbers that are not finite.
+    """
+    work = _checked("values", values)
+    reach = np.abs(work).max(axis=2, keepdims=True)
+    return _compress(work, reach, None, 1, values.dtype)
+
+
+def _work_dtype(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    """More digits than the data have, so that only the last rounding counts."""
+    return np.float64 if dtype == np.float32 else np.float32
+
+
+def _checked(name: str, numbers: KVArray) -> npt.NDArray[Any]:
+    """Return a copy to work on; refuse what cannot be compressed."""
+    check_tensor(name, numbers)
+    work = widen(numbers).astype(_work_dtype(numbers.dtype))
+    if not np.isfinite(work).all():
+        count = int(np.count_nonzero(~np.isfinite(work)))
+        raise CacheError(
+            f"{count} of the {work.size} numbers of the {name} are NaN or infinite, which no scale "
+            "can hold. Compute this KV again, or keep it as it is."
+        )
+    return work
+
+
+def _spread(
+    groups: npt.NDArray[np.float32], chunk_tokens: int, num_tokens: int
+) -> npt.NDArray[np.float32]:
+    """Give each token the numbers of its chunk."""
+    if chunk_tokens == 1:
+        return groups
+    return np.repeat(groups, chunk_tokens, axis=0)[:num_tokens]
+
+
+def _compress(
+    work: npt.NDArray[Any],
+    reach: npt.NDArray[Any],
+    centers: npt.NDArray[np.float32] | None,
+    chunk_tokens: int,
+    dtype: np.dtype[Any],
+) -> CompressedTensor:
+    """Make codes of `work`, which is used up; `reach` is how far a group goes from its center."""
+    exact = reach / _MAX_CODE
+    scales = exact.astype(np.float32)
+    # Rounded up, so that no code is beyond the last one.
+    scales = np.where(scales < exact, np.nextafter(scales, np.float32(np.inf)), scales)
+    steps = np.where(scales > 0, scales, 1)  # of a group of equal numbers all codes are 0
+    if centers is not None:
+        work -= _spread(centers, chunk_tokens, len(work))
+    work /= _spread(steps, chunk_tokens, len(work))
+    np.rint(work, out=work)
+    np.clip(work, -_MAX_CODE, _MAX_CODE, out=work)  # the division rounds, too
+    return CompressedTensor(work.astype(np.int8), scales, centers, chunk_tokens, dtype)
