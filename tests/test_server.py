@@ -1,57 +1,28 @@
 """The server over HTTP, with a tiny random model."""
 
-import asyncio
 import json
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
+from serving import HELLO, chat, events, serving
 from tokendance import LLM, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.server.app import create_app
 from tokendance.server.chat import split_tool_calls
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
 
-HELLO = [{"role": "user", "content": "hello there"}]
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."
-
-
-@contextmanager
-def serving(llm: LLM, **settings: Any) -> Iterator[tuple[httpx.Client, Server]]:
-    """Serve on a free port of this machine."""
-    app = create_app(llm, ServerSettings(port=0, served_name="tiny", **settings))
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
-    thread.start()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            while not server.started:
-                time.sleep(0.01)
-            yield client, app.state.server
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listening.close()
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +37,6 @@ def served(
     llm = make_llm(num_pages=2000, model=roomy)
     with serving(llm, max_body_bytes=100_000, max_messages=50) as both:
         yield both
-
-
-def chat(client: httpx.Client, messages: Any = HELLO, **fields: Any) -> httpx.Response:
-    body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8, **fields}
-    return client.post("/v1/chat/completions", json=body)
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_an_answer_has_openais_shape(served: tuple[httpx.Client, Server]) -> None:
