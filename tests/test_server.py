@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from serving import HELLO, chat, events, serving
 from tokendance import LLM, Prompt, SamplingParams
@@ -17,6 +18,7 @@ from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.server.chat import split_tool_calls
+from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
@@ -217,6 +219,58 @@ def test_bodies_that_are_no_request(served: tuple[httpx.Client, Server]) -> None
     assert client.post(url, content=chunks).status_code == 413
     assert client.get(url).status_code == 405
     assert client.get("/nothing").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {f"unknown{index}": 0 for index in range(3000)},
+        {"modalities": [0] * 3000},
+        {"logit_bias": {str(index): "x" for index in range(3000)}},
+        {"messages": [{"role": "assistant", "tool_calls": [0] * 3000}]},
+        {"messages": [{"role": "user", "content": [0] * 3000}] * 3000},
+        {"stop": [0] * 3000},
+        {"round": {f"unknown{index}": 0 for index in range(3000)}},
+        {"agents": [{"agent": "a", **{f"unknown{index}": 0 for index in range(3000)}}]},
+        {"agents": [{"agent": "a"}], "blocks": {str(index): 0 for index in range(5000)}},
+    ],
+)
+def test_not_all_mistakes_of_a_body_are_listed(fields: dict[str, Any]) -> None:
+    """A body of some megabytes can hold a million, and each is a document of its own."""
+    kind: type[ChatRequest | RoundRequest] = RoundRequest if "agents" in fields else ChatRequest
+    body: dict[str, Any] = {"model": "tiny", **({} if "agents" in fields else {"messages": HELLO})}
+    with pytest.raises(ValidationError) as invalid:
+        kind.model_validate({**body, **fields})
+    assert invalid.value.error_count() < 10
+
+
+def test_texts_that_no_context_holds_are_not_tokenized(make_llm: Callable[..., LLM]) -> None:
+    words = "word " * 20_000
+    call = {"function": {"name": "f", "arguments": words}}
+    ref = {"type": "block", "id": "b"}
+    agents: list[dict[str, Any]] = [
+        {"agent": "a", "segments": [ref]},
+        {"agent": "b", "messages": [{"role": "user", "content": words}]},
+        {
+            "agent": "c",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": words}]}],
+        },
+        {"agent": "d", "segments": [{"type": "block", "id": "s"}] * 2},
+    ]
+    blocks = {"b": words, "s": words[:40_000]}
+    with serving(make_llm()) as (client, server):
+        assert 40_000 < server.max_characters < 80_000
+        for fields in (
+            {"messages": [{"role": "user", "content": words}]},
+            {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+            {"tools": [{"type": "function", "function": {"name": "f", "description": words}}]},
+        ):
+            refused = chat(client, **fields)
+            assert refused.status_code == 400
+            assert "characters" in refused.json()["error"]["message"]
+        body = {"model": "tiny", "blocks": blocks, "agents": agents}
+        for agent in client.post("/v1/rounds", json=body).json()["agents"]:
+            assert "characters" in agent["error"]["message"]
 
 
 def test_json_is_sure_to_parse(served: tuple[httpx.Client, Server]) -> None:

@@ -12,7 +12,7 @@ An agent that cannot be served has an `error`, and the others are unharmed.
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -91,6 +91,7 @@ def _read(
     server: Server, body: RoundRequest, encoder: PromptEncoder, listener: Listener
 ) -> list[Job | ApiError]:
     """Make a job for each agent, or say why there is none."""
+    encoder = encoder.remembering()
     found: list[Job | ApiError] = []
     for index, agent in enumerate(body.agents):
         try:
@@ -112,34 +113,47 @@ def _encode(
 ) -> EncodedPrompt:
     if (agent.messages is None) == (agent.segments is None):
         raise bad_request(f"Give {agent.agent!r} either messages or segments.", "agents")
+    check_length(_texts(agent, blocks), limit)
     try:
         if agent.segments is not None:
-            return encoder.encode(Prompt(_parts(agent.segments, blocks, limit)))
+            return encoder.encode(Prompt(_parts(agent.segments, blocks)))
         messages: list[dict[str, Any]] = []
         for message in agent.messages or ():
             content = message.content
             if isinstance(content, list):
-                content = _parts(content, blocks, limit)  # type: ignore[assignment]
+                content = _parts(content, blocks)  # type: ignore[assignment]
             messages.append(as_message(message.role, content, message.name))
         return encoder.encode(Prompt(messages))
     except InputError as error:
         raise bad_request(str(error), "agents") from error
 
 
-def _parts(
-    given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str], limit: int
-) -> list[Part]:
+def _texts(agent: RoundAgent, blocks: dict[str, str]) -> Iterator[str]:
+    """All that an agent reads, unchanged: a block may be large, and there many times."""
+    contents = [agent.segments, *(message.content for message in agent.messages or ())]
+    for content in contents:
+        if isinstance(content, str):
+            yield content
+        else:
+            for one in content or ():
+                yield _block(one, blocks) if isinstance(one, BlockRef) else one.text
+
+
+def _block(ref: BlockRef, blocks: dict[str, str]) -> str:
+    if ref.id not in blocks:
+        raise bad_request(f"There is no block {ref.id!r}.", "blocks")
+    return blocks[ref.id]
+
+
+def _parts(given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str]) -> list[Part]:
     parts: list[Part] = []
     for one in given:
         if isinstance(one, BlockRef):
-            if one.id not in blocks:
-                raise bad_request(f"There is no block {one.id!r}.", "blocks")
-            parts.append(shared(blocks[one.id]))
+            parts.append(shared(_block(one, blocks)))
         elif isinstance(one, SharedText):
             parts.append(shared(one.text))
         else:
             parts.append(private(one.text))
-    check_length((part.content for part in parts if isinstance(part.content, str)), limit)
     return parts
 
 
