@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +444,44 @@ def test_tenants_share_nothing(make_llm: Callable[..., LLM]) -> None:
             client.headers["authorization"] = f"Bearer {key}"
             assert cached(chat(client)) == 0
             assert cached(chat(client)) > 0
+
+
+def test_who_has_no_key_is_refused_unread(make_llm: Callable[..., LLM]) -> None:
+    with serving(make_llm(), api_keys=("one",), max_body_bytes=1000) as (client, _):
+        for key, size, status in (("two", 500, 401), ("one", 2000, 413), ("two", 2000, 401)):
+            # The body is announced and never sent.
+            head = HTTPConnection("127.0.0.1", client.base_url.port, timeout=20)
+            head.putrequest("POST", "/v1/chat/completions")
+            head.putheader("Authorization", f"Bearer {key}")
+            head.putheader("Content-Length", str(size))
+            head.endheaders()
+            answer = head.getresponse()
+            assert answer.status == status
+            assert json.load(answer)["error"]["message"]
+            head.close()
+
+
+def test_a_body_that_never_comes_is_not_waited_for(make_llm: Callable[..., LLM]) -> None:
+    with serving(make_llm(), body_timeout_s=0.2) as (client, _):
+        slow = HTTPConnection("127.0.0.1", client.base_url.port, timeout=20)
+        slow.putrequest("POST", "/v1/chat/completions")
+        slow.putheader("Content-Length", "100")
+        slow.endheaders(b"{")
+        assert slow.getresponse().status == 408
+        slow.close()
+        assert chat(client).status_code == 200
+
+
+def test_what_needs_a_key(make_llm: Callable[..., LLM]) -> None:
+    paths = ["/metrics", "/openapi.json", "/docs", "/v1/models", "/nothing"]
+    with serving(make_llm(), api_keys=("one",)) as (client, _):
+        assert [client.get(path).status_code for path in paths] == [401] * 5
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        client.headers["authorization"] = "Bearer one"
+        assert [client.get(path).status_code for path in paths] == [200] * 4 + [404]
+    with serving(make_llm(), api_keys=("one",), open_metrics=True) as (client, _):
+        assert client.get("/metrics").status_code == 200
+        assert client.get("/v1/models").status_code == 401
 
 
 def test_too_many_are_told_to_come_back(make_llm: Callable[..., LLM]) -> None:

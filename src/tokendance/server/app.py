@@ -3,10 +3,10 @@
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import anyio.to_thread
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -44,7 +44,12 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     add_chat(app, server)
     add_completions(app, server)
     add_rounds(app, server)
-    app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Limits,
+        tenant_of=server.authenticate,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
     return app
 
 
@@ -109,15 +114,13 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
-    async def models(tenant: Annotated[str, Depends(server.tenant_of)]) -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         """The one model."""
-        del tenant
         return {"object": "list", "data": [_model_card(server)]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str, tenant: Annotated[str, Depends(server.tenant_of)]) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, Any]:
         """The one model, by its name."""
-        del tenant
         server.check_model(name)
         return _model_card(server)
 

@@ -17,7 +17,10 @@ class ServerSettings:
         api_keys: who may ask. Each key is a tenant, and tenants share nothing. Without any,
             everybody may.
         allow_public: listen beyond this machine without keys.
+        open_metrics: show /metrics to everybody. Otherwise, where there are keys, all paths but
+            /health and /ready need one.
         max_body_bytes: larger requests are refused.
+        body_timeout_s: requests that take longer to arrive are refused.
         max_messages: of one conversation.
         max_open_requests: that are answered at a time; more are told to come back.
         default_max_tokens: of an answer whose request does not say.
@@ -33,7 +36,9 @@ class ServerSettings:
     served_name: str | None = None
     api_keys: tuple[str, ...] = ()
     allow_public: bool = False
+    open_metrics: bool = False
     max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 60.0
     max_messages: int = 4096
     max_open_requests: int = 256
     default_max_tokens: int = 512

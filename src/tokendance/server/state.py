@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
+from starlette.types import Scope
 
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
@@ -117,16 +118,16 @@ class Server:
         text: str = self.llm.model.tokenizer.decode([token])
         return text
 
-    async def tenant_of(self, request: Request) -> str:
-        """Who asks, by the API key.
+    def authenticate(self, scope: Scope) -> str:
+        """Who asks, by the API key in the head of a request; "" where none is needed.
 
         Raises:
             ApiError: 401 without a key that is known.
         """
-        if not self.settings.api_keys:
+        if self.open_paths is None or scope["path"] in self.open_paths:
             return ""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        digest = hashlib.sha256(given.encode()).digest()
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        digest = hashlib.sha256(header.removeprefix(b"Bearer ").strip()).digest()
         found = ""
         for key in self.settings.api_keys:
             # All are compared, so that time tells nothing about them.
@@ -138,8 +139,22 @@ class Server:
                 401,
                 "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
             )
         return found
+
+    @property
+    def open_paths(self) -> set[str] | None:
+        """Paths that need no key; None if none does."""
+        if not self.settings.api_keys:
+            return None
+        return {"/health", "/ready", *(["/metrics"] if self.settings.open_metrics else [])}
+
+    @staticmethod
+    async def tenant_of(request: Request) -> str:
+        """Who asks; `Limits` has found it before the body was read."""
+        tenant: str = request.state.tenant
+        return tenant
 
     def check_model(self, name: str) -> None:
         """Refuse another model's name.
