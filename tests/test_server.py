@@ -19,6 +19,7 @@ from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.server.chat import split_tool_calls
+from tokendance.server.errors import ApiError
 from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
@@ -482,6 +483,31 @@ def test_what_needs_a_key(make_llm: Callable[..., LLM]) -> None:
     with serving(make_llm(), api_keys=("one",), open_metrics=True) as (client, _):
         assert client.get("/metrics").status_code == 200
         assert client.get("/v1/models").status_code == 401
+
+
+def test_a_tenant_leaves_room_for_the_others(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm()
+    settings = ServerSettings(api_keys=("one", "two", "three"), max_open_requests=12)
+    server = Server(llm, settings)
+    server.worker.start()
+    try:
+        for _ in range(12 - 2 - 2):  # half is divided by three, and each keeps its two
+            server.admit("one")
+        with pytest.raises(ApiError) as refused:
+            server.admit("one")
+        assert refused.value.status == 429
+        for tenant in ("two", "three"):
+            server.admit(tenant)
+            server.admit(tenant)
+            with pytest.raises(ApiError):
+                server.admit(tenant)
+        server.release("one")
+        server.admit("three")  # what one tenant gives back of the rest is for all
+        assert server.num_open == 12
+    finally:
+        server.worker.stop(5)
+    with pytest.raises(ConfigError, match="max_open_requests"):
+        ServerSettings(api_keys=("one", "two"), max_open_requests=1)
 
 
 def test_too_many_are_told_to_come_back(make_llm: Callable[..., LLM]) -> None:

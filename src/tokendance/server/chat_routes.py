@@ -105,7 +105,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
 
             return of
 
-        return await answer(server, request, body, read, whole, chunks, chunk_head)
+        return await answer(server, tenant, request, body, read, whole, chunks, chunk_head)
 
 
 def _content(body: ChatRequest, text: str) -> tuple[str, list[ToolCallOut]]:

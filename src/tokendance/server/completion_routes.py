@@ -73,7 +73,7 @@ def add_completions(app: FastAPI, server: Server) -> None:
 
             return of
 
-        return await answer(server, request, body, read, whole, chunks, head)
+        return await answer(server, tenant, request, body, read, whole, chunks, head)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

@@ -59,7 +59,7 @@ def add_rounds(app: FastAPI, server: Server) -> None:
         server.check_model(body.model)
         _check_names(body)
         encoder = server.encoder(tenant)
-        server.admit()
+        server.admit(tenant)
         handed_over = False
         try:
             listener = Listener()
@@ -71,14 +71,15 @@ def add_rounds(app: FastAPI, server: Server) -> None:
             head = server.head("round")
             if body.stream:
                 handed_over = True
-                return ReleasingStream(_events(head, entries), server, list(jobs.values()))
+                events = _events(head, entries)
+                return ReleasingStream(events, server, tenant, list(jobs.values()))
             with taken_back(server.worker, list(jobs.values())):
                 found = await unless_gone(request, _all(entries))
             agents = [found[index] for index in range(len(body.agents))]
             return JSONResponse({**head, "object": "round", "agents": agents})
         finally:
             if not handed_over:
-                server.release()
+                server.release(tenant)
 
 
 def _check_names(body: RoundRequest) -> None:

@@ -192,6 +192,7 @@ class ReleasingStream(StreamingResponse):
         self,
         events: AsyncIterator[str],
         server: Server,
+        tenant: str,
         jobs: Sequence[Job],
     ) -> None:
         """Send `events`; then take `jobs` back, and release what `Server.admit` has counted."""
@@ -199,6 +200,7 @@ class ReleasingStream(StreamingResponse):
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
         self._server = server
+        self._tenant = tenant
         self._jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,7 +209,7 @@ class ReleasingStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._server.worker.cancel(self._jobs)
-            self._server.release()
+            self._server.release(self._tenant)
 
 
 async def events_of(
@@ -234,6 +236,7 @@ async def events_of(
 
 async def answer(
     server: Server,
+    tenant: str,
     request: Request,
     body: Sampling,
     read: Callable[[], Ask],
@@ -245,6 +248,7 @@ async def answer(
 
     Args:
         server: that is asked.
+        tenant: who asks.
         request: of HTTP.
         body: says whether it is a stream, and whether that has its usage.
         read: reads the request; called on another thread.
@@ -259,7 +263,7 @@ async def answer(
     def last_chunk(outputs: list[Output]) -> dict[str, Any]:
         return {**chunk_head, "choices": [], **usage(outputs)}
 
-    server.admit()
+    server.admit(tenant)
     handed_over = False
     try:
         jobs, listener = await begin(server, read)
@@ -268,10 +272,10 @@ async def answer(
             wanted = body.stream_options is not None and body.stream_options.include_usage
             last = last_chunk if wanted else None
             found = events_of(server, jobs, listener, chunks(jobs), last)
-            return ReleasingStream(found, server, jobs)
+            return ReleasingStream(found, server, tenant, jobs)
         with taken_back(server.worker, jobs):
             outputs, logprobs = await unless_gone(request, collect(server, jobs, listener))
         return JSONResponse({**whole(jobs, outputs, logprobs), **usage(outputs)})
     finally:
         if not handed_over:
-            server.release()
+            server.release(tenant)

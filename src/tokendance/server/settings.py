@@ -22,7 +22,8 @@ class ServerSettings:
         max_body_bytes: larger requests are refused.
         body_timeout_s: requests that take longer to arrive are refused.
         max_messages: of one conversation.
-        max_open_requests: that are answered at a time; more are told to come back.
+        max_open_requests: that are answered at a time; more are told to come back. Half of them
+            are divided among the keys, so that each has some that no other takes.
         default_max_tokens: of an answer whose request does not say.
         max_choices: answers to one request.
         window_s: requests that arrive within so many seconds of each other make a round.
@@ -59,6 +60,11 @@ class ServerSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
+        if self.max_open_requests < len(self.api_keys):
+            raise ConfigError(
+                f"max_open_requests is {self.max_open_requests}, and there are "
+                f"{len(self.api_keys)} API keys. Let each have one request or more."
+            )
 
 
 def _is_loopback(host: str) -> bool:
