@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
@@ -16,6 +16,7 @@ from serving import HELLO, chat, events, serving
 from tokendance import LLM, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.engine.request import Request
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.server.chat import split_tool_calls
@@ -24,6 +25,8 @@ from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
+from tokendance.server.worker import Job
+from tokendance.store.pages import Holder
 
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."
@@ -41,6 +44,13 @@ def served(
     llm = make_llm(num_pages=2000, model=roomy)
     with serving(llm, max_body_bytes=100_000, max_messages=50) as both:
         yield both
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_an_answer_has_openais_shape(served: tuple[httpx.Client, Server]) -> None:
@@ -537,6 +547,59 @@ def test_a_client_that_goes_away_frees_its_pages(make_llm: Callable[..., LLM]) -
             time.sleep(0.02)
         assert server.num_open == 0
         assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_its_pages_are_free_within_one_step(
+    make_llm: Callable[..., LLM], roomy: LoadedModel, stream: bool
+) -> None:
+    """Requests that run when a step begins, and the step before which the server learns of it."""
+    llm = make_llm(num_pages=2000, model=roomy)
+    engine = llm.engine
+    step, running = engine.step, list[set[Request]]()
+    taken_back: dict[Request, int] = {}
+
+    def counted_step() -> list[Request]:
+        engine.check_integrity()
+        running.append(set(engine.scheduler.running))
+        return step()
+
+    with serving(llm, default_max_tokens=3900) as (client, server):
+        cancel = server.worker.cancel
+
+        def noted_cancel(jobs: Iterable[Job]) -> None:
+            given = list(jobs)
+            for job in given:
+                taken_back.setdefault(job.request, len(running))
+            cancel(given)
+
+        engine.step = counted_step  # type: ignore[method-assign]
+        server.worker.cancel = noted_cancel  # type: ignore[method-assign]
+
+        def begin(text: str) -> HTTPConnection:
+            messages = [{"role": "user", "content": text}]
+            body = {"model": "tiny", "messages": messages, "ignore_eos": True, "stream": stream}
+            connection = HTTPConnection("127.0.0.1", client.base_url.port)
+            head = {"content-type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), head)
+            return connection
+
+        neighbour = begin("I stay")
+        wait_until(lambda: len(running) > 1)
+        (stays,) = running[-1]
+        leaver = begin("I go")
+        wait_until(lambda: len(running[-1]) == 2)
+        (leaves,) = running[-1] - {stays}
+        leaver.close()
+        wait_until(lambda: leaves in taken_back)
+        first = taken_back[leaves]
+        wait_until(lambda: len(running) > first + 3)
+        # The step of that number may have begun at that very moment; no later one has it.
+        assert all(one == {stays} for one in running[first + 1 :])
+        assert leaves.placement is None
+        neighbour.close()
+        wait_until(lambda: not server.num_open and not engine.has_work)
+    assert engine.store.pool.num_held(Holder.REQUEST) == 0
 
 
 def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
