@@ -8,7 +8,7 @@ from typing import Any
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from tokendance import __version__
@@ -18,6 +18,7 @@ from tokendance.server.chat_routes import add_chat
 from tokendance.server.completion_routes import add_completions
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.limits import Limits
+from tokendance.server.openapi import DocumentedAPI, ModelCard, ModelList, Status
 from tokendance.server.round_routes import add_rounds
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
@@ -37,7 +38,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         server.is_draining = True
         await anyio.to_thread.run_sync(server.worker.stop, settings.drain_s)
 
-    app = FastAPI(title="TokenDance", version=__version__, lifespan=lifespan)
+    app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
     app.state.server = server
     _add_errors(app)
     _add_operations(app, server)
@@ -95,30 +96,32 @@ def _field(place: Sequence[str | int]) -> str | None:
 
 
 def _add_operations(app: FastAPI, server: Server) -> None:
-    @app.get("/health")
+    unwell: dict[int | str, dict[str, Any]] = {503: {"model": Status}}
+
+    @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> JSONResponse:
         """Whether the engine runs."""
         alive = server.worker.is_alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> JSONResponse:
         """Whether requests are taken."""
         if server.worker.is_alive and not server.is_draining:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready"}, 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList)
     async def models() -> dict[str, Any]:
         """The one model."""
         return {"object": "list", "data": [_model_card(server)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelCard)
     async def model(name: str) -> dict[str, Any]:
         """The one model, by its name."""
         server.check_model(name)

@@ -27,6 +27,7 @@ from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
 from tokendance.server.chat import as_message, check_length
 from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.openapi import RoundAnswer, whole_or_stream
 from tokendance.server.protocol import (
     BlockRef,
     RoundAgent,
@@ -49,7 +50,7 @@ from tokendance.server.worker import Job
 def add_rounds(app: FastAPI, server: Server) -> None:
     """Add the route."""
 
-    @app.post("/v1/rounds")
+    @app.post("/v1/rounds", responses=whole_or_stream(RoundAnswer))
     async def rounds(
         body: RoundRequest,
         request: Request,
