@@ -113,6 +113,15 @@ def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
+def save_model(folder: Path, architecture: str, **changes: object) -> None:
+    """Write a tiny random model of an architecture, always the same, and its tokenizer."""
+    config_class, model_class, extra = MODELS[architecture]
+    torch.manual_seed(7)
+    model = model_class(config_class(**{**COMMON, **extra, **changes}))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that saves a tiny model of an architecture and returns its folder."""
@@ -121,13 +130,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     def make(architecture: str, **changes: object) -> Path:
         key = architecture + repr(sorted(changes.items()))
         if key not in folders:
-            config_class, model_class, extra = MODELS[architecture]
-            torch.manual_seed(7)
-            model = model_class(config_class(**{**COMMON, **extra, **changes}))
-            folder = tmp_path_factory.mktemp(architecture)
-            model.save_pretrained(folder)
-            make_tokenizer().save_pretrained(folder)
-            folders[key] = folder
+            folders[key] = tmp_path_factory.mktemp(architecture)
+            save_model(folders[key], architecture, **changes)
         return folders[key]
 
     return make

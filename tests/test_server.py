@@ -1,58 +1,36 @@
 """The server over HTTP, with a tiny random model."""
 
-import asyncio
 import json
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
+from pydantic import ValidationError
 
+from serving import HELLO, chat, events, serving
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.engine.request import Request
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.server.app import create_app
 from tokendance.server.chat import split_tool_calls
+from tokendance.server.errors import ApiError
 from tokendance.server.logs import JsonFormatter
+from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
+from tokendance.server.worker import Job
+from tokendance.store.pages import Holder
 
-HELLO = [{"role": "user", "content": "hello there"}]
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."
-
-
-@contextmanager
-def serving(llm: LLM, **settings: Any) -> Iterator[tuple[httpx.Client, Server]]:
-    """Serve on a free port of this machine."""
-    app = create_app(llm, ServerSettings(port=0, served_name="tiny", **settings))
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
-    thread.start()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            while not server.started:
-                time.sleep(0.01)
-            yield client, app.state.server
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listening.close()
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +47,11 @@ def served(
         yield both
 
 
-def chat(client: httpx.Client, messages: Any = HELLO, **fields: Any) -> httpx.Response:
-    body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8, **fields}
-    return client.post("/v1/chat/completions", json=body)
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_an_answer_has_openais_shape(served: tuple[httpx.Client, Server]) -> None:
@@ -258,6 +232,58 @@ def test_bodies_that_are_no_request(served: tuple[httpx.Client, Server]) -> None
     assert client.post(url, content=chunks).status_code == 413
     assert client.get(url).status_code == 405
     assert client.get("/nothing").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {f"unknown{index}": 0 for index in range(3000)},
+        {"modalities": [0] * 3000},
+        {"logit_bias": {str(index): "x" for index in range(3000)}},
+        {"messages": [{"role": "assistant", "tool_calls": [0] * 3000}]},
+        {"messages": [{"role": "user", "content": [0] * 3000}] * 3000},
+        {"stop": [0] * 3000},
+        {"round": {f"unknown{index}": 0 for index in range(3000)}},
+        {"agents": [{"agent": "a", **{f"unknown{index}": 0 for index in range(3000)}}]},
+        {"agents": [{"agent": "a"}], "blocks": {str(index): 0 for index in range(5000)}},
+    ],
+)
+def test_not_all_mistakes_of_a_body_are_listed(fields: dict[str, Any]) -> None:
+    """A body of some megabytes can hold a million, and each is a document of its own."""
+    kind: type[ChatRequest | RoundRequest] = RoundRequest if "agents" in fields else ChatRequest
+    body: dict[str, Any] = {"model": "tiny", **({} if "agents" in fields else {"messages": HELLO})}
+    with pytest.raises(ValidationError) as invalid:
+        kind.model_validate({**body, **fields})
+    assert invalid.value.error_count() < 10
+
+
+def test_texts_that_no_context_holds_are_not_tokenized(make_llm: Callable[..., LLM]) -> None:
+    words = "word " * 20_000
+    call = {"function": {"name": "f", "arguments": words}}
+    ref = {"type": "block", "id": "b"}
+    agents: list[dict[str, Any]] = [
+        {"agent": "a", "segments": [ref]},
+        {"agent": "b", "messages": [{"role": "user", "content": words}]},
+        {
+            "agent": "c",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": words}]}],
+        },
+        {"agent": "d", "segments": [{"type": "block", "id": "s"}] * 2},
+    ]
+    blocks = {"b": words, "s": words[:40_000]}
+    with serving(make_llm()) as (client, server):
+        assert 40_000 < server.max_characters < 80_000
+        for fields in (
+            {"messages": [{"role": "user", "content": words}]},
+            {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+            {"tools": [{"type": "function", "function": {"name": "f", "description": words}}]},
+        ):
+            refused = chat(client, **fields)
+            assert refused.status_code == 400
+            assert "characters" in refused.json()["error"]["message"]
+        body = {"model": "tiny", "blocks": blocks, "agents": agents}
+        for agent in client.post("/v1/rounds", json=body).json()["agents"]:
+            assert "characters" in agent["error"]["message"]
 
 
 def test_json_is_sure_to_parse(served: tuple[httpx.Client, Server]) -> None:
@@ -557,6 +583,69 @@ def test_tenants_share_nothing(make_llm: Callable[..., LLM]) -> None:
             assert cached(chat(client)) > 0
 
 
+def test_who_has_no_key_is_refused_unread(make_llm: Callable[..., LLM]) -> None:
+    with serving(make_llm(), api_keys=("one",), max_body_bytes=1000) as (client, _):
+        for key, size, status in (("two", 500, 401), ("one", 2000, 413), ("two", 2000, 401)):
+            # The body is announced and never sent.
+            head = HTTPConnection("127.0.0.1", client.base_url.port, timeout=20)
+            head.putrequest("POST", "/v1/chat/completions")
+            head.putheader("Authorization", f"Bearer {key}")
+            head.putheader("Content-Length", str(size))
+            head.endheaders()
+            answer = head.getresponse()
+            assert answer.status == status
+            assert json.load(answer)["error"]["message"]
+            head.close()
+
+
+def test_a_body_that_never_comes_is_not_waited_for(make_llm: Callable[..., LLM]) -> None:
+    with serving(make_llm(), body_timeout_s=0.2) as (client, _):
+        slow = HTTPConnection("127.0.0.1", client.base_url.port, timeout=20)
+        slow.putrequest("POST", "/v1/chat/completions")
+        slow.putheader("Content-Length", "100")
+        slow.endheaders(b"{")
+        assert slow.getresponse().status == 408
+        slow.close()
+        assert chat(client).status_code == 200
+
+
+def test_what_needs_a_key(make_llm: Callable[..., LLM]) -> None:
+    paths = ["/metrics", "/openapi.json", "/docs", "/v1/models", "/nothing"]
+    with serving(make_llm(), api_keys=("one",)) as (client, _):
+        assert [client.get(path).status_code for path in paths] == [401] * 5
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        client.headers["authorization"] = "Bearer one"
+        assert [client.get(path).status_code for path in paths] == [200] * 4 + [404]
+    with serving(make_llm(), api_keys=("one",), open_metrics=True) as (client, _):
+        assert client.get("/metrics").status_code == 200
+        assert client.get("/v1/models").status_code == 401
+
+
+def test_a_tenant_leaves_room_for_the_others(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm()
+    settings = ServerSettings(api_keys=("one", "two", "three"), max_open_requests=12)
+    server = Server(llm, settings)
+    server.worker.start()
+    try:
+        for _ in range(12 - 2 - 2):  # half is divided by three, and each keeps its two
+            server.admit("one")
+        with pytest.raises(ApiError) as refused:
+            server.admit("one")
+        assert refused.value.status == 429
+        for tenant in ("two", "three"):
+            server.admit(tenant)
+            server.admit(tenant)
+            with pytest.raises(ApiError):
+                server.admit(tenant)
+        server.release("one")
+        server.admit("three")  # what one tenant gives back of the rest is for all
+        assert server.num_open == 12
+    finally:
+        server.worker.stop(5)
+    with pytest.raises(ConfigError, match="max_open_requests"):
+        ServerSettings(api_keys=("one", "two"), max_open_requests=1)
+
+
 def test_too_many_are_told_to_come_back(make_llm: Callable[..., LLM]) -> None:
     llm = make_llm(num_pages=2000)
     with serving(llm, max_open_requests=1, round_wait_s=0.5) as (client, server):
@@ -584,6 +673,59 @@ def test_a_client_that_goes_away_frees_its_pages(make_llm: Callable[..., LLM]) -
             time.sleep(0.02)
         assert server.num_open == 0
         assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_its_pages_are_free_within_one_step(
+    make_llm: Callable[..., LLM], roomy: LoadedModel, stream: bool
+) -> None:
+    """Requests that run when a step begins, and the step before which the server learns of it."""
+    llm = make_llm(num_pages=2000, model=roomy)
+    engine = llm.engine
+    step, running = engine.step, list[set[Request]]()
+    taken_back: dict[Request, int] = {}
+
+    def counted_step() -> list[Request]:
+        engine.check_integrity()
+        running.append(set(engine.scheduler.running))
+        return step()
+
+    with serving(llm, default_max_tokens=3900) as (client, server):
+        cancel = server.worker.cancel
+
+        def noted_cancel(jobs: Iterable[Job]) -> None:
+            given = list(jobs)
+            for job in given:
+                taken_back.setdefault(job.request, len(running))
+            cancel(given)
+
+        engine.step = counted_step  # type: ignore[method-assign]
+        server.worker.cancel = noted_cancel  # type: ignore[method-assign]
+
+        def begin(text: str) -> HTTPConnection:
+            messages = [{"role": "user", "content": text}]
+            body = {"model": "tiny", "messages": messages, "ignore_eos": True, "stream": stream}
+            connection = HTTPConnection("127.0.0.1", client.base_url.port)
+            head = {"content-type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), head)
+            return connection
+
+        neighbour = begin("I stay")
+        wait_until(lambda: len(running) > 1)
+        (stays,) = running[-1]
+        leaver = begin("I go")
+        wait_until(lambda: len(running[-1]) == 2)
+        (leaves,) = running[-1] - {stays}
+        leaver.close()
+        wait_until(lambda: leaves in taken_back)
+        first = taken_back[leaves]
+        wait_until(lambda: len(running) > first + 3)
+        # The step of that number may have begun at that very moment; no later one has it.
+        assert all(one == {stays} for one in running[first + 1 :])
+        assert leaves.placement is None
+        neighbour.close()
+        wait_until(lambda: not server.num_open and not engine.has_work)
+    assert engine.store.pool.num_held(Holder.REQUEST) == 0
 
 
 def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:

@@ -226,6 +226,9 @@ def serve(
     allow_public: Annotated[
         bool, typer.Option(help="Listen beyond this machine without a key.")
     ] = False,
+    open_metrics: Annotated[
+        bool, typer.Option(help="Show /metrics without a key, to whoever scrapes it.")
+    ] = False,
     reuse: Annotated[
         ReuseMode, typer.Option(help="What KV is reused; see `tokendance run --help`.")
     ] = "collective",
@@ -289,6 +292,7 @@ def serve(
         served_name=served_name,
         api_keys=tuple(api_key or ()),
         allow_public=allow_public,
+        open_metrics=open_metrics,
         max_open_requests=max_open_requests,
         default_max_tokens=default_max_tokens,
         window_s=window_ms / 1000,

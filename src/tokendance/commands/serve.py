@@ -1,5 +1,6 @@
 """`tokendance serve`: an OpenAI-compatible server."""
 
+import socket
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,10 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
     console.print(
         f"[bold]{escape(app.state.server.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, KV budget "
-        f"{format_bytes(llm.engine.config.store.kv_budget)}\n"
-        f"Set base_url to http://{settings.host}:{settings.port}/v1"
-        + (" and your API key." if settings.api_keys else "; any API key will do.")
+        f"{format_bytes(llm.engine.config.store.kv_budget)}"
     )
     try:
-        _DrainingServer(config, app.state.server).run()
+        _DrainingServer(config, app.state.server, console).run()
     finally:
         llm.close()
 
@@ -84,9 +83,21 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
 class _DrainingServer(uvicorn.Server):
     """Takes no more requests from the first signal on, while those under way are finished."""
 
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, console: Console) -> None:
         super().__init__(config)
         self._served = server
+        self._console = console
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.started:
+            return
+        settings = self._served.settings
+        port = self.servers[0].sockets[0].getsockname()[1]  # that of the settings may be 0
+        self._console.print(
+            f"Set base_url to http://{settings.host}:{port}/v1"
+            + (" and your API key." if settings.api_keys else "; any API key will do.")
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._served.is_draining = True

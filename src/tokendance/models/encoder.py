@@ -32,6 +32,7 @@ class PromptEncoder:
         # threads that encode at a time would throw it for each other.
         self._lock = threading.Lock()
         self._cache: dict[str, TokenIds] = {}
+        self._known: dict[str, TokenIds] | None = None  # texts, if they are remembered
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
 
@@ -44,6 +45,15 @@ class PromptEncoder:
         """The same encoder for prompts that share nothing with those of other salts."""
         other = copy.copy(self)
         other._salt = salt
+        return other
+
+    def remembering(self) -> "PromptEncoder":
+        """The same encoder for prompts that have texts in common: it reads each text once.
+
+        It keeps all of them, so let go of it when the prompts are encoded.
+        """
+        other = copy.copy(self)
+        other._known = {}
         return other
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
@@ -79,6 +89,13 @@ class PromptEncoder:
 
     def text_ids(self, text: str) -> TokenIds:
         """Token ids of a user's text; what spells a special token becomes ordinary tokens."""
+        if self._known is not None:
+            if text not in self._known:
+                self._known[text] = self._read_text(text)
+            return self._known[text]
+        return self._read_text(text)
+
+    def _read_text(self, text: str) -> TokenIds:
         try:
             ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         except (TypeError, UnicodeError) as error:

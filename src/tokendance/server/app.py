@@ -3,12 +3,12 @@
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import anyio.to_thread
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from tokendance import __version__
@@ -19,6 +19,7 @@ from tokendance.server.completion_routes import add_completions
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
+from tokendance.server.openapi import DocumentedAPI, ModelCard, ModelList, Status
 from tokendance.server.round_routes import add_rounds
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
@@ -38,14 +39,19 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         server.is_draining = True
         await anyio.to_thread.run_sync(server.worker.stop, settings.drain_s)
 
-    app = FastAPI(title="TokenDance", version=__version__, lifespan=lifespan)
+    app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
     app.state.server = server
     _add_errors(app)
     _add_operations(app, server)
     add_chat(app, server)
     add_completions(app, server)
     add_rounds(app, server)
-    app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Limits,
+        tenant_of=server.authenticate,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
     app.add_middleware(RequestLog)
     return app
 
@@ -92,34 +98,34 @@ def _field(place: Sequence[str | int]) -> str | None:
 
 
 def _add_operations(app: FastAPI, server: Server) -> None:
-    @app.get("/health")
+    unwell: dict[int | str, dict[str, Any]] = {503: {"model": Status}}
+
+    @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> JSONResponse:
         """Whether the engine runs."""
         alive = server.worker.is_alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> JSONResponse:
         """Whether requests are taken."""
         if server.worker.is_alive and not server.is_draining:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready"}, 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
-    async def models(tenant: Annotated[str, Depends(server.tenant_of)]) -> dict[str, Any]:
+    @app.get("/v1/models", response_model=ModelList)
+    async def models() -> dict[str, Any]:
         """The one model."""
-        del tenant
         return {"object": "list", "data": [_model_card(server)]}
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str, tenant: Annotated[str, Depends(server.tenant_of)]) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", response_model=ModelCard)
+    async def model(name: str) -> dict[str, Any]:
         """The one model, by its name."""
-        del tenant
         server.check_model(name)
         return _model_card(server)
 

@@ -80,7 +80,6 @@ def encode_chat(
             "messages",
         )
     messages = [_as_message(message) for message in body.messages]
-    check_length((text for message in body.messages for text in _texts(message)), limit)
     if body.may_call:
         described = "\n".join(
             json.dumps(tool.function.model_dump(exclude_none=True)) for tool in body.tools or ()
@@ -90,6 +89,7 @@ def encode_chat(
             messages[0]["content"].append(_text(f"\n\n{text}"))
         else:
             messages.insert(0, {"role": "system", "content": [_text(text)]})
+    check_length((part["text"] for message in messages for part in message["content"]), limit)
     try:
         return encoder.encode(Prompt(messages))
     except PromptError as error:

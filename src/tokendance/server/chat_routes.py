@@ -15,6 +15,7 @@ from tokendance.server.chat import (
     is_marked,
     split_tool_calls,
 )
+from tokendance.server.openapi import ChatAnswer, whole_or_stream
 from tokendance.server.protocol import ChatRequest
 from tokendance.server.running import Ask, answer, read_ask
 from tokendance.server.state import Server
@@ -24,7 +25,7 @@ from tokendance.server.worker import Job
 def add_chat(app: FastAPI, server: Server) -> None:
     """Add the route."""
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=whole_or_stream(ChatAnswer))
     async def chat(
         body: ChatRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
     ) -> Response:
@@ -105,7 +106,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
 
             return of
 
-        return await answer(server, request, body, read, whole, chunks, chunk_head)
+        return await answer(server, tenant, request, body, read, whole, chunks, chunk_head)
 
 
 def _content(body: ChatRequest, text: str) -> tuple[str, list[ToolCallOut]]:

@@ -14,6 +14,7 @@ from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta
 from tokendance.server.chat import check_length
 from tokendance.server.errors import bad_request
+from tokendance.server.openapi import TextAnswer, whole_or_stream
 from tokendance.server.protocol import CompletionRequest
 from tokendance.server.running import Ask, answer, read_ask
 from tokendance.server.state import Server
@@ -23,7 +24,7 @@ from tokendance.server.worker import Job
 def add_completions(app: FastAPI, server: Server) -> None:
     """Add the route."""
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=whole_or_stream(TextAnswer))
     async def completions(
         body: CompletionRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
     ) -> Response:
@@ -73,7 +74,7 @@ def add_completions(app: FastAPI, server: Server) -> None:
 
             return of
 
-        return await answer(server, request, body, read, whole, chunks, head)
+        return await answer(server, tenant, request, body, read, whole, chunks, head)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

@@ -1,60 +1,115 @@
-"""Limits that hold before a body is read: an ASGI middleware."""
+"""What is refused before a body is read: an ASGI middleware.
+
+Who has no key, and whose body is too large or takes too long, is told so at once.
+"""
 
 import json
+from collections.abc import Callable
 
+import anyio
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokendance.server.errors import ApiError
 
-# A client that is cut off while it sends sees a broken connection and not the answer. So of a body
-# that is too large as much is read and thrown away, as a multiple of what is taken.
+# A client that is cut off while it sends sees a broken connection and not the answer. So of what it
+# still sends some is read and thrown away: a multiple of the largest body, for so many seconds.
 _DISCARDED = 4
+_DISCARD_S = 10.0
 
 
 class Limits:
-    """Refuses bodies that are too large with 413, whether or not they say how large they are."""
+    """Stands before an application; see the module."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        """Stand before an application."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        tenant_of: Callable[[Scope], str],
+        max_body_bytes: int,
+        body_timeout_s: float,
+    ) -> None:
+        """Stand before an application.
+
+        Args:
+            app: to protect.
+            tenant_of: says who asks, by the head of a request; raises ApiError if nobody may.
+            max_body_bytes: see `ServerSettings`.
+            body_timeout_s: likewise.
+        """
         self._app = app
+        self._tenant_of = tenant_of
         self._max = max_body_bytes
+        self._timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        try:
+            scope.setdefault("state", {})["tenant"] = self._tenant_of(scope)
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            if length.isdigit() and int(length) > self._max:
+                raise self._too_large()
+        except ApiError as error:
+            await self._refuse(error, receive, send, more_body=True)
+            return
+        deadline = anyio.current_time() + self._timeout_s
         num_read = 0
+        is_whole = False
+        is_refused = False
 
-        async def counted() -> Message:
-            nonlocal num_read
-            message = await receive()
+        async def refuse(error: ApiError, *, more_body: bool) -> None:
+            nonlocal is_refused
+            is_refused = True
+            await self._refuse(error, receive, send, more_body=more_body)
+            raise HTTPException(error.status)  # ends the reading
+
+        async def limited() -> Message:
+            nonlocal num_read, is_whole
+            if is_whole:
+                return await receive()  # waits for the client to leave, as long as it takes
+            message: Message = {}
+            with anyio.CancelScope(deadline=deadline):
+                message = await receive()
+            if not message:
+                await refuse(self._too_slow(), more_body=True)
+            is_whole = not message.get("more_body", False)
             num_read += len(message.get("body", b""))
             if num_read > self._max:
-                await self._discard(message, receive)
-                raise HTTPException(413, self._message)
+                await refuse(self._too_large(), more_body=not is_whole)
             return message
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max:
-            await self._discard({"more_body": True}, receive)
-            await self._refuse(send)
-        else:
-            await self._app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            if not is_refused:
+                await send(message)
 
-    async def _discard(self, message: Message, receive: Receive) -> None:
+        await self._app(scope, limited, unless_refused)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._max} bytes. Send less at a time.")
+
+    def _too_slow(self) -> ApiError:
+        return ApiError(408, f"The body was not there after {self._timeout_s} s. Ask again.")
+
+    async def _refuse(
+        self, error: ApiError, receive: Receive, send: Send, *, more_body: bool
+    ) -> None:
+        """Answer, then read away what the client still sends."""
+        body = json.dumps(error.body()).encode()
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+            **error.headers,
+        }
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
         num_read = 0
-        while message.get("more_body") and num_read < _DISCARDED * self._max:
-            message = await receive()
-            num_read += len(message.get("body", b""))
-
-    @property
-    def _message(self) -> str:
-        return f"The body is larger than {self._max} bytes. Send less at a time."
-
-    async def _refuse(self, send: Send) -> None:
-        body = json.dumps(ApiError(413, self._message).body()).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        with anyio.move_on_after(_DISCARD_S):
+            while more_body and num_read < _DISCARDED * self._max:
+                message = await receive()
+                more_body = message.get("more_body", False)
+                num_read += len(message.get("body", b""))
+        await send({"type": "http.response.body", "body": b""})

@@ -6,13 +6,39 @@ the answer and are not supported are refused by name (`refuse_unsupported`); unk
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from tokendance.server.errors import bad_request
+
+# All that is wrong with a body is listed before the first of it is told, so there has to be an end
+# to it: lists fail at their first mistake, and documents have not more fields than this.
+_MAX_FIELDS = 256
+_MAX_BLOCKS = 4096
+_MAX_BIASES = 1024
+
+
+def _check_size(given: Any, limit: int) -> Any:
+    if isinstance(given, dict) and len(given) > limit:
+        raise PydanticCustomError(
+            "too_many_fields",
+            "It has {count} fields, and at most {limit} are taken",
+            {"count": len(given), "limit": limit},
+        )
+    return given
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    return BeforeValidator(lambda given: _check_size(given, limit))
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, given: Any) -> Any:
+        return _check_size(given, _MAX_FIELDS)
 
 
 class TextPart(BaseModel):
@@ -45,7 +71,7 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=1024)] | None = None
     tool_call_id: str | None = None
 
 
@@ -105,7 +131,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class RoundField(BaseModel):
+class RoundField(_Body):
     """The round that a request belongs to.
 
     Attributes:
@@ -114,8 +140,6 @@ class RoundField(BaseModel):
         agent: whose request this is.
         session: its KV is kept on disk after each round, where the server has a store.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     size: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -136,7 +160,9 @@ class Sampling(_Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    logit_bias: (
+        Annotated[dict[str, float], Field(max_length=_MAX_BIASES), _at_most(_MAX_BIASES)] | None
+    ) = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
@@ -162,7 +188,7 @@ class ChatRequest(Sampling):
     # Taken, without effect.
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
@@ -190,19 +216,15 @@ class CompletionRequest(Sampling):
     best_of: int | None = None
 
 
-class BlockRef(BaseModel):
+class BlockRef(_Body):
     """A shared block of a round, by its id."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["block"] = "block"
     id: str
 
 
-class SharedText(BaseModel):
+class SharedText(_Body):
     """Text that others of the round may have, too."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["shared"]
     text: str
@@ -262,7 +284,7 @@ class RoundRequest(_Body):
 
     model: str
     agents: Annotated[list[RoundAgent], Field(fail_fast=True, min_length=1, max_length=512)]
-    blocks: dict[str, str] = {}
+    blocks: Annotated[dict[str, str], Field(max_length=_MAX_BLOCKS), _at_most(_MAX_BLOCKS)] = {}
     stream: bool | None = None
     session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None

@@ -13,7 +13,7 @@ server keeps what was said, and agents give their tasks only: see `server/sessio
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
 from tokendance.server.chat import as_message, check_length, sampling_params
 from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.openapi import RoundAnswer, whole_or_stream
 from tokendance.server.protocol import (
     BlockRef,
     RoundAgent,
@@ -55,7 +56,7 @@ def add_rounds(app: FastAPI, server: Server) -> None:
     """Add the route."""
     sessions = Sessions(server)
 
-    @app.post("/v1/rounds")
+    @app.post("/v1/rounds", responses=whole_or_stream(RoundAnswer))
     async def rounds(
         body: RoundRequest,
         request: Request,
@@ -64,7 +65,7 @@ def add_rounds(app: FastAPI, server: Server) -> None:
         """Answer all agents of a round."""
         server.check_model(body.model)
         _check_names(body)
-        server.admit()
+        server.admit(tenant)
         handed_over = False
         try:
             async with AsyncExitStack() as stack:
@@ -82,14 +83,15 @@ def add_rounds(app: FastAPI, server: Server) -> None:
                     head |= {"session": body.session, "round": begun.number}
                 if body.stream:
                     handed_over = True
-                    return ReleasingStream(_events(head, entries), server, jobs, stack.pop_all())
+                    events = _events(head, entries)
+                    return ReleasingStream(events, server, tenant, jobs, stack.pop_all())
                 with taken_back(server.worker, jobs):
                     found = await unless_gone(request, _all(entries))
                 agents = [found[index] for index in range(len(body.agents))]
                 return JSONResponse({**head, "agents": agents})
         finally:
             if not handed_over:
-                server.release()
+                server.release(tenant)
 
 
 def _check_names(body: RoundRequest) -> None:
@@ -122,10 +124,11 @@ async def _begin(server: Server, body: RoundRequest, encoder: PromptEncoder) -> 
     listener = Listener()
 
     def read() -> list[Job | ApiError]:
+        remembering = encoder.remembering()
         found: list[Job | ApiError] = []
         for index, agent in enumerate(body.agents):
             try:
-                prompt = _encode(agent, body.blocks, encoder, server.max_characters)
+                prompt = _encode(agent, body.blocks, remembering, server.max_characters)
                 found.append(_make_job(server, agent, prompt, listener.of(index)))
             except ApiError as error:
                 found.append(error)
@@ -206,34 +209,47 @@ def _encode(
             raise bad_request(f"{name} goes with a session. Put it into the messages.", name)
     if (agent.messages is None) == (agent.segments is None):
         raise bad_request(f"Give {agent.agent!r} either messages or segments.", "agents")
+    check_length(_texts(agent, blocks), limit)
     try:
         if agent.segments is not None:
-            return encoder.encode(Prompt(_parts(agent.segments, blocks, limit)))
+            return encoder.encode(Prompt(_parts(agent.segments, blocks)))
         messages: list[dict[str, Any]] = []
         for message in agent.messages or ():
             content = message.content
             if isinstance(content, list):
-                content = _parts(content, blocks, limit)  # type: ignore[assignment]
+                content = _parts(content, blocks)  # type: ignore[assignment]
             messages.append(as_message(message.role, content, message.name))
         return encoder.encode(Prompt(messages))
     except InputError as error:
         raise bad_request(str(error), "agents") from error
 
 
-def _parts(
-    given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str], limit: int
-) -> list[Part]:
+def _texts(agent: RoundAgent, blocks: dict[str, str]) -> Iterator[str]:
+    """All that an agent reads, unchanged: a block may be large, and there many times."""
+    contents = [agent.segments, *(message.content for message in agent.messages or ())]
+    for content in contents:
+        if isinstance(content, str):
+            yield content
+        else:
+            for one in content or ():
+                yield _block(one, blocks) if isinstance(one, BlockRef) else one.text
+
+
+def _block(ref: BlockRef, blocks: dict[str, str]) -> str:
+    if ref.id not in blocks:
+        raise bad_request(f"There is no block {ref.id!r}.", "blocks")
+    return blocks[ref.id]
+
+
+def _parts(given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str]) -> list[Part]:
     parts: list[Part] = []
     for one in given:
         if isinstance(one, BlockRef):
-            if one.id not in blocks:
-                raise bad_request(f"There is no block {one.id!r}.", "blocks")
-            parts.append(shared(blocks[one.id]))
+            parts.append(shared(_block(one, blocks)))
         elif isinstance(one, SharedText):
             parts.append(shared(one.text))
         else:
             parts.append(private(one.text))
-    check_length((part.content for part in parts if isinstance(part.content, str)), limit)
     return parts
 
 

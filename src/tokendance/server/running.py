@@ -201,6 +201,7 @@ class ReleasingStream(StreamingResponse):
         self,
         events: AsyncIterator[str],
         server: Server,
+        tenant: str,
         jobs: Sequence[Job],
         stack: AsyncExitStack | None = None,
     ) -> None:
@@ -209,6 +210,7 @@ class ReleasingStream(StreamingResponse):
         Args:
             events: to send.
             server: that has admitted it.
+            tenant: for whom.
             jobs: whose events they are.
             stack: closed at the end, too.
         """
@@ -216,6 +218,7 @@ class ReleasingStream(StreamingResponse):
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
         self._server = server
+        self._tenant = tenant
         self._jobs = jobs
         self._stack = stack or AsyncExitStack()
 
@@ -225,7 +228,7 @@ class ReleasingStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._server.worker.cancel(self._jobs)
-            self._server.release()
+            self._server.release(self._tenant)
             await self._stack.aclose()
 
 
@@ -253,6 +256,7 @@ async def events_of(
 
 async def answer(
     server: Server,
+    tenant: str,
     request: Request,
     body: Sampling,
     read: Callable[[], Ask],
@@ -264,6 +268,7 @@ async def answer(
 
     Args:
         server: that is asked.
+        tenant: who asks.
         request: of HTTP.
         body: says whether it is a stream, and whether that has its usage.
         read: reads the request; called on another thread.
@@ -278,7 +283,7 @@ async def answer(
     def last_chunk(outputs: list[Output]) -> dict[str, Any]:
         return {**chunk_head, "choices": [], **usage(outputs)}
 
-    server.admit()
+    server.admit(tenant)
     handed_over = False
     try:
         jobs, listener = await begin(server, read)
@@ -288,10 +293,10 @@ async def answer(
             wanted = body.stream_options is not None and body.stream_options.include_usage
             last = last_chunk if wanted else None
             found = events_of(server, jobs, listener, chunks(jobs), last)
-            return ReleasingStream(found, server, jobs)
+            return ReleasingStream(found, server, tenant, jobs)
         with taken_back(server.worker, jobs):
             outputs, logprobs = await unless_gone(request, collect(server, jobs, listener))
         return JSONResponse({**whole(jobs, outputs, logprobs), **usage(outputs)})
     finally:
         if not handed_over:
-            server.release()
+            server.release(tenant)

@@ -17,9 +17,13 @@ class ServerSettings:
         api_keys: who may ask. Each key is a tenant, and tenants share nothing. Without any,
             everybody may.
         allow_public: listen beyond this machine without keys.
+        open_metrics: show /metrics to everybody. Otherwise, where there are keys, all paths but
+            /health and /ready need one.
         max_body_bytes: larger requests are refused.
+        body_timeout_s: requests that take longer to arrive are refused.
         max_messages: of one conversation.
-        max_open_requests: that are answered at a time; more are told to come back.
+        max_open_requests: that are answered at a time; more are told to come back. Half of them
+            are divided among the keys, so that each has some that no other takes.
         default_max_tokens: of an answer whose request does not say.
         max_choices: answers to one request.
         window_s: requests that arrive within so many seconds of each other make a round.
@@ -35,7 +39,9 @@ class ServerSettings:
     served_name: str | None = None
     api_keys: tuple[str, ...] = ()
     allow_public: bool = False
+    open_metrics: bool = False
     max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 60.0
     max_messages: int = 4096
     max_open_requests: int = 256
     default_max_tokens: int = 512
@@ -57,6 +63,11 @@ class ServerSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
+        if self.max_open_requests < len(self.api_keys):
+            raise ConfigError(
+                f"max_open_requests is {self.max_open_requests}, and there are "
+                f"{len(self.api_keys)} API keys. Let each have one request or more."
+            )
 
 
 def _is_loopback(host: str) -> bool:

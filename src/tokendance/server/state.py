@@ -5,10 +5,12 @@ import hashlib
 import hmac
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
+from starlette.types import Scope
 
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
@@ -32,7 +34,6 @@ class Server:
         grammars: for answers that have to parse.
         started_s: seconds since 1970.
         is_draining: no more requests are taken.
-        num_open: requests that are being answered.
     """
 
     llm: LLM
@@ -42,7 +43,7 @@ class Server:
     grammars: Grammars = field(init=False)
     started_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
-    num_open: int = 0
+    _open: Counter[str] = field(default_factory=Counter)  # requests that are answered, by tenant
     _encoder: PromptEncoder = field(init=False)
     _encoders: dict[str, PromptEncoder] = field(default_factory=dict)
 
@@ -89,8 +90,13 @@ class Server:
             "model": self.model_name,
         }
 
-    def admit(self) -> None:
-        """Count a request that is answered from now on, until `release`.
+    @property
+    def num_open(self) -> int:
+        """Requests that are being answered."""
+        return self._open.total()
+
+    def admit(self, tenant: str) -> None:
+        """Count a tenant's request that is answered from now on, until `release`.
 
         Raises:
             ApiError: 503 while the server stops or its engine has failed, 429 if too many are open.
@@ -99,35 +105,48 @@ class Server:
             raise ApiError(
                 503, "The server is stopping. Ask another, or later.", headers={"Retry-After": "5"}
             )
-        if self.num_open >= self.settings.max_open_requests:
+        if not self._has_room(tenant):
             raise ApiError(
                 429,
-                f"{self.num_open} requests are being answered, and no more are taken at a time. "
-                "Ask again in a moment.",
+                f"{self.num_open} requests are being answered, {self._open[tenant]} of them yours, "
+                "and no more are taken at a time. Ask again in a moment.",
                 code="too_many_requests",
                 headers={"Retry-After": "1"},
             )
-        self.num_open += 1
+        self._open[tenant] += 1
 
-    def release(self) -> None:
+    def release(self, tenant: str) -> None:
         """Count a request as answered."""
-        self.num_open -= 1
+        self._open[tenant] -= 1
+
+    def _has_room(self, tenant: str) -> bool:
+        """Whether a tenant may have one more: some are its own, the others go to who comes first.
+
+        max_open_requests   [ own | own | own |   for all    ]
+        """
+        limit = self.settings.max_open_requests
+        num_tenants = max(1, len(self.settings.api_keys))
+        own = max(1, limit // (2 * num_tenants))
+        if self._open[tenant] < own:
+            return True
+        num_beyond = sum(max(0, count - own) for count in self._open.values())
+        return num_beyond < limit - own * num_tenants
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
         text: str = self.llm.model.tokenizer.decode([token])
         return text
 
-    async def tenant_of(self, request: Request) -> str:
-        """Who asks, by the API key.
+    def authenticate(self, scope: Scope) -> str:
+        """Who asks, by the API key in the head of a request; "" where none is needed.
 
         Raises:
             ApiError: 401 without a key that is known.
         """
-        if not self.settings.api_keys:
+        if self.open_paths is None or scope["path"] in self.open_paths:
             return ""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        digest = hashlib.sha256(given.encode()).digest()
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        digest = hashlib.sha256(header.removeprefix(b"Bearer ").strip()).digest()
         found = ""
         for key in self.settings.api_keys:
             # All are compared, so that time tells nothing about them.
@@ -139,9 +158,22 @@ class Server:
                 401,
                 "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
             )
-        request.state.tenant = found
         return found
+
+    @property
+    def open_paths(self) -> set[str] | None:
+        """Paths that need no key; None if none does."""
+        if not self.settings.api_keys:
+            return None
+        return {"/health", "/ready", *(["/metrics"] if self.settings.open_metrics else [])}
+
+    @staticmethod
+    async def tenant_of(request: Request) -> str:
+        """Who asks; `Limits` has found it before the body was read."""
+        tenant: str = request.state.tenant
+        return tenant
 
     def check_model(self, name: str) -> None:
         """Refuse another model's name.

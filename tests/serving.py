@@ -1,0 +1,63 @@
+"""A server for tests: on a free port of this machine, in a thread of its own."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+
+from tokendance import LLM
+from tokendance.server.app import create_app
+from tokendance.server.settings import ServerSettings
+from tokendance.server.state import Server
+
+HELLO = [{"role": "user", "content": "hello there"}]
+
+
+@contextmanager
+def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, Server, uvicorn.Server]]:
+    """Serve a model under the name `tiny`: the port, the server, and what runs it."""
+    app = create_app(llm, ServerSettings(port=0, served_name="tiny", **settings))
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    runner = uvicorn.Server(config)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=lambda: asyncio.run(runner.serve([bound])), name="http")
+        thread.start()
+        try:
+            while not runner.started:
+                time.sleep(0.01)
+            yield bound.getsockname()[1], app.state.server, runner
+        finally:
+            runner.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def serving(llm: LLM, **settings: Any) -> Iterator[tuple[httpx.Client, Server]]:
+    """Serve a model under the name `tiny`, with a client that knows where."""
+    with (
+        listening(llm, **settings) as (port, server, _),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        yield client, server
+
+
+def chat(client: httpx.Client, messages: Any = HELLO, **fields: Any) -> httpx.Response:
+    """Ask for a short and certain answer."""
+    body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8, **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The documents of a stream that has come to its end."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
