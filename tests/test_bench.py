@@ -28,12 +28,19 @@ HEADLINES: dict[str, set[str]] = {
     "attention": {"vs_bytes_once_32", "speedup_vs_torch_32", "speedup_vs_own_copies_32"},
     "plain": {"speedup_vs_transformers_bfloat16", "speedup_vs_transformers_float32"},
     "decode": {"speedup_vs_dense_32", "speedup_vs_vllm_32"},
-    "storage": {"mirror_compression", "shared_compression", "resident_compression"},
+    "storage": {
+        "mirror_compression", "shared_compression", "resident_compression",
+        "mirror_shared_compression", "disk_compression",
+    },
     "fidelity": {
         f"{figure}_{mode}"
         for figure in ("kl", "kl_next", "top1", "identical", "recall", "corrected")
         for mode in ("pic", "collective")
     } | {"kl_ratio", "kl_next_ratio"},
+    "restore": {
+        "speedup_vs_dense_restore", "speedup_vs_fused_restore", "speedup_vs_dense_from_disk",
+        "speedup_vs_computing_again",
+    },
     "serve": {"round_speed", "lone_latency", "burst_answered"},
     "capacity": {
         "agents_vllm", "agents_prefix", "agents_pic", "agents_collective", "ratio_vs_vllm",

@@ -15,7 +15,16 @@ from tokendance.errors import ConfigError, TokenDanceError
 from tokendance.server.settings import ServerSettings
 
 BenchName = Literal[
-    "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "serve", "all"
+    "attention",
+    "plain",
+    "prefill",
+    "decode",
+    "storage",
+    "restore",
+    "capacity",
+    "fidelity",
+    "serve",
+    "all",
 ]
 
 # Options that several commands have.
@@ -321,7 +330,8 @@ def bench(
         typer.Argument(
             help="attention: one layer. plain: without reuse, against transformers. "
             "prefill: seconds of a round. decode: tokens per second. "
-            "storage: bytes per agent. capacity: most agents in a time or a memory. "
+            "storage: bytes per agent. restore: from a stored session to the first token. "
+            "capacity: most agents in a time or a memory. "
             "fidelity: how near the answers are to full computation. "
             "serve: what HTTP and finding shared text cost. "
             "all: everything, with a report."

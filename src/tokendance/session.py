@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokendance.engine.sampling import SamplingParams
-from tokendance.engine.tiers import SpokenCache
+from tokendance.engine.tiers import Restored, SpokenCache
 from tokendance.errors import RoundError, StoreError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output, RoundResult
@@ -229,10 +229,15 @@ class Session:
 
     # -- what lasts ---------------------------------------------------------------------------
 
-    def restore(self) -> None:
-        """Read what memory lacks of its KV: after a restart all, later what was evicted."""
-        if self._tiers is not None and (stored := self._stored()) is not None:
-            self._tiers.restore(stored, self._encoder.salt)
+    def restore(self) -> Restored | None:
+        """Read what memory lacks of its KV: after a restart all, later what was evicted.
+
+        Returns:
+            What was read; None where nothing is stored.
+        """
+        if self._tiers is None or (stored := self._stored()) is None:
+            return None
+        return self._tiers.restore(stored, self._encoder.salt)
 
     def _stored(self) -> StoredSession | None:
         if self._tiers is None or self._key is None:

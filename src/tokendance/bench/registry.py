@@ -10,7 +10,7 @@ from tokendance.bench.suite import BenchSettings, SuiteResult
 from tokendance.errors import ConfigError
 
 SuiteName = Literal[
-    "attention", "plain", "prefill", "decode", "storage", "capacity", "fidelity", "serve"
+    "attention", "plain", "prefill", "decode", "storage", "restore", "capacity", "fidelity", "serve"
 ]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")

@@ -1,19 +1,22 @@
-"""`storage`: bytes of KV per agent over rounds, stored between rounds and resident while they run.
+"""`storage`: bytes of KV per agent over rounds: stored between rounds, resident while they run.
 
-A town talks for some rounds; the same prompts and answers are then replayed in every mode. After
-each round the store is asked where it has each agent's prompt and answer:
+A town talks for some rounds. After each the store is asked where it has each agent's prompt and
+answer:
 
     dense       one full cache per agent, counted in tokens
     stored      distinct slots that these caches lie in
     resident    distinct pages that the agents held while they ran, room for answers included
     shared      the same counts over the tokens of shared segments alone
-    mirror      slots that no other agent's cache has, of agents that reused a run
+    mirror      slots that no other agent's cache has, of agents that reused a run; and of these,
+                those that are tokens of shared segments
 
-Slots are counted, not pages, but for `resident`.
+Slots are counted, not pages, but for `resident`. The small town's prompts and answers are replayed
+in the other modes; the large one is a session that is stored on disk, whose files are counted.
 """
 
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,44 +29,33 @@ from tokendance.bench.plots import draw_lines
 from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
 from tokendance.config import ReuseMode
 from tokendance.engine.sampling import SamplingParams
-from tokendance.llm import LLM, ParamsLike, Progress
+from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.outputs import RoundResult
-from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
-from tokendance.rounds.trace import example_trace, read_trace
-from tokendance.session import Agent, Session
+from tokendance.rounds.prompts import Prompt
+from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
+from tokendance.session import Agent
+from tokendance.store.records import SessionKey
 
-MODES: tuple[ReuseMode, ...] = ("prefix", "pic-batched", "collective")
+REPLAYED: tuple[ReuseMode, ...] = ("prefix", "pic-batched")
 TASK = "Answer the others in one sentence. What will you do now?"
 _COLUMNS = {
+    "agents": "agents",
     "round": "round",
     "mode": "mode",
     "dense_mib": "dense MiB",
     "stored_mib": "stored",
     "resident_mib": "resident",
+    "disk_mib": "on disk",
     "shared_mib": "of it shared: dense",
     "shared_stored_mib": "stored",
     "mirror_mib": "one mirror adds",
     "mirror_compression": "mirror x",
+    "mirror_shared_compression": "its shared x",
     "shared_compression": "shared x",
+    "stored_compression": "stored x",
     "resident_compression": "resident x",
 }
-
-
-class _Recorder:
-    """Stands in for an LLM in a session, and keeps the prompts that the session makes."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-        self.encoder, self.model, self.tiers = llm.encoder, llm.model, None
-        self.prompts: list[Prompt] = []
-
-    def run_round(
-        self, prompts: Sequence[PromptLike], params: ParamsLike, progress: Progress | None
-    ) -> RoundResult:
-        """Run and remember."""
-        self.prompts = [as_prompt(prompt) for prompt in prompts]
-        return self._llm.run_round(prompts, params, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,60 +64,103 @@ class _Played:
 
     prompts: list[Prompt]
     answers: list[tuple[int, ...]]
+    result: RoundResult
+
+
+@dataclass(frozen=True, slots=True)
+class _Town:
+    """How many talk, for how long."""
+
+    agents: int
+    rounds: int
+    max_tokens: int
 
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
-    """Measure the suite; see the module."""
-    agents, num_rounds, max_tokens = (3, 2, 8) if settings.tiny else (10, 5, 64)
+    """Measure the suite; see the module.
+
+    Args:
+        settings: with the example town as source, 12 people take the place of 25.
+        console: to print on.
+    """
+    small, large = _Town(10, 5, 64), _Town(25, 8, 40)
+    if settings.tiny:
+        small = large = _Town(3, 2, 8)
     model = load_model(settings.model, "bfloat16")
-    room = agents * (1000 if settings.tiny else 6000)
-    engines = make_engines(model, MODES, room)
-    with console.status("The town talks ..."):
-        played = _talk(engines["collective"], agents, num_rounds, max_tokens, settings.seed)
-    table = LiveTable(console, f"KV of {agents} agents over rounds, bfloat16", _COLUMNS)
+    people = list(_people(settings))
+    longest = 1000 if settings.tiny else model.shape.max_context
+    table = LiveTable(console, "KV of agents over rounds, bfloat16", _COLUMNS)
     rows: list[Row] = []
-    for mode in MODES:
-        llm = engines[mode]
-        llm.engine.store.clear()
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        table.add(row)
+
+    engines = make_engines(model, ["collective", *REPLAYED], small.agents * min(longest, 6000))
+    played = []
+    for number, one in enumerate(_talk(engines["collective"], people, small, settings.seed), 1):
+        played.append(one)
+        add({"agents": small.agents, "round": number, "mode": "collective"}
+            | _measure(engines["collective"], one))  # fmt: skip
+    for mode in REPLAYED:
         for number, one in enumerate(played, 1):
-            params = [
-                SamplingParams(max_tokens=len(answer), forced_tokens=answer)
-                for answer in one.answers
-            ]
-            result = llm.run_round(one.prompts, params)
-            result.raise_for_errors()
-            row = {"round": number, "mode": mode} | _measure(llm, one, result)
-            rows.append(row)
-            table.add(row)
-    last = {row["mode"]: row for row in rows if row["round"] == num_rounds}["collective"]
-    keys = ("mirror_compression", "shared_compression", "resident_compression")
+            add({"agents": small.agents, "round": number, "mode": mode}
+                | _measure(engines[mode], _replay(engines[mode], one)))  # fmt: skip
+    del engines
+    people = people[: large.agents]
+    llm = make_engines(model, ["collective"], len(people) * longest)["collective"]
+    with tempfile.TemporaryDirectory(prefix="tokendance-") as folder:
+        llm.open_store(Path(folder) / "store")
+        assert llm.tiers is not None
+        index = llm.tiers.disk.index
+        for number, one in enumerate(_talk(llm, people, large, settings.seed), 1):
+            on_disk = index.usage(SessionKey("", "town")).num_bytes / 2**20
+            add({"agents": len(people), "round": number, "mode": "collective"}
+                | _measure(llm, one) | {"disk_mib": on_disk})  # fmt: skip
+        llm.close()
+    last = rows[-1]
     notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
-    headline = {key: last[key] for key in keys}
+    keys = ("mirror_compression", "shared_compression", "resident_compression")
+    headline = {key: last[key] for key in (*keys, "mirror_shared_compression")}
+    headline["disk_compression"] = last["dense_mib"] / last["disk_mib"]
     return SuiteResult("storage", settings.model, rows, headline, notes)
 
 
-def _talk(llm: LLM, agents: int, num_rounds: int, max_tokens: int, seed: int) -> list[_Played]:
-    """Let people of the example town hear each other."""
-    recorder = _Recorder(llm)
-    people = list(read_trace(example_trace()).agents.values())[:agents]
-    session = Session(recorder, None, [Agent(one.name, one.system) for one in people])  # type: ignore[arg-type]
-    played = []
-    for number in range(num_rounds):
+def _people(settings: BenchSettings) -> Sequence[TraceAgent]:
+    path = example_trace() if settings.source == "town" else Path(settings.source)
+    return list(read_trace(path).agents.values())
+
+
+def _talk(llm: LLM, people: Sequence[TraceAgent], town: _Town, seed: int) -> Iterator[_Played]:
+    """Let people hear each other, in a session that is stored if the engine has a store."""
+    people = people[: town.agents]
+    session = llm.session("town", [Agent(one.name, one.system) for one in people])
+    # A forced answer has at least one token; one that ended at once is the token that ends it.
+    end = (min(llm.model.stop_ids),)
+    for number in range(town.rounds):
         params = {
             one.name: SamplingParams(
-                max_tokens=max_tokens, temperature=0.7, seed=seed + 1000 * number + index
+                max_tokens=town.max_tokens, temperature=0.7, seed=seed + 1000 * number + index
             )
             for index, one in enumerate(people)
         }
+        prompts = session.ask(TASK, params).prompts
         result = session.run(TASK, params)
         result.raise_for_errors()
-        # A forced answer has at least one token; one that ended at once is the token that ends it.
-        end = (min(llm.model.stop_ids),)
-        played.append(_Played(recorder.prompts, [o.token_ids or end for o in result.outputs]))
-    return played
+        yield _Played(prompts, [output.token_ids or end for output in result.outputs], result)
 
 
-def _measure(llm: LLM, played: _Played, result: RoundResult) -> Row:
+def _replay(llm: LLM, played: _Played) -> _Played:
+    """Run a round again, with the same answers."""
+    params = [
+        SamplingParams(max_tokens=len(answer), forced_tokens=answer) for answer in played.answers
+    ]
+    result = llm.run_round(played.prompts, params)
+    result.raise_for_errors()
+    return _Played(played.prompts, played.answers, result)
+
+
+def _measure(llm: LLM, played: _Played) -> Row:
     """Ask the store where it has each agent's prompt and answer."""
     caches: list[npt.NDArray[np.int32]] = []
     shared: list[npt.NDArray[np.int32]] = []
@@ -147,13 +182,18 @@ def _measure(llm: LLM, played: _Played, result: RoundResult) -> Row:
     dense, stored = _total(caches)
     shared_dense, shared_stored = _total(shared)
     num_readers = np.bincount(np.concatenate(caches))
-    mirrors = [
-        (len(slots), int(np.count_nonzero(num_readers[slots] == 1)))
-        for slots, output in zip(caches, result.outputs, strict=True)
-        if output.corrected_tokens
-    ]
+
+    def of_mirrors(of_agents: Sequence[npt.NDArray[np.int32]]) -> list[tuple[int, int]]:
+        """Slots of each mirror, and how many of them nobody else has."""
+        return [
+            (len(slots), int(np.count_nonzero(num_readers[slots] == 1)))
+            for slots, output in zip(of_agents, played.result.outputs, strict=True)
+            if output.corrected_tokens
+        ]
+
+    mirrors = of_mirrors(caches)
     mib = llm.engine.kv_bytes_per_token / 2**20
-    resident = result.stats.kv_bytes.resident / 2**20
+    resident = played.result.stats.kv_bytes.resident / 2**20
     return {
         "dense_mib": dense * mib,
         "stored_mib": stored * mib,
@@ -161,14 +201,21 @@ def _measure(llm: LLM, played: _Played, result: RoundResult) -> Row:
         "shared_mib": shared_dense * mib,
         "shared_stored_mib": shared_stored * mib,
         "mirror_mib": statistics.mean(own for _, own in mirrors) * mib if mirrors else None,
-        "mirror_compression": (
-            sum(whole for whole, _ in mirrors) / sum(own for _, own in mirrors) if mirrors else None
-        ),
+        "disk_mib": None,
+        "mirror_compression": _times(mirrors),
+        "mirror_shared_compression": _times(of_mirrors(shared)),
+        "stored_compression": dense / stored,
         "shared_compression": shared_dense / shared_stored if shared_stored else None,
-        "resident_compression": result.stats.kv_bytes.dense / 2**20 / resident,
+        "resident_compression": played.result.stats.kv_bytes.dense / 2**20 / resident,
         "stored_mib_per_agent": stored * mib / len(caches),
         "resident_mib_per_agent": resident / len(caches),
     }
+
+
+def _times(mirrors: Sequence[tuple[int, int]]) -> float | None:
+    """How many times as many slots mirrors read as only they have."""
+    own = sum(own for _, own in mirrors)
+    return sum(whole for whole, _ in mirrors) / own if own else None
 
 
 def _total(caches: Sequence[npt.NDArray[np.int32]]) -> tuple[int, int]:
@@ -178,13 +225,15 @@ def _total(caches: Sequence[npt.NDArray[np.int32]]) -> tuple[int, int]:
 
 
 def plot(result: SuiteResult, path: Path) -> None:
-    """Draw stored bytes per agent over rounds, a line per mode."""
+    """Draw stored bytes per agent over rounds, a line per mode and number of agents."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in result.rows:
-        lines.setdefault(row["mode"], []).append((row["round"], row["stored_mib_per_agent"]))
+        name = f"{row['mode']}, {row['agents']} agents"
+        lines.setdefault(name, []).append((row["round"], row["stored_mib_per_agent"]))
         if row["mode"] == "collective":
-            dense = row["dense_mib"] * row["stored_mib_per_agent"] / row["stored_mib"]
-            lines.setdefault("dense", []).append((row["round"], dense))
+            dense = row["dense_mib"] / row["agents"]
+            name = f"dense, {row['agents']} agents"
+            lines.setdefault(name, []).append((row["round"], dense))
     draw_lines(
         path,
         lines,
