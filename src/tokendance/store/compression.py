@@ -6,8 +6,15 @@ chunk. Values have no such channels, so each token has one of its own, in every 
 
     x  ~  center + scale * code,     code in -127 ... 127,     |x - x'| <= scale / 2
 
-The center is the middle of a group's range. Keys keep it, since a channel that hardly turns with
-position has one sign throughout. Values do without (center 0), since their ranges lie around zero.
+The center is the middle of a group's range. Measured on SmolLM2-135M in float32, five prompts of
+about 1070 tokens: root mean square of the error over that of the numbers, and mean KL divergence
+(nats) of the next 25 tokens:
+
+    keys      with centers 0.0030, without 0.0043      KL 0.00007, 0.00037
+    values    with centers 0.0060, without 0.0073      KL without 0.00001
+
+So keys have them: a channel that hardly turns with position has one sign throughout. Values do
+without, as theirs would take 6% of memory for an error that is not felt.
 """
 
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ from tokendance.store.floats import KVArray
 
 # Tokens that are taken from the master at once: so few that the steps of rotating them stay in
 # the processor's cache.
-_CHUNK_TOKENS = 128
+_CHUNK_TOKENS = 256
 
 
 def restore_layers(diff: CacheDiff, master: DenseCache) -> Generator[LayerKV, None, None]:
