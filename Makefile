@@ -6,7 +6,7 @@ DEMO := .venv/.demo-weights
 VLLM := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: sanitize help venv demo-weights demo test check lint types format bench vllm clean
+.PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ demo: demo-weights ## 10 agents talk for 3 rounds
 
 test: demo-weights ## run the tests
 	$(BIN)/pytest
+
+soak: $(STAMP) ## the server under load for 10 minutes; SECONDS=60 for a minute
+	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),600)
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -1,0 +1,14 @@
+"""`python -m soak`: see the package."""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from soak.run import soak
+
+parser = argparse.ArgumentParser(prog="soak", description="The server under load.")
+parser.add_argument("--seconds", type=float, default=600.0)
+parser.add_argument("--seed", type=int, default=0)
+given = parser.parse_args()
+sys.exit(1 if soak(given.seconds, given.seed, Console()) else 0)

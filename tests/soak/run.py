@@ -1,0 +1,266 @@
+"""The server of a soak, what is measured of it meanwhile, and what has to be true at the end."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from conftest import save_model
+from serving import listening
+from soak.load import Target
+from tokendance import LLM
+from tokendance.config import EngineConfig, StoreConfig
+from tokendance.models.loader import load_model
+from tokendance.server.state import Server
+from tokendance.store.pages import Holder
+
+_CONTEXT = 1024
+_NUM_PAGES = 2000
+_KEYS = ["one", "two", "three", "canary"]
+_SETTINGS: dict[str, Any] = {
+    "api_keys": tuple(_KEYS),
+    "max_body_bytes": 200_000,
+    "max_messages": 200,
+    # Fewer than a burst: there have to be some who are told to come back.
+    "max_open_requests": 96,
+    "default_max_tokens": 16,
+}
+_QUIET_S = 60.0
+
+# Memory is flat if what a straight line through its last two thirds gains is less than this. A
+# few hundred bytes left behind by each request of ten minutes would be more. What allocators keep
+# goes up and down by some MiB, and shorter runs have hardly warmed up.
+_MOST_GROWTH_MIB = 8.0
+_SHORTEST_S = 240.0
+
+
+@dataclass(slots=True)
+class Watch:
+    """What was seen of the server's process while it worked.
+
+    Attributes:
+        samples: seconds since it began, and MiB of resident memory.
+        problems: what was not as it has to be.
+    """
+
+    samples: list[tuple[float, float]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def thirds(self) -> tuple[float, float]:
+        """Mean MiB of the first and of the last third."""
+        memory = np.array([mib for _, mib in self.samples])
+        third = max(1, len(memory) // 3)
+        return float(memory[:third].mean()), float(memory[-third:].mean())
+
+    def growth(self) -> float:
+        """MiB that a straight line through the last two thirds gains."""
+        late = np.array(self.samples[len(self.samples) // 3 :])
+        if len(late) < 3:
+            return 0.0
+        slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
+        return float(slope * (late[-1, 0] - late[0, 0]))
+
+
+def soak(seconds: float, seed: int, console: Console) -> list[str]:
+    """Serve a tiny model to clients of all kinds for some time; return what went wrong."""
+    watch = Watch()
+    llm = _make_llm()
+    with listening(llm, **_SETTINGS) as (port, server, runner), _errors_noted(watch):
+        target = Target(
+            port,
+            _KEYS[:-1],
+            _KEYS[-1],
+            _SETTINGS["max_body_bytes"],
+            _SETTINGS["max_messages"],
+            _CONTEXT,
+        )
+        _run_clients(target, 1.0, seed, lambda _: None)  # what is made once is made now
+        watch.problems += _leftovers(server, runner)
+        before = _handles()
+        begun = time.monotonic()
+
+        def look(progress: dict[str, Any]) -> None:
+            watch.samples.append((time.monotonic() - begun, _resident_mib()))
+            _check_books(server, watch)
+            _show_progress(progress, console)
+
+        result = _run_clients(target, seconds, seed, look)
+        watch.problems += result["problems"] + _leftovers(server, runner)
+        watch.problems += _new_handles(before)
+    if seconds >= _SHORTEST_S and watch.growth() > _MOST_GROWTH_MIB:
+        watch.problems.append(f"memory grew by {watch.growth():.1f} MiB in its last two thirds")
+    _show(result, watch, console)
+    return watch.problems
+
+
+def _make_llm() -> LLM:
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder), "llama", max_position_embeddings=_CONTEXT)
+        model = load_model(folder, "float32")
+    page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
+    return LLM.from_loaded(model, EngineConfig(store=StoreConfig(_NUM_PAGES * page_bytes, 16)))
+
+
+def _run_clients(
+    target: Target, seconds: float, seed: int, look: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Let the clients ask, in a process of their own; return what they have counted."""
+    command = [sys.executable, "-m", "soak.load", "--target", json.dumps(asdict(target))]
+    command += ["--seconds", str(seconds), "--seed", str(seed)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    result: dict[str, Any] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as clients:
+        assert clients.stdout is not None
+        for line in clients.stdout:
+            document = json.loads(line)
+            if "progress" in document:
+                look(document["progress"])
+            result = document.get("result", result)
+    if not result:
+        raise RuntimeError(f"The clients have failed with exit code {clients.returncode}.")
+    return result
+
+
+# -- what has to be true ----------------------------------------------------------------------
+
+
+def _check_books(server: Server, watch: Watch) -> None:
+    """Have the engine's thread compare all counts of pages between two steps."""
+
+    def check() -> None:
+        try:
+            server.llm.engine.check_integrity()
+        except AssertionError as error:
+            watch.problems.append(f"under load: {error}")
+
+    server.worker._put(check)
+
+
+def _leftovers(server: Server, runner: uvicorn.Server) -> list[str]:
+    """What is left of requests when nobody asks any more; nothing, after a moment."""
+    engine, worker = server.llm.engine, server.worker
+
+    def found() -> dict[str, int]:
+        return {
+            "open requests": server.num_open,
+            "running requests": len(engine.scheduler.running),
+            "waiting requests": len(engine.scheduler.waiting),
+            "jobs": len(worker._live),
+            "named rounds": len(worker._named),
+            "jobs in the window": 0 if worker._window.due_s() is None else 1,
+            "announced requests": worker._window.num_expected,
+            "records of rounds": len(engine._rounds),
+            "pages held by requests": engine.store.pool.num_held(Holder.REQUEST),
+            "HTTP requests": len(runner.server_state.tasks),
+            "connections": len(runner.server_state.connections),
+        }
+
+    _wait(lambda: not any(found().values()))
+    left = [f"left at the end: {count} {what}" for what, count in found().items() if count]
+    if not worker.is_alive:
+        return [*left, f"the engine has failed: {worker.failure!r}"]
+    engine.check_integrity()
+    return left
+
+
+def _new_handles(before: dict[str, int]) -> list[str]:
+    _wait(lambda: all(count <= before[what] for what, count in _handles().items()))
+    return [
+        f"{count} {what} at the end, {before[what]} before"
+        for what, count in _handles().items()
+        if count > before[what]
+    ]
+
+
+def _handles() -> dict[str, int]:
+    """Threads, but for the pool that reads requests, whose size has a limit; open files."""
+    threads = [one for one in threading.enumerate() if not one.name.startswith("AnyIO")]
+    folder = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
+    return {"threads": len(threads), "open files": len(list(folder.iterdir()))}
+
+
+def _wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _QUIET_S
+    while not until() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@contextmanager
+def _errors_noted(watch: Watch) -> Iterator[None]:
+    """Whatever the server logs as an error is a problem."""
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            watch.problems.append(f"logged: {logging.Formatter().format(record)}")
+
+    handler = Noting(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in (None, "uvicorn")]  # the latter keeps to itself
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def _resident_mib() -> float:
+    """Resident memory of this process; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+# -- what is shown ----------------------------------------------------------------------------
+
+
+def _show_progress(progress: dict[str, Any], console: Console) -> None:
+    counts = ", ".join(f"{how}: {count}" for how, count in sorted(progress["statuses"].items()))
+    console.print(
+        f"{progress['seconds']:5.0f} s  {_resident_mib():6.1f} MiB  {counts}  "
+        f"problems: {progress['problems']}",
+        highlight=False,
+    )
+
+
+def _show(result: dict[str, Any], watch: Watch, console: Console) -> None:
+    answers: dict[str, dict[str, int]] = result["answers"]
+    total = sum((Counter(counts) for counts in answers.values()), Counter[str]())
+    columns = sorted(total)
+    table = Table("kind", *columns, "all", title="Requests by kind and status")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, counts in [*sorted(answers.items()), ("all", total)]:
+        shown = [str(counts.get(column, "")) for column in columns]
+        table.add_row(kind, *shown, str(sum(counts.values())))
+    console.print(table)
+    console.print(f"The slowest answer took {result['slowest_s']:.2f} s: {result['slowest']}.")
+    if watch.samples:
+        first, last = watch.thirds()
+        console.print(
+            f"Memory: {first:.1f} MiB in the first third, {last:.1f} MiB in the last; a line "
+            f"through the last two thirds gains {watch.growth():.1f} MiB."
+        )
+    if result["num_problems"] > len(result["problems"]):
+        console.print(f"{result['num_problems']} problems of clients; the first:")
+    for problem in watch.problems:
+        console.print(f"PROBLEM {problem}", style="red", markup=False, highlight=False)
+    if not watch.problems:
+        console.print("No problems: all were answered, and nothing is left behind.")
