@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from tokendance.attention.rope import Rope
 from tokendance.errors import CacheError, ConfigError
-from tokendance.store.alignment import Match, Turns, cut_blocks, from_master
-from tokendance.store.dense import DenseCache, LayerKV
-from tokendance.store.diffs import CacheDiff, encode_diff
 from tokendance.store.floats import BFLOAT16, KVArray, bits_of, narrow, widen
-from tokendance.store.masters import choose_master
-from tokendance.store.restore import restore_into, restore_layers
+from tokendance.store.foreign.alignment import Match, Turns, cut_blocks, from_master
+from tokendance.store.foreign.dense import DenseCache, LayerKV
+from tokendance.store.foreign.diffs import CacheDiff, encode_diff
+from tokendance.store.foreign.masters import choose_master
+from tokendance.store.foreign.restore import restore_into, restore_layers
 
 DTYPE_LIST: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 DTYPES = pytest.mark.parametrize("dtype", DTYPE_LIST, ids=["float32", "float16", "bfloat16"])

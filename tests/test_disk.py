@@ -77,6 +77,31 @@ def test_what_is_written_is_read(store: DiskStore) -> None:
     store.check_integrity()
 
 
+def test_a_byte_per_number_is_near(tmp_path: Path) -> None:
+    sizes = []
+    for compressed in (False, True):
+        with DiskStore(tmp_path / str(compressed), IDENTITY, compressed=compressed) as store:
+            rows = rows_of(1, 200)
+            file, written = store.write(rows)
+            store.commit(
+                TOWN, round_number=1, state=b"", caches={"a": cache_of([(file, 200)])},
+                files={file: written},
+            )  # fmt: skip
+            found = store.read(store.index.file(file))
+            sizes.append(written.num_bytes)
+            assert np.array_equal(found.positions, rows.positions)
+            limit = 0.02 if compressed else 0.0
+            assert np.abs(found.keys - rows.keys).max() <= limit * np.abs(rows.keys).max()
+            assert np.abs(found.values - rows.values).max() <= limit * np.abs(rows.values).max()
+            assert store.verify() == []
+    assert sizes[1] < 0.6 * sizes[0]
+    # What no scale can hold is written as it is.
+    with DiskStore(tmp_path / "x", IDENTITY, compressed=True) as store:
+        rows = rows_of(1)
+        rows.keys[0, 0, 0, 0] = np.inf
+        assert is_same(store.read(store.write(rows)[1]), rows)
+
+
 def test_only_the_owner_may_read(store: DiskStore) -> None:
     save(store, TOWN, 1, {"ann": [1]})
     for path in [store.folder, *store.folder.rglob("*")]:

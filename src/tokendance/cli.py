@@ -39,6 +39,9 @@ StoreBudget = Annotated[
     str | None,
     typer.Option(help="Most bytes of KV in the store, like 10GiB; without bound if left out."),
 ]
+StoreInt8 = Annotated[
+    bool, typer.Option("--store-int8", help="Write new KV to the store in half the bytes.")
+]
 StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.", file_okay=False)]
 TextSeed = Annotated[int, typer.Option(help="Of texts, lengths and orders.")]
 
@@ -132,6 +135,7 @@ def run(
         typer.Option(help="With --session: folder in which sessions last.", file_okay=False),
     ] = None,
     store_budget: StoreBudget = None,
+    store_int8: StoreInt8 = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write figures and answers to this file.")
     ] = None,
@@ -163,6 +167,7 @@ def run(
             session=session,
             store=store,
             store_budget=store_budget,
+            store_int8=store_int8,
             json_file=json_file,
         ),
         Console(),
@@ -281,6 +286,7 @@ def serve(
         typer.Option(help="Folder in which sessions last, over restarts too.", file_okay=False),
     ] = None,
     store_budget: StoreBudget = None,
+    store_int8: StoreInt8 = False,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="A line for each request, as this.")
     ] = "text",
@@ -319,6 +325,7 @@ def serve(
         log_format=log_format,
         store=store,
         store_budget=store_budget,
+        store_int8=store_int8,
     )
     commands.serve(options, settings, Console())
 

@@ -71,6 +71,7 @@ class LLM:
         attention: AttentionName = "auto",
         store: str | Path | None = None,
         store_budget: int | str | None = None,
+        store_int8: bool = False,
     ) -> None:
         """Load a model and allocate its memory.
 
@@ -95,6 +96,8 @@ class LLM:
             store: folder in which sessions with a name last; made if it does not exist.
             store_budget: most bytes of KV in it, as a number or like "10GiB"; without bound if
                 left out.
+            store_int8: write new KV with a byte per number, half of what bfloat16 takes; what it
+                costs is in docs/benchmarks.md.
 
         Raises:
             ConfigError: for a setting that cannot be.
@@ -119,8 +122,10 @@ class LLM:
             _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
             **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
         )
-        if store is None and store_budget is not None:
-            raise ConfigError("store_budget goes with store. Give a folder, or leave it out.")
+        if store is None and (store_budget is not None or store_int8):
+            raise ConfigError(
+                "store_budget and store_int8 go with store. Give a folder, or leave them out."
+            )
         loaded = load_model(str(model), dtype, device)
         target = None
         if fidelity_target is not None:
@@ -136,7 +141,7 @@ class LLM:
         )
         self._start(loaded, config)
         if store is not None:
-            self.open_store(Path(store), **_given(budget=store_budget))
+            self.open_store(Path(store), store_budget, int8=store_int8)
 
     @classmethod
     def from_loaded(
@@ -160,12 +165,15 @@ class LLM:
         self.engine = Engine(model, config, self.encoder.decode, memory)
         self.tiers: Tiers | None = None
 
-    def open_store(self, folder: Path, budget: int | str | None = None) -> None:
+    def open_store(
+        self, folder: Path, budget: int | str | None = None, *, int8: bool = False
+    ) -> None:
         """Let sessions with a name last in a folder.
 
         Args:
             folder: made if it does not exist.
             budget: see `LLM`.
+            int8: likewise.
 
         Raises:
             StoreError: if it cannot be used, or holds KV of another model.
@@ -173,6 +181,7 @@ class LLM:
         disk = DiskStore(
             folder,
             identity_of(self.model),
+            compressed=int8,
             **_given(budget=None if budget is None else parse_bytes(budget)),
         )
         self.tiers = Tiers(self.engine, disk)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import Segment
+from tokendance.store.kv_file import compress_rows, decompress_rows
+from tokendance.store.pages import Holder
 
 RECALL_TOKENS = 6  # the word that is asked for comes first
 
@@ -130,6 +133,19 @@ def measure_fidelity(
         corrected_share=statistics.mean(share),
         agents=tuple(names),
     )
+
+
+def pass_through_int8(llm: LLM) -> None:
+    """Put all KV that an engine has stored through compression and back, as a cold store does."""
+    engine = llm.engine
+    pool = engine.store.pool
+    pages = np.flatnonzero(pool.num_refs(pool.all_pages(), Holder.INDEX))
+    size = pool.page_size
+    slots = (pages[:, None] * size + np.arange(size)).reshape(-1)
+    slots = slots[engine.store.slot_ready[slots]].astype(np.int32)
+    memory = engine.runner.memory
+    rows = memory.read(slots, engine.store.slot_position[slots])
+    memory.write(slots, decompress_rows(rows.positions, compress_rows(rows)))
 
 
 def measure_recall(llm: LLM, workload: RoundWorkload) -> dict[str, bool]:

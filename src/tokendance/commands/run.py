@@ -65,6 +65,7 @@ class RunSettings:
     session: str | None
     store: Path | None
     store_budget: str | None
+    store_int8: bool
     json_file: Path | None
 
 
@@ -91,6 +92,7 @@ def run_trace(settings: RunSettings, console: Console) -> None:
             dtype=settings.dtype,
             store=settings.store,
             store_budget=settings.store_budget,
+            store_int8=settings.store_int8,
         )
     console.print(
         f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm.model.dtype)}, "

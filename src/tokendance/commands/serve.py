@@ -38,6 +38,7 @@ class EngineOptions:
     log_format: LogFormat
     store: Path | None
     store_budget: str | None
+    store_int8: bool
 
 
 def serve(options: EngineOptions, settings: ServerSettings, console: Console) -> None:
@@ -55,6 +56,7 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
             shadow=options.shadow,
             store=options.store,
             store_budget=options.store_budget,
+            store_int8=options.store_int8,
         )
         llm.generate("warm up", SamplingParams(max_tokens=1))
         llm.engine.store.clear()

@@ -44,6 +44,8 @@ class DiskStore:
         budget: most bytes of KV files.
         index: of what is there, to look at; only this class changes it.
         num_leftovers: files that were removed when it was opened.
+        compressed: whether new files take a byte per number; what was written before is read as it
+            is.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class DiskStore:
         identity: Mapping[str, str] | None,
         *,
         budget: int = NO_BUDGET,
+        compressed: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Open a store, or make one where there is none.
@@ -61,6 +64,7 @@ class DiskStore:
             identity: what the KV depends on (weights, dtype, tokenizer, rotation), by name. None
                 opens a store that exists, only to look at it or to remove from it.
             budget: see above.
+            compressed: see above.
             clock: seconds since 1970.
 
         Raises:
@@ -69,6 +73,7 @@ class DiskStore:
         """
         self.folder = folder
         self.budget = budget
+        self.compressed = compressed
         self._files = folder / "kv"
         self._clock = clock
         with told(folder):
@@ -140,7 +145,8 @@ class DiskStore:
             StoreError: if the disk cannot be written.
         """
         # Drawn, so that none is ever used again for something else.
-        return FileId(secrets.randbits(62)), write_rows(self._files, rows)
+        file = FileId(secrets.randbits(62))
+        return file, write_rows(self._files, rows, compressed=self.compressed)
 
     def discard(self, files: Iterable[WrittenFile]) -> None:
         """Remove files that were written and not named."""

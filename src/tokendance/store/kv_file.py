@@ -6,6 +6,11 @@ A file holds rows, one token each, that are never changed once they are written:
     keys.0 ...     (KVH, n, D), a tensor per layer
     values.0 ...   likewise
 
+or, where it was asked for, compressed to a byte per number (store/compression.py):
+
+    keys.0.codes, keys.0.scales, keys.0.centers, values.0.codes, values.0.scales, ...
+    like           empty, of the dtype of what was compressed
+
 bfloat16 travels as uint16. The checksum of a file is kept by whoever knows it (`store/disk.py`),
 not in the file, so a file that was put in another's place is found, too.
 """
@@ -14,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from tokendance.errors import CorruptFileError, StoreError
+from tokendance.errors import CacheError, CorruptFileError, StoreError
+from tokendance.store.compression import (
+    CHUNK_TOKENS,
+    CompressedLayer,
+    CompressedTensor,
+    compress_layer,
+)
+from tokendance.store.foreign.dense import LayerKV
 
 _CHECKSUM_BYTES = 16
 TEMPORARY = ".tmp"
@@ -72,21 +85,45 @@ class WrittenFile:
     checksum: bytes
 
 
-def write_rows(folder: Path, rows: KVRows) -> WrittenFile:
+def compress_rows(rows: KVRows) -> list[CompressedLayer]:
+    """Compress each layer's keys and values to a byte per number.
+
+    Raises:
+        CacheError: for numbers that are not finite.
+    """
+    return [
+        compress_layer(LayerKV(keys.swapaxes(0, 1), values.swapaxes(0, 1)))
+        for keys, values in zip(rows.keys, rows.values, strict=True)
+    ]
+
+
+def decompress_rows(positions: npt.NDArray[np.int32], layers: Sequence[CompressedLayer]) -> KVRows:
+    """Make rows of what `compress_rows` made of them, as near as a byte per number is."""
+    found = [layer.decompress() for layer in layers]
+    return KVRows(
+        positions,
+        np.stack([layer.keys.swapaxes(0, 1) for layer in found]),
+        np.stack([layer.values.swapaxes(0, 1) for layer in found]),
+    )
+
+
+def write_rows(folder: Path, rows: KVRows, *, compressed: bool = False) -> WrittenFile:
     """Write rows into a new file, flushed to the disk before it gets its name.
 
     Args:
         folder: to write into; `flush_folder` makes the name last.
         rows: to write.
+        compressed: to a byte per number; rows that hold infinities stay as they are.
 
     Raises:
         StoreError: if the disk is full or cannot be written; nothing is left behind then.
     """
-    tensors = {"positions": rows.positions}
-    for layer in range(len(rows.keys)):
-        tensors[f"keys.{layer}"] = np.ascontiguousarray(rows.keys[layer])
-        tensors[f"values.{layer}"] = np.ascontiguousarray(rows.values[layer])
-    content = save(tensors)
+    tensors = _plain_tensors(rows)
+    if compressed:
+        with contextlib.suppress(CacheError):
+            tensors = _compressed_tensors(rows)
+    # safetensors writes an array's memory as it lies, whatever its strides say.
+    content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     name = secrets.token_hex(16) + SUFFIX
     temporary = folder / (name + TEMPORARY)
     try:
@@ -133,13 +170,7 @@ def read_rows(folder: Path, file: WrittenFile) -> KVRows:
             "again."
         )
     try:
-        tensors = load(content)
-        layers = range((len(tensors) - 1) // 2)
-        rows = KVRows(
-            tensors["positions"],
-            np.stack([tensors[f"keys.{layer}"] for layer in layers]),
-            np.stack([tensors[f"values.{layer}"] for layer in layers]),
-        )
+        rows = _rows_of(load(content))
     except (SafetensorError, KeyError, ValueError) as error:
         raise CorruptFileError(
             f"{path} is no file of KV ({type(error).__name__}). What it held is computed again."
@@ -147,6 +178,52 @@ def read_rows(folder: Path, file: WrittenFile) -> KVRows:
     if str(rows.keys.dtype) not in _KINDS or len(rows) != file.num_rows:
         raise CorruptFileError(f"{path} holds something else. What it held is computed again.")
     return rows
+
+
+def _plain_tensors(rows: KVRows) -> dict[str, npt.NDArray[Any]]:
+    tensors: dict[str, npt.NDArray[Any]] = {"positions": rows.positions}
+    for layer in range(len(rows.keys)):
+        tensors[f"keys.{layer}"] = rows.keys[layer]
+        tensors[f"values.{layer}"] = rows.values[layer]
+    return tensors
+
+
+def _compressed_tensors(rows: KVRows) -> dict[str, npt.NDArray[Any]]:
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "positions": rows.positions,
+        "like": np.empty(0, rows.keys.dtype),
+    }
+    for number, layer in enumerate(compress_rows(rows)):
+        assert layer.keys.centers is not None
+        tensors[f"keys.{number}.codes"] = layer.keys.codes
+        tensors[f"keys.{number}.scales"] = layer.keys.scales
+        tensors[f"keys.{number}.centers"] = layer.keys.centers
+        tensors[f"values.{number}.codes"] = layer.values.codes
+        tensors[f"values.{number}.scales"] = layer.values.scales
+    return tensors
+
+
+def _rows_of(tensors: Mapping[str, npt.NDArray[Any]]) -> KVRows:
+    """Read what one of the two above has made."""
+    positions = tensors["positions"]
+    if "like" not in tensors:
+        layers = range((len(tensors) - 1) // 2)
+        return KVRows(
+            positions,
+            np.stack([tensors[f"keys.{layer}"] for layer in layers]),
+            np.stack([tensors[f"values.{layer}"] for layer in layers]),
+        )
+    dtype = tensors["like"].dtype
+    compressed = []
+    for number in range((len(tensors) - 2) // 5):
+        codes, scales, centers = (
+            tensors[f"keys.{number}.{part}"] for part in ("codes", "scales", "centers")
+        )
+        keys = CompressedTensor(codes, scales, centers, CHUNK_TOKENS, dtype)
+        codes, scales = (tensors[f"values.{number}.{part}"] for part in ("codes", "scales"))
+        values = CompressedTensor(codes, scales, None, 1, dtype)
+        compressed.append(CompressedLayer(keys, values))
+    return decompress_rows(positions, compressed)
 
 
 def checksum_of(content: bytes) -> bytes:

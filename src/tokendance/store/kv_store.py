@@ -208,8 +208,7 @@ class KVStore:
     def can_make_room(self, count: int, keep: PageIds) -> bool:
         """Say whether `count` pages could be free, with `keep` left alone. Changes nothing."""
         pool = self.pool
-        all_pages = np.arange(pool.num_pages, dtype=np.int32)
-        taken = pool.num_refs(all_pages, Holder.REQUEST) > 0
+        taken = pool.num_refs(pool.all_pages(), Holder.REQUEST) > 0
         taken[keep] = True
         return count <= pool.num_pages - int(np.count_nonzero(taken))
 

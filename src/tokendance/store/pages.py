@@ -34,6 +34,10 @@ class PagePool:
         """Count the pages with at least one reference by `holder`."""
         return int(np.count_nonzero(self._refs[holder]))
 
+    def all_pages(self) -> PageIds:
+        """Every page."""
+        return np.arange(self.num_pages, dtype=np.int32)
+
     @property
     def num_free(self) -> int:
         """Pages that nobody holds."""

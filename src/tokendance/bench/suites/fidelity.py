@@ -17,6 +17,7 @@ from tokendance.bench.fidelity import (
     Reference,
     measure_fidelity,
     measure_recall,
+    pass_through_int8,
     recall_share,
     reference_answers,
 )
@@ -69,24 +70,33 @@ _HEADLINE = {
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One way to reuse; `correction` has no effect but with "collective"."""
+    """One way to reuse.
+
+    Attributes:
+        mode: see `EngineConfig`.
+        correction: has no effect but with "collective".
+        int8: private parts have been stored in a byte per number.
+    """
 
     mode: ReuseMode
     correction: CorrectionPolicy
+    int8: bool = False
 
     @property
     def label(self) -> str:
         """The correction as the table shows it; 2 + 1 is the first two and the last token."""
         if self.mode != "collective":
             return "-"
+        name = self.correction.name
         if isinstance(self.correction, FirstK):
-            return f"first {self.correction.k}"
-        if isinstance(self.correction, Edges):
-            return f"{self.correction.first} + {self.correction.last}"
-        return self.correction.name
+            name = f"first {self.correction.k}"
+        elif isinstance(self.correction, Edges):
+            name = f"{self.correction.first} + {self.correction.last}"
+        return f"{name}, int8" if self.int8 else name
 
 
 DEFAULT = Kind("collective", Edges())
+INT8 = Kind("collective", Edges(), int8=True)
 PIC = Kind("pic", NoCorrection())
 
 
@@ -123,7 +133,7 @@ def _make_plan(settings: BenchSettings) -> _Plan:
             WorkloadSpec(3, 40, (40, 80), source=settings.source, seed=settings.seed),
             workloads=1,
             tokens=6,
-            frontier=(PIC, DEFAULT, Kind("collective", CorrectAll())),
+            frontier=(PIC, DEFAULT, INT8, Kind("collective", CorrectAll())),
             orders=("same", "permuted"),
             half=(DEFAULT,),
         )
@@ -137,6 +147,7 @@ def _make_plan(settings: BenchSettings) -> _Plan:
         frontier=(
             PIC,
             *(Kind("collective", policy) for policy in sweep),
+            INT8,
         ),
         orders=("same", "permuted", "own-first"),
         half=(
@@ -144,6 +155,7 @@ def _make_plan(settings: BenchSettings) -> _Plan:
             Kind("collective", NoCorrection()),
             Kind("collective", FirstK(4)),
             DEFAULT,
+            INT8,
             Kind("collective", CorrectAll()),
         ),
     )
@@ -249,7 +261,10 @@ def _rows(
         for index in range(len(texts)):
             for order in orders:
                 one = exact[order][index]
-                one.workload.warm(llm, keep=True)  # the orders of a workload have it in common
+                # The orders of a workload have it in common.
+                one.workload.warm(llm, keep=not kind.int8)
+                if kind.int8:
+                    pass_through_int8(llm)
                 fidelity = measure_fidelity(llm, one.workload.prompts(), one.answers)
                 found[order].append((fidelity, measure_recall(llm, one.workload)))
         for order in orders:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokendance.errors import CacheError
-from tokendance.store.alignment import FloatArray, Match
-from tokendance.store.dense import DenseCache
-from tokendance.store.diffs import BLOCK_TOKENS, encode_diff
+from tokendance.store.foreign.alignment import FloatArray, Match
+from tokendance.store.foreign.dense import DenseCache
+from tokendance.store.foreign.diffs import BLOCK_TOKENS, encode_diff
 
 Align = Callable[[int, int], Sequence[Match]]
 """Says what two caches have in common, by their indexes: the sibling's, then the master's."""

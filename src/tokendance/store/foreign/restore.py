@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.errors import CacheError
-from tokendance.store.alignment import Cut, Turns, check_matches, cut_blocks, from_master
-from tokendance.store.dense import (
+from tokendance.store.floats import KVArray
+from tokendance.store.foreign.alignment import Cut, Turns, check_matches, cut_blocks, from_master
+from tokendance.store.foreign.dense import (
     DenseCache,
     LayerKV,
     check_cache,
@@ -25,8 +26,7 @@ from tokendance.store.dense import (
     describe,
     same_heads,
 )
-from tokendance.store.diffs import CacheDiff, TensorDiff
-from tokendance.store.floats import KVArray
+from tokendance.store.foreign.diffs import CacheDiff, TensorDiff
 
 # Tokens that are taken from the master at once: so few that the steps of rotating them stay in
 # the processor's cache.
