@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import h11
+import httpx
 
 from soak import bodies
 from soak.bodies import Body
@@ -107,6 +108,7 @@ class Clients:
             (self._round_by_content, 2),
             (self._round_by_name, 2),
             (self._round_in_one_call, 1),
+            (self._one_connection, 2),
             (self._leave_early, 2),
             (self._leave_waiting, 2),
             (self._leave_stream, 3),
@@ -145,6 +147,7 @@ class Clients:
         chunk: int | None = None,
         leave: Leave | None = None,
         content_type: str = "application/json",
+        client: httpx.AsyncClient | None = None,
     ) -> Reply | None:
         """Ask; again after a while if the server says so. Judge the answer and count it."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -154,14 +157,20 @@ class Clients:
             begun = time.monotonic()
             try:
                 async with asyncio.timeout(_DEADLINE_S):
-                    reply = await exchange(
-                        self.target.port, method, path, data, sent, chunk=chunk, leave=leave
-                    )
+                    if client is not None:
+                        found = await client.request(method, path, content=data, headers=sent)
+                        reply: Reply | None = Reply(
+                            found.status_code, dict(found.headers), found.content
+                        )
+                    else:
+                        reply = await exchange(
+                            self.target.port, method, path, data, sent, chunk=chunk, leave=leave
+                        )
             except TimeoutError:
                 self._count(kind, "hangs", begun)
                 self.tally.complain(kind, f"no answer in {_DEADLINE_S} s to {data[:500]!r}")
                 return None
-            except (OSError, h11.RemoteProtocolError) as error:
+            except (OSError, h11.RemoteProtocolError, httpx.HTTPError) as error:
                 self._count(kind, "left" if leave is not None else "broken", begun)
                 if leave is None:
                     self.tally.complain(kind, f"{error!r} after {data[:500]!r}")
@@ -213,6 +222,25 @@ class Clients:
     async def _round_in_one_call(self, rng: random.Random) -> None:
         body = bodies.whole_round(rng, rng.randint(1, 12))
         await self._ask("round in one call", _ROUNDS, body, key=self._key(rng))
+
+    async def _one_connection(self, rng: random.Random) -> None:
+        """One request after another, right and wrong, over a connection that is kept."""
+        url = f"http://127.0.0.1:{self.target.port}"
+        async with httpx.AsyncClient(base_url=url, timeout=_DEADLINE_S) as client:
+            for _ in range(10):
+                key = self._key(rng)
+                body: Body | bytes = bodies.chat(rng)
+                expected: tuple[int, ...] = (200,)
+                wrong = rng.randrange(6)
+                if wrong == 0:
+                    key, expected = "wrong", (401,)
+                elif wrong == 1:
+                    body, expected = b" " * (self.target.max_body_bytes + 1), (413,)
+                elif wrong == 2:
+                    body, expected = mutated(rng, bodies.chat(rng)), _FUZZED
+                await self._ask(
+                    "one connection", _CHAT, body, key=key, expected=expected, client=client
+                )
 
     async def _burst(self, rng: random.Random) -> None:
         await self._together("burst", rng, bodies.agents(rng, _BURST))
