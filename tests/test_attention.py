@@ -127,21 +127,26 @@ def run(
     values[:, poison] = float("nan")
     backend = make([kind], size, device, dtype)
     backend.prepare(batch)
-    return backend.attend(0, query, key, value, keys, values, size**-0.5).cpu()
+    tensors = [query, key, value, keys, values]
+    if make is ReferenceBackend:  # the same numbers, and a result that is not rounded to the dtype
+        tensors = [tensor.double() for tensor in tensors]
+    return backend.attend(0, *tensors, size**-0.5).cpu()
 
 
 def rope_of(rotated: int, layout: RopeLayout = RopeLayout.HALVES) -> Rope:
     return Rope(10000.0 ** (-torch.arange(0, rotated, 2) / rotated), layout)
 
 
-def assert_close(result: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare with the reference, which sums in float64, relative to the largest number of a row.
+def assert_close(result: torch.Tensor, expected: torch.Tensor, backend: str) -> None:
+    """Compare with the reference in float64, relative to the largest number of a row.
 
-    bfloat16 keeps 8 bits, and a shifted query is rounded once more than in the reference.
+    torch and Triton round a shifted query to bfloat16 once more, and torch its partial results.
     """
+    assert expected.dtype == torch.float64
     error = (result.double() - expected.double()).abs().amax(-1)
     scale = expected.double().abs().amax(-1)
-    limit = 1e-5 if result.dtype == torch.float32 else 2e-2
+    coarse = 2e-2 if backend in ("torch", "triton") else 1e-2
+    limit = 1e-5 if result.dtype == torch.float32 else coarse
     assert (error <= limit * scale.clamp(min=0.1)).all(), float((error / scale).max())
 
 
@@ -173,7 +178,8 @@ def test_every_backend_equals_the_reference(
     batch = random_batch(np.random.default_rng(seed), agents, chunk)
     kind = LayerKind(rope_of(rotated, layout), window)
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
-    assert_close(run(BACKENDS[backend], batch, kind, (*heads, size), dtype, seed), expected)
+    result = run(BACKENDS[backend], batch, kind, (*heads, size), dtype, seed)
+    assert_close(result, expected, backend)
 
 
 @needs_triton
@@ -205,7 +211,7 @@ def test_the_triton_kernels_equal_the_reference(
     kind = LayerKind(rope_of(rotated, layout), window)
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
     result = run(TritonBackend, batch, kind, (*heads, size), dtype, seed, device=TRITON_DEVICE)
-    assert_close(result, expected)
+    assert_close(result, expected, "triton")
 
 
 @needs_triton
@@ -216,7 +222,7 @@ def test_the_triton_kernels_on_a_long_context() -> None:
     kind = LayerKind(rope_of(64))
     expected = run(ReferenceBackend, batch, kind, (1, 3, 64), torch.float32, 0)
     result = run(TritonBackend, batch, kind, (1, 3, 64), torch.float32, 0, device=TRITON_DEVICE)
-    assert_close(result, expected)
+    assert_close(result, expected, "triton")
 
 
 def long_batch(agents: int, shared: int, own: int, new: int) -> PackedBatch:
@@ -254,7 +260,8 @@ def test_long_contexts_and_many_agents(
         kind = LayerKind(rope_of(32), window)
         for dtype in (torch.float32, torch.bfloat16):
             expected = run(ReferenceBackend, batch, kind, (2, 3, 32), dtype, 0)
-            assert_close(run(BACKENDS[backend], batch, kind, (2, 3, 32), dtype, 0), expected)
+            result = run(BACKENDS[backend], batch, kind, (2, 3, 32), dtype, 0)
+            assert_close(result, expected, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
