@@ -127,10 +127,10 @@ def run(
     values[:, poison] = float("nan")
     backend = make([kind], size, device, dtype)
     backend.prepare(batch)
-    tensors = [query, key, value, keys, values]
     if make is ReferenceBackend:  # the same numbers, and a result that is not rounded to the dtype
-        tensors = [tensor.double() for tensor in tensors]
-    return backend.attend(0, *tensors, size**-0.5).cpu()
+        query, key, value = query.double(), key.double(), value.double()
+        keys, values = keys.double(), values.double()
+    return backend.attend(0, query, key, value, keys, values, size**-0.5).cpu()
 
 
 def rope_of(rotated: int, layout: RopeLayout = RopeLayout.HALVES) -> Rope:
