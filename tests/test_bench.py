@@ -39,7 +39,7 @@ HEADLINES: dict[str, set[str]] = {
     } | {"kl_ratio", "kl_next_ratio"},
     "restore": {
         "speedup_vs_dense_restore", "speedup_vs_fused_restore", "speedup_vs_dense_from_disk",
-        "speedup_vs_computing_again",
+        "speedup_vs_computing_again", "next_round_vs_computing_again",
     },
     "serve": {"round_speed", "lone_latency", "burst_answered"},
     "capacity": {

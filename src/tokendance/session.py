@@ -229,15 +229,18 @@ class Session:
 
     # -- what lasts ---------------------------------------------------------------------------
 
-    def restore(self) -> Restored | None:
+    def restore(self, *, always: bool = False) -> Restored | None:
         """Read what memory lacks of its KV: after a restart all, later what was evicted.
+
+        Args:
+            always: read it even if computing it would be quicker.
 
         Returns:
             What was read; None where nothing is stored.
         """
         if self._tiers is None or (stored := self._stored()) is None:
             return None
-        return self._tiers.restore(stored, self._encoder.salt)
+        return self._tiers.restore(stored, self._encoder.salt, always=always)
 
     def _stored(self) -> StoredSession | None:
         if self._tiers is None or self._key is None:

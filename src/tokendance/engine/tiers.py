@@ -273,10 +273,15 @@ class Tiers:
 
     # -- disk to memory -----------------------------------------------------------------------
 
-    def restore(self, session: StoredSession, salt: Salt) -> Restored:
-        """Read what memory lacks of a session's KV, as far as there is room and as it pays.
+    def restore(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restored:
+        """Read what memory lacks of a session's KV, as far as there is room, and if it pays.
 
         A file that is damaged is taken out of the store, and what it held is computed again.
+
+        Args:
+            session: as it was stored.
+            salt: of its prompts.
+            always: read it even if computing it would be quicker.
         """
         files = self._missing(session, salt)
         known: dict[FileId, WrittenFile] = {}
@@ -286,7 +291,7 @@ class Tiers:
                 known[file] = self.disk.index.file(file)
             except CorruptFileError as error:
                 problems.append(str(error))
-        if not self._pays(known.values()):
+        if not (always or self._pays(known.values())):
             return Restored(0, 0, sum(one.num_rows for one in known.values()), ())
         start = time.perf_counter()
         num_rows = num_bytes = 0
