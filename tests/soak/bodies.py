@@ -34,8 +34,8 @@ TOOLS = [
 
 
 def sentence(rng: random.Random, words: int) -> str:
-    """Some words."""
-    return " ".join(rng.choices(_WORDS, k=words))
+    """Some words; the first is one, since nothing is left of some of them alone."""
+    return " ".join(["so", *rng.choices(_WORDS, k=words)])
 
 
 def chat(rng: random.Random, words: int = 20) -> Body:

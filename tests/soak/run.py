@@ -1,8 +1,10 @@
 """The server of a soak, what is measured of it meanwhile, and what has to be true at the end."""
 
+import ctypes
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -42,10 +44,11 @@ _SETTINGS: dict[str, Any] = {
 }
 _QUIET_S = 60.0
 
-# Memory is flat if what a straight line through its last two thirds gains is less than this. A
-# few hundred bytes left behind by each request of ten minutes would be more. What allocators keep
-# goes up and down by some MiB, and shorter runs have hardly warmed up.
-_MOST_GROWTH_MIB = 8.0
+# Memory is flat if a straight line through its last two thirds gains less than this in MiB. What
+# is in use goes up and down with the requests that are under way; a hundred bytes left behind by
+# each request of ten minutes would be more. What is resident grows a little on its own, since
+# memory that was freed lies between pieces that are in use. Shorter runs have hardly warmed up.
+_MOST_GROWTH = {"resident": 32.0, "in use": 8.0}
 _SHORTEST_S = 240.0
 
 
@@ -54,26 +57,34 @@ class Watch:
     """What was seen of the server's process while it worked.
 
     Attributes:
-        samples: seconds since it began, and MiB of resident memory.
+        seconds: of each look at the memory, since the first clients came.
+        memory: MiB, of each kind.
         problems: what was not as it has to be.
     """
 
-    samples: list[tuple[float, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def thirds(self) -> tuple[float, float]:
-        """Mean MiB of the first and of the last third."""
-        memory = np.array([mib for _, mib in self.samples])
-        third = max(1, len(memory) // 3)
-        return float(memory[:third].mean()), float(memory[-third:].mean())
+    def look(self, seconds: float) -> None:
+        """Look at the memory."""
+        self.seconds.append(seconds)
+        for kind, mib in _memory_mib().items():
+            self.memory.setdefault(kind, []).append(mib)
 
-    def growth(self) -> float:
-        """MiB that a straight line through the last two thirds gains."""
-        late = np.array(self.samples[len(self.samples) // 3 :])
-        if len(late) < 3:
+    def growth(self, kind: str) -> float:
+        """MiB that a line through the last two thirds gains.
+
+        Its slope is the median of those between any two points, so that it shows what stays and not
+        a large request that happened to be under way.
+        """
+        third = len(self.seconds) // 3
+        seconds, mib = np.array(self.seconds[third:]), np.array(self.memory[kind][third:])
+        one, other = np.triu_indices(len(seconds), 1)
+        if len(one) == 0:
             return 0.0
-        slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
-        return float(slope * (late[-1, 0] - late[0, 0]))
+        slopes = (mib[other] - mib[one]) / (seconds[other] - seconds[one])
+        return float(np.median(slopes) * (seconds[-1] - seconds[0]))
 
 
 def soak(seconds: float, seed: int, console: Console) -> list[str]:
@@ -95,15 +106,17 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
         begun = time.monotonic()
 
         def look(progress: dict[str, Any]) -> None:
-            watch.samples.append((time.monotonic() - begun, _resident_mib()))
+            watch.look(time.monotonic() - begun)
             _check_books(server, watch)
-            _show_progress(progress, console)
+            _show_progress(progress, watch, console)
 
         result = _run_clients(target, seconds, seed, look)
         watch.problems += result["problems"] + _leftovers(server, runner)
         watch.problems += _new_handles(before)
-    if seconds >= _SHORTEST_S and watch.growth() > _MOST_GROWTH_MIB:
-        watch.problems.append(f"memory grew by {watch.growth():.1f} MiB in its last two thirds")
+    if seconds >= _SHORTEST_S:
+        for kind in watch.memory:
+            if watch.growth(kind) > _MOST_GROWTH[kind]:
+                watch.problems.append(f"memory {kind} grew by {watch.growth(kind):.1f} MiB")
     _show(result, watch, console)
     return watch.problems
 
@@ -219,23 +232,39 @@ def _errors_noted(watch: Watch) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
-def _resident_mib() -> float:
-    """Resident memory of this process; 0 where the system does not say."""
+_COUNTS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in re.findall("[a-z]+", _COUNTS)]
+
+
+def _memory_mib() -> dict[str, float]:
+    """Memory of this process that is resident, and that is allocated and not freed.
+
+    Nothing where the system does not say it.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except FileNotFoundError:
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        read = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return {}
+    read.restype = _MallocInfo
+    info = read()
+    return {
+        "resident": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        "in use": (info.uordblks + info.hblkhd) / 2**20,
+    }
 
 
 # -- what is shown ----------------------------------------------------------------------------
 
 
-def _show_progress(progress: dict[str, Any], console: Console) -> None:
+def _show_progress(progress: dict[str, Any], watch: Watch, console: Console) -> None:
     counts = ", ".join(f"{how}: {count}" for how, count in sorted(progress["statuses"].items()))
+    memory = "".join(f"{mib[-1]:6.1f} MiB {kind}, " for kind, mib in watch.memory.items())
     console.print(
-        f"{progress['seconds']:5.0f} s  {_resident_mib():6.1f} MiB  {counts}  "
-        f"problems: {progress['problems']}",
+        f"{progress['seconds']:5.0f} s  {memory}{counts}  problems: {progress['problems']}",
         highlight=False,
     )
 
@@ -252,11 +281,12 @@ def _show(result: dict[str, Any], watch: Watch, console: Console) -> None:
         table.add_row(kind, *shown, str(sum(counts.values())))
     console.print(table)
     console.print(f"The slowest answer took {result['slowest_s']:.2f} s: {result['slowest']}.")
-    if watch.samples:
-        first, last = watch.thirds()
+    for kind, mib in watch.memory.items():
+        third = max(1, len(mib) // 3)
         console.print(
-            f"Memory: {first:.1f} MiB in the first third, {last:.1f} MiB in the last; a line "
-            f"through the last two thirds gains {watch.growth():.1f} MiB."
+            f"Memory {kind}: {np.mean(mib[:third]):.1f} MiB in the first third, "
+            f"{np.mean(mib[-third:]):.1f} in the last; "
+            f"a line through the last two gains {watch.growth(kind):.1f}."
         )
     if result["num_problems"] > len(result["problems"]):
         console.print(f"{result['num_problems']} problems of clients; the first:")
