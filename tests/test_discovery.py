@@ -138,6 +138,18 @@ def test_what_stands_between_blocks_belongs_to_one_of_them() -> None:
     assert [prompt.token_ids.tolist() for prompt in discover(cut_off)] == cut_off
 
 
+def test_what_repeats_itself_is_found_if_all_have_it_alike() -> None:
+    refrain = words(5, 2 * GRAM - 1)  # too short by itself, as is what stands between
+    song = [token for verse in range(4) for token in [*refrain, 9000 + verse]]
+    found = discover([[*words(10 + i, 5 + i), *song, *words(20 + i, 3)] for i in range(3)])
+    pieces = {tuple(map(tuple, shared(prompt))) for prompt in found}
+    assert len(pieces) == 1
+    assert sum(map(len, *pieces)) >= len(song) - GRAM
+    # Who sings something of his own finds the verses that others sing, too.
+    other = discover([[*words(10, 5), *song, *A], [*words(11, 6), *song[:20], *words(30, 9), *A]])
+    assert all(A in shared(prompt) for prompt in other)
+
+
 def test_short_and_lone_text_is_private() -> None:
     short = words(5, 2 * GRAM - 1)
     found = discover([[*words(10, 9), *short, *words(11, 9)], [*words(12, 9), *short]])

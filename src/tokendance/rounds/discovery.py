@@ -21,8 +21,8 @@ that goes on finds its beginning, exactly, by its prefix.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ from tokendance.rounds.segments import (
 )
 
 _NONE = np.uint64(0)  # before the first gram of a prompt, and after its last
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: spreads hashes of hashes
+# So many short paths in a row are compared at once, few first.
+_JOINED = (2, 4)
 # Shortening a path may let it overlap no more, or drop it; that is over after a pass or two.
 _MAX_PASSES = 4
 
@@ -184,61 +187,6 @@ def _common_beginning(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
     return longest
 
 
-def find_shared(grams: Sequence[Words], size: int, min_tokens: int) -> list[list[tuple[int, int]]]:
-    """Find the pieces of each text that some other text has, too.
-
-    Args:
-        grams: of each text; a piece has at least one.
-        size: tokens of a gram.
-        min_tokens: shorter pieces are left out.
-
-    Returns:
-        For each text ranges of positions, ascending and apart. Where two texts have a piece in
-        common, both have it as one of these ranges, unless pieces overlap.
-    """
-    counts = np.array([len(one) for one in grams])
-    if counts.sum() == 0:
-        return [[] for _ in grams]
-    ends = np.cumsum(counts)
-    gram = np.concatenate(grams)
-    text = np.repeat(np.arange(len(grams)), counts)
-    before, after = np.roll(gram, 1), np.roll(gram, -1)
-    before[(ends - counts)[counts > 0]] = _NONE
-    after[ends[counts > 0] - 1] = _NONE
-
-    # Equal grams side by side: do they stand in several texts, and do all go on alike?
-    order = np.argsort(gram, kind="stable")
-    firsts = np.flatnonzero(np.concatenate(([True], np.diff(gram[order]) != 0)))
-    group = np.empty(len(gram), np.int64)
-    group[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(gram))))
-    is_shared = _differs(text[order], firsts)[group]
-    branches_before = _differs(before[order], firsts)[group]
-    branches_after = _differs(after[order], firsts)[group]
-
-    found = [
-        _paths(
-            gram[end - count : end],
-            is_shared[end - count : end],
-            branches_before[end - count : end],
-            branches_after[end - count : end],
-            size,
-        )
-        for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
-    ]
-    _set_apart(found, min_tokens)
-    return [_ranges(paths) for paths in found]
-
-
-def _differs(
-    values: npt.NDArray[np.generic], firsts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """For each group of neighbours, whether not all of its values are equal."""
-    differs: npt.NDArray[np.bool_] = np.minimum.reduceat(values, firsts) != np.maximum.reduceat(
-        values, firsts
-    )
-    return differs
-
-
 @dataclass(slots=True)
 class _Path:
     """A path without branches in one text.
@@ -258,6 +206,132 @@ class _Path:
     branches_after: bool
 
 
+def find_shared(grams: Sequence[Words], size: int, min_tokens: int) -> list[list[tuple[int, int]]]:
+    """Find the pieces of each text that some other text has, too.
+
+    Args:
+        grams: of each text; a piece has at least one.
+        size: tokens of a gram.
+        min_tokens: shorter pieces are left out.
+
+    Returns:
+        For each text ranges of positions, ascending and apart. Where two texts have a piece in
+        common, both have it as one of these ranges, unless pieces overlap.
+    """
+    paths = _find_paths(grams, range(len(grams)), size)
+    found = [[replace(path) for path in one] for one in paths]
+    _set_apart(found, min_tokens)
+    for count in _JOINED:
+        kept = {path.key for path in itertools.chain.from_iterable(found)}
+        joined = _join(paths, kept, size, count)
+        for one, more in zip(found, joined, strict=True):
+            one += more
+            one.sort(key=lambda path: path.first)
+        _set_apart(found, min_tokens, kept)
+    return [_ranges(one) for one in found]
+
+
+def _join(
+    paths: Sequence[Sequence[_Path]], kept: Collection[int], size: int, count: int
+) -> list[list[_Path]]:
+    """Find longer pieces where what is repeated within a text has left short ones only.
+
+    Where a text says something twice there is a branch behind it, and so a cut, even if all texts
+    repeat it alike. What is too short by itself is therefore compared once more, with paths in the
+    place of tokens: "to be or not to be that is" is one piece although "to be" has two sequels.
+
+    Args:
+        paths: of each text.
+        kept: keys of those that are long enough.
+        size: tokens of a gram.
+        count: so many paths in a row are compared at once.
+
+    Returns:
+        Pieces of so many paths or more, for each text.
+    """
+    runs: list[list[_Path]] = []  # of short paths, each one token after the one before
+    texts: list[int] = []
+    for text, one in enumerate(paths):
+        last = -1
+        for path in one:
+            if path.key in kept:
+                continue
+            if path.first != last:
+                runs.append([])
+                texts.append(text)
+            runs[-1].append(path)
+            last = path.last - size + 1
+    grams = [_grams_of([path.key for path in run], count) for run in runs]
+    found: list[list[_Path]] = [[] for _ in paths]
+    for text, run, joined in zip(texts, runs, _find_paths(grams, texts, count), strict=True):
+        for path in joined:
+            path.first, path.last = run[path.first].first, run[path.last - 1].last
+            found[text].append(path)
+    return found
+
+
+def _grams_of(keys: Sequence[int], count: int) -> Words:
+    """Hash so many neighbours at a time; never 0."""
+    words = np.array(keys, np.uint64)
+    hashes = np.zeros(max(0, len(words) - count + 1), np.uint64)
+    for place in range(count):
+        hashes = (hashes ^ words[place : place + len(hashes)]) * _ODD
+    return np.maximum(hashes, np.uint64(1))
+
+
+def _find_paths(grams: Sequence[Words], texts: Sequence[int], size: int) -> list[list[_Path]]:
+    """Find paths in sequences.
+
+    Args:
+        grams: of each sequence.
+        texts: that each sequence is of.
+        size: of a gram.
+
+    Returns:
+        For each sequence its paths through grams that several texts have, in their order.
+        Neighbours may overlap, in less than a gram.
+    """
+    counts = np.array([len(one) for one in grams])
+    if counts.sum() == 0:
+        return [[] for _ in grams]
+    ends = np.cumsum(counts)
+    gram = np.concatenate(grams)
+    text = np.repeat(np.array(texts), counts)
+    before, after = np.roll(gram, 1), np.roll(gram, -1)
+    before[(ends - counts)[counts > 0]] = _NONE
+    after[ends[counts > 0] - 1] = _NONE
+
+    # Equal grams side by side: do they stand in several texts, and do all go on alike?
+    order = np.argsort(gram, kind="stable")
+    firsts = np.flatnonzero(np.concatenate(([True], np.diff(gram[order]) != 0)))
+    group = np.empty(len(gram), np.int64)
+    group[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(gram))))
+    is_shared = _differs(text[order], firsts)[group]
+    branches_before = _differs(before[order], firsts)[group]
+    branches_after = _differs(after[order], firsts)[group]
+
+    return [
+        _paths(
+            gram[end - count : end],
+            is_shared[end - count : end],
+            branches_before[end - count : end],
+            branches_after[end - count : end],
+            size,
+        )
+        for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
+    ]
+
+
+def _differs(
+    values: npt.NDArray[np.generic], firsts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """For each group of neighbours, whether not all of its values are equal."""
+    differs: npt.NDArray[np.bool_] = np.minimum.reduceat(values, firsts) != np.maximum.reduceat(
+        values, firsts
+    )
+    return differs
+
+
 def _paths(
     gram: Words,
     is_shared: npt.NDArray[np.bool_],
@@ -265,7 +339,7 @@ def _paths(
     branches_after: npt.NDArray[np.bool_],
     size: int,
 ) -> list[_Path]:
-    """Paths of one text in their order. Neighbours may overlap, in less than a gram's tokens."""
+    """Paths of one sequence in their order."""
     if not is_shared.any():
         return []
     cut = branches_before.copy()
@@ -285,11 +359,18 @@ def _paths(
     ]
 
 
-def _set_apart(found: list[list[_Path]], min_tokens: int) -> None:
+def _set_apart(
+    found: list[list[_Path]], min_tokens: int, kept: Collection[int] = frozenset()
+) -> None:
     """Leave out short paths, and shorten those that overlap, each by the same wherever it stands.
 
-    What two paths have in common goes to the later one where only that is reached from several
-    sides, else to the earlier one.
+    What two paths have in common goes to the one that is kept, if it is one of them. Otherwise it
+    goes to the later one where only that is reached from several sides, else to the earlier one.
+
+    Args:
+        found: of each text; changed.
+        min_tokens: shorter paths are left out.
+        kept: keys of paths that stay as they are; they do not overlap.
     """
     for _ in range(_MAX_PASSES):
         for paths in found:
@@ -301,7 +382,8 @@ def _set_apart(found: list[list[_Path]], min_tokens: int) -> None:
                 overlap = one.last - other.first
                 if overlap <= 0:
                     continue
-                if other.branches_before and not one.branches_after:
+                to_later = other.branches_before and not one.branches_after
+                if other.key in kept or (to_later and one.key not in kept):
                     tails[one.key] = max(overlap, tails.get(one.key, 0))
                 else:
                     heads[other.key] = max(overlap, heads.get(other.key, 0))
