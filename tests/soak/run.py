@@ -4,7 +4,6 @@ import ctypes
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -236,7 +235,7 @@ _COUNTS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks k
 
 
 class _MallocInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in re.findall("[a-z]+", _COUNTS)]
+    _fields_ = [(name, ctypes.c_size_t) for name in _COUNTS.split()]
 
 
 def _memory_mib() -> dict[str, float]:

@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokendance.server.errors import ApiError
 
 # A client that is cut off while it sends sees a broken connection and not the answer. So of what it
-# still sends some is read and thrown away: a multiple of the largest body, for so many seconds.
-_DISCARDED = 4
+# still sends so many bytes are read and thrown away, for so many seconds.
+_DISCARDED = 64 * 2**20
 _DISCARD_S = 10.0
 
 
@@ -108,7 +108,7 @@ class Limits:
         await send({"type": "http.response.body", "body": body, "more_body": True})
         num_read = 0
         with anyio.move_on_after(_DISCARD_S):
-            while more_body and num_read < _DISCARDED * self._max:
+            while more_body and num_read < _DISCARDED:
                 message = await receive()
                 more_body = message.get("more_body", False)
                 num_read += len(message.get("body", b""))
