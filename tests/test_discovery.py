@@ -138,6 +138,16 @@ def test_what_stands_between_blocks_belongs_to_one_of_them() -> None:
     assert [prompt.token_ids.tolist() for prompt in discover(cut_off)] == cut_off
 
 
+def test_what_an_agent_has_said_itself_does_not_cut_what_all_hear() -> None:
+    prompts = [[*words(10 + i, 5), *own, *words(20, 3), *A, *B, *C] for i, own in enumerate([A, B])]
+    ids = [as_token_ids(prompt) for prompt in prompts]
+    known = [5 + len(A), 5 + len(B) - 1]
+    found = Discovery(make_salt("test"), CONFIG).segment(ids, 0.0, known).prompts
+    assert [shared(prompt) for prompt in found] == [[[*words(20, 3), *A, *B, *C]]] * 2
+    assert [prompt.token_ids.tolist() for prompt in found] == prompts
+    assert shared(discover(prompts)[0]) != shared(found[0])  # where nothing is known
+
+
 def test_what_repeats_itself_is_found_if_all_have_it_alike() -> None:
     refrain = words(5, 2 * GRAM - 1)  # too short by itself, as is what stands between
     song = [token for verse in range(4) for token in [*refrain, 9000 + verse]]

@@ -383,6 +383,17 @@ def test_requests_that_come_together_share(make_llm: Callable[..., LLM]) -> None
         assert cached(late) >= 0.8 * len(NEWS) - 10
 
 
+def test_one_that_goes_on_alone_finds_what_it_has_reused(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(num_pages=2000)
+    with serving(llm, window_s=0.2, window_share=1.0) as (client, _):
+        prompts = prompts_of_a_round(3)
+        lengths = [one.json()["usage"]["prompt_tokens"] for one in together(client, prompts)]
+        for prompt, length in zip(prompts, lengths, strict=True):
+            more = [{"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
+            # Whoever computed the news for the others, and those whose KV is not exact.
+            assert cached(chat(client, [*prompt, *more])) >= length - 1
+
+
 def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
     llm = make_llm(num_pages=2000)
     with serving(llm, window_s=0.0, round_wait_s=30.0) as (client, server):

@@ -25,7 +25,7 @@ from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
 from tokendance.errors import AbortedError, ConfigError, ConstraintError, NumericsError
 from tokendance.models.loader import LoadedModel
 from tokendance.rounds.discovery import Heard
-from tokendance.rounds.segments import Salt
+from tokendance.rounds.segments import EncodedPrompt, Salt
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
 
@@ -104,6 +104,11 @@ class Engine:
     def new_round_id(self) -> RoundId:
         """Return an id for requests that belong together."""
         return RoundId(next(self._round_ids))
+
+    def num_known(self, prompt: EncodedPrompt) -> int:
+        """How many tokens at the beginning of a prompt have KV that its round may reuse."""
+        _, slots = self.store.match_prefix(prompt.token_ids, prompt.salt, exact=False)
+        return len(slots)
 
     def recall(self, prompts: Iterable[Heard], salt: Salt) -> None:
         """Offer parts of earlier prompts for reuse, as far as their KV is still there."""

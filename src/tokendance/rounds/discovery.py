@@ -99,43 +99,48 @@ class Discovery:
         self._hasher = GramHasher(self._config.gram)
         self._memory = TextMemory(self._config.memory_tokens, self._config.recent_s)
 
-    def segment(self, prompts: Sequence[TokenIds], now: float) -> Found:
+    def segment(self, prompts: Sequence[TokenIds], now: float, known: Sequence[int] = ()) -> Found:
         """Cut prompts that arrive together into private and shared segments.
 
         Args:
             prompts: int32 token ids of each.
             now: clock time in seconds.
+            known: tokens at the beginning of each that are found by its prefix, if there are any.
+                They take no part. So what an agent itself has said, and reads there, does not cut
+                what it reads of all later.
         """
         # Several answers to one prompt are no reason to call it shared.
-        new = list({prompt.tobytes(): prompt for prompt in prompts}.values())
+        distinct = {prompt.tobytes(): prompt for prompt in prompts}
+        begins = dict(zip([one.tobytes() for one in prompts], known, strict=False))
+        new = list(distinct.values())
+        news = [begins.get(key, 0) for key in distinct]
         grams = [self._hasher.hashes(prompt) for prompt in new]
         # Each text that takes part, and where that part of it begins.
-        known = [
+        texts = [
             (text, _common_beginning(text.token_ids, new) if text.is_prompt else 0)
             for text in self._memory.meet(np.concatenate(grams), now)
         ]
-        parts = [*grams, *(text.grams[first:] for text, first in known)]
+        parts = [one[begin:] for one, begin in zip(grams, news, strict=True)]
+        parts += [text.grams[begin:] for text, begin in texts]
         found = find_shared(parts, self._config.gram, self._config.min_tokens)
-        ranges = {
-            prompt.tobytes(): places for prompt, places in zip(new, found[: len(new)], strict=True)
+        cut = {
+            key: build_prompt(_pieces(prompt, begin, ranges), self._salt)
+            for (key, prompt), begin, ranges in zip(distinct.items(), news, found, strict=False)
         }
-        segmented = [
-            build_prompt(_pieces(prompt, ranges[prompt.tobytes()]), self._salt)
-            for prompt in prompts
-        ]
-        heard = self._heard(segmented, known, found[len(new) :])
-        self._remember(segmented, new, grams, known, now)
+        segmented = [cut[prompt.tobytes()] for prompt in prompts]
+        heard = self._heard(segmented, texts, found[len(new) :])
+        self._remember(segmented, new, grams, texts, now)
         return Found(segmented, heard)
 
     def _heard(
         self,
         prompts: Sequence[EncodedPrompt],
-        known: Sequence[tuple[Text, int]],
+        texts: Sequence[tuple[Text, int]],
         found: Sequence[Sequence[tuple[int, int]]],
     ) -> list[Heard]:
         wanted = {segment.hash for prompt in prompts for _, segment in prompt.shared_segments()}
         heard: list[Heard] = []
-        for (text, begin), places in zip(known, found, strict=True):
+        for (text, begin), places in zip(texts, found, strict=True):
             if not text.is_prompt:
                 continue
             hashed = [
@@ -156,7 +161,7 @@ class Discovery:
         segmented: Sequence[EncodedPrompt],
         new: Sequence[TokenIds],
         grams: Sequence[Words],
-        known: Sequence[tuple[Text, int]],
+        texts: Sequence[tuple[Text, int]],
         now: float,
     ) -> None:
         for encoded in segmented:
@@ -167,7 +172,7 @@ class Discovery:
             return
         # Prompts that have gone on since are part of what they have become.
         self._memory.discard(
-            text for text, begin in known if text.is_prompt and begin == len(text.token_ids)
+            text for text, begin in texts if text.is_prompt and begin == len(text.token_ids)
         )
         for prompt, hashes in zip(new, grams, strict=True):
             self._memory.add(prompt, hashes, now, is_prompt=True)
@@ -406,10 +411,14 @@ def _ranges(paths: Sequence[_Path]) -> list[tuple[int, int]]:
     return ranges
 
 
-def _pieces(prompt: TokenIds, ranges: Sequence[tuple[int, int]]) -> list[tuple[TokenIds, bool]]:
+def _pieces(
+    prompt: TokenIds, begin: int, ranges: Sequence[tuple[int, int]]
+) -> list[tuple[TokenIds, bool]]:
+    """Cut a prompt at ranges that are counted from `begin`."""
     pieces: list[tuple[TokenIds, bool]] = []
     done = 0
     for first, last in ranges:
-        pieces += [(prompt[done:first], False), (prompt[first:last], True)]
-        done = last
+        pieces.append((prompt[done : begin + first], False))
+        pieces.append((prompt[begin + first : begin + last], True))
+        done = begin + last
     return [*pieces, (prompt[done:], False)]

@@ -357,8 +357,12 @@ class Worker:
             for job in together:
                 request = job.request
                 request.round_id = round_id
-                # A lone request that shares nothing is computed exactly.
-                request.in_round = bool(request.prompt.shared_segments())
+                # A lone request that shares nothing is computed exactly, unless it goes on from
+                # what was not.
+                request.in_round = (
+                    bool(request.prompt.shared_segments())
+                    or self._llm.engine.num_known(request.prompt) > 0
+                )
                 job.alone = sizes == 1
                 self._live[request] = job
             self._metrics.begin_round(sizes)
@@ -372,8 +376,11 @@ class Worker:
             if len(self._discoveries) > _MAX_TENANTS:
                 self._discoveries.popitem(last=False)
         self._discoveries.move_to_end(salt)
-        prompts = [job.request.prompt.token_ids for job in jobs]
-        found = self._discoveries[salt].segment(prompts, time.perf_counter())
+        found = self._discoveries[salt].segment(
+            [job.request.prompt.token_ids for job in jobs],
+            time.perf_counter(),
+            [self._llm.engine.num_known(job.request.prompt) for job in jobs],
+        )
         self._llm.engine.recall(found.heard, salt)
         for job, prompt in zip(jobs, found.prompts, strict=True):
             job.request.prompt = prompt
