@@ -1,6 +1,7 @@
 """The server over HTTP, with a tiny random model."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -508,6 +509,9 @@ def test_a_session_remembers_and_lasts(roomy: LoadedModel, tmp_path: Path) -> No
         stream = events(ask_session(client, "bc", "three", stream=True))
         assert {event["agent"]: event["message"]["content"] for event in stream} == words[2]
         assert {event["round"] for event in stream} == {3}
+        on_disk = re.search(r"tokendance_kv_bytes_on_disk (\S+)", client.get("/metrics").text)
+        assert on_disk is not None
+        assert float(on_disk[1]) > 10_000
         assert server.num_open == 0
     llm.engine.check_integrity()
     llm.close()

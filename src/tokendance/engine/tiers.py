@@ -92,7 +92,11 @@ class Restored:
 class Tiers:
     """Moves KV of sessions between an engine's memory and a disk store.
 
-    Use it while the engine has nothing to do.
+    Use it on the engine's thread, between two steps.
+
+    Attributes:
+        disk: the store.
+        bytes_on_disk: of KV, when it was last looked at; for whoever reads it from elsewhere.
     """
 
     def __init__(self, engine: Engine, disk: DiskStore) -> None:
@@ -107,6 +111,7 @@ class Tiers:
         # The same the other way round: slots of each file's rows.
         self._slots: dict[FileId, Slots] = {}
         self._bytes_per_s = _FIRST_RATE
+        self.bytes_on_disk = disk.num_bytes
 
     # -- memory to disk -----------------------------------------------------------------------
 
@@ -182,6 +187,7 @@ class Tiers:
             raise
         for blocks, _ in found.values():
             self._mark(blocks)
+        self.bytes_on_disk = self.disk.num_bytes
         return Saved(sum(one.num_bytes for one in written.values()), left_out)
 
     def _match(self, token_ids: TokenIds, salt: Salt) -> tuple[list[PrefixBlock], Slots]:

@@ -75,6 +75,11 @@ class Metrics:
         self._gauge(
             "kv_bytes_budget", "Most KV that there can be.", lambda: pool.num_pages * page_bytes
         )
+        self._gauge(
+            "kv_bytes_on_disk",
+            "KV in the store's files.",
+            lambda: llm.tiers.bytes_on_disk if llm.tiers is not None else 0,
+        )
         self._shadow_kl = Histogram(
             "tokendance_shadow_kl_nats",
             "Mirrors computed again exactly: KL divergence of their answers, a token.",
