@@ -509,7 +509,7 @@ def test_a_session_remembers_and_lasts(roomy: LoadedModel, tmp_path: Path) -> No
         stream = events(ask_session(client, "bc", "three", stream=True))
         assert {event["agent"]: event["message"]["content"] for event in stream} == words[2]
         assert {event["round"] for event in stream} == {3}
-        on_disk = re.search(r"tokendance_kv_bytes_on_disk (\S+)", client.get("/metrics").text)
+        on_disk = re.search(r"\ntokendance_kv_bytes_on_disk (\S+)", client.get("/metrics").text)
         assert on_disk is not None
         assert float(on_disk[1]) > 10_000
         assert server.num_open == 0
