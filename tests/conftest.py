@@ -122,6 +122,13 @@ def save_model(folder: Path, architecture: str, **changes: object) -> None:
     make_tokenizer().save_pretrained(folder)
 
 
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Tiny models gain nothing from threads, which wait for each other while others work."""
+    is_demo = request.node.get_closest_marker("demo") is not None
+    torch.set_num_threads((os.cpu_count() or 1) if is_demo else 1)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that saves a tiny model of an architecture and returns its folder."""
