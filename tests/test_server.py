@@ -1,7 +1,9 @@
 """The server over HTTP, with a tiny random model."""
 
+import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -761,6 +763,23 @@ def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
         assert chat(client).status_code == 503
         assert client.get("/health").status_code == 503
         assert server.num_open == 0
+
+
+def test_who_no_longer_waits_for_the_engine_harms_nobody(make_llm: Callable[..., LLM]) -> None:
+    with serving(make_llm()) as (client, server):
+        busy = threading.Event()
+
+        async def leave() -> None:
+            server.worker._put(lambda: None if busy.wait(60) else None)
+            waiting = asyncio.ensure_future(server.worker.call(lambda: None))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+        asyncio.run(leave())
+        busy.set()
+        assert chat(client).status_code == 200
 
 
 def test_many_at_once_are_all_answered(make_llm: Callable[..., LLM]) -> None:

@@ -234,6 +234,8 @@ class Worker:
         future: Future[Result] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who waited for it has gone
             try:
                 future.set_result(work())
             except BaseException as error:
