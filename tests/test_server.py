@@ -769,8 +769,11 @@ def test_who_no_longer_waits_for_the_engine_harms_nobody(make_llm: Callable[...,
     with serving(make_llm()) as (client, server):
         busy = threading.Event()
 
+        def hold() -> None:
+            busy.wait(60)
+
         async def leave() -> None:
-            server.worker._put(lambda: None if busy.wait(60) else None)
+            server.worker._put(hold)
             waiting = asyncio.ensure_future(server.worker.call(lambda: None))
             await asyncio.sleep(0)
             waiting.cancel()

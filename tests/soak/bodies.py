@@ -127,3 +127,20 @@ def whole_round(rng: random.Random, count: int) -> Body:
             ]
         listed.append(agent)
     return {"model": MODEL, "blocks": blocks, "agents": listed, "stream": rng.random() < 0.4}
+
+
+def session_round(rng: random.Random) -> Body:
+    """The next round of one of a few sessions, whose agents come and go."""
+    names = rng.sample(["ann", "bo", "cy", "di", "ed"], rng.randint(1, 4))
+    listed = [
+        {
+            "agent": name,
+            "system": f"You are {name}.",
+            "task": sentence(rng, 4),
+            "max_tokens": rng.randint(1, 12),
+            "temperature": rng.choice([0, 1]),
+        }
+        for name in names
+    ]
+    session = f"session {rng.randrange(6)}"
+    return {"model": MODEL, "session": session, "agents": listed, "stream": rng.random() < 0.5}

@@ -37,7 +37,7 @@ _BURST_EVERY_S = 8.0
 _CHAT = "/v1/chat/completions"
 _COMPLETIONS = "/v1/completions"
 _ROUNDS = "/v1/rounds"
-_FUZZED = (200, 400, 404, 413)
+_FUZZED = (200, 400, 404, 409, 413)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,7 @@ class Clients:
             (self._round_by_content, 2),
             (self._round_by_name, 2),
             (self._round_in_one_call, 1),
+            (self._session, 2),
             (self._one_connection, 2),
             (self._leave_early, 2),
             (self._leave_waiting, 2),
@@ -213,6 +214,8 @@ class Clients:
         size = rng.choice([None, len(found), len(found) + 2])
         for body in found:
             body["round"] = {"id": name, "size": size}
+            if rng.random() < 0.2:
+                body["round"] |= {"agent": f"agent {rng.randrange(9)}", "session": name[:7]}
         await self._together("round named", rng, found)
 
     async def _together(self, kind: str, rng: random.Random, found: list[Body]) -> None:
@@ -222,6 +225,17 @@ class Clients:
     async def _round_in_one_call(self, rng: random.Random) -> None:
         body = bodies.whole_round(rng, rng.randint(1, 12))
         await self._ask("round in one call", _ROUNDS, body, key=self._key(rng))
+
+    async def _session(self, rng: random.Random) -> None:
+        """A session has one round at a time; some go before theirs has ended."""
+        leave = None
+        if rng.random() < 0.4:
+            leave = Leave(wait_s=rng.random() * 0.5, reset=rng.random() < 0.5)
+            if rng.random() < 0.5:
+                leave = Leave(received=rng.randint(1, 2000))
+        body = bodies.session_round(rng)
+        key = self._key(rng)
+        await self._ask("session", _ROUNDS, body, key=key, expected=(200, 409), leave=leave)
 
     async def _one_connection(self, rng: random.Random) -> None:
         """One request after another, right and wrong, over a connection that is kept."""
@@ -318,6 +332,7 @@ class Clients:
             (_CHAT, bodies.agents(rng, 1)[0]),
             (_COMPLETIONS, bodies.completion(rng)),
             (_ROUNDS, bodies.whole_round(rng, 3)),
+            (_ROUNDS, bodies.session_round(rng)),
         ])  # fmt: skip
         data = mutated(rng, body)
         await self._ask(f"fuzz {path}", path, data, key=self._key(rng), expected=_FUZZED)

@@ -32,6 +32,7 @@ from tokendance.store.pages import Holder
 
 _CONTEXT = 1024
 _NUM_PAGES = 2000
+_DISK_BYTES = 64 * 2**20
 _KEYS = ["one", "two", "three", "canary"]
 _SETTINGS: dict[str, Any] = {
     "api_keys": tuple(_KEYS),
@@ -89,8 +90,11 @@ class Watch:
 def soak(seconds: float, seed: int, console: Console) -> list[str]:
     """Serve a tiny model to clients of all kinds for some time; return what went wrong."""
     watch = Watch()
-    llm = _make_llm()
-    with listening(llm, **_SETTINGS) as (port, server, runner), _errors_noted(watch):
+    with (
+        _llm() as llm,
+        listening(llm, **_SETTINGS) as (port, server, runner),
+        _errors_noted(watch),
+    ):
         target = Target(
             port,
             _KEYS[:-1],
@@ -120,12 +124,20 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
     return watch.problems
 
 
-def _make_llm() -> LLM:
+@contextmanager
+def _llm() -> Iterator[LLM]:
+    """A tiny model with all that a server can have: a store, and shadows."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), "llama", max_position_embeddings=_CONTEXT)
         model = load_model(folder, "float32")
-    page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
-    return LLM.from_loaded(model, EngineConfig(store=StoreConfig(_NUM_PAGES * page_bytes, 16)))
+        page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
+        memory = StoreConfig(_NUM_PAGES * page_bytes, 16)
+        llm = LLM.from_loaded(model, EngineConfig(store=memory, shadow=0.05))
+        llm.open_store(Path(folder) / "store", _DISK_BYTES)
+        try:
+            yield llm
+        finally:
+            llm.close()
 
 
 def _run_clients(
@@ -177,6 +189,7 @@ def _leftovers(server: Server, runner: uvicorn.Server) -> list[str]:
             "jobs in the window": 0 if worker._window.due_s() is None else 1,
             "announced requests": worker._window.num_expected,
             "records of rounds": len(engine._rounds),
+            "shadows": len(engine.shadows.pending),
             "pages held by requests": engine.store.pool.num_held(Holder.REQUEST),
             "HTTP requests": len(runner.server_state.tasks),
             "connections": len(runner.server_state.connections),

@@ -10,9 +10,11 @@ _ERRORS = {
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
     408: "The body took too long to arrive.",
+    409: "A round of the session is under way.",
     413: "The body is too large.",
     429: "Too many requests are being answered.",
     503: "The server stops, or its engine has failed.",
+    507: "What was said cannot be stored.",
 }
 _WITH_BODY = (400, 404, 408, 413, 429, 503)
 _TEXT_OR_NONE = {"type": ["string", "null"]}
@@ -196,6 +198,7 @@ class DocumentedAPI(FastAPI):
                 responses.pop("422", None)
                 found = list(_WITH_BODY) if "requestBody" in operation else []
                 found += [404] if "{" in path else []
+                found += [409, 507] if path == "/v1/rounds" else []
                 if open_paths is not None and path not in open_paths:
                     operation["security"] = [{"key": []}]
                     found.append(401)
