@@ -4,9 +4,15 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo-weights
 VLLM := .venv-vllm/.installed
+FRAMEWORKS := .venv-frameworks/.installed
+define NEEDS_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm clean
+.PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm frameworks
+.PHONY: clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -14,8 +20,7 @@ help: ## list the targets
 venv: $(STAMP) ## make .venv and install the package with its tools
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	$(NEEDS_PYTHON)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,dev,serve]'
 	@touch $@
@@ -55,7 +60,7 @@ sanitize: $(STAMP) ## the tests of the native kernel under sanitizers (Linux, g+
 	ASAN_OPTIONS=detect_leaks=0 TOKENDANCE_NATIVE=.venv/sanitized \
 		$(BIN)/pytest -q -p no:cacheprovider tests/test_attention.py
 
-check: lint types test sanitize ## all of it: what CI runs
+check: lint types frameworks test sanitize ## all of it: what CI runs
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -69,8 +74,7 @@ vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline (minutes, 4 GB)
 # vLLM wants other versions than we do, so it has an environment of its own. Its requirements are
 # pinned whole; some of them, for pictures and sound, are left out, hence --no-deps.
 $(VLLM): constraints-vllm.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	$(NEEDS_PYTHON)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt torch
 	.venv-vllm/bin/pip install --quiet --no-deps --requirement constraints-vllm.txt
@@ -78,5 +82,14 @@ $(VLLM): constraints-vllm.txt
 		echo "vLLM advises TCMalloc, which is not here: apt-get install libtcmalloc-minimal4"
 	@touch $@
 
-clean: ## remove .venv and .venv-vllm
-	rm -rf .venv .venv-vllm
+frameworks: $(FRAMEWORKS) ## make .venv-frameworks with the agent frameworks that tests talk to
+
+# Clients know nothing of us, and want other versions than we do.
+$(FRAMEWORKS): constraints-frameworks.txt
+	$(NEEDS_PYTHON)
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/pip install --quiet --no-deps --requirement constraints-frameworks.txt
+	@touch $@
+
+clean: ## remove all environments
+	rm -rf .venv .venv-vllm .venv-frameworks

@@ -22,8 +22,8 @@ HELLO = [{"role": "user", "content": "hello there"}]
 
 @contextmanager
 def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, Server, uvicorn.Server]]:
-    """Serve a model under the name `tiny`: the port, the server, and what runs it."""
-    app = create_app(llm, ServerSettings(port=0, served_name="tiny", **settings))
+    """Serve a model, as `tiny` unless told otherwise: the port, the server, and what runs it."""
+    app = create_app(llm, ServerSettings(**{"port": 0, "served_name": "tiny", **settings}))
     config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
     runner = uvicorn.Server(config)
     with socket.socket() as bound:
@@ -42,7 +42,7 @@ def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, Server, uvicorn.
 
 @contextmanager
 def serving(llm: LLM, **settings: Any) -> Iterator[tuple[httpx.Client, Server]]:
-    """Serve a model under the name `tiny`, with a client that knows where."""
+    """Serve a model, with a client that knows where."""
     with (
         listening(llm, **settings) as (port, server, _),
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,

@@ -1,0 +1,82 @@
+"""The SDK of OpenAI: a thread for each agent, coroutines, or coroutines that read streams."""
+
+import asyncio
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from openai import AsyncOpenAI, OpenAI
+from people import MAX_TOKENS, MODEL, NEXT, OPENING, TEMPERATURE, Call, read_call, tell
+
+SETTINGS: dict[str, Any] = {
+    "model": MODEL,
+    "max_tokens": MAX_TOKENS,
+    "temperature": TEMPERATURE,
+}
+Messages = list[dict[str, str]]
+
+
+class Town:
+    """Everybody's conversation. What all have said is one message for all."""
+
+    def __init__(self, people: dict[str, str]) -> None:
+        self.conversations: dict[str, Messages] = {
+            name: [{"role": "system", "content": system}] for name, system in people.items()
+        }
+        self.rounds: list[dict[str, str]] = []
+        self._all_hear(OPENING)
+
+    def take(self, answers: Iterable[str]) -> None:
+        said = dict(zip(self.conversations, answers, strict=True))
+        for name, text in said.items():
+            self.conversations[name].append({"role": "assistant", "content": text})
+        self._all_hear("\n".join([*(f"{name}: {text}" for name, text in said.items()), NEXT]))
+        self.rounds.append(said)
+
+    def _all_hear(self, text: str) -> None:
+        for messages in self.conversations.values():
+            messages.append({"role": "user", "content": text})
+
+
+def in_threads(call: Call, town: Town) -> None:
+    client = OpenAI(base_url=call.base_url, api_key="none")
+
+    def ask(messages: Messages) -> str:
+        answer = client.chat.completions.create(messages=messages, **SETTINGS)
+        return answer.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(len(call.people)) as pool:
+        for _ in range(call.rounds):
+            town.take(pool.map(ask, town.conversations.values()))
+
+
+async def at_once(call: Call, town: Town, *, stream: bool) -> None:
+    client = AsyncOpenAI(base_url=call.base_url, api_key="none")
+
+    async def ask(messages: Messages) -> str:
+        answer = await client.chat.completions.create(messages=messages, **SETTINGS)
+        return answer.choices[0].message.content or ""
+
+    async def listen(messages: Messages) -> str:
+        text = ""
+        chunks = await client.chat.completions.create(messages=messages, stream=True, **SETTINGS)
+        async for chunk in chunks:
+            text += chunk.choices[0].delta.content or ""
+        return text
+
+    for _ in range(call.rounds):
+        answers = map(listen if stream else ask, town.conversations.values())
+        town.take(await asyncio.gather(*answers))
+
+
+def main() -> None:
+    call = read_call()
+    town = Town(call.people)
+    if call.way == "threads":
+        in_threads(call, town)
+    else:
+        asyncio.run(at_once(call, town, stream=call.way == "streams"))
+    tell(town.rounds)
+
+
+main()

@@ -1,0 +1,208 @@
+"""Agent frameworks as they are, against the server: everybody answers, and words are reused.
+
+The clients in `frameworks/` are written as users of each framework write theirs. They run in an
+environment of their own (make frameworks), and the model is the demo model. What is reused is
+compared with an oracle that knows nothing of how the server finds what prompts have in common.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from oracle import Oracle, common_beginning
+from serving import serving
+from tokendance import LLM
+from tokendance.config import EngineConfig, StoreConfig
+from tokendance.engine.request import Request
+from tokendance.engine.shadow import ShadowReport
+from tokendance.models import demo
+from tokendance.models.loader import LoadedModel, load_model
+from tokendance.server.worker import Job
+
+CLIENTS = Path(__file__).parent / "frameworks"
+PYTHON = CLIENTS.parents[1] / ".venv-frameworks" / "bin" / "python"
+pytestmark = [
+    pytest.mark.demo,
+    pytest.mark.frameworks,
+    pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-frameworks: run make frameworks"),
+]
+
+ROUNDS = 3
+SHADOWS = 5  # answers of a small town that are compared with exact computation
+Case = tuple[str, str, int]  # the client, its way, and how many agents
+CASES: list[Case] = [
+    (client, way, agents)
+    for client, way in (
+        ("openai_sdk", "threads"),
+        ("openai_sdk", "gathered"),
+        ("openai_sdk", "streams"),
+        ("langgraph_town", "graph"),
+        ("autogen_town", "gathered"),
+        ("autogen_town", "in-turn"),
+        ("agentscope_town", "chat"),
+        ("agentscope_town", "multi-agent"),
+    )
+    for agents in (3, 10)
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, as the engine had it.
+
+    Attributes:
+        prompt: its token ids.
+        answer: likewise.
+        reused: tokens of the prompt that were not computed.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    reused: int
+
+
+@dataclass(frozen=True)
+class Town:
+    """A town that a client has played.
+
+    Attributes:
+        said: in each round, by name.
+        asked: in each round, in the order of arrival.
+        shadows: how far some of the answers were from exact computation.
+    """
+
+    said: list[dict[str, str]]
+    asked: list[list[Asked]]
+    shadows: list[ShadowReport]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model(demo.ALIAS)
+
+
+@pytest.fixture(scope="module")
+def play(model: LoadedModel) -> Callable[[Case], Town]:
+    """Return a function that lets a client play its town, once for all tests."""
+    played: dict[Case, Town] = {}
+
+    def of(case: Case) -> Town:
+        if case not in played:
+            played[case] = play_town(model, *case)
+        return played[case]
+
+    return of
+
+
+def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
+    llm = LLM.from_loaded(model, EngineConfig(store=StoreConfig(2**30), shadow=float(agents == 3)))
+    requests: list[Request] = []
+    with serving(llm, served_name=demo.ALIAS) as (http, server), pytest.MonkeyPatch.context() as m:
+        submit = server.worker.submit
+
+        def record(jobs: Sequence[Job], *, announced: bool = False) -> None:
+            requests.extend(job.request for job in jobs)
+            submit(jobs, announced=announced)
+
+        m.setattr(server.worker, "submit", record)
+        script = CLIENTS / f"{client}.py"
+        url = str(http.base_url).rstrip("/")
+        ended = subprocess.run(
+            [PYTHON, script, url, str(agents), str(ROUNDS), way],
+            # Nothing but the URL leads to us.
+            env={name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert ended.returncode == 0, ended.stderr
+    llm.engine.check_integrity()
+    assert len(requests) == agents * ROUNDS
+    asked = [
+        Asked(request.prompt.token_ids.tolist(), list(request.generated), request.num_cached)
+        for request in requests
+    ]
+    del llm.engine.shadows.pending[SHADOWS:]
+    shadows: list[ShadowReport] = []
+    while (report := llm.check_shadow()) is not None:
+        shadows.append(report)
+    return Town(
+        json.loads(ended.stdout.splitlines()[-1]),
+        [asked[first : first + agents] for first in range(0, len(asked), agents)],
+        shadows,
+    )
+
+
+def reusable(asked: list[list[Asked]]) -> list[int]:
+    """What the oracle could reuse in each round."""
+    oracle = Oracle()
+    before: list[list[int]] = []
+    found: list[int] = []
+    for one_round in asked:
+        total = 0
+        for request in one_round:
+            # One's own last prompt begins as this one does, system prompt and all.
+            own = max(
+                reversed(before), key=lambda one: common_beginning(one, request.prompt), default=[]
+            )
+            total += oracle.reusable(request.prompt, own)
+        before += [request.prompt + request.answer for request in one_round]
+        found.append(total)
+    return found
+
+
+def name_of(case: Case) -> str:
+    return "-".join(map(str, case))
+
+
+def tell(capsys: pytest.CaptureFixture[str], case: Case, figures: str) -> None:
+    """Show figures of a test that passes, too."""
+    with capsys.disabled():
+        print(f"\n{name_of(case)}: {figures} ", end="")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_everybody_hears_all_and_answers(
+    case: Case, play: Callable[[Case], Town], model: LoadedModel
+) -> None:
+    town = play(case)
+    assert len(town.said) == ROUNDS
+    for said in town.said:
+        assert len(said) == case[2]
+        assert all(text.strip() for text in said.values()), said
+    for before, asked in zip(town.said, town.asked[1:], strict=False):
+        for request in asked:
+            heard = model.tokenizer.decode(request.prompt)
+            assert all(text.strip() in heard for text in before.values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_what_can_be_reused_is_reused(
+    case: Case, play: Callable[[Case], Town], capsys: pytest.CaptureFixture[str]
+) -> None:
+    town = play(case)
+    prompts = [sum(len(request.prompt) for request in asked) for asked in town.asked]
+    reused = [sum(request.reused for request in asked) for asked in town.asked]
+    could = reusable(town.asked)
+    figures = map("{} / {} / {}".format, reused, could, prompts)
+    tell(capsys, case, f"reused / reusable / prompt tokens {', '.join(figures)}")
+    for round_reused, round_could in list(zip(reused, could, strict=True))[1:]:
+        assert round_reused >= 0.8 * round_could
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == 3], ids=name_of)
+def test_answers_are_near_those_of_full_computation(
+    case: Case, play: Callable[[Case], Town], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = play(case).shadows
+    assert len(reports) == SHADOWS
+    kl = sum(report.kl for report in reports) / SHADOWS
+    tell(capsys, case, f"KL {kl:.4f}")
+    # A few times what is usual (docs/clients.md): these are few answers, and drawn at random.
+    assert kl < 0.2
