@@ -519,6 +519,18 @@ def test_a_session_remembers_and_lasts(roomy: LoadedModel, tmp_path: Path) -> No
     llm.close()
 
 
+def test_a_round_that_is_refused_leaves_a_session_as_it_was(
+    served: tuple[httpx.Client, Server],
+) -> None:
+    client, _ = served
+    assert ask_session(client, "ab", "one").status_code == 200
+    assert ask_session(client, "ac", "two", blocks={"a": "b"}).status_code == 400
+    here = [{"agent": name, "task": "two", "max_tokens": 3} for name in "ab"]
+    assert ask_session(client, "", "", agents=here).status_code == 200
+    new = [*here, {"agent": "c", "task": "two"}]
+    assert "Say who it is" in ask_session(client, "", "", agents=new).json()["error"]["message"]
+
+
 def test_chat_requests_may_name_a_session(roomy: LoadedModel, tmp_path: Path) -> None:
     cached_tokens = []
     for number in range(2):

@@ -16,7 +16,7 @@ the KV of it are on disk, and a session of the same name goes on from there in a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,16 @@ class Session:
         if name not in self._members:
             raise RoundError(f"There is no agent called {name!r} in the session.")
         del self._members[name]
+
+    def undo_point(self) -> Callable[[], None]:
+        """What brings back who is here now; it does nothing once a round has been heard."""
+        members, number = dict(self._members), self.round
+
+        def undo() -> None:
+            if self.round == number:
+                self._members = members
+
+        return undo
 
     def run(
         self,

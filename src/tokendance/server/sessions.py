@@ -70,8 +70,14 @@ class Sessions:
                         ttl_s=body.ttl_s,
                     )
                 )
-            _admit(place.session, body)
-            yield place.session
+            # Who came and who left for a round that was refused, or that nobody waited for to its
+            # end, has neither come nor left.
+            undo = place.session.undo_point()
+            try:
+                _admit(place.session, body)
+                yield place.session
+            finally:
+                undo()
 
     def _forget_oldest(self) -> None:
         for key in list(self._places):
