@@ -34,6 +34,12 @@ _MOST_PROBLEMS = 50
 _BURST = 128
 _BURST_EVERY_S = 8.0
 
+# Nothing of one is in another, so each is computed by itself.
+_CANARIES = [
+    "Which bird sings in a coal mine?",
+    "How deep do they dig for it, and for whom?",
+    "What happens, once all is quiet down there?",
+]
 _CHAT = "/v1/chat/completions"
 _COMPLETIONS = "/v1/completions"
 _ROUNDS = "/v1/rounds"
@@ -101,7 +107,7 @@ class Clients:
 
     async def run(self) -> None:
         """Ask until the time is over, then wait for the last answers."""
-        expected = [await self._canary(index) for index in range(4)]
+        expected = [await self._canary(index) for index in range(len(_CANARIES))]
         loops: list[tuple[Callable[[random.Random], Awaitable[None]], int]] = [
             (self._lone, 4),
             (self._completion, 2),
@@ -271,7 +277,7 @@ class Clients:
         """The answer to one of a few questions whose answers are certain."""
         body = {
             "model": bodies.MODEL,
-            "messages": [{"role": "user", "content": f"{index} canaries sing in a coal mine"}],
+            "messages": [{"role": "user", "content": _CANARIES[index]}],
             "max_tokens": 8,
             "temperature": 0,
             "ignore_eos": True,
