@@ -1,10 +1,6 @@
 """A server for tests: on a free port of this machine, in a thread of its own."""
 
-import asyncio
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +10,7 @@ import uvicorn
 
 from tokendance import LLM
 from tokendance.server.app import create_app
+from tokendance.server.background import served
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 
@@ -24,20 +21,8 @@ HELLO = [{"role": "user", "content": "hello there"}]
 def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, Server, uvicorn.Server]]:
     """Serve a model, as `tiny` unless told otherwise: the port, the server, and what runs it."""
     app = create_app(llm, ServerSettings(**{"port": 0, "served_name": "tiny", **settings}))
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
-    runner = uvicorn.Server(config)
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=lambda: asyncio.run(runner.serve([bound])), name="http")
-        thread.start()
-        try:
-            while not runner.started:
-                time.sleep(0.01)
-            yield bound.getsockname()[1], app.state.server, runner
-        finally:
-            runner.should_exit = True
-            thread.join(30)
-    assert not thread.is_alive()
+    with served(app) as (port, runner):
+        yield port, app.state.server, runner
 
 
 @contextmanager

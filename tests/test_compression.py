@@ -15,8 +15,8 @@ from tokendance.store.compression import (
     compress_layer,
     compress_values,
 )
+from tokendance.store.dense import LayerKV
 from tokendance.store.floats import BFLOAT16, KVArray, largest, narrow, widen
-from tokendance.store.foreign.dense import LayerKV
 
 DTYPE_LIST: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 DTYPES = pytest.mark.parametrize("dtype", DTYPE_LIST, ids=["float32", "float16", "bfloat16"])

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tokendance.attention.rope import Rope
 from tokendance.errors import CacheError, ConfigError
+from tokendance.store.dense import DenseCache, LayerKV
 from tokendance.store.floats import BFLOAT16, KVArray, bits_of, narrow, widen
 from tokendance.store.foreign.alignment import Match, Turns, cut_blocks, from_master
-from tokendance.store.foreign.dense import DenseCache, LayerKV
 from tokendance.store.foreign.diffs import CacheDiff, encode_diff
 from tokendance.store.foreign.masters import choose_master
 from tokendance.store.foreign.restore import restore_into, restore_layers

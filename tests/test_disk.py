@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import sqlite3
 import stat
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
+from tokendance.cli import app as command_line
 from tokendance.errors import CorruptFileError, InputError, StoreError
 from tokendance.store.disk import DiskStore
 from tokendance.store.kv_file import KVRows, WrittenFile, checksum_of
@@ -224,6 +227,29 @@ def test_a_flipped_byte_in_the_index_is_found_or_harmless(tmp_path: Path) -> Non
         for name, content in files.items():
             (folder / "kv" / name).write_bytes(content)
     assert num_found > 5  # most of a small index is empty space
+
+
+def test_a_damaged_session_can_be_removed_and_is_in_nobodys_way(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with DiskStore(folder, IDENTITY) as store:
+        save(store, TOWN, 1, {"ann": [1, 2]})
+        save(store, SessionKey("", "city"), 1, {"bob": [3]})
+    with sqlite3.connect(folder / "index.sqlite") as index:
+        index.execute("UPDATE sessions SET state = x'00' WHERE name = 'town'")
+    index.close()
+
+    def ask(*words: str) -> Result:
+        return CliRunner().invoke(command_line, ["store", *words, "--store", str(folder)])
+
+    listed = ask("ls")
+    assert listed.exit_code == 0, listed.output
+    assert re.search(r"town +damaged +\n", listed.output)
+    assert re.search(r"city +1 +1 ", listed.output)
+    assert "tokendance store rm" in str(ask("show", "town").exception)
+    assert ask("rm", "town").exit_code == 0
+    with DiskStore(folder, IDENTITY) as store:
+        assert store.index.session_keys() == [SessionKey("", "city")]
+        assert store.verify() == []
 
 
 def test_files_in_each_others_place_are_found(store: DiskStore) -> None:

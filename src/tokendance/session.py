@@ -231,9 +231,7 @@ class Session:
             member.turns.append(_Turn(self._heard, one_task, words))
             if output.error is None:
                 blocks.append(self.block(output.agent, words))
-                said = np.array(output.token_ids, np.int32)
-                tokens = np.concatenate([output.prompt_token_ids, said])
-                member.cache = SpokenCache(tokens, output.prompt_tokens)
+                member.cache = SpokenCache.of(output.prompt_token_ids, output.token_ids)
         self._heard = tuple(blocks)
         self.round += 1
 

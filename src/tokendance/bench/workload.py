@@ -349,8 +349,7 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
         TraceError: if the source cannot be read.
     """
     rng = np.random.default_rng(spec.seed)
-    path = example_trace() if spec.source == TOWN else Path(spec.source)
-    people = _shuffled(list(read_trace(path).agents.values()), rng)
+    people = _shuffled(read_people(spec.source), rng)
     lengths = np.linspace(*spec.private_tokens, spec.agents).astype(int)
     rng.shuffle(lengths)
     names, systems = [], []
@@ -367,6 +366,16 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
         blocks.append(shared(ids))
         facts_said.append(fact if fits else None)
     return RoundTexts(spec, tuple(names), tuple(systems), tuple(blocks), tuple(facts_said))
+
+
+def read_people(source: Source) -> list[TraceAgent]:
+    """The people of a source, in its order.
+
+    Raises:
+        TraceError: if it cannot be read.
+    """
+    path = example_trace() if source == TOWN else Path(source)
+    return list(read_trace(path).agents.values())
 
 
 def recorded_workload(path: Path, number: int) -> RoundWorkload:

@@ -37,6 +37,7 @@ from tokendance.store.entries import (
     RunId,
     SegmentCopy,
     Slots,
+    exact_length,
     pages_of,
 )
 from tokendance.store.kv_store import KVStore
@@ -162,12 +163,7 @@ def draft_placement(
         matched = matched[: length - 1]
         num_prefix = len(matched)
         slots[:num_prefix] = matched
-    num_exact = 0
-    for block in blocks:
-        if not block.exact:
-            break
-        num_exact += len(block.slots)
-    num_exact = min(num_exact, num_prefix)
+    num_exact = min(exact_length(blocks), num_prefix)
 
     segments = [
         (start, segment)

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokendance.config import format_bytes
-from tokendance.errors import StoreError
+from tokendance.errors import CorruptFileError, StoreError
 from tokendance.store.disk import DiskStore
-from tokendance.store.records import FileId, SessionKey, StoredSession
+from tokendance.store.records import FileId, SessionKey
 
 
 def list_sessions(folder: Path, console: Console) -> None:
@@ -23,7 +23,11 @@ def list_sessions(folder: Path, console: Console) -> None:
             table.add_column(heading, justify="right", no_wrap=True)
         row_bytes = disk.index.row_bytes
         for key in disk.index.session_keys():
-            session, usage = disk.session(key), disk.index.usage(key)
+            try:
+                session, usage = disk.session(key), disk.index.usage(key)
+            except CorruptFileError:
+                table.add_row(escape(_title(key)), "[red]damaged[/red]")
+                continue
             assert session is not None
             dense = usage.dense_rows * row_bytes
             table.add_row(
@@ -46,7 +50,9 @@ def list_sessions(folder: Path, console: Console) -> None:
 def show_session(folder: Path, name: str, console: Console) -> None:
     """Print who refers to what in a session."""
     with DiskStore(folder, None) as disk:
-        key, session = _find(disk, name)
+        key = _find(disk, name)
+        session = disk.session(key)
+        assert session is not None
         readers = disk.index.readers(key)
         console.print(
             f"[bold]{escape(_title(key))}[/bold]: {len(session.caches)} agents, "
@@ -130,7 +136,7 @@ def collect_garbage(folder: Path, budget: int | None, console: Console) -> None:
 def remove_session(folder: Path, name: str, console: Console) -> None:
     """Remove a session with all that only it refers to."""
     with DiskStore(folder, None) as disk:
-        key, _ = _find(disk, name)
+        key = _find(disk, name)
         before = disk.num_bytes
         disk.remove(key)
         console.print(
@@ -138,17 +144,16 @@ def remove_session(folder: Path, name: str, console: Console) -> None:
         )
 
 
-def _find(disk: DiskStore, name: str) -> tuple[SessionKey, StoredSession]:
-    """The session of a title.
+def _find(disk: DiskStore, name: str) -> SessionKey:
+    """The session of a title, which need not be whole.
 
     Raises:
         StoreError: if there is none.
     """
     keys = disk.index.session_keys()
     for key in keys:
-        session = disk.session(key)
-        if _title(key) == name and session is not None:
-            return key, session
+        if _title(key) == name:
+            return key
     known = ", ".join(repr(_title(key)) for key in keys[:10]) or "none"
     raise StoreError(f"There is no session {name!r} in {disk.folder}. There are: {known}.")
 

@@ -24,7 +24,7 @@ from tokendance.engine.engine import Engine
 from tokendance.errors import CorruptFileError
 from tokendance.rounds.segments import Salt, TokenIds, hash_segment
 from tokendance.store.disk import DiskStore
-from tokendance.store.entries import PrefixBlock, RoundId, SegmentCopy, Slots
+from tokendance.store.entries import PrefixBlock, RoundId, SegmentCopy, Slots, exact_length
 from tokendance.store.kv_file import KVRows, WrittenFile
 from tokendance.store.pages import Holder
 from tokendance.store.records import (
@@ -57,6 +57,11 @@ class SpokenCache:
 
     token_ids: TokenIds
     num_prompt: int
+
+    @classmethod
+    def of(cls, prompt: TokenIds, answer: Sequence[int]) -> "SpokenCache":
+        """Put an answer behind its prompt."""
+        return cls(np.concatenate([prompt, np.array(answer, np.int32)]), len(prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +196,7 @@ class Tiers:
         return Saved(sum(one.num_bytes for one in written.values()), left_out)
 
     def _match(self, token_ids: TokenIds, salt: Salt) -> tuple[list[PrefixBlock], Slots]:
-        blocks, slots = self._engine.store.match_prefix(token_ids, salt, exact=False)
-        return blocks, slots
+        return self._engine.store.match_prefix(token_ids, salt, exact=False)
 
     def _copy_records(
         self, copies: Sequence[tuple[TokenIds, SegmentCopy]]
@@ -240,18 +244,12 @@ class Tiers:
         same: npt.NDArray[np.bool_] = self._stamp == self._engine.store.slot_stamp
         return same
 
-    def _note(self, file: FileId, slots: Slots, rows: npt.NDArray[np.int64] | None = None) -> None:
-        """Note which rows of a file some slots hold: all of them in order, or `rows`."""
-        rows = np.arange(len(slots)) if rows is None else rows
+    def _note(self, file: FileId, slots: Slots) -> None:
+        """Note that these slots hold the rows of a file, in order."""
         self._file[slots] = file
-        self._row[slots] = rows
+        self._row[slots] = np.arange(len(slots))
         self._stamp[slots] = self._engine.store.slot_stamp[slots]
-        known = self._slots.get(file, np.full(0, -1, np.int32))
-        size = max(len(known), int(rows.max(initial=-1)) + 1)
-        merged = np.full(size, -1, np.int32)
-        merged[: len(known)] = known
-        merged[rows] = slots
-        self._slots[file] = merged
+        self._slots[file] = slots
 
     def _record(
         self, cache: SpokenCache, slots: Slots, blocks: Sequence[PrefixBlock]
@@ -264,15 +262,10 @@ class Tiers:
         goes_on = (np.diff(files) == 0) & (np.diff(rows) == 1)
         firsts = np.flatnonzero(np.concatenate(([True], ~goes_on))) if length else np.empty(0, int)
         counts = np.diff(np.append(firsts, length))
-        num_exact = 0
-        for block in blocks:
-            if not block.exact:
-                break
-            num_exact += len(block.slots)
         pieces: Pieces = np.stack([files[firsts], rows[firsts], counts], axis=1).astype(np.int64)
         return CacheRecord(
             cache.token_ids[:length],
-            min(num_exact, length),
+            min(exact_length(blocks), length),
             min(cache.num_prompt, length),
             pieces,
         )
@@ -332,11 +325,7 @@ class Tiers:
 
     def _missing(self, session: StoredSession, salt: Salt) -> list[FileId]:
         """Files that memory lacks, in the order in which agents have their tokens."""
-        wanted: list[Pieces] = [
-            copy.cache.pieces
-            for copy in session.copies
-            if not self._engine.store.all_copies(hash_segment(copy.cache.token_ids, salt))
-        ]
+        wanted: list[Pieces] = [copy.cache.pieces for copy in self._unlisted(session, salt)]
         for cache in session.caches.values():
             _, matched = self._match(cache.token_ids, salt)
             wanted.append(cache.pieces[np.cumsum(cache.pieces[:, 2]) > len(matched)])
@@ -401,12 +390,20 @@ class Tiers:
             self._mark(self._match(cache.token_ids[: len(every)], salt)[0])
             left += len(cache.token_ids) - len(every)
         runs: dict[int, list[CopyRecord]] = {}
-        for copy in session.copies:
-            if not store.all_copies(hash_segment(copy.cache.token_ids, salt)):
-                runs.setdefault(copy.run, []).append(copy)
+        for copy in self._unlisted(session, salt):
+            runs.setdefault(copy.run, []).append(copy)
         for run in runs.values():
             self._list_run(sorted(run, key=lambda copy: copy.place), salt)
         return left
+
+    def _unlisted(self, session: StoredSession, salt: Salt) -> list[CopyRecord]:
+        """Copies of segments of which memory has none."""
+        store = self._engine.store
+        return [
+            copy
+            for copy in session.copies
+            if not store.all_copies(hash_segment(copy.cache.token_ids, salt))
+        ]
 
     def _list_run(self, run: Sequence[CopyRecord], salt: Salt) -> None:
         known = [

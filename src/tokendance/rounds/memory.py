@@ -150,8 +150,7 @@ class TextMemory:
 
     def discard(self, texts: Iterable[Text]) -> None:
         """Forget some texts."""
-        given = {id(text) for text in texts}
-        self._forget([number for number, text in self._texts.items() if id(text) in given])
+        self._forget([self._numbers[text.token_ids.tobytes(), text.is_prompt] for text in texts])
 
     def _forget(self, numbers: list[int]) -> None:
         if not numbers:

@@ -12,11 +12,11 @@ from fastapi import FastAPI
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI) -> Iterator[tuple[int, uvicorn.Server]]:
     """Serve an application on a free port of this machine while the context lasts.
 
     Yields:
-        The address: "http://127.0.0.1:PORT".
+        The port on 127.0.0.1, and what runs the application.
 
     Raises:
         RuntimeError: if it does not start, or does not end.
@@ -24,15 +24,16 @@ def served(app: FastAPI) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread = threading.Thread(
+            target=lambda: asyncio.run(server.serve([listening])), name="http"
+        )
         thread.start()
         try:
             while not server.started:
                 if not thread.is_alive():
                     raise RuntimeError("The server did not start.")
                 time.sleep(0.01)
-            yield address
+            yield listening.getsockname()[1], server
         finally:
             server.should_exit = True
             thread.join(60)

@@ -8,8 +8,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from tokendance.engine.request import Request
 from tokendance.engine.tiers import SpokenCache, Tiers
 from tokendance.errors import TokenDanceError
@@ -47,9 +45,9 @@ class KeptSessions:
         """Take what an agent has read and said."""
         if self._tiers is None or request.error is not None:
             return
-        tokens = np.concatenate([request.prompt.token_ids, np.array(request.generated, np.int32)])
+        cache = SpokenCache.of(request.prompt.token_ids, request.generated)
         said = self._said.setdefault(key, {})
-        said[request.agent] = request.prompt, SpokenCache(tokens, len(request.prompt))
+        said[request.agent] = request.prompt, cache
         self._said.move_to_end(key)
         if len(self._said) > _MAX_SESSIONS:
             self._said.popitem(last=False)

@@ -354,25 +354,27 @@ class Worker:
         for salt, together in by_salt.items():
             prompts = [job.request.prompt for job in together]
             self._kept.restore({job.session for job in together if job.session}, prompts)
-            self._discover(salt, [job for job in together if not job.marked])
+            known = [self._llm.engine.num_known(prompt) for prompt in prompts]
+            self._discover(
+                salt, [pair for pair in zip(together, known, strict=True) if not pair[0].marked]
+            )
             sizes = len(together)
-            for job in together:
+            for job, num_known in zip(together, known, strict=True):
                 request = job.request
                 request.round_id = round_id
                 # A lone request that shares nothing is computed exactly, unless it goes on from
                 # what was not.
-                request.in_round = (
-                    bool(request.prompt.shared_segments())
-                    or self._llm.engine.num_known(request.prompt) > 0
-                )
+                request.in_round = bool(request.prompt.shared_segments()) or num_known > 0
                 job.alone = sizes == 1
                 self._live[request] = job
             self._metrics.begin_round(sizes)
             self._llm.engine.add([job.request for job in together])
 
-    def _discover(self, salt: Salt, jobs: Sequence[Job]) -> None:
-        if not jobs:
+    def _discover(self, salt: Salt, known: Sequence[tuple[Job, int]]) -> None:
+        """Cut the prompts of jobs into segments; with each job, what its prefix finds."""
+        if not known:
             return
+        jobs = [job for job, _ in known]
         if salt not in self._discoveries:
             self._discoveries[salt] = Discovery(salt, self._discovery)
             if len(self._discoveries) > _MAX_TENANTS:
@@ -381,7 +383,7 @@ class Worker:
         found = self._discoveries[salt].segment(
             [job.request.prompt.token_ids for job in jobs],
             time.perf_counter(),
-            [self._llm.engine.num_known(job.request.prompt) for job in jobs],
+            [num_known for _, num_known in known],
         )
         self._llm.engine.recall(found.heard, salt)
         for job, prompt in zip(jobs, found.prompts, strict=True):

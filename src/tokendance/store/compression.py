@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.errors import CacheError, ConfigError
+from tokendance.store.dense import LayerKV, check_tensor
 from tokendance.store.floats import KVArray, largest, narrow, widen
-from tokendance.store.foreign.dense import LayerKV, check_tensor
 
 CHUNK_TOKENS = 128
 

@@ -1,5 +1,7 @@
 """What the indexes hold: blocks of prompts, and copies of shared segments."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -56,6 +58,11 @@ class SegmentCopy:
 
 
 Entry = PrefixBlock | SegmentCopy
+
+
+def exact_length(blocks: Sequence[PrefixBlock]) -> int:
+    """Tokens of the blocks of a prompt up to the first that is not exact."""
+    return sum(len(block.slots) for block in itertools.takewhile(lambda one: one.exact, blocks))
 
 
 def pages_of(slots: Slots, page_size: int) -> PageIds:

@@ -34,9 +34,6 @@ class EvictionOrder:
     def __contains__(self, entry: Entry) -> bool:
         return entry in self._computed or entry in self._on_disk
 
-    def __len__(self) -> int:
-        return len(self._computed) + len(self._on_disk)
-
     def __iter__(self) -> Iterator[Entry]:
         yield from self._on_disk
         yield from self._computed
@@ -59,27 +56,25 @@ class EvictionOrder:
         """Note that an entry could be read again."""
         used = self._computed.pop(entry, None)
         if used is not None:
+            # A session is marked just after it was used, so the queue stays sorted.
             self._on_disk[entry] = used
-            # They are marked a session at a time, just after they were used.
 
     def discard(self, entry: Entry) -> None:
         """Forget an entry."""
         self._computed.pop(entry, None)
         self._on_disk.pop(entry, None)
 
-    def in_turn(self) -> list[Entry]:
-        """All entries, the one that gives way first before all others."""
+    def in_turn(self) -> Iterator[Entry]:
+        """All entries of now, the one that gives way first before all others."""
         cost = min(1.0, max(_LEAST_COST, self.disk_cost))
         on_disk, computed = list(self._on_disk.items()), list(self._computed.items())
-        order: list[Entry] = []
         i = j = 0
         while i < len(on_disk) or j < len(computed):
             waited_disk = (self._now - on_disk[i][1]) / cost if i < len(on_disk) else -1.0
             waited = self._now - computed[j][1] if j < len(computed) else -1.0
             if waited_disk >= waited:
-                order.append(on_disk[i][0])
+                yield on_disk[i][0]
                 i += 1
             else:
-                order.append(computed[j][0])
+                yield computed[j][0]
                 j += 1
-        return order

@@ -34,15 +34,14 @@ from tokendance.store.compression import (
     CHUNK_TOKENS,
     CompressedLayer,
     CompressedTensor,
-    compress_layer,
+    compress_keys,
+    compress_values,
 )
-from tokendance.store.foreign.dense import LayerKV
+from tokendance.store.floats import DTYPES
 
 _CHECKSUM_BYTES = 16
-TEMPORARY = ".tmp"
-SUFFIX = ".safetensors"
-# What keys and values may be made of: numpy's name of each, for the sizes that KV has.
-_KINDS = ("uint16", "float16", "float32")
+_TEMPORARY = ".tmp"
+_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +91,7 @@ def compress_rows(rows: KVRows) -> list[CompressedLayer]:
         CacheError: for numbers that are not finite.
     """
     return [
-        compress_layer(LayerKV(keys.swapaxes(0, 1), values.swapaxes(0, 1)))
+        CompressedLayer(compress_keys(keys.swapaxes(0, 1)), compress_values(values.swapaxes(0, 1)))
         for keys, values in zip(rows.keys, rows.values, strict=True)
     ]
 
@@ -124,8 +123,8 @@ def write_rows(folder: Path, rows: KVRows, *, compressed: bool = False) -> Writt
             tensors = _compressed_tensors(rows)
     # safetensors writes an array's memory as it lies, whatever its strides say.
     content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
-    name = secrets.token_hex(16) + SUFFIX
-    temporary = folder / (name + TEMPORARY)
+    name = secrets.token_hex(16) + _SUFFIX
+    temporary = folder / (name + _TEMPORARY)
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
@@ -175,7 +174,7 @@ def read_rows(folder: Path, file: WrittenFile) -> KVRows:
         raise CorruptFileError(
             f"{path} is no file of KV ({type(error).__name__}). What it held is computed again."
         ) from error
-    if str(rows.keys.dtype) not in _KINDS or len(rows) != file.num_rows:
+    if rows.keys.dtype not in DTYPES or len(rows) != file.num_rows:
         raise CorruptFileError(f"{path} holds something else. What it held is computed again.")
     return rows
 

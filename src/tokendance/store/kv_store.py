@@ -246,7 +246,7 @@ class KVStore:
             self.slot_ready[slots] = False
             self.slot_stamp[slots] = self._num_taken
             taken.append(slots)
-            offset += -(-len(positions) // size) * size
+            offset += self.num_pages([positions]) * size
         return taken, pages
 
     def num_pages(self, parts: Iterable[npt.NDArray[np.int64]]) -> int:

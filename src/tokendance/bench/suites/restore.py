@@ -40,12 +40,13 @@ from tokendance.bench.suite import (
     spread,
 )
 from tokendance.bench.suites.storage import TASK
+from tokendance.bench.workload import read_people
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import TokenIds
-from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
+from tokendance.rounds.trace import TraceAgent
 from tokendance.session import Agent, Session
 from tokendance.store.kv_file import KVRows, WrittenFile, read_rows, write_rows
 from tokendance.store.pages import Holder
@@ -61,6 +62,7 @@ _COLUMNS = {
     "max": "max",
     "times": "x in place",
 }
+_NEXT_ROUND = "disk, next round"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +77,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     agents, rounds, max_tokens = (3, 2, 8) if settings.tiny else (25, 4, 40)
     model = load_model(settings.model, "bfloat16")
-    path = example_trace() if settings.source == "town" else Path(settings.source)
-    people = list(read_trace(path).agents.values())[:agents]
+    people = read_people(settings.source)[:agents]
     longest = 1000 if settings.tiny else 600 + rounds * 60 * len(people)
     room = len(people) * longest
     engines = make_engines(model, ["collective", "prefix"], room)
@@ -101,7 +102,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
                     "again": bench.compute_session_again,
                 },
             ),
-            ("disk, next round", {"in place": bench.go_on, "again": bench.compute_again}),
+            (_NEXT_ROUND, {"in place": bench.go_on, "again": bench.compute_again}),
         ):
             found = in_turn(kinds, settings.repeats)
             for how, seconds in found.items():
@@ -117,7 +118,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         "speedup_vs_fused_restore": times["memory", "fused"],
         "speedup_vs_dense_from_disk": times["disk", "dense"],
         "speedup_vs_computing_again": times["disk", "again"],
-        "next_round_vs_computing_again": times["disk, next round", "again"],
+        "next_round_vs_computing_again": times[_NEXT_ROUND, "again"],
     }
     notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
     notes.append("Files are dropped from the system's cache before they are read.")
@@ -276,7 +277,7 @@ class _Bench:
     def go_on(self) -> float:
         """Read the session, and compute the next round's first tokens."""
         self._forget()
-        return _seconds(lambda: self._next_round(self._read_session("restart")))
+        return _seconds(lambda: self._next_round(self._read_session(_NEXT_ROUND)))
 
     def compute_again(self) -> float:
         """Compute the next round's first tokens from nothing."""

@@ -98,8 +98,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     rows: list[Row] = []
     with console.status("The people of the rounds write ..."):
         conversation = _write(library, plan, settings.seed)
-    with served(app) as address:
-        client = _Client(address)
+    with served(app) as (port, _):
+        client = _Client(f"http://127.0.0.1:{port}")
         for new in (
             partial(_rounds, plan, conversation, library, client, settings.repeats),
             partial(_lone, plan, conversation, library, client),
@@ -165,15 +165,15 @@ def _messages(said: Sequence[RoundTexts], number: int, agent: int) -> list[Messa
 
 def _as_text(llm: LLM, messages: Sequence[Message]) -> list[dict[str, str]]:
     """The same as any client would send it."""
-
-    def text(part: Part) -> str:
-        content = part.content
-        return content if isinstance(content, str) else llm.encoder.decode(list(content))
-
     return [
-        {"role": message["role"], "content": "".join(text(part) for part in message["content"])}
+        {"role": message["role"], "content": _joined(llm, message["content"])}
         for message in messages
     ]
+
+
+def _joined(llm: LLM, parts: Sequence[Part]) -> str:
+    contents = [part.content for part in parts]
+    return "".join(one if isinstance(one, str) else llm.encoder.decode(one) for one in contents)
 
 
 # ---- how it is sent -----------------------------------------------------------------------------
@@ -311,10 +311,7 @@ def _lone(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) ->
 def _burst(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) -> list[Row]:
     """Requests at once that share a text, far more than run at a time."""
     client.become_unknown()
-    heard = "".join(
-        part.content if isinstance(part.content, str) else library.encoder.decode(part.content)
-        for part in said[0].blocks[:4]
-    )
+    heard = _joined(library, said[0].blocks[:4])
     systems = said[0].systems
     texts = [
         [

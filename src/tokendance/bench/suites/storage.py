@@ -27,13 +27,14 @@ from rich.console import Console
 from tokendance.bench.arms import make_engines
 from tokendance.bench.plots import draw_lines
 from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
+from tokendance.bench.workload import read_people
 from tokendance.config import ReuseMode
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.outputs import RoundResult
 from tokendance.rounds.prompts import Prompt
-from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
+from tokendance.rounds.trace import TraceAgent
 from tokendance.session import Agent
 from tokendance.store.records import SessionKey
 
@@ -87,7 +88,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     if settings.tiny:
         small = large = _Town(3, 2, 8)
     model = load_model(settings.model, "bfloat16")
-    people = list(_people(settings))
+    people = read_people(settings.source)
     longest = 1000 if settings.tiny else model.shape.max_context
     table = LiveTable(console, "KV of agents over rounds, bfloat16", _COLUMNS)
     rows: list[Row] = []
@@ -124,11 +125,6 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     headline = {key: last[key] for key in (*keys, "mirror_shared_compression")}
     headline["disk_compression"] = last["dense_mib"] / last["disk_mib"]
     return SuiteResult("storage", settings.model, rows, headline, notes)
-
-
-def _people(settings: BenchSettings) -> Sequence[TraceAgent]:
-    path = example_trace() if settings.source == "town" else Path(settings.source)
-    return list(read_trace(path).agents.values())
 
 
 def _talk(llm: LLM, people: Sequence[TraceAgent], town: _Town, seed: int) -> Iterator[_Played]:

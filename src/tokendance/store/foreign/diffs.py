@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.errors import CacheError, ConfigError
+from tokendance.store.dense import DenseCache, check_cache, check_same_model, describe
 from tokendance.store.floats import KVArray, bits_of, widen
 from tokendance.store.foreign.alignment import (
     Cut,
@@ -37,7 +38,6 @@ from tokendance.store.foreign.alignment import (
     cut_blocks,
     from_master,
 )
-from tokendance.store.foreign.dense import DenseCache, check_cache, check_same_model, describe
 
 BLOCK_TOKENS = 32
 """As in the paper."""

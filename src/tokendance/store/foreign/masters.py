@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokendance.errors import CacheError
+from tokendance.store.dense import DenseCache
 from tokendance.store.foreign.alignment import FloatArray, Match
-from tokendance.store.foreign.dense import DenseCache
 from tokendance.store.foreign.diffs import BLOCK_TOKENS, encode_diff
 
 Align = Callable[[int, int], Sequence[Match]]

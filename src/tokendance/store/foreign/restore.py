@@ -16,9 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.errors import CacheError
-from tokendance.store.floats import KVArray
-from tokendance.store.foreign.alignment import Cut, Turns, check_matches, cut_blocks, from_master
-from tokendance.store.foreign.dense import (
+from tokendance.store.dense import (
     DenseCache,
     LayerKV,
     check_cache,
@@ -26,6 +24,8 @@ from tokendance.store.foreign.dense import (
     describe,
     same_heads,
 )
+from tokendance.store.floats import KVArray
+from tokendance.store.foreign.alignment import Cut, Turns, check_matches, cut_blocks, from_master
 from tokendance.store.foreign.diffs import CacheDiff, TensorDiff
 
 # Tokens that are taken from the master at once: so few that the steps of rotating them stay in
