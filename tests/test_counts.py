@@ -81,6 +81,22 @@ def test_agents_without_their_own_block(make_llm: MakeLLM) -> None:
     assert computed == [5 + 60 + 3, 6 + 20 + 2 * 4 + 3, 7 + 12 + 3, 8 + 12 + 3]
 
 
+def test_what_follows_new_words_is_computed_anew(make_llm: MakeLLM) -> None:
+    """A question that is asked in each round is read after what was said in this one."""
+    said, question = [block(i) for i in range(3)], block(9)
+    llm = make_llm()
+    llm.run_round([prompt(n, said[0], question) for n in range(3)], ONE)
+    result = llm.run_round([prompt(n, said[0], said[1], question) for n in range(3)], ONE)
+    # All find their private part and the first block; the first of them owns block and question.
+    assert counts(result) == [
+        (2 * 20 + 3, 5 + 20, 0),
+        *[(2 * 4 + 3, 5 + n + 20 + 2 * 16, 2 * 4) for n in (1, 2)],
+    ]
+    # With nothing new before it, it is what it was.
+    result = llm.run_round([prompt(n, said[0], question) for n in (3, 4)], ONE)
+    assert counts(result)[0] == (8 + 2 * 4 + 3, 2 * 16, 2 * 4)
+
+
 def test_neighbourhoods(make_llm: MakeLLM) -> None:
     blocks = [block(i) for i in range(6)]
     prompts = [prompt(n, *(blocks[(n + i) % 6] for i in (0, 1, 2)), own=5) for n in range(6)]

@@ -205,4 +205,4 @@ def test_answers_are_near_those_of_full_computation(
     kl = sum(report.kl for report in reports) / SHADOWS
     tell(capsys, case, f"KL {kl:.4f}")
     # A few times what is usual (docs/clients.md): these are few answers, and drawn at random.
-    assert kl < 0.2
+    assert kl < 0.1

@@ -171,6 +171,7 @@ def draft_placement(
         if start + len(segment) > num_prefix
     ]
     chosen = choose_copies(segments, store, rules, round_id) if rules.segments else {}
+    _leave_out_stale(chosen, len(segments), round_id)
     policy = correction
     if target is not None and rules.segments and (chosen or num_exact < num_prefix):
         policy = target.choose(describe_reuse(prompt, num_exact, num_prefix, chosen, store))
@@ -274,7 +275,8 @@ def place(
     if rules.leave:
         for run in draft.runs:
             placement.entries += store.put_run(
-                [(segment.hash, slots[start : start + len(segment)]) for start, segment in run]
+                [(segment.hash, slots[start : start + len(segment)]) for start, segment in run],
+                round_id,
             )
         placement.entries += store.put_prefix(
             prompt.token_ids, slots[:length], prompt.salt, draft.num_exact
@@ -319,6 +321,18 @@ def choose_copies(
             for place_, copies in found.items():
                 chosen.setdefault(place_, copies[-1])
     return dict(sorted(chosen.items()))
+
+
+def _leave_out_stale(chosen: dict[int, SegmentCopy], count: int, round_id: RoundId) -> None:
+    """Leave out copies of earlier rounds behind a segment that is new in this one.
+
+    They were computed by somebody who had not read it. What a host asks in the same words in each
+    round, behind what was said in it, would be asked by one who has heard nothing of that.
+    """
+    first_new = next((place_ for place_ in range(count) if place_ not in chosen), count)
+    for place_ in range(first_new, count):
+        if place_ in chosen and chosen[place_].round_id != round_id:
+            del chosen[place_]
 
 
 def describe_reuse(

@@ -44,6 +44,7 @@ class SegmentCopy:
         index: its place among the segments of the run.
         slots: where the KV of each of its tokens lies, in the order of the tokens.
         pages: the distinct pages of `slots`.
+        round_id: in which its owner computed it; None if it is listed for another reason.
         rounds: the rounds in which mirrors have reused it so far; the store counts them.
         sound: whether its owner has had finite logits; the scheduler writes it.
     """
@@ -53,6 +54,7 @@ class SegmentCopy:
     index: int
     slots: Slots
     pages: PageIds
+    round_id: RoundId | None = None
     rounds: set[RoundId] = field(default_factory=set)
     sound: bool = False
 

@@ -156,13 +156,15 @@ class KVStore:
         self.touch(touched)
         return new
 
-    def put_run(self, segments: Sequence[tuple[SegmentHash, Slots]]) -> list[Entry]:
+    def put_run(
+        self, segments: Sequence[tuple[SegmentHash, Slots]], round_id: RoundId | None = None
+    ) -> list[Entry]:
         """List the segments of a run as copies, in the order in which their owner reads them."""
         run = RunId(self._num_runs)
         self._num_runs += 1
         new: list[Entry] = []
         for index, (segment, slots) in enumerate(segments):
-            copy = SegmentCopy(segment, run, index, slots.copy(), self._pages(slots))
+            copy = SegmentCopy(segment, run, index, slots.copy(), self._pages(slots), round_id)
             self._segments.setdefault(segment, []).append(copy)
             self._add(copy)
             new.append(copy)
