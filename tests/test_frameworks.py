@@ -41,6 +41,7 @@ CASES: list[Case] = [
         ("openai_sdk", "threads"),
         ("openai_sdk", "gathered"),
         ("openai_sdk", "streams"),
+        ("openai_sdk", "in-turn"),
         ("langgraph_town", "graph"),
         ("autogen_town", "gathered"),
         ("autogen_town", "in-turn"),

@@ -22,7 +22,6 @@ from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.server.chat import split_tool_calls
 from tokendance.server.errors import ApiError
 from tokendance.server.logs import JsonFormatter
 from tokendance.server.protocol import ChatRequest, RoundRequest
@@ -191,7 +190,7 @@ def test_completions_of_text_and_ids(served: tuple[httpx.Client, Server]) -> Non
         ({"model": "gpt-4"}, 404, "model"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x"}] * 51}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}] * 51}, 413, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "messages"),
         ({"temperature": -1}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
@@ -339,17 +338,6 @@ def test_tool_calls_are_sure_to_parse(served: tuple[httpx.Client, Server]) -> No
     assert len(calls) == 1
     assert not any(delta.get("content") for delta in deltas)
     assert chat(client, tool_choice="auto", **fields).status_code == 200
-
-
-def test_cutting_calls_out_of_an_answer() -> None:
-    text = 'I go.\n<tool_call>\n{"name": "walk", "arguments": {"to": "a"}}\n</tool_call>'
-    words, calls = split_tool_calls(text)
-    assert words == "I go."
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("walk", {"to": "a"})]
-    inside = '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call> done'
-    assert split_tool_calls(inside)[0] == "done"
-    for other in ("no call", "<tool_call> cut off", "<tool_call>[]</tool_call>", "</tool_call>"):
-        assert split_tool_calls(other) == (other, [])
 
 
 def prompts_of_a_round(agents: int) -> list[list[dict[str, str]]]:

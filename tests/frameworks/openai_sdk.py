@@ -1,4 +1,4 @@
-"""The SDK of OpenAI: a thread for each agent, coroutines, or coroutines that read streams."""
+"""The SDK of OpenAI: a thread for each agent, coroutines, streams in coroutines, or a loop."""
 
 import asyncio
 from collections.abc import Iterable
@@ -50,6 +50,28 @@ def in_threads(call: Call, town: Town) -> None:
             town.take(pool.map(ask, town.conversations.values()))
 
 
+def in_turn(call: Call) -> list[dict[str, str]]:
+    """A loop, as most scripts begin: everybody hears what was said since they spoke last."""
+    client = OpenAI(base_url=call.base_url, api_key="none")
+    conversations: dict[str, Messages] = {
+        name: [{"role": "system", "content": system}] for name, system in call.people.items()
+    }
+    unheard: dict[str, list[str]] = {name: [OPENING] for name in call.people}
+    rounds: list[dict[str, str]] = []
+    for _ in range(call.rounds):
+        rounds.append({})
+        for name, messages in conversations.items():
+            messages.append({"role": "user", "content": "\n".join([*unheard[name], NEXT])})
+            answer = client.chat.completions.create(messages=messages, **SETTINGS)
+            text = answer.choices[0].message.content or ""
+            messages.append({"role": "assistant", "content": text})
+            unheard[name] = []
+            for other in call.people.keys() - {name}:
+                unheard[other].append(f"{name}: {text}")
+            rounds[-1][name] = text
+    return rounds
+
+
 async def at_once(call: Call, town: Town, *, stream: bool) -> None:
     client = AsyncOpenAI(base_url=call.base_url, api_key="none")
 
@@ -71,6 +93,9 @@ async def at_once(call: Call, town: Town, *, stream: bool) -> None:
 
 def main() -> None:
     call = read_call()
+    if call.way == "in-turn":
+        tell(in_turn(call))
+        return
     town = Town(call.people)
     if call.way == "threads":
         in_threads(call, town)

@@ -354,7 +354,7 @@ class Clients:
             await self._ask("too large", _CHAT, data, key=key, expected=(413,), chunk=chunk)
         elif kind == 2:
             body["messages"] = body["messages"] * (self.target.max_messages + 1)
-            await self._ask("too many messages", _CHAT, body, key=key, expected=(400,))
+            await self._ask("too many messages", _CHAT, body, key=key, expected=(413,))
         elif kind == 3:
             body["messages"][0]["content"] = "a" * rng.choice([1, 2, 40]) * self.target.max_context
             await self._ask("too long", _CHAT, body, key=key, expected=(400,))

@@ -6,6 +6,7 @@ ordinary tokens.
 """
 
 import copy
+import json
 import re
 import secrets
 import threading
@@ -35,6 +36,8 @@ class PromptEncoder:
         self._known: dict[str, TokenIds] | None = None  # texts, if they are remembered
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
+        special = tokenizer.convert_ids_to_tokens(sorted(self._special_ids))
+        self._special_texts = [str(token) for token in special]
 
     @property
     def salt(self) -> Salt:
@@ -80,7 +83,7 @@ class PromptEncoder:
         if all(isinstance(item, Part) for item in content):
             return self._parts(content, begin=True)  # type: ignore[arg-type]
         if all(isinstance(item, Mapping) for item in content):
-            return self._messages(content)  # type: ignore[arg-type]
+            return self._messages(content, prompt.tools)  # type: ignore[arg-type]
         if all(isinstance(item, int | np.integer) for item in content):
             return [(self._checked(content), False)]  # type: ignore[arg-type]
         raise PromptError(
@@ -114,6 +117,39 @@ class PromptEncoder:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """What the chat template makes of messages, and of tools that may be called.
+
+        Raises:
+            PromptError: if there is no template, if it refuses them, or for tools that spell a
+                special token, which would be read as one in the template's text.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise PromptError(
+                "The model's tokenizer has no chat template. Give text or parts, not messages."
+            )
+        if self.spells_special(json.dumps(list(tools), ensure_ascii=False)):
+            raise PromptError("A tool's description spells a special token of the model.")
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
+            raise PromptError(
+                f"The model's chat template refuses the messages: {error}. "
+                "Check which roles it knows and the order that it wants."
+            ) from error
+        return text
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a text holds what the tokenizer reads as a special token in a template's text."""
+        return any(token in text for token in self._special_texts)
+
     def _parts(self, parts: Sequence[Part], *, begin: bool) -> list[tuple[TokenIds, bool]]:
         pieces = [(self._part_ids(part), part.shared) for part in parts]
         # A prompt that begins as text begins with the token that the model expects there.
@@ -140,7 +176,9 @@ class PromptEncoder:
                 )
         return as_token_ids(values)
 
-    def _messages(self, messages: Sequence[Message]) -> list[tuple[TokenIds, bool]]:
+    def _messages(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[TokenIds, bool]]:
         """Render the chat template around placeholders, then fill in the parts' ids.
 
         The template's text before a message of one part is one segment with it, so that shared
@@ -158,7 +196,7 @@ class PromptEncoder:
             marks = [f"{nonce}x{len(parts) + index}x" for index in range(len(own))]
             parts.extend(own)
             marked.append({"role": self._role(message), "content": "".join(marks)})
-        text = self._render(marked)
+        text = self.render(marked, tools)
         pieces: list[tuple[TokenIds, bool]] = []
         glue: TokenIds = as_token_ids([])
         used: list[int] = []
@@ -193,22 +231,6 @@ class PromptEncoder:
         if not isinstance(role, str) or not re.fullmatch("[A-Za-z_]+", role):
             raise PromptError(f"A message's role is {role!r}. It must be a word, such as 'user'.")
         return role
-
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise PromptError(
-                "The model's tokenizer has no chat template. Give text or parts, not messages."
-            )
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
-            raise PromptError(
-                f"The model's chat template refuses the messages: {error}. "
-                "Check which roles it knows and the order that it wants."
-            ) from error
-        return text
 
     def _template_ids(self, text: str) -> TokenIds:
         if text not in self._cache:

@@ -94,6 +94,8 @@ class Prompt:
             or chat messages, whose content is a string, a list of parts, or a list of
             `{"type": "text", "text": ...}`.
         agent: the agent's name; a round wants each name once. Numbered if left out.
+        tools: functions that an answer to chat messages may call, as OpenAI describes them, for
+            models whose chat template lists them.
         reuse: "exact" computes this prompt whole and in passes of its own, so that the answer is
             the same to the bit whatever else runs; None does as the engine does.
     """
@@ -101,6 +103,7 @@ class Prompt:
     content: str | Sequence[int] | Sequence[Part] | Sequence[Message]
     agent: str | None = None
     reuse: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         if self.reuse not in (None, "exact"):

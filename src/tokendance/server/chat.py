@@ -1,9 +1,7 @@
-"""From a chat request to what the engine runs, and from its answer back."""
+"""From a chat request to what the engine runs."""
 
 import json
-import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tokendance.engine.sampling import SamplingParams
@@ -11,37 +9,13 @@ from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.prompts import SEPARATOR, Prompt
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.errors import bad_request
-from tokendance.server.grammar import TOOL_BEGIN, TOOL_END, GrammarConstraint, Grammars
+from tokendance.server.errors import ApiError, bad_request
+from tokendance.server.grammar import GrammarConstraint, Grammars
 from tokendance.server.protocol import ChatMessage, ChatRequest, NamedTool, Sampling
 from tokendance.server.settings import ServerSettings
+from tokendance.server.tool_calls import ToolFormat
 
 _ROLES = {"developer": "system", "function": "tool"}
-
-_HOW_TO_CALL = f"""You may call these functions:
-%s
-To call one, answer
-{TOOL_BEGIN}
-{{"name": "its name", "arguments": {{"its": "arguments"}}}}
-{TOOL_END}"""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallOut:
-    """A call that an answer makes: the function's name, and its arguments as JSON."""
-
-    name: str
-    arguments: str
-
-    def as_openai(self, index: int | None = None) -> dict[str, Any]:
-        """The call as clients know it; with an index in streams."""
-        call = {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
-        return call if index is None else {"index": index, **call}
-
 
 # ---- the prompt ---------------------------------------------------------------------------------
 
@@ -62,7 +36,11 @@ def check_length(texts: Iterable[str], limit: int) -> None:
 
 
 def encode_chat(
-    body: ChatRequest, encoder: PromptEncoder, settings: ServerSettings, limit: int
+    body: ChatRequest,
+    encoder: PromptEncoder,
+    tools: ToolFormat,
+    settings: ServerSettings,
+    limit: int,
 ) -> EncodedPrompt:
     """Encode a conversation.
 
@@ -74,27 +52,27 @@ def encode_chat(
         ApiError: for what no template could take.
     """
     if len(body.messages) > settings.max_messages:
-        raise bad_request(
+        raise ApiError(
+            413,
             f"There are {len(body.messages)} messages, and at most {settings.max_messages} are "
             "taken.",
-            "messages",
+            param="messages",
         )
-    messages = [_as_message(message) for message in body.messages]
-    if body.may_call:
-        described = "\n".join(
-            json.dumps(tool.function.model_dump(exclude_none=True)) for tool in body.tools or ()
-        )
-        text = _HOW_TO_CALL % described
+    messages = [_as_message(message, tools) for message in body.messages]
+    listed = [tool.model_dump(exclude_none=True) for tool in body.tools or () if body.may_call]
+    if listed and not tools.in_template:
+        text = tools.describe([tool["function"] for tool in listed])
         if messages[0]["role"] == "system":
             messages[0]["content"].append(_text(f"\n\n{text}"))
         else:
             messages.insert(0, {"role": "system", "content": [_text(text)]})
+        listed = []
     check_length((part["text"] for message in messages for part in message["content"]), limit)
     try:
-        return encoder.encode(Prompt(messages))
+        return encoder.encode(Prompt(messages, tools=listed))
     except PromptError as error:
         try:
-            return encoder.encode(Prompt(_tamed(messages)))
+            return encoder.encode(Prompt(_tamed(messages), tools=listed))
         except PromptError:
             raise bad_request(str(error), "messages") from error
 
@@ -104,12 +82,11 @@ def is_marked(body: ChatRequest) -> bool:
     return any(SEPARATOR in text for message in body.messages for text in _texts(message))
 
 
-def _as_message(message: ChatMessage) -> dict[str, Any]:
+def _as_message(message: ChatMessage, tools: ToolFormat) -> dict[str, Any]:
     texts = _texts(message)
-    if message.role == "assistant" and message.tool_calls:
-        for call in message.tool_calls:
-            said = {"name": call.function.name, "arguments": _parsed(call.function.arguments)}
-            texts.append(f"{TOOL_BEGIN}\n{json.dumps(said)}\n{TOOL_END}")
+    if message.role == "assistant":
+        for call in message.tool_calls or ():
+            texts.append(tools.write(call.function.name, _parsed(call.function.arguments)))
     return as_message(message.role, [_text(text) for text in texts if text], message.name)
 
 
@@ -204,7 +181,9 @@ def _logit_bias(body: Sampling, vocab_size: int) -> tuple[tuple[int, float], ...
     return tuple(found)
 
 
-def constraint_of(body: ChatRequest, grammars: Grammars) -> GrammarConstraint | None:
+def constraint_of(
+    body: ChatRequest, grammars: Grammars, tool_format: ToolFormat
+) -> GrammarConstraint | None:
     """What the answer has to look like, if the client says so.
 
     Raises:
@@ -223,7 +202,10 @@ def constraint_of(body: ChatRequest, grammars: Grammars) -> GrammarConstraint | 
                     "tool_choice",
                 )
         return grammars.tool_calls(
-            tools, required=choice != "auto", several=body.parallel_tool_calls is not False
+            tools,
+            tool_format,
+            required=choice != "auto",
+            several=body.parallel_tool_calls is not False,
         )
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
@@ -233,40 +215,3 @@ def constraint_of(body: ChatRequest, grammars: Grammars) -> GrammarConstraint | 
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise bad_request("json_schema needs a schema.", "response_format.json_schema")
     return grammars.json_schema(wanted.json_schema.schema_, "response_format.json_schema")
-
-
-# ---- the answer ---------------------------------------------------------------------------------
-
-
-def split_tool_calls(text: str) -> tuple[str, list[ToolCallOut]]:
-    """Cut an answer into its words and the calls that it makes.
-
-    What looks like a call and does not parse, as when the answer was cut off, stays text.
-    """
-    words: list[str] = []
-    calls: list[ToolCallOut] = []
-    rest = text
-    while True:
-        before, begin, after = rest.partition(TOOL_BEGIN)
-        call, later = _read_call(after) if begin else (None, "")
-        if call is None:
-            words.append(rest)
-            break
-        words.append(before)
-        calls.append(call)
-        rest = later
-    return "".join(words).strip() if calls else text, calls
-
-
-def _read_call(text: str) -> tuple[ToolCallOut | None, str]:
-    """Read the call at the beginning of a text, up to its end mark; return it and what follows."""
-    body = text.lstrip()
-    try:
-        call, end = json.JSONDecoder().raw_decode(body)
-        found = ToolCallOut(str(call["name"]), json.dumps(call["arguments"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None, text
-    rest = body[end:].lstrip()
-    if not rest.startswith(TOOL_END):
-        return None, text
-    return found, rest.removeprefix(TOOL_END)

@@ -8,17 +8,12 @@ from fastapi import Depends, FastAPI, Request, Response
 from tokendance.engine.sampling import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.server.answers import Delta
-from tokendance.server.chat import (
-    ToolCallOut,
-    constraint_of,
-    encode_chat,
-    is_marked,
-    split_tool_calls,
-)
+from tokendance.server.chat import constraint_of, encode_chat, is_marked
 from tokendance.server.openapi import ChatAnswer, whole_or_stream
 from tokendance.server.protocol import ChatRequest
 from tokendance.server.running import Ask, answer, read_ask
 from tokendance.server.state import Server
+from tokendance.server.tool_calls import ToolCall
 from tokendance.server.worker import Job
 
 
@@ -36,12 +31,14 @@ def add_chat(app: FastAPI, server: Server) -> None:
         chunk_head = {**head, "object": "chat.completion.chunk"}
 
         def read() -> Ask:
-            prompt = encode_chat(body, encoder, server.settings, server.max_characters)
+            prompt = encode_chat(
+                body, encoder, server.tools, server.settings, server.max_characters
+            )
             return read_ask(
                 server,
                 body,
                 [prompt],
-                constraint_of(body, server.grammars),
+                constraint_of(body, server.grammars, server.tools),
                 marked=is_marked(body),
             )
 
@@ -50,7 +47,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
         ) -> dict[str, Any]:
             choices = []
             for index, (output, job) in enumerate(zip(outputs, jobs, strict=True)):
-                content, calls = _content(body, output.text)
+                content, calls = _content(server, body, output.text)
                 message: dict[str, Any] = {"role": "assistant", "content": content}
                 if calls:
                     message["content"] = content or None
@@ -94,7 +91,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                     return found
                 reason = delta.output.finish_reason
                 if body.may_call:
-                    content, calls = _content(body, held[delta.index])
+                    content, calls = _content(server, body, held[delta.index])
                     if content:
                         found.append(chunk(delta.index, {"content": content}))
                     if calls:
@@ -109,8 +106,8 @@ def add_chat(app: FastAPI, server: Server) -> None:
         return await answer(server, tenant, request, body, read, whole, chunks, chunk_head)
 
 
-def _content(body: ChatRequest, text: str) -> tuple[str, list[ToolCallOut]]:
-    return split_tool_calls(text) if body.may_call else (text, [])
+def _content(server: Server, body: ChatRequest, text: str) -> tuple[str, list[ToolCall]]:
+    return server.tools.split(text) if body.may_call else (text, [])
 
 
 def _chat_logprobs(

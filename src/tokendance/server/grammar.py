@@ -15,15 +15,13 @@ from torch import Tensor
 
 from tokendance.models.loader import LoadedModel
 from tokendance.server.errors import bad_request
+from tokendance.server.tool_calls import ToolFormat
 
 # Blanks where people put them, and nowhere else: a small model can write blanks for ever.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 # What a tokenizer has to spell as we do.
 _SAMPLE = '{"name": "a b", "list": [1, 2]}'
-
-TOOL_BEGIN = "<tool_call>"
-TOOL_END = "</tool_call>"
 
 
 class Grammars:
@@ -50,29 +48,41 @@ class Grammars:
         return self._constraint(grammar, param)
 
     def tool_calls(
-        self, tools: Sequence[Mapping[str, Any]], *, required: bool, several: bool
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        written: ToolFormat,
+        *,
+        required: bool,
+        several: bool,
     ) -> "GrammarConstraint":
         """Text that may call tools, or one or several calls and no other text.
 
         Args:
             tools: functions as OpenAI describes them: name and parameters.
+            written: how the model writes a call.
             required: whether there has to be a call, and nothing else.
             several: whether there may be more than one.
         """
-        call = {"anyOf": [_call_schema(tool) for tool in tools], "x-guidance": _JSON}
-        if required:
-            more = '("\\n" call)*' if several else ""
-            lark = (
-                f"%llguidance {{}}\nstart: call {more}\n"
-                f'call: "{TOOL_BEGIN}\\n" json "\\n{TOOL_END}"\n'
-                f"json: %json {json.dumps(call)}\n"
+        schemas = [_call_schema(tool, written.arguments) for tool in tools]
+        call = {"anyOf": schemas, "x-guidance": _JSON}
+        if written.begin and not required:
+            tag = llguidance.StructTag(
+                trigger=written.begin.strip(), begin=written.begin, grammar=call, end=written.end
             )
-            return self._constraint(llguidance.LLMatcher.grammar_from_lark(lark), "tools")
-        tag = llguidance.StructTag(
-            trigger=TOOL_BEGIN, begin=f"{TOOL_BEGIN}\n", grammar=call, end=f"\n{TOOL_END}"
+            grammar = llguidance.StructTag.to_grammar([tag], assume_special=False)
+            return self._constraint(grammar, "tools")
+        start = "call"
+        if not required:
+            start = "call | words |"  # without a mark, a call is known by its first character
+        elif several and written.begin:
+            start = 'call ("\\n" call)*'
+        lark = (
+            f"%llguidance {{}}\nstart: {start}\n"
+            f"call: {_literal(written.begin)} json {_literal(written.end)}\n"
+            f"json: %json {json.dumps(call)}\n"
+            "words: /[^{](.|\\n)*/\n"
         )
-        grammar = llguidance.StructTag.to_grammar([tag], assume_special=False)
-        return self._constraint(grammar, "tools")
+        return self._constraint(llguidance.LLMatcher.grammar_from_lark(lark), "tools")
 
     def _constraint(self, grammar: str, param: str) -> "GrammarConstraint":
         with self._lock:
@@ -154,13 +164,18 @@ def _read_tokenizer(model: LoadedModel) -> "llguidance.LLTokenizer":
     return read
 
 
-def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _literal(text: str) -> str:
+    """A text in a grammar; nothing if there is none of it."""
+    return json.dumps(text) if text else ""
+
+
+def _call_schema(tool: Mapping[str, Any], arguments: str) -> dict[str, Any]:
     return {
         "type": "object",
         "properties": {
             "name": {"const": tool["name"]},
-            "arguments": tool.get("parameters") or {"type": "object"},
+            arguments: tool.get("parameters") or {"type": "object"},
         },
-        "required": ["name", "arguments"],
+        "required": ["name", arguments],
         "additionalProperties": False,
     }

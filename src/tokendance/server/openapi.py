@@ -11,7 +11,7 @@ _ERRORS = {
     404: "There is no such model.",
     408: "The body took too long to arrive.",
     409: "A round of the session is under way.",
-    413: "The body is too large.",
+    413: "The body is too large, or the conversation has too many messages.",
     429: "Too many requests are being answered.",
     503: "The server stops, or its engine has failed.",
     507: "What was said cannot be stored.",

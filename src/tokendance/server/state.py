@@ -19,6 +19,7 @@ from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
+from tokendance.server.tool_calls import ToolFormat, find_tool_format
 from tokendance.server.worker import Worker
 
 
@@ -32,6 +33,7 @@ class Server:
         metrics: what Prometheus reads.
         worker: runs the engine.
         grammars: for answers that have to parse.
+        tools: how the model calls tools.
         started_s: seconds since 1970.
         is_draining: no more requests are taken.
     """
@@ -41,6 +43,7 @@ class Server:
     metrics: Metrics = field(init=False)
     worker: Worker = field(init=False)
     grammars: Grammars = field(init=False)
+    tools: ToolFormat = field(init=False)
     started_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     _open: Counter[str] = field(default_factory=Counter)  # requests that are answered, by tenant
@@ -55,6 +58,7 @@ class Server:
             copy.deepcopy(model.tokenizer), model.shape.vocab_size, make_salt()
         )
         self.grammars = Grammars(self.llm.model)
+        self.tools = find_tool_format(self._encoder)
         self.worker = Worker(
             self.llm,
             self.metrics,
