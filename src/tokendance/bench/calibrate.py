@@ -1,18 +1,20 @@
 """Calibration: measures what corrections achieve on a model, for `--fidelity-target`.
 
-Cell by cell of the table (order, text before the run, number of blocks), a round is computed whole,
+For each cell of the table (order, text before the run, number of blocks) a round is computed whole,
 and then with each correction; the KL divergence over a forced answer is noted. Of several workloads
-the worst counts.
+the worst counts. Cells of one private length read the same texts, so each private part is computed
+once for a correction.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.status import Status
 
 from tokendance.bench.fidelity import measure_fidelity, reference_answers
 from tokendance.bench.suite import LiveTable
-from tokendance.bench.workload import Order, WorkloadSpec, generate_workload
+from tokendance.bench.workload import Order, WorkloadSpec, write_texts
 from tokendance.collector.correction import Edges
 from tokendance.collector.target import Cell, FidelityTable, Measured
 from tokendance.config import EngineConfig, StoreConfig
@@ -44,6 +46,14 @@ class CalibrationSize:
     block_tokens: int = 94
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A round: the order of its blocks, and how many there are."""
+
+    order: Order
+    blocks: int
+
+
 TINY = CalibrationSize((60,), (3,), readers=3, workloads=1, block_tokens=20)
 
 
@@ -54,64 +64,83 @@ def calibrate(
     columns = {"in_order": "in order", "num_before": "before", "num_blocks": "blocks"}
     columns |= {f"{first}+{last}": f"{first}+{last}" for first, last in _CORRECTIONS}
     table = LiveTable(console, "KL after correcting the first + last tokens of each block", columns)
-    cells = []
-    for order, private, blocks in _grid(model, size):
-        with console.status(f"{order}, {private} tokens before {blocks} blocks ..."):
-            cell = _measure_cell(model, size, order, private, blocks, seed)
-        cells.append(cell)
-        kl = {f"{one.first}+{one.last}": one.kl for one in cell.measured}
-        table.add(
-            {
-                "in_order": "yes" if cell.in_order else "no",
-                "num_before": cell.num_before,
-                "num_blocks": cell.num_blocks,
-                **kl,
-            }
-        )
+    cells: list[Cell] = []
+    for private in size.private_tokens:
+        kinds = _kinds(model, size, private)
+        if not kinds:
+            continue
+        with console.status("") as status:
+            for cell in _measure(model, size, private, kinds, seed, status):
+                cells.append(cell)
+                table.add(
+                    {
+                        "in_order": "yes" if cell.in_order else "no",
+                        "num_before": cell.num_before,
+                        "num_blocks": cell.num_blocks,
+                        **{f"{one.first}+{one.last}": one.kl for one in cell.measured},
+                    }
+                )
     return FidelityTable(model.name, dtype_name(model.dtype), tuple(cells))
 
 
-def _grid(model: LoadedModel, size: CalibrationSize) -> Iterator[tuple[Order, int, int]]:
+def _kinds(model: LoadedModel, size: CalibrationSize, private: int) -> list[_Kind]:
+    """Orders and numbers of blocks that fit the model's context behind a private part."""
     orders: tuple[Order, ...] = ("same", "permuted")
-    for order in orders:
-        for private in size.private_tokens:
-            for blocks in size.num_blocks:
-                # The chat template and the task take a little too.
-                length = private + blocks * (size.block_tokens + 30) + _ANSWER_TOKENS + 200
-                if length <= model.shape.max_context:
-                    yield order, private, blocks
+    # The chat template and the task take a little too.
+    room = model.shape.max_context - private - _ANSWER_TOKENS - 200
+    return [
+        _Kind(order, blocks)
+        for order in orders
+        for blocks in size.num_blocks
+        if blocks * (size.block_tokens + 30) <= room
+    ]
 
 
-def _measure_cell(
-    model: LoadedModel, size: CalibrationSize, order: Order, private: int, blocks: int, seed: int
-) -> Cell:
-    num_tokens = (size.readers + blocks) * (private + blocks * (size.block_tokens + 30) + 400)
+def _measure(
+    model: LoadedModel,
+    size: CalibrationSize,
+    private: int,
+    kinds: Sequence[_Kind],
+    seed: int,
+    status: Status,
+) -> list[Cell]:
+    """Measure the cells of one private length: they have texts and private parts in common."""
+    most = max(kind.blocks for kind in kinds)
+    num_tokens = (size.readers + most) * (private + most * (size.block_tokens + 30) + 400)
     store = StoreConfig(num_tokens * model.shape.kv_bytes_per_token(model.dtype))
     memory = KVMemory.allocate(model, num_tokens)
-    exact = LLM.from_loaded(model, EngineConfig("none", store=store), memory)
-    worst: dict[tuple[int, int], float] = {}
+    worst: dict[_Kind, dict[tuple[int, int], float]] = {kind: {} for kind in kinds}
     num_before = 0
     for number in range(size.workloads):
+        what = f"{private} private tokens, workload {number + 1} of {size.workloads}"
+        status.update(f"{what}: texts and full computation ...")
+        exact = LLM.from_loaded(model, EngineConfig("none", store=store), memory)
         spec = WorkloadSpec(
-            max(blocks, size.readers),
-            size.block_tokens,
-            (private // 4, private),
-            order=order,
-            seed=seed + number,
+            max(most, size.readers), size.block_tokens, (private // 4, private), seed=seed + number
         )
-        workload = generate_workload(exact, spec).head(size.readers, blocks)
-        prompts = workload.prompts()
-        reference = reference_answers(exact, prompts, _ANSWER_TOKENS)
-        starts = [exact.encoder.encode(prompt).shared_segments()[0][0] for prompt in prompts]
-        num_before = max(num_before, *starts)  # all of it private
+        texts = write_texts(exact, spec)
+        rounds = {kind: texts.arrange(kind.order).head(size.readers, kind.blocks) for kind in kinds}
+        references = {
+            kind: reference_answers(exact, workload.prompts(), _ANSWER_TOKENS)
+            for kind, workload in rounds.items()
+        }
+        for prompt in rounds[kinds[0]].prompts():  # all before the first block is private
+            num_before = max(num_before, exact.encoder.encode(prompt).shared_segments()[0][0])
         for first, last in _CORRECTIONS:
+            status.update(f"{what}: {first} + {last} corrected ...")
             config = EngineConfig("collective", Edges(first, last), store=store)
             llm = LLM.from_loaded(model, config, memory)
-            found = measure_fidelity(llm, prompts, reference)
-            worst[first, last] = max(worst.get((first, last), 0.0), found.kl_continuation)
-    return Cell(
-        order == "same",
-        num_before,
-        blocks,
-        tuple(Measured(first, last, kl) for (first, last), kl in worst.items()),
-    )
+            for kind, workload in rounds.items():
+                workload.warm(llm, keep=True)
+                found = measure_fidelity(llm, workload.prompts(), references[kind])
+                kl = max(worst[kind].get((first, last), 0.0), found.kl_continuation)
+                worst[kind][first, last] = kl
+    return [
+        Cell(
+            kind.order == "same",
+            num_before,
+            kind.blocks,
+            tuple(Measured(first, last, kl) for (first, last), kl in worst[kind].items()),
+        )
+        for kind in kinds
+    ]
