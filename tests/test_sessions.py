@@ -1,6 +1,9 @@
 """Sessions that last: they go on after a restart as if nothing had been."""
 
+import itertools
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.outputs import RoundResult
-from tokendance.store.records import SessionKey
+from tokendance.store.disk import DiskStore
+from tokendance.store.kv_file import KVRows, WrittenFile
+from tokendance.store.records import FileId, SessionKey
 
 ANSWER = SamplingParams(max_tokens=10, ignore_eos=True)
 PEOPLE = [Agent(name, f"I am {name}, and my number is {name * 3}.") for name in ("Ann", "Bo", "Cy")]
@@ -114,15 +119,16 @@ def test_the_stored_form_is_shared(roomy: LoadedModel, tmp_path: Path) -> None:
         usage = disk.index.usage(key)
         # Answers' last tokens have no KV yet, and are computed with the next prompt.
         new = result.stats.computed_tokens + result.stats.generated_tokens - len(PEOPLE)
-        assert usage.stored_rows - before.stored_rows == new
+        # One that held a special token is told without it; nothing refers to the file of it then.
+        lost = new - (usage.stored_rows - before.stored_rows)
+        assert lost in {0, 9, 18, 27}
         before = usage
     by_file = disk.index.readers(key).values()
     runs = [rows for rows, names in by_file if names == ["Ann", "Bo", "Cy"]]
     assert len(runs) == 3  # of rounds 2 to 4
     shared_rows = sum(runs)
-    # Two of three readers refer to them. An answer that held a special token is told without it,
-    # and what followed that token is in its file still.
-    assert 0.9 * 2 * shared_rows < usage.dense_rows - usage.stored_rows <= 2 * shared_rows
+    # Two of three readers refer to them.
+    assert usage.dense_rows - usage.stored_rows == 2 * shared_rows
     session.leave("Ann")
     run(session, 1)
     assert not any("Ann" in names for _, names in disk.index.readers(key).values())
@@ -200,6 +206,73 @@ def test_a_store_that_fails_says_so_and_keeps_the_round_before(
     llm.close()
 
 
+def test_prompts_are_written_while_the_round_decodes(
+    roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
+    llm = open_llm(roomy, tmp_path / "store")
+    assert llm.tiers is not None
+    disk = llm.tiers.disk
+    written: list[tuple[str, int]] = []  # by which thread, and how many rows
+    write = disk.write
+
+    def record(rows: KVRows) -> tuple[FileId, WrittenFile]:
+        written.append((threading.current_thread().name, len(rows)))
+        return write(rows)
+
+    monkeypatch.setattr(disk, "write", record)
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    (first,) = run(session, 1)
+    ahead = sum(rows for thread, rows in written if thread.startswith("store"))
+    assert ahead == first.stats.prompt_tokens
+    # Each answer but its last token, which has no KV yet.
+    assert sum(rows for _, rows in written) - ahead == first.stats.generated_tokens - len(PEOPLE)
+    llm.close()
+    llm = open_llm(roomy, tmp_path / "store")
+    parts = [first, *run(llm.session("town", params=ANSWER), 2)]
+    assert words(parts) == words(whole)
+    assert computed(parts) == computed(whole)
+    llm.close()
+
+
+@pytest.mark.parametrize("whose", ["thread", "round"])
+def test_what_goes_ahead_may_fail(
+    roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
+    llm = open_llm(roomy, tmp_path / "store")
+    assert llm.tiers is not None
+    disk = llm.tiers.disk
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    parts = run(session, 1)
+    if whose == "thread":
+        write = disk.write
+
+        def fail_there(rows: KVRows) -> tuple[FileId, WrittenFile]:
+            if threading.current_thread() is not threading.main_thread():
+                raise StoreError("The disk is busy.")
+            return write(rows)
+
+        monkeypatch.setattr(disk, "write", fail_there)
+    else:
+        steps = itertools.count()
+
+        def interrupt(phase: str, _: int) -> None:
+            if phase == "decode" and next(steps) == 6:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            session.run("Speak, the 1th time.", progress=interrupt)
+    disk.check_integrity()
+    parts += run(session, 2)
+    assert words(parts) == words(whole)
+    disk.check_integrity()
+    llm.engine.check_integrity()
+    llm.close()
+    with DiskStore(tmp_path / "store", None) as reopened:
+        assert reopened.verify() == []
+
+
 def test_memory_does_not_grow_with_rounds(roomy: LoadedModel, tmp_path: Path) -> None:
     llm = open_llm(roomy, tmp_path / "store", pages=300)
     session = llm.session("town", PEOPLE, params=ANSWER, max_history=2)
@@ -207,7 +280,7 @@ def test_memory_does_not_grow_with_rounds(roomy: LoadedModel, tmp_path: Path) ->
     sizes = []
     for _ in range(24):
         run(session, 1)
-        sizes.append((len(llm.tiers.disk.index.file_ids()), len(llm.tiers._slots)))
+        sizes.append((len(llm.tiers.disk.index.file_ids()), len(llm.tiers._files)))
     assert max(sizes[12:]) <= max(sizes[6:12])
     llm.engine.check_integrity()
     llm.close()
@@ -245,6 +318,20 @@ class Towns(RuleBasedStateMachine):
         session = self.open.get(name)
         if session is not None and len(session.agents) > 1:
             session.leave(session.agents[0].name)
+
+    @rule(name=st.sampled_from("ab"), step=st.integers(0, 3))
+    def interrupt(self, name: str, step: int) -> None:
+        """A round ends before it is heard."""
+        steps = itertools.count()
+
+        def stop(_: str, __: int) -> None:
+            if next(steps) == step:
+                raise KeyboardInterrupt
+
+        if name in self.open:
+            with suppress(KeyboardInterrupt):
+                self.open[name].run("Speak.", SamplingParams(max_tokens=9), stop)
+            self.rounds[name] = self.open[name].round
 
     @rule()
     def evict(self) -> None:

@@ -36,6 +36,7 @@ from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Agent, Session
 from tokendance.store.disk import DiskStore
 from tokendance.store.entries import RoundId
+from tokendance.store.records import SessionKey
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 Progress = Callable[[str, int], None]
@@ -220,6 +221,8 @@ class LLM:
         prompts: Sequence[PromptLike],
         params: ParamsLike = None,
         progress: Progress | None = None,
+        *,
+        session: SessionKey | None = None,
     ) -> RoundResult:
         """Run the prompts of one round as one batch, sharing what they all read.
 
@@ -228,6 +231,7 @@ class LLM:
             params: for all agents, or one for each.
             progress: called after each step with a phase ("prefill" or "decode") and the number
                 of agents that are done with it.
+            session: that saves the round when it has heard it; `Session.run` gives its own.
 
         Returns:
             One output per prompt, in their order. An agent that cannot be run has its `error`
@@ -251,6 +255,8 @@ class LLM:
             self.make_request(prompt, one, round_id, prompt.agent or next(free))
             for prompt, one in pairs
         ]
+        for request in requests:
+            request.session = session
         self._run(requests, progress)
         record = self.engine.pop_round(round_id)
         outputs = tuple(make_output(request) for request in requests)
@@ -285,7 +291,7 @@ class LLM:
     def close(self) -> None:
         """Let others use the store. An LLM without one needs no closing."""
         if self.tiers is not None:
-            self.tiers.disk.close()
+            self.tiers.close()
             self.tiers = None
 
     def check_shadow(self) -> ShadowReport | None:
@@ -388,11 +394,15 @@ class LLM:
         try:
             while any(request.finish_reason is None for request in requests):
                 self.engine.step()
+                if self.tiers is not None:
+                    self.tiers.write_ahead(requests)
                 if progress is not None:
                     _report(requests, progress)
         except BaseException:
             for request in requests:
                 self.engine.abort(request)
+                if self.tiers is not None and request.session is not None:
+                    self.tiers.give_up(request.session)
             for round_id in {request.round_id for request in requests}:
                 self.engine.pop_round(round_id)
             raise

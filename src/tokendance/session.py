@@ -93,6 +93,7 @@ class Session:
     Attributes:
         round: number of the next round, from 0.
         name: under which it is stored; None if it ends with the process.
+        key: likewise, with whose it is.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Session:
         self.name = name
         self.round = 0
         self._tiers = llm.tiers if name is not None else None
-        self._key = SessionKey(tenant, name) if name is not None else None
+        self.key = SessionKey(tenant, name) if name is not None else None
         if (stored := self._stored()) is not None:
             self._load(stored)
         for agent in agents:
@@ -191,7 +192,7 @@ class Session:
         """
         asked = self.ask(task, params)
         self.restore()
-        result = self._llm.run_round(asked.prompts, asked.params, progress)
+        result = self._llm.run_round(asked.prompts, asked.params, progress, session=self.key)
         self.hear(asked, result.outputs)
         self.save()
         return result
@@ -251,16 +252,16 @@ class Session:
         return self._tiers.restore(stored, self._encoder.salt, always=always)
 
     def _stored(self) -> StoredSession | None:
-        if self._tiers is None or self._key is None:
+        if self._tiers is None or self.key is None:
             return None
-        return self._tiers.disk.session(self._key)
+        return self._tiers.disk.session(self.key)
 
     def save(self) -> None:
         """Make what was said, and the KV of it, durable."""
-        if self._tiers is None or self._key is None:
+        if self._tiers is None or self.key is None:
             return
         self._tiers.save(
-            self._key,
+            self.key,
             round_number=self.round,
             state=json.dumps(self._state()).encode(),
             caches={name: member.cache for name, member in self._members.items()},

@@ -13,6 +13,7 @@ from tokendance.engine.sampling import SamplingParams, TokenLogprobs
 from tokendance.errors import TokenDanceError
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId
+from tokendance.store.records import SessionKey
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +33,7 @@ class Request:
         in_round: whether it may reuse shared segments wherever they stand, and leave its own.
         exact: computed whole, in forward passes of its own.
         leaves: whether others may reuse what it computes.
+        session: that keeps what it reads, if one does.
         shadowed: whether its first distributions are kept; `engine.shadow` writes it.
         owns_order: see `collector.owners.Start`; the engine writes it.
         seed: of its random numbers.
@@ -66,6 +68,7 @@ class Request:
     in_round: bool = True
     exact: bool = False
     leaves: bool = True
+    session: SessionKey | None = None
     shadowed: bool = False
     owns_order: bool = False
     seed: int = 0

@@ -1,7 +1,8 @@
 """Between memory and disk: what a session leaves is written, and is read when it goes on.
 
-Memory is written through: after each round whatever of a session's KV is not on disk yet goes
-there, so eviction from memory only forgets. A round adds one file of what several agents read (its
+Memory is written through: whatever of a session's KV is not on disk yet goes there, prompts while
+the round decodes (`engine/write_ahead.py`) and the rest at its end, so eviction from memory only
+forgets. A round adds one file of what several agents read (its
 runs) and a file of each agent's own tokens; what earlier rounds wrote is referred to again:
 
     agent's tokens   [ own, round 1 ][ run, round 1 ][ own ][ run, round 2 ][ own, round 2 ]
@@ -13,7 +14,7 @@ order, so attention reads the same pieces of memory as before.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.engine.engine import Engine
+from tokendance.engine.request import Request
+from tokendance.engine.write_ahead import WriteAhead
 from tokendance.errors import CorruptFileError
 from tokendance.rounds.segments import Salt, TokenIds, hash_segment
 from tokendance.store.disk import DiskStore
 from tokendance.store.entries import PrefixBlock, RoundId, SegmentCopy, Slots, exact_length
-from tokendance.store.kv_file import KVRows, WrittenFile
+from tokendance.store.kv_file import KVRows, WrittenFile, file_bytes
 from tokendance.store.pages import Holder
 from tokendance.store.records import (
     CacheRecord,
@@ -35,6 +38,7 @@ from tokendance.store.records import (
     SessionKey,
     StoredSession,
 )
+from tokendance.store.slot_files import SlotFiles
 
 log = logging.getLogger("tokendance.store")
 
@@ -43,7 +47,6 @@ _MAX_ROWS = 4096
 _READERS = 2
 # Bytes a second until some were read here.
 _FIRST_RATE = 500e6
-_NO_FILE = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,13 +111,8 @@ class Tiers:
         """Write what this engine computes to `disk`."""
         self._engine = engine
         self.disk = disk
-        count = len(engine.store.slot_position)
-        # Where each slot's KV is on disk, if its stamp is still what it was then.
-        self._file = np.full(count, _NO_FILE, np.int64)
-        self._row = np.zeros(count, np.int64)
-        self._stamp = np.full(count, -1, np.int64)
-        # The same the other way round: slots of each file's rows.
-        self._slots: dict[FileId, Slots] = {}
+        self._files = SlotFiles(engine.store)
+        self._ahead = WriteAhead(disk, engine.store)
         self._bytes_per_s = _FIRST_RATE
         self.bytes_on_disk = disk.num_bytes
 
@@ -154,24 +152,26 @@ class Tiers:
             if self._engine.store.slot_ready[copy.slots].all()
         ]
         wanted = list(slots.values()), [copy.slots for _, copy in copies]
-        row_bytes = self._engine.kv_bytes_per_token + 4
-        self.disk.make_room(sum(map(len, self._groups(*wanted))) * row_bytes, key)
-        groups = self._groups(*wanted)  # files that made room may have had something of it
         written: dict[FileId, WrittenFile] = {}
+        for file, one, group in self._ahead.collect(key):
+            written[file] = one
+            self._files.note(file, group)
         left_out = 0
-        room = self.disk.budget - self.disk.num_bytes
         try:
+            new_bytes = sum(map(len, self._groups(written, *wanted))) * self._row_bytes
+            unnamed = self._ahead.num_bytes + sum(one.num_bytes for one in written.values())
+            self.disk.make_room(new_bytes + unnamed, key)
+            groups = self._groups(written, *wanted)  # what made room may have had something of it
+            room = self.disk.budget - self.disk.num_bytes - unnamed
             for group in groups:
-                rows = self._engine.runner.memory.read(
-                    group, self._engine.store.slot_position[group]
-                )
-                if rows.num_bytes + _head_bytes(rows) > room:
+                rows = self._rows(group)
+                if file_bytes(rows) > room:
                     left_out += len(group)
                     continue
                 file, one = self.disk.write(rows)
                 written[file] = one
                 room -= one.num_bytes
-                self._note(file, group)
+                self._files.note(file, group)
             records = {
                 agent: self._record(caches[agent], matched, found[agent][0])
                 for agent, matched in slots.items()
@@ -187,13 +187,56 @@ class Tiers:
             )
         except BaseException:
             for file in written:
-                self._stamp[self._slots.pop(file)] = -1
+                self._files.forget(file)
             self.disk.discard(written.values())
             raise
         for blocks, _ in found.values():
             self._mark(blocks)
         self.bytes_on_disk = self.disk.num_bytes
         return Saved(sum(one.num_bytes for one in written.values()), left_out)
+
+    def write_ahead(self, requests: Collection[Request]) -> None:
+        """Begin to write what rounds of sessions have read, while they decode.
+
+        Call it after each step; a call hands one file to another thread. What is written has no
+        name until `save` gives it one, and is gone if nobody does.
+
+        Args:
+            requests: of rounds that are under way; those without a session are passed over.
+        """
+        rounds: dict[SessionKey, list[Request]] = {}
+        for request in requests:
+            if request.session is not None:
+                rounds.setdefault(request.session, []).append(request)
+        self._ahead.see(rounds)
+        for key, together in rounds.items():
+            if not all(request.is_decoding or request.finish_reason for request in together):
+                continue
+            if not self._ahead.has_begun(key, together[0].round_id):
+                prompts = [request.prompt for request in together if request.error is None]
+                caches = [self._match(prompt.token_ids, prompt.salt)[1] for prompt in prompts]
+                self._ahead.begin(key, together[0].round_id, self._groups((), caches, ()))
+            slots = self._ahead.next_slots(key)
+            if slots is not None:
+                rows = self._rows(slots)
+                room = self.disk.budget - self.disk.num_bytes - self._ahead.num_bytes
+                self._ahead.write(key, rows if file_bytes(rows) <= room else None)
+
+    def give_up(self, key: SessionKey) -> None:
+        """Remove what `write_ahead` has written of a session whose round will not be saved."""
+        self._ahead.drop(key)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._engine.kv_bytes_per_token + 4  # with its position
+
+    def _rows(self, slots: Slots) -> KVRows:
+        return self._engine.runner.memory.read(slots, self._engine.store.slot_position[slots])
+
+    def close(self) -> None:
+        """Close the store; what has no name in it is removed."""
+        self._ahead.close()
+        self.disk.close()
 
     def _match(self, token_ids: TokenIds, salt: Salt) -> tuple[list[PrefixBlock], Slots]:
         return self._engine.store.match_prefix(token_ids, salt, exact=False)
@@ -208,16 +251,25 @@ class Tiers:
                 records.append(CopyRecord(cache, copy.run, copy.index, len(copy.rounds)))
         return tuple(records)
 
-    def _groups(self, caches: Sequence[Slots], copies: Sequence[Slots]) -> list[Slots]:
-        """Slots that are not on disk, by file: what several caches have, then each one's own."""
-        num_readers = np.zeros(len(self._file), np.int64)
+    def _groups(
+        self, unnamed: Collection[FileId], caches: Sequence[Slots], copies: Sequence[Slots]
+    ) -> list[Slots]:
+        """Slots that are not on disk, by file: what several caches have, then each one's own.
+
+        Args:
+            unnamed: files that are on disk and not in its index.
+            caches: of agents.
+            copies: of shared segments.
+        """
+        self._files.forget_all_but(self.disk.index.file_ids() | set(unnamed))
+        num_readers = np.zeros(len(self._engine.store.slot_position), np.int64)
         for slots in caches:
             num_readers[np.unique(slots)] += 1
         for slots in copies:  # nobody's own, where no cache has them
             num_readers[slots[num_readers[slots] == 0]] = 2
-        new = np.flatnonzero((num_readers > 0) & ~self._is_on_disk()).astype(np.int32)
+        new = np.flatnonzero((num_readers > 0) & ~self._files.written()).astype(np.int32)
         groups = [new[num_readers[new] > 1]]
-        is_own = np.zeros(len(self._file), np.bool_)
+        is_own = np.zeros(len(num_readers), np.bool_)
         is_own[new[num_readers[new] == 1]] = True
         for slots in caches:
             own = np.unique(slots)
@@ -230,39 +282,19 @@ class Tiers:
         """Tell memory which entries could be read again, and for how much."""
         store = self._engine.store
         for block in reversed(blocks):
-            if (self._stamp[block.slots] == store.slot_stamp[block.slots]).all():
+            if self._files.written(block.slots).all():
                 store.order.mark_on_disk(block)
         per_token = self._engine.seconds_per_token
         if per_token is not None:
             read_s = self._engine.kv_bytes_per_token / self._bytes_per_s
             store.order.disk_cost = read_s / per_token
 
-    def _is_on_disk(self) -> npt.NDArray[np.bool_]:
-        for file in self._slots.keys() - self.disk.index.file_ids():
-            slots = self._slots.pop(file)
-            self._stamp[slots[self._file[slots] == file]] = -1
-        same: npt.NDArray[np.bool_] = self._stamp == self._engine.store.slot_stamp
-        return same
-
-    def _note(self, file: FileId, slots: Slots) -> None:
-        """Note that these slots hold the rows of a file, in order."""
-        self._file[slots] = file
-        self._row[slots] = np.arange(len(slots))
-        self._stamp[slots] = self._engine.store.slot_stamp[slots]
-        self._slots[file] = slots
-
     def _record(
         self, cache: SpokenCache, slots: Slots, blocks: Sequence[PrefixBlock]
     ) -> CacheRecord:
         """Where a cache is on disk, up to the first token that is not."""
-        on_disk = self._stamp[slots] == self._engine.store.slot_stamp[slots]
-        missing = np.flatnonzero(~on_disk)
-        length = int(missing[0]) if len(missing) else len(slots)
-        files, rows = self._file[slots[:length]], self._row[slots[:length]]
-        goes_on = (np.diff(files) == 0) & (np.diff(rows) == 1)
-        firsts = np.flatnonzero(np.concatenate(([True], ~goes_on))) if length else np.empty(0, int)
-        counts = np.diff(np.append(firsts, length))
-        pieces: Pieces = np.stack([files[firsts], rows[firsts], counts], axis=1).astype(np.int64)
+        pieces = self._files.pieces_of(slots)
+        length = int(pieces[:, 2].sum())
         return CacheRecord(
             cache.token_ids[:length],
             min(exact_length(blocks), length),
@@ -333,28 +365,8 @@ class Tiers:
         return [
             file
             for file in dict.fromkeys(FileId(int(file)) for file in pieces[:, 0])
-            if not self._is_in_memory(file, pieces[pieces[:, 0] == file])
+            if not self._files.in_memory(file, pieces[pieces[:, 0] == file])
         ]
-
-    def _is_in_memory(self, file: FileId, pieces: Pieces) -> bool:
-        slots = self._slots.get(file)
-        if slots is None:
-            return False
-        rows = np.concatenate([np.arange(first, first + count) for _, first, count in pieces])
-        return bool(rows.max() < len(slots) and self._alive(file, slots[rows]).all())
-
-    def _alive(self, file: FileId, slots: Slots) -> npt.NDArray[np.bool_]:
-        """Whether slots still hold the rows of a file that they were noted with."""
-        store = self._engine.store
-        pages = slots // store.pool.page_size
-        held = sum(store.pool.num_refs(pages, holder) for holder in Holder) > 0
-        alive: npt.NDArray[np.bool_] = (
-            (slots >= 0)
-            & held
-            & (self._file[slots] == file)
-            & (self._stamp[slots] == store.slot_stamp[slots])
-        )
-        return alive
 
     def _pays(self, files: Iterable[WrittenFile]) -> bool:
         """Whether reading files takes less time than computing what they hold."""
@@ -373,7 +385,7 @@ class Tiers:
         (slots,), pages = store.take_slots([positions])
         self._engine.runner.memory.write(slots, rows)
         store.slot_ready[slots] = True
-        self._note(file, slots)
+        self._files.note(file, slots)
         return pages
 
     def _list(self, session: StoredSession, salt: Salt) -> int:
@@ -382,7 +394,7 @@ class Tiers:
         left = 0
         for cache in session.caches.values():
             _, matched = self._match(cache.token_ids, salt)
-            every = np.concatenate([matched, self._slots_of(cache.pieces, len(matched))])
+            every = np.concatenate([matched, self._files.slots_of(cache.pieces, len(matched))])
             for length in {min(cache.num_prompt, len(every)), len(every)}:
                 store.put_prefix(
                     cache.token_ids[:length], every[:length], salt, min(cache.num_exact, length)
@@ -409,7 +421,7 @@ class Tiers:
         known = [
             (copy, slots)
             for copy in run
-            if len(slots := self._slots_of(copy.cache.pieces)) == len(copy.cache.token_ids)
+            if len(slots := self._files.slots_of(copy.cache.pieces)) == len(copy.cache.token_ids)
         ]
         entries = self._engine.store.put_run(
             [(hash_segment(copy.cache.token_ids, salt), slots) for copy, slots in known]
@@ -419,21 +431,6 @@ class Tiers:
             entry.sound = True
             # Rounds of another process: below all numbers that rounds have here.
             entry.rounds = {RoundId(-2 - place) for place in range(copy.rounds)}
-
-    def _slots_of(self, pieces: Pieces, skip: int = 0) -> Slots:
-        """Slots of a cache's tokens from number `skip` on, up to the first that memory lacks."""
-        slots = [np.empty(0, np.int32)]
-        done = 0
-        for file, first, count in pieces.tolist():
-            past = max(0, min(count, skip - done))
-            known = self._slots.get(FileId(file), slots[0])
-            rows = known[first + past : first + count]
-            alive = self._alive(FileId(file), rows)
-            slots.append(rows[: int(np.argmin(alive)) if not alive.all() else len(rows)])
-            done += count
-            if len(slots[-1]) < count - past:
-                break
-        return np.concatenate(slots)
 
 
 def _read_ahead(
@@ -446,8 +443,3 @@ def _read_ahead(
         if len(waiting) > _READERS:
             yield waiting.pop(0)
     yield from waiting
-
-
-def _head_bytes(rows: KVRows) -> int:
-    """Most bytes of a file besides its rows: a line for each tensor."""
-    return 256 + 128 * 2 * len(rows.keys)

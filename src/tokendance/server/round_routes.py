@@ -171,6 +171,8 @@ async def _begin_in_session(server: Server, body: RoundRequest, session: Session
             _make_job(server, body.agents[place], session.encode(prompt), listener.of(place))
             for place, prompt in zip(order, asked.prompts, strict=True)
         ]
+        for job in jobs:
+            job.request.session = session.key
         return asked, jobs
 
     async def done(outputs: dict[int, Output]) -> None:

@@ -113,6 +113,7 @@ def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], N
             if request.error is not None:
                 raise bad_request(str(request.error), ask.field, "context_length_exceeded")
             request.constraint = constraint
+            request.session = ask.session
             ear_of = ear(len(jobs))
             jobs.append(
                 Job(request, ear_of, ask.key, ask.round_size, ask.marked, session=ask.session)

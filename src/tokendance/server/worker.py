@@ -287,6 +287,8 @@ class Worker:
                     self._cancel(list(self._live.values()))
                 if self._llm.engine.has_work:
                     self._llm.engine.step()
+                    if self._llm.tiers is not None:
+                        self._llm.tiers.write_ahead(self._live.keys())
                 self._publish()
         except BaseException as error:
             self.failure = error

@@ -106,6 +106,11 @@ def decompress_rows(positions: npt.NDArray[np.int32], layers: Sequence[Compresse
     )
 
 
+def file_bytes(rows: KVRows) -> int:
+    """Most bytes of a file of these rows: what is not compressed, and a line for each tensor."""
+    return rows.num_bytes + 256 + 128 * 2 * len(rows.keys)
+
+
 def write_rows(folder: Path, rows: KVRows, *, compressed: bool = False) -> WrittenFile:
     """Write rows into a new file, flushed to the disk before it gets its name.
 
