@@ -1,7 +1,7 @@
 """The SDK of OpenAI: a thread for each agent, coroutines, streams in coroutines, or a loop."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ SETTINGS: dict[str, Any] = {
     "temperature": TEMPERATURE,
 }
 Messages = list[dict[str, str]]
+Said = list[dict[str, str]]  # what everybody said, round by round
 
 
 class Town:
@@ -23,7 +24,7 @@ class Town:
         self.conversations: dict[str, Messages] = {
             name: [{"role": "system", "content": system}] for name, system in people.items()
         }
-        self.rounds: list[dict[str, str]] = []
+        self.rounds: Said = []
         self._all_hear(OPENING)
 
     def take(self, answers: Iterable[str]) -> None:
@@ -38,8 +39,9 @@ class Town:
             messages.append({"role": "user", "content": text})
 
 
-def in_threads(call: Call, town: Town) -> None:
+def in_threads(call: Call) -> Said:
     client = OpenAI(base_url=call.base_url, api_key="none")
+    town = Town(call.people)
 
     def ask(messages: Messages) -> str:
         answer = client.chat.completions.create(messages=messages, **SETTINGS)
@@ -48,16 +50,17 @@ def in_threads(call: Call, town: Town) -> None:
     with ThreadPoolExecutor(len(call.people)) as pool:
         for _ in range(call.rounds):
             town.take(pool.map(ask, town.conversations.values()))
+    return town.rounds
 
 
-def in_turn(call: Call) -> list[dict[str, str]]:
+def in_turn(call: Call) -> Said:
     """A loop, as most scripts begin: everybody hears what was said since they spoke last."""
     client = OpenAI(base_url=call.base_url, api_key="none")
     conversations: dict[str, Messages] = {
         name: [{"role": "system", "content": system}] for name, system in call.people.items()
     }
     unheard: dict[str, list[str]] = {name: [OPENING] for name in call.people}
-    rounds: list[dict[str, str]] = []
+    rounds: Said = []
     for _ in range(call.rounds):
         rounds.append({})
         for name, messages in conversations.items():
@@ -72,8 +75,9 @@ def in_turn(call: Call) -> list[dict[str, str]]:
     return rounds
 
 
-async def at_once(call: Call, town: Town, *, stream: bool) -> None:
+async def at_once(call: Call, *, stream: bool) -> Said:
     client = AsyncOpenAI(base_url=call.base_url, api_key="none")
+    town = Town(call.people)
 
     async def ask(messages: Messages) -> str:
         answer = await client.chat.completions.create(messages=messages, **SETTINGS)
@@ -89,19 +93,20 @@ async def at_once(call: Call, town: Town, *, stream: bool) -> None:
     for _ in range(call.rounds):
         answers = map(listen if stream else ask, town.conversations.values())
         town.take(await asyncio.gather(*answers))
+    return town.rounds
+
+
+WAYS: dict[str, Callable[[Call], Said]] = {
+    "threads": in_threads,
+    "gathered": lambda call: asyncio.run(at_once(call, stream=False)),
+    "streams": lambda call: asyncio.run(at_once(call, stream=True)),
+    "in-turn": in_turn,
+}
 
 
 def main() -> None:
     call = read_call()
-    if call.way == "in-turn":
-        tell(in_turn(call))
-        return
-    town = Town(call.people)
-    if call.way == "threads":
-        in_threads(call, town)
-    else:
-        asyncio.run(at_once(call, town, stream=call.way == "streams"))
-    tell(town.rounds)
+    tell(WAYS[call.way](call))
 
 
 main()
