@@ -97,6 +97,22 @@ def test_what_follows_new_words_is_computed_anew(make_llm: MakeLLM) -> None:
     assert counts(result)[0] == (8 + 2 * 4 + 3, 2 * 16, 2 * 4)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_follows_new_words_is_computed_anew_by_whoever_comes(
+    make_llm: MakeLLM, is_first: bool
+) -> None:
+    """Those who read only what is new make nothing older of what others read behind it."""
+    new, question, other = block(0), block(9), block(7)
+    llm = make_llm()
+    llm.run_round([prompt(n, question, other) for n in range(2)], ONE)
+    prompts = [prompt(5, new), prompt(6, new, question, other), prompt(7, new, question, other)]
+    result = llm.run_round(prompts if is_first else prompts[::-1], ONE)
+    computed = {output.agent: output.computed_tokens for output in result.outputs}
+    privates = 10 + 11 + 12
+    corrected = 2 * 4 + 2 * 4  # of what is new two read it, of the others one
+    assert sum(computed.values()) == privates + 3 * 20 + corrected + 3 * 3
+
+
 def test_neighbourhoods(make_llm: MakeLLM) -> None:
     blocks = [block(i) for i in range(6)]
     prompts = [prompt(n, *(blocks[(n + i) % 6] for i in (0, 1, 2)), own=5) for n in range(6)]

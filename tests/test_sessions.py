@@ -2,11 +2,12 @@
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from hypothesis.stateful import (
 
 from tokendance import LLM, Agent, SamplingParams, Session
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.engine.request import Request
 from tokendance.errors import StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.outputs import RoundResult
@@ -235,6 +237,66 @@ def test_prompts_are_written_while_the_round_decodes(
     llm.close()
 
 
+def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) -> None:
+    """Somebody else may be about to compute the words of a session exactly."""
+    llm = open_llm(roomy, tmp_path / "store")
+    assert llm.tiers is not None
+    session = llm.session("town", PEOPLE, params=SamplingParams(max_tokens=30, ignore_eos=True))
+    run(session, 1)
+    write_ahead, engine = llm.tiers.write_ahead, llm.engine
+    unready: list[int] = []
+
+    def interfere(requests: Collection[Request]) -> None:
+        if not unready and all(request.is_decoding for request in requests):
+            mirror = next(request for request in requests if request.reads_copies)
+            object.__setattr__(engine.config, "max_batch_tokens", 12)
+            other = Request(
+                "other", engine.new_round_id(), mirror.prompt, ANSWER, 10, in_round=False
+            )
+            engine.add([other])
+            engine.step()
+            _, slots = engine.store.match_prefix(
+                mirror.prompt.token_ids, mirror.prompt.salt, exact=False
+            )
+            unready.append(int(np.count_nonzero(~engine.store.slot_ready[slots])))
+        write_ahead(requests)
+
+    llm.tiers.write_ahead = interfere  # type: ignore[method-assign]
+    run(session, 1)
+    while engine.has_work:
+        engine.step()
+    assert unready[0] > 0
+    readers = llm.tiers.disk.index.readers(SessionKey("", "town"))
+    for file in readers:
+        rows = llm.tiers.disk.read(llm.tiers.disk.index.file(file))
+        slots = llm.tiers._files.slots_of(np.array([[file, 0, len(rows)]], np.int64))
+        now = engine.runner.memory.read(slots, engine.store.slot_position[slots])
+        assert np.array_equal(now.keys, rows.keys[:, :, : len(slots)])
+    llm.close()
+
+
+def test_a_store_that_fails_ahead_costs_nothing(
+    roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 2)
+    llm = open_llm(roomy, tmp_path / "store")
+    assert llm.tiers is not None
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    parts = run(session, 1)
+    file_ids, calls = llm.tiers.disk.index.file_ids, itertools.count()
+
+    def fail_first() -> set[FileId]:
+        if next(calls) == 0:
+            raise StoreError("The index cannot be read.")
+        return file_ids()
+
+    monkeypatch.setattr(llm.tiers.disk.index, "file_ids", fail_first)
+    parts += run(session, 1)
+    assert words(parts) == words(whole)
+    llm.tiers.disk.check_integrity()
+    llm.close()
+
+
 @pytest.mark.parametrize("whose", ["thread", "round"])
 def test_what_goes_ahead_may_fail(
     roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
@@ -246,11 +308,11 @@ def test_what_goes_ahead_may_fail(
     session = llm.session("town", PEOPLE, params=ANSWER)
     parts = run(session, 1)
     if whose == "thread":
-        write = disk.write
+        write, calls = disk.write, itertools.count()
 
         def fail_there(rows: KVRows) -> tuple[FileId, WrittenFile]:
-            if threading.current_thread() is not threading.main_thread():
-                raise StoreError("The disk is busy.")
+            if threading.current_thread() is not threading.main_thread() and next(calls) % 2:
+                raise MemoryError("The disk is busy.")
             return write(rows)
 
         monkeypatch.setattr(disk, "write", fail_there)

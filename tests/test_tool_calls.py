@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import VOCAB, make_tokenizer
 from serving import chat, serving
-from tokendance import LLM
+from tokendance import LLM, Prompt
+from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.models.loader import load_model
 from tokendance.rounds.segments import make_salt
@@ -56,6 +58,15 @@ def template(call: str, listing: str = LISTING) -> str:
             f"[call] {NAME_ARGUMENTS % 'arguments'} [/call]",
             ToolFormat("[call] ", " [/call]", "arguments", True),
         ),
+        # Blanks before a call belong to nobody, and a word before it that is always there neither.
+        (
+            f"{{{{ '\n' }}}}<call>{NAME_ARGUMENTS % 'arguments'}</call>",
+            ToolFormat("<call>", "</call>", "arguments", True),
+        ),
+        (
+            f"{{{{ '\n\n' }}}}{NAME_ARGUMENTS % 'parameters'}",
+            ToolFormat("", "", "parameters", True),
+        ),
         (NAME_ARGUMENTS % "parameters", ToolFormat("", "", "parameters", True)),
         ("<call><{{ c['name'] }}></call>", ToolFormat()),
         ("", ToolFormat()),
@@ -71,6 +82,33 @@ def test_the_chat_template_says_how_calls_are_written(call: str, expected: ToolF
         assert find_tool_format(PromptEncoder(tokenizer, VOCAB, make_salt())) == found
 
 
+def test_a_template_for_tools_only() -> None:
+    tokenizer = make_tokenizer()
+    with_tools = template(f"<call>{NAME_ARGUMENTS % 'arguments'}</call>")
+    # The second has nothing for conversations without tools, which is not asked for here.
+    for others in ({"default": template("", "")}, {"rag": "x"}):
+        tokenizer.chat_template = {"tool_use": with_tools, **others}
+        found = find_tool_format(PromptEncoder(tokenizer, VOCAB, make_salt()))
+        assert found == ToolFormat("<call>", "</call>", "arguments", True)
+
+
+def test_tools_that_cannot_be_listed() -> None:
+    tokenizer = make_tokenizer()
+    encoder = PromptEncoder(tokenizer, VOCAB, make_salt())
+    said = [{"role": "user", "content": "walk"}]
+    tool = {"type": "function", "function": {"name": "walk", "parameters": {"properties": ["a"]}}}
+    with pytest.raises(PromptError, match="lists no tools"):
+        encoder.encode(Prompt(said, tools=[tool]))
+    with pytest.raises(PromptError, match="chat messages"):
+        encoder.encode(Prompt("walk", tools=[tool]))
+    tokenizer.chat_template = template(
+        "",
+        "{% for t in tools or [] %}{{ t['function']['parameters']['properties'].a.b }}{% endfor %}",
+    )
+    with pytest.raises(PromptError, match="refuses"):
+        encoder.encode(Prompt(said, tools=[tool]))
+
+
 @pytest.mark.parametrize("key", ["arguments", "parameters"])
 def test_tools_go_the_way_of_the_chat_template(
     make_llm: Callable[..., LLM], model_folder: Callable[..., Path], key: str
@@ -79,15 +117,21 @@ def test_tools_go_the_way_of_the_chat_template(
     marks = ("[call] ", " [/call]") if key == "arguments" else ("", "")
     model.tokenizer.chat_template = template(marks[0] + NAME_ARGUMENTS % key + marks[1])
     parameters = {"type": "object", "properties": {}, "additionalProperties": False}
-    tool = {"type": "function", "function": {"name": "walk", "parameters": parameters}}
-    said = [
+    function = {"name": "walk", "parameters": parameters}
+    tool: dict[str, Any] = {"type": "function", "function": function}
+    said: list[dict[str, Any]] = [
         {"role": "user", "content": "walk"},
         {"role": "assistant", "content": None, "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "walk", "arguments": "{}"}}
         ]},
         {"role": "tool", "tool_call_id": "1", "content": "walked"},
     ]  # fmt: skip
-    fields = {"messages": said, "tools": [tool], "max_tokens": 200, "temperature": 1}
+    fields: dict[str, Any] = {
+        "messages": said,
+        "tools": [tool],
+        "max_tokens": 200,
+        "temperature": 1,
+    }
     with serving(make_llm(num_pages=2000, model=model)) as (client, server):
         heard: list[str] = []
         submit = server.worker.submit
@@ -108,7 +152,19 @@ def test_tools_go_the_way_of_the_chat_template(
         assert "You may call" not in heard[0]
         written = marks[0] + json.dumps({"name": "walk", key: {}}) + marks[1]
         assert f"<|start|>assistant\n{written}<|end|>\n<|start|>tool\nwalked" in heard[0]
-        tool["function"]["description"] = "ends <|end|> here"  # type: ignore[index]
+        # A function may leave its parameters out, and calls may follow words, one upon another.
+        fields["tools"] = [{"type": "function", "function": {"name": "walk"}}]
+        calls = said[1]["tool_calls"] * 2
+        said[1] |= {"content": "I go.", "tool_calls": calls}
+        assert chat(client, **fields).status_code == 200
+        assert f"<|start|>assistant\nI go.\n{written}\n{written}<|end|>" in heard[-1]
+        fields["tools"] = [tool]
+        tool["function"]["description"] = "a " * server.max_characters
+        refused = chat(client, **fields)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            400, "context_length_exceeded",
+        )  # fmt: skip
+        tool["function"]["description"] = "ends <|end|> here"
         refused = chat(client, **fields)
         assert refused.status_code == 400
         assert "special token" in refused.json()["error"]["message"]

@@ -21,7 +21,7 @@ like all others, and `sources` says from where each is copied before some of the
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -171,7 +171,6 @@ def draft_placement(
         if start + len(segment) > num_prefix
     ]
     chosen = choose_copies(segments, store, rules, round_id) if rules.segments else {}
-    _leave_out_stale(chosen, len(segments), round_id)
     policy = correction
     if target is not None and rules.segments and (chosen or num_exact < num_prefix):
         policy = target.choose(describe_reuse(prompt, num_exact, num_prefix, chosen, store))
@@ -294,8 +293,8 @@ def choose_copies(
     of it. What is left takes the newest copy, unless the request is to own its order.
     """
     by_run: dict[RunId, dict[int, list[SegmentCopy]]] = {}
-    for place_, (_, segment) in enumerate(segments):
-        for copy in store.copies(segment.hash, round_id):
+    for place_, usable in usable_copies(segments, store, round_id):
+        for copy in usable:
             by_run.setdefault(copy.run, {}).setdefault(place_, []).append(copy)
 
     ranked: list[tuple[bool, int, RunId, dict[int, SegmentCopy]]] = []
@@ -323,16 +322,22 @@ def choose_copies(
     return dict(sorted(chosen.items()))
 
 
-def _leave_out_stale(chosen: dict[int, SegmentCopy], count: int, round_id: RoundId) -> None:
-    """Leave out copies of earlier rounds behind a segment that is new in this one.
+def usable_copies(
+    segments: Sequence[tuple[int, Segment]], store: KVStore, round_id: RoundId
+) -> Iterator[tuple[int, Sequence[SegmentCopy]]]:
+    """Copies that a request may take, by the places of their segments.
 
-    They were computed by somebody who had not read it. What a host asks in the same words in each
-    round, behind what was said in it, would be asked by one who has heard nothing of that.
+    Behind a segment that is new in this round, copies of earlier rounds are stale: who computed
+    them had not read it. What a host asks in the same words in each round, behind what was said in
+    it, would be asked by one who has heard nothing of that.
     """
-    first_new = next((place_ for place_ in range(count) if place_ not in chosen), count)
-    for place_ in range(first_new, count):
-        if place_ in chosen and chosen[place_].round_id != round_id:
-            del chosen[place_]
+    is_behind_new = False
+    for place_, (_, segment) in enumerate(segments):
+        copies = store.copies(segment.hash, round_id)
+        is_behind_new |= all(copy.round_id == round_id for copy in copies)
+        if is_behind_new:
+            copies = [copy for copy in copies if copy.round_id == round_id]
+        yield place_, copies
 
 
 def describe_reuse(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokendance.attention.backends import make_backend
 from tokendance.collector.owners import Start, order_starts
+from tokendance.collector.placement import usable_copies
 from tokendance.config import EngineConfig
 from tokendance.engine.blend import MIN_LAYERS
 from tokendance.engine.request import Request
@@ -128,17 +129,15 @@ class Engine:
                 self._finish(request, "error")
         sound = [request for request in requests if request.error is None]
         together = [request for request in sound if request.in_round]
-        shared = [
-            [(segment.hash, len(segment)) for _, segment in request.prompt.shared_segments()]
-            for request in together
-        ]
+        shared = [request.prompt.shared_segments() for request in together]
         known = {
-            segment
+            segments[place][1].hash
             for request, segments in zip(together, shared, strict=True)
-            for segment, _ in segments
-            if self.store.copies(segment, request.round_id)
+            for place, copies in usable_copies(segments, self.store, request.round_id)
+            if copies
         }
-        starts = order_starts(shared, known)
+        sizes = [[(segment.hash, len(segment)) for _, segment in one] for one in shared]
+        starts = order_starts(sizes, known)
         if self.config.takes_copies:  # whoever comes first computes
             starts = [Start(index) for index in range(len(together))]
         for start in starts:

@@ -2,8 +2,8 @@
 
 Memory is written through: whatever of a session's KV is not on disk yet goes there, prompts while
 the round decodes (`engine/write_ahead.py`) and the rest at its end, so eviction from memory only
-forgets. A round adds one file of what several agents read (its
-runs) and a file of each agent's own tokens; what earlier rounds wrote is referred to again:
+forgets. A round adds a file of what several agents read (its runs), and files of each agent's own
+tokens; what earlier rounds wrote is referred to again:
 
     agent's tokens   [ own, round 1 ][ run, round 1 ][ own ][ run, round 2 ][ own, round 2 ]
     pieces            file 7, 0-310   file 3, 0-980   7, 310-   file 9, ...   file 12, ...
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tokendance.engine.engine import Engine
 from tokendance.engine.request import Request
 from tokendance.engine.write_ahead import WriteAhead
-from tokendance.errors import CorruptFileError
+from tokendance.errors import CorruptFileError, StoreError
 from tokendance.rounds.segments import Salt, TokenIds, hash_segment
 from tokendance.store.disk import DiskStore
 from tokendance.store.entries import PrefixBlock, RoundId, SegmentCopy, Slots, exact_length
@@ -212,15 +212,32 @@ class Tiers:
         for key, together in rounds.items():
             if not all(request.is_decoding or request.finish_reason for request in together):
                 continue
-            if not self._ahead.has_begun(key, together[0].round_id):
-                prompts = [request.prompt for request in together if request.error is None]
-                caches = [self._match(prompt.token_ids, prompt.salt)[1] for prompt in prompts]
-                self._ahead.begin(key, together[0].round_id, self._groups((), caches, ()))
-            slots = self._ahead.next_slots(key)
-            if slots is not None:
-                rows = self._rows(slots)
-                room = self.disk.budget - self.disk.num_bytes - self._ahead.num_bytes
-                self._ahead.write(key, rows if file_bytes(rows) <= room else None)
+            try:
+                self._write_next(key, together)
+            except StoreError as error:  # the round goes on, and its end tells
+                log.warning("KV cannot be written ahead: %s", error)
+                self._ahead.begin(key, together[0].round_id, ())
+
+    def _write_next(self, key: SessionKey, together: Sequence[Request]) -> None:
+        """Write the next file of a round all of which decodes."""
+        round_id = together[0].round_id
+        if not self._ahead.has_begun(key, round_id):
+            prompts = [request.prompt for request in together if request.error is None]
+            caches = [self._match(prompt.token_ids, prompt.salt)[1] for prompt in prompts]
+            groups = self._groups((), caches, ())
+            self._ahead.begin(key, round_id, groups)
+            self.disk.make_room(
+                sum(map(len, groups)) * self._row_bytes + self._ahead.num_bytes, key
+            )
+        slots = self._ahead.next_slots(key)
+        if slots is None:
+            return
+        room = self.disk.budget - self.disk.num_bytes - self._ahead.num_bytes
+        rows = self._rows(slots) if len(slots) * self._row_bytes <= room else None
+        if rows is None or file_bytes(rows) > room:
+            self._ahead.stop(key)
+        else:
+            self._ahead.write(key, rows)
 
     def give_up(self, key: SessionKey) -> None:
         """Remove what `write_ahead` has written of a session whose round will not be saved."""
@@ -235,11 +252,20 @@ class Tiers:
 
     def close(self) -> None:
         """Close the store; what has no name in it is removed."""
-        self._ahead.close()
-        self.disk.close()
+        try:
+            self._ahead.close()
+        finally:
+            self.disk.close()
 
     def _match(self, token_ids: TokenIds, salt: Salt) -> tuple[list[PrefixBlock], Slots]:
-        return self._engine.store.match_prefix(token_ids, salt, exact=False)
+        """What memory has of a cache, up to the first token whose KV somebody still computes."""
+        blocks, slots = self._engine.store.match_prefix(token_ids, salt, exact=False)
+        ready = self._engine.store.slot_ready[slots]
+        if ready.all():
+            return blocks, slots
+        slots = slots[: int(np.argmin(ready))]
+        ends = np.cumsum([len(block.slots) for block in blocks])
+        return blocks[: int(np.searchsorted(ends, len(slots), side="right"))], slots
 
     def _copy_records(
         self, copies: Sequence[tuple[TokenIds, SegmentCopy]]

@@ -5,25 +5,27 @@ before it ends. Such files have no name in the index until the session is saved:
 happen they are removed, by this process or by the next that opens the store.
 """
 
+import logging
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.errors import StoreError
 from tokendance.store.disk import DiskStore
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.kv_file import KVRows, WrittenFile, file_bytes
 from tokendance.store.kv_store import KVStore
 from tokendance.store.records import FileId, SessionKey
 
+log = logging.getLogger("tokendance.store")
+
 # Each holds a copy of its rows.
 _MOST_AT_A_TIME = 2
 # Longer than the time between a round's last token and its save.
-_ABANDONED_S = 60.0
+_ABANDONED_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,30 +94,40 @@ class WriteAhead:
 
     def next_slots(self, key: SessionKey) -> Slots | None:
         """What is to be written next; None for nothing, or not yet."""
-        one = self._rounds[key]
-        if sum(not future.done() for _, future in one.begun) >= _MOST_AT_A_TIME:
+        jobs = [job for one in self._rounds.values() for _, job in one.begun]
+        if sum(not job.done() for job in jobs) >= _MOST_AT_A_TIME:
             return None
+        one = self._rounds[key]
         while one.left and not one.left[0].is_as_it_was(self._store):
             del one.left[0]
         return one.left[0].slots if one.left else None
 
-    def write(self, key: SessionKey, rows: KVRows | None) -> None:
-        """Begin to write the rows of `next_slots`; without rows, do without them."""
+    def write(self, key: SessionKey, rows: KVRows) -> None:
+        """Begin to write the rows of `next_slots`."""
         one = self._rounds[key]
-        group = one.left.pop(0)
-        if rows is not None:
-            one.begun.append((group, self._thread.submit(self._disk.write, rows)))
-            one.num_bytes += file_bytes(rows)
+        one.begun.append((one.left.pop(0), self._thread.submit(self._disk.write, rows)))
+        one.num_bytes += file_bytes(rows)
+
+    def stop(self, key: SessionKey) -> None:
+        """Begin no more of a session's round; what is begun may be collected."""
+        self._rounds[key].left.clear()
 
     def collect(self, key: SessionKey) -> list[tuple[FileId, WrittenFile, Slots]]:
-        """Hand over what a session's round has written, with the slots that still hold it."""
+        """Hand over what a session's round has written, with the slots that still hold it.
+
+        What could not be written, or was not begun yet, is left to whoever saves the session.
+        """
+        if key not in self._rounds:
+            return []
+        begun = [(group, job) for group, job in self._rounds[key].begun if not job.cancel()]
+        wait([job for _, job in begun])
+        del self._rounds[key]
         found: list[tuple[FileId, WrittenFile, Slots]] = []
-        one = self._rounds.pop(key, None)
-        for group, future in one.begun if one is not None else ():
-            try:
-                file, written = future.result()
-            except StoreError:
-                continue  # whoever saves tries again, and tells
+        for group, job in begun:
+            if (error := job.exception()) is not None:
+                log.warning("KV could not be written ahead: %s", error)
+                continue
+            file, written = job.result()
             if group.is_as_it_was(self._store):
                 found.append((file, written, group.slots))
             else:
@@ -128,6 +140,8 @@ class WriteAhead:
 
     def close(self) -> None:
         """Remove what nobody has collected, and end the thread."""
-        for key in list(self._rounds):
-            self.drop(key)
-        self._thread.shutdown()
+        try:
+            for key in list(self._rounds):
+                self.drop(key)
+        finally:
+            self._thread.shutdown()

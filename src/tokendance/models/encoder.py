@@ -20,6 +20,9 @@ from tokendance.errors import PromptError
 from tokendance.rounds.prompts import Message, Part, Prompt, message_parts, split_text
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids, build_prompt
 
+# Characters. What a template itself writes is short; tools that it lists need not be.
+_LONGEST_CACHED = 10_000
+
 
 class PromptEncoder:
     """Encodes prompts with a model's tokenizer and chat template. Safe for several threads."""
@@ -73,6 +76,8 @@ class PromptEncoder:
 
     def _pieces(self, prompt: Prompt) -> list[tuple[TokenIds, bool]]:
         content = prompt.content
+        if prompt.tools and not (content and isinstance(content[0], Mapping)):
+            raise PromptError("Tools go with chat messages. Describe them in the text instead.")
         if isinstance(content, str):
             return self._parts(split_text(content), begin=True)
         if not isinstance(content, Sequence) and not isinstance(content, np.ndarray):
@@ -132,18 +137,32 @@ class PromptEncoder:
             )
         if self.spells_special(json.dumps(list(tools), ensure_ascii=False)):
             raise PromptError("A tool's description spells a special token of the model.")
+        given = list(tools) or None
         try:
+            # There may be another template for conversations with tools.
+            template = self._tokenizer.get_chat_template(tools=given)
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
-                tools=list(tools) or None,
+                tools=given,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except (jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
+        except (
+            jinja2.exceptions.TemplateError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise PromptError(
                 f"The model's chat template refuses the messages: {error}. "
                 "Check which roles it knows and the order that it wants."
             ) from error
+        if given and "tools" not in template:
+            raise PromptError(
+                "The model's chat template lists no tools. Describe them in a message."
+            )
         return text
 
     def spells_special(self, text: str) -> bool:
@@ -234,8 +253,10 @@ class PromptEncoder:
 
     def _template_ids(self, text: str) -> TokenIds:
         if text not in self._cache:
-            ids = self._tokenizer(text, add_special_tokens=False).input_ids
+            ids = as_token_ids(self._tokenizer(text, add_special_tokens=False).input_ids)
+            if len(text) > _LONGEST_CACHED:
+                return ids
             if len(self._cache) > 1000:  # a template may print the time of day
                 self._cache.clear()
-            self._cache[text] = as_token_ids(ids)
+            self._cache[text] = ids
         return self._cache[text]

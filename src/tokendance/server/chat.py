@@ -11,9 +11,9 @@ from tokendance.rounds.prompts import SEPARATOR, Prompt
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.errors import ApiError, bad_request
 from tokendance.server.grammar import GrammarConstraint, Grammars
-from tokendance.server.protocol import ChatMessage, ChatRequest, NamedTool, Sampling
+from tokendance.server.protocol import ChatMessage, ChatRequest, NamedTool, Sampling, Tool
 from tokendance.server.settings import ServerSettings
-from tokendance.server.tool_calls import ToolFormat
+from tokendance.server.tool_calls import NO_PARAMETERS, ToolFormat
 
 _ROLES = {"developer": "system", "function": "tool"}
 
@@ -59,7 +59,7 @@ def encode_chat(
             param="messages",
         )
     messages = [_as_message(message, tools) for message in body.messages]
-    listed = [tool.model_dump(exclude_none=True) for tool in body.tools or () if body.may_call]
+    listed = [_as_tool(tool) for tool in body.tools or () if body.may_call]
     if listed and not tools.in_template:
         text = tools.describe([tool["function"] for tool in listed])
         if messages[0]["role"] == "system":
@@ -67,7 +67,8 @@ def encode_chat(
         else:
             messages.insert(0, {"role": "system", "content": [_text(text)]})
         listed = []
-    check_length((part["text"] for message in messages for part in message["content"]), limit)
+    texts = [part["text"] for message in messages for part in message["content"]]
+    check_length([*texts, *map(json.dumps, listed)], limit)
     try:
         return encoder.encode(Prompt(messages, tools=listed))
     except PromptError as error:
@@ -85,9 +86,18 @@ def is_marked(body: ChatRequest) -> bool:
 def _as_message(message: ChatMessage, tools: ToolFormat) -> dict[str, Any]:
     texts = _texts(message)
     if message.role == "assistant":
-        for call in message.tool_calls or ():
-            texts.append(tools.write(call.function.name, _parsed(call.function.arguments)))
+        calls = [
+            tools.write(call.function.name, _parsed(call.function.arguments))
+            for call in message.tool_calls or ()
+        ]
+        said = "\n" if any(texts) and calls else ""
+        texts.append(said + "\n".join(calls))
     return as_message(message.role, [_text(text) for text in texts if text], message.name)
+
+
+def _as_tool(tool: Tool) -> dict[str, Any]:
+    function = tool.function.model_dump(exclude_none=True)
+    return {"type": "function", "function": {**function, **NO_PARAMETERS, **function}}
 
 
 def as_message(role: str, content: Any, name: str | None) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from typing import Any
 from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
 
+# What a function has that says nothing of its arguments; some templates look inside.
+NO_PARAMETERS = {"parameters": {"type": "object", "properties": {}, "required": []}}
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -50,13 +53,14 @@ class ToolFormat:
 
     def describe(self, functions: Sequence[Mapping[str, Any]]) -> str:
         """What a model is told whose template lists no tools."""
-        listed = "\n".join(json.dumps(function) for function in functions)
+        listed = "\n".join(json.dumps(one, ensure_ascii=False) for one in functions)
         example = self.write("its name", {"its": "arguments"})
         return f"You may call these functions:\n{listed}\nTo call one, answer\n{example}"
 
     def write(self, name: str, arguments: Any) -> str:
         """A call as the model would write it."""
-        return f"{self.begin}{json.dumps({'name': name, self.arguments: arguments})}{self.end}"
+        call = json.dumps({"name": name, self.arguments: arguments}, ensure_ascii=False)
+        return f"{self.begin}{call}{self.end}"
 
     def split(self, text: str) -> tuple[str, list[ToolCall]]:
         """Cut an answer into its words and the calls that it makes.
@@ -101,35 +105,27 @@ class ToolFormat:
 
 def find_tool_format(encoder: PromptEncoder) -> ToolFormat:
     """How a model calls tools, by its chat template; the format of this server if that has none."""
-    nonce = f"x{secrets.token_hex(8)}"
-    tool = {
-        "type": "function",
-        "function": {
-            "name": nonce,
-            "description": "",
-            "parameters": {"type": "object", "properties": {}, "required": []},
-        },
-    }
-    call = {"type": "function", "id": "a23456789", "function": {"name": nonce, "arguments": {}}}
+    name, word = (f"x{secrets.token_hex(8)}" for _ in range(2))
+    tools = [{"type": "function", "function": {"name": name, "description": "", **NO_PARAMETERS}}]
+    call = {"type": "function", "id": "a23456789", "function": {"name": name, "arguments": {}}}
     asked = [{"role": "user", "content": "a"}]
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     try:
-        if nonce not in encoder.render(asked, [tool]):
+        if name not in encoder.render(asked, tools):
             return ToolFormat()
-        said = encoder.render([*asked, {"role": "assistant", "content": nonce}])
-        called = encoder.render(
-            [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        )
+        said = encoder.render([*asked, {"role": "assistant", "content": word}], tools)
+        called = encoder.render([*asked, answer], tools)
     except PromptError:
         return ToolFormat()
-    found = _read_format(said, called, nonce)
+    found = _read_format(said.partition(word), called, name)
     if found is None or encoder.spells_special(found.begin + found.end):
         return ToolFormat()
     return found
 
 
-def _read_format(said: str, called: str, nonce: str) -> ToolFormat | None:
-    """Read a format from the same conversation with a word of the assistant, and with a call."""
-    before, _, after = said.partition(nonce)
+def _read_format(said: tuple[str, str, str], called: str, name: str) -> ToolFormat | None:
+    """Read a format from a conversation with a call, and the same around a word in its place."""
+    before, _, after = said
     if not called.startswith(before) or not called.endswith(after):
         return None
     text = called[len(before) : len(called) - len(after)]
@@ -141,6 +137,7 @@ def _read_format(said: str, called: str, nonce: str) -> ToolFormat | None:
     except ValueError:
         return None
     others = set(content) - {"name"}
-    if content.get("name") != nonce or len(others) != 1:
+    if content.get("name") != name or len(others) != 1:
         return None
-    return ToolFormat(text[:first], text[first + length :], others.pop(), in_template=True)
+    # Blanks before a call are not what tells it from words.
+    return ToolFormat(text[:first].lstrip(), text[first + length :], others.pop(), in_template=True)

@@ -84,7 +84,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         settings: with the example town as source, 12 people take the place of 25.
         console: to print on.
     """
-    small, large = _Town(10, 5, 64), _Town(25, 8, 40)
+    small, large = _Town(10, 5, 64), _Town(25, 8, 96)
     if settings.tiny:
         small = large = _Town(3, 2, 8)
     model = load_model(settings.model, "bfloat16")
