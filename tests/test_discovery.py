@@ -79,6 +79,28 @@ def test_prompts_one_after_another_find_what_the_earlier_ones_had() -> None:
         assert one.token_ids[first:last].tolist() == [*A, *B]
 
 
+def test_what_is_asked_in_the_same_words_behind_new_ones_is_computed() -> None:
+    """Whoever was asked before had not read them."""
+    question = words(4, 12)
+    first = [*words(10, 5), *A, *question]
+    alone = [*words(11, 5), *A, *words(12, GRAM), *question]
+    assert shared(discover([first], [alone])[0]) == [A]
+    # A round computes it for all, and nothing is new where only an edge is.
+    others = [[*words(20 + i, 5), *A, *words(12, GRAM), *question] for i in range(2)]
+    assert all(shared(one)[-1][-12:] == question for one in discover([first], others))
+    edge = [*words(11, 5), *A, *words(12, GRAM - 1), *question]
+    assert shared(discover([first], [edge])[0]) == [A, question]
+    # Behind what only goes on, too; a document is another thing.
+    discovery = Discovery(make_salt("test"), CONFIG)
+    discovery.segment([as_token_ids(first)], 0.0)
+    goes_on = as_token_ids([*first[:5], *words(12, GRAM), *question])
+    assert shared(discovery.segment([goes_on], 1.0, [5]).prompts[0]) == []
+    document = words(5, 200)
+    first, alone = [*words(10, 5), *A, *document], [*words(11, 5), *A, *words(12, 9), *document]
+    found = discover([first], [alone])
+    assert shared(found[0]) == [A, document]
+
+
 def test_a_conversation_that_goes_on_shares_nothing_with_itself() -> None:
     first = [*words(10, 5), *A]
     second = [*first, *words(11, 9), *B]

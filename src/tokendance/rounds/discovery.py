@@ -41,6 +41,8 @@ _NONE = np.uint64(0)  # before the first gram of a prompt, and after its last
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: spreads hashes of hashes
 # So many short paths in a row are compared at once, few first.
 _JOINED = (2, 4)
+# Tokens of what is asked at a prompt's end; with a document there it would not pay to compute it.
+_LONGEST_END = 128
 # Shortening a path may let it overlap no more, or drop it; that is over after a pass or two.
 _MAX_PASSES = 4
 
@@ -123,6 +125,8 @@ class Discovery:
         parts = [one[begin:] for one, begin in zip(grams, news, strict=True)]
         parts += [text.grams[begin:] for text, begin in texts]
         found = find_shared(parts, self._config.gram, self._config.min_tokens)
+        if len(new) == 1:
+            found[0] = _without_stale_end(found[0], news[0], len(new[0]), self._config.gram)
         cut = {
             key: build_prompt(_pieces(prompt, begin, ranges), self._salt)
             for (key, prompt), begin, ranges in zip(distinct.items(), news, found, strict=False)
@@ -180,6 +184,30 @@ class Discovery:
     def check_integrity(self) -> None:
         """Assert that what is remembered can be found, and no more."""
         self._memory.check_integrity()
+
+
+def _without_stale_end(
+    ranges: list[tuple[int, int]], begin: int, length: int, gram: int
+) -> list[tuple[int, int]]:
+    """Leave out what a prompt ends with, if that is short and stands behind words that are new.
+
+    That is what is asked, in the same words as of somebody before who had not read the new ones: it
+    would be answered as it was then. In a round the first agent computes it, behind the new words,
+    for all; here there is nobody else, and it is not much.
+
+    Args:
+        ranges: of shared pieces of a prompt that came alone, counted from `begin`.
+        begin: length of its beginning that is known.
+        length: of the prompt.
+        gram: so many tokens in a row that nobody had are new words.
+    """
+    if not ranges or (len(ranges) == 1 and begin == 0):
+        return ranges
+    first, last = ranges[-1]
+    num_before = first - (ranges[-2][1] if len(ranges) > 1 else 0)
+    if begin + last == length and last - first <= _LONGEST_END and num_before >= gram:
+        return ranges[:-1]
+    return ranges
 
 
 def _common_beginning(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
