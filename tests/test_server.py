@@ -29,6 +29,7 @@ from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
 from tokendance.server.worker import Job
+from tokendance.store.kv_file import KVRows, WrittenFile
 from tokendance.store.pages import Holder
 
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
@@ -530,6 +531,67 @@ def test_chat_requests_may_name_a_session(roomy: LoadedModel, tmp_path: Path) ->
         llm.close()
     assert cached_tokens[0] == 0
     assert cached_tokens[1] > 80
+
+
+@pytest.mark.parametrize("way", ["session", "chat"])
+def test_others_are_answered_while_a_session_is_read(
+    roomy: LoadedModel, tmp_path: Path, way: str
+) -> None:
+    def start() -> LLM:
+        llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+        llm.open_store(tmp_path / "store")
+        return llm
+
+    def ask(client: httpx.Client, number: int) -> httpx.Response:
+        if way == "session":
+            return ask_session(client, "ab", f"the {number}th task")
+        asked = {"round": {"id": f"r{number}", "size": 1, "agent": "ann", "session": "s"}}
+        return chat(client, prompts_of_a_round(1)[0], **asked)
+
+    with serving(llm := start()) as (client, _):
+        assert ask(client, 0).status_code == 200
+    llm.close()
+    with (
+        serving(llm := start(), round_wait_s=30.0) as (client, server),
+        ThreadPoolExecutor(1) as own,
+    ):
+        assert llm.tiers is not None
+        reads, may_read = threading.Semaphore(0), threading.Event()
+        read = llm.tiers.disk.read
+
+        def wait_and_read(file: WrittenFile) -> KVRows:
+            reads.release()
+            assert may_read.wait(60)
+            return read(file)
+
+        llm.tiers.disk.read = wait_and_read  # type: ignore[method-assign]
+        asked = own.submit(ask, client, 1)
+        assert reads.acquire(timeout=60)
+        assert chat(client).status_code == 200
+        assert not asked.done()
+        may_read.set()
+        assert asked.result(60).status_code == 200
+        assert cached(asked.result()) > 80 if way == "chat" else asked.result().json()["round"] == 2
+        assert server.num_open == 0
+    llm.engine.check_integrity()
+    llm.close()
+
+
+def test_a_server_that_stops_reads_no_further(roomy: LoadedModel, tmp_path: Path) -> None:
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+    llm.open_store(tmp_path / "store")
+    assert llm.tiers is not None
+    with serving(llm) as (client, _):
+        assert ask_session(client, "ab", "one").status_code == 200
+        llm.engine.store.clear()
+
+        def fail(_: WrittenFile) -> KVRows:
+            raise MemoryError  # and with it the engine
+
+        llm.tiers.disk.read = fail  # type: ignore[method-assign,assignment]
+        assert ask_session(client, "ab", "two").status_code == 503
+        assert client.get("/ready").status_code == 503
+    llm.close()
 
 
 def test_agents_asked_one_after_another_share(make_llm: Callable[..., LLM]) -> None:

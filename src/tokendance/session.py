@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokendance.engine.sampling import SamplingParams
-from tokendance.engine.tiers import Restored, SpokenCache
+from tokendance.engine.tiers import Restored, Restoring, SpokenCache
 from tokendance.errors import RoundError, StoreError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output, RoundResult
@@ -250,6 +250,12 @@ class Session:
         if self._tiers is None or (stored := self._stored()) is None:
             return None
         return self._tiers.restore(stored, self._encoder.salt, always=always)
+
+    def restoring(self) -> Restoring | None:
+        """The same in steps between which the engine may go on; see `Tiers.restoring`."""
+        if self._tiers is None or (stored := self._stored()) is None:
+            return None
+        return self._tiers.restoring(stored, self._encoder.salt)
 
     def _stored(self) -> StoredSession | None:
         if self._tiers is None or self.key is None:

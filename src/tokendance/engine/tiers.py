@@ -14,8 +14,8 @@ order, so attention reads the same pieces of memory as before.
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +95,11 @@ class Restored:
     num_bytes: int
     computed: int
     problems: tuple[str, ...]
+
+
+# A file's rows, and the seconds that reading them took.
+_Read = Future[tuple[KVRows, float]]
+Restoring = Generator[_Read, None, Restored]
 
 
 class Tiers:
@@ -340,6 +345,20 @@ class Tiers:
             salt: of its prompts.
             always: read it even if computing it would be quicker.
         """
+        steps = self.restoring(session, salt, always=always)
+        while True:
+            try:
+                wait([next(steps)])
+            except StopIteration as end:
+                found: Restored = end.value
+                return found
+
+    def restoring(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restoring:
+        """The same in steps between which the engine may go on.
+
+        Yields:
+            A file that is being read: a step before it is there does nothing.
+        """
         files = self._missing(session, salt)
         known: dict[FileId, WrittenFile] = {}
         problems: list[str] = []
@@ -350,25 +369,30 @@ class Tiers:
                 problems.append(str(error))
         if not (always or self._pays(known.values())):
             return Restored(0, 0, sum(one.num_rows for one in known.values()), ())
-        start = time.perf_counter()
         num_rows = num_bytes = 0
+        seconds = 0.0
         bad: set[FileId] = set()
         with ThreadPoolExecutor(_READERS, "store") as pool:
             contents = _read_ahead(self.disk, known, pool)
             held: list[npt.NDArray[np.int32]] = []
             try:
                 for file, content in contents:
+                    yield content
+                    while not content.done():
+                        yield content
                     try:
-                        rows = content.result()
+                        rows, read_s = content.result()
                     except CorruptFileError as error:
                         log.warning("%s", error)
                         problems.append(str(error))
                         bad.add(file)
                         continue
+                    start = time.perf_counter()
                     pages = self._load(file, rows)
                     if pages is None:
                         break
                     held.append(pages)
+                    seconds += read_s / _READERS + time.perf_counter() - start
                     num_rows += len(rows)
                     num_bytes += known[file].num_bytes
                 left = self._list(session, salt)
@@ -378,7 +402,7 @@ class Tiers:
         for file in bad:
             self.disk.forget_file(file)
         if num_bytes:
-            self._bytes_per_s = num_bytes / (time.perf_counter() - start)
+            self._bytes_per_s = num_bytes / seconds
         return Restored(num_rows, num_bytes, left, tuple(problems))
 
     def _missing(self, session: StoredSession, salt: Salt) -> list[FileId]:
@@ -461,11 +485,16 @@ class Tiers:
 
 def _read_ahead(
     disk: DiskStore, files: Mapping[FileId, WrittenFile], pool: ThreadPoolExecutor
-) -> Iterator[tuple[FileId, "Future[KVRows]"]]:
+) -> Iterator[tuple[FileId, _Read]]:
     """Read files in their order, a few ahead of whoever takes them."""
-    waiting: list[tuple[FileId, Future[KVRows]]] = []
+
+    def read(one: WrittenFile) -> tuple[KVRows, float]:
+        start = time.perf_counter()
+        return disk.read(one), time.perf_counter() - start
+
+    waiting: list[tuple[FileId, _Read]] = []
     for file, one in files.items():
-        waiting.append((file, pool.submit(disk.read, one)))
+        waiting.append((file, pool.submit(read, one)))
         if len(waiting) > _READERS:
             yield waiting.pop(0)
     yield from waiting

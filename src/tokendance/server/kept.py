@@ -6,12 +6,11 @@ has ended, and reads it again when a later round comes and memory has lost it.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
 
 from tokendance.engine.request import Request
-from tokendance.engine.tiers import SpokenCache, Tiers
+from tokendance.engine.tiers import Restoring, SpokenCache, Tiers
 from tokendance.errors import TokenDanceError
-from tokendance.rounds.segments import EncodedPrompt
+from tokendance.rounds.segments import EncodedPrompt, Salt
 from tokendance.store.records import SessionKey
 
 log = logging.getLogger("tokendance.server")
@@ -29,17 +28,12 @@ class KeptSessions:
         self._said: OrderedDict[SessionKey, dict[str, tuple[EncodedPrompt, SpokenCache]]]
         self._said = OrderedDict()
 
-    def restore(self, keys: Iterable[SessionKey], prompts: Sequence[EncodedPrompt]) -> None:
-        """Read what memory lacks of some sessions, of one tenant, before a round of theirs."""
+    def restoring(self, key: SessionKey, salt: Salt) -> Restoring | None:
+        """Read what memory lacks of a session, in steps; None where nothing is stored."""
         if self._tiers is None:
-            return
-        for key in keys:
-            try:
-                stored = self._tiers.disk.session(key)
-                if stored is not None:
-                    self._tiers.restore(stored, prompts[0].salt)
-            except TokenDanceError as error:
-                log.warning("A session cannot be read, and is computed again: %s", error)
+            return None
+        stored = self._tiers.disk.session(key)
+        return self._tiers.restoring(stored, salt) if stored is not None else None
 
     def note(self, key: SessionKey, request: Request) -> None:
         """Take what an agent has read and said."""

@@ -183,7 +183,7 @@ async def _begin_in_session(server: Server, body: RoundRequest, session: Session
         asked, made = await anyio.to_thread.run_sync(read)
     except InputError as error:
         raise bad_request(str(error), "agents") from error
-    await server.worker.call(session.restore)
+    await server.worker.restore(session)
     jobs = dict(zip(order, made, strict=True))
     return _Begun(listener, jobs, {}, done, session.round + 1)
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from tokendance.engine.request import Request
 from tokendance.engine.sampling import TokenLogprobs
-from tokendance.errors import AbortedError
+from tokendance.errors import AbortedError, TokenDanceError
 from tokendance.llm import LLM, make_output
 from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
@@ -32,7 +32,9 @@ from tokendance.server.errors import as_api_error
 from tokendance.server.idle_shadows import IdleShadows
 from tokendance.server.kept import KeptSessions
 from tokendance.server.metrics import Metrics
+from tokendance.server.reading import Readings
 from tokendance.server.window import Window
+from tokendance.session import Session
 from tokendance.store.entries import RoundId
 from tokendance.store.records import SessionKey
 
@@ -121,6 +123,7 @@ class _NamedRound:
         num_requests: that have come.
         round_id: of the engine, once it has started.
         num_live: jobs that have started and are not done.
+        session: whose KV it goes on from, if it is stored.
     """
 
     waiting: list[Job]
@@ -130,9 +133,12 @@ class _NamedRound:
     num_requests: int = 0
     round_id: RoundId | None = None
     num_live: int = 0
+    session: SessionKey | None = None
 
     def due_s(self, wait_s: float) -> float:
-        """When it starts if nobody else comes."""
+        """When it starts if nobody else comes: at once if all are there."""
+        if self.size is not None and self.num_requests >= self.size:
+            return self.last_s
         return min(self.last_s + wait_s, self.first_s + _LONGEST_WAITS * wait_s)
 
 
@@ -169,6 +175,7 @@ class Worker:
         self._live: dict[Request, Job] = {}
         self._shadows = IdleShadows(llm.engine, metrics)
         self._kept = KeptSessions(llm.tiers)
+        self._reading = Readings()
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -245,6 +252,31 @@ class Worker:
             raise as_api_error(AbortedError("The engine has stopped."))
         return await asyncio.wrap_future(future)
 
+    async def restore(self, session: Session) -> None:
+        """Read what memory lacks of a session, while others are answered.
+
+        Raises:
+            TokenDanceError: if it cannot be read.
+            ApiError: 503 if there is no thread any more.
+        """
+        future: Future[None] = Future()
+
+        def ended(error: TokenDanceError | None) -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who waited for it has gone
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        def begin() -> None:
+            assert session.key is not None
+            self._reading.begin(session.key, session.restoring, ended)
+
+        if not self._put(begin):
+            raise as_api_error(AbortedError("The engine has stopped."))
+        await asyncio.wrap_future(future)
+
     def withdraw(self) -> None:
         """Take an announcement back."""
         self.submit((), announced=True)
@@ -289,6 +321,7 @@ class Worker:
                     self._llm.engine.step()
                     if self._llm.tiers is not None:
                         self._llm.tiers.write_ahead(self._live.keys())
+                self._reading.go_on()
                 self._publish()
         except BaseException as error:
             self.failure = error
@@ -299,11 +332,12 @@ class Worker:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._inbox.get_nowait()()
+            self._reading.stop()
             self._refuse([*self._live.values(), *self._take_waiting()])
 
     def _is_idle(self) -> bool:
         named = any(named.waiting for named in self._named.values())
-        return not self._live and not named and self._window.due_s() is None
+        return not (self._live or named or self._reading) and self._window.due_s() is None
 
     def _read_inbox(self) -> None:
         """Take what has come; wait only where there is nothing to compute."""
@@ -314,6 +348,8 @@ class Worker:
             timeout = max(0.0, min(due) - time.perf_counter()) if due else None
             if self._stopping:
                 timeout = 0.0
+            if self._reading:
+                timeout = self._reading.pause_s
         with contextlib.suppress(queue.Empty):
             if timeout is None or timeout > 0:
                 self._inbox.get(timeout=timeout)()
@@ -321,7 +357,11 @@ class Worker:
                 self._inbox.get_nowait()()
 
     def _named_due(self) -> list[float]:
-        return [named.due_s(self._round_wait_s) for named in self._named.values() if named.waiting]
+        return [
+            named.due_s(self._round_wait_s)
+            for named in self._named.values()
+            if named.waiting and named.session not in self._reading
+        ]
 
     def _begin_due(self) -> None:
         now = time.perf_counter()
@@ -329,10 +369,9 @@ class Worker:
         if ready:
             self._begin(ready, self._llm.engine.new_round_id())
         for named in self._named.values():
-            if not named.waiting:
+            if not named.waiting or named.session in self._reading:
                 continue
-            full = named.size is not None and named.num_requests >= named.size
-            if full or self._stopping or now >= named.due_s(self._round_wait_s):
+            if self._stopping or now >= named.due_s(self._round_wait_s):
                 if named.round_id is None:
                     named.round_id = self._llm.engine.new_round_id()
                 jobs, named.waiting = named.waiting, []
@@ -347,6 +386,10 @@ class Worker:
         named.last_s = now
         named.num_requests += 1
         named.size = jobs[0].round_size or named.size
+        key_of_kv, salt = jobs[0].session, jobs[0].request.prompt.salt
+        if key_of_kv is not None:
+            named.session = key_of_kv
+            self._reading.begin(key_of_kv, lambda: self._kept.restoring(key_of_kv, salt))
 
     def _begin(self, jobs: Sequence[Job], round_id: RoundId) -> None:
         """Start jobs as one round: those of a tenant are compared with each other."""
@@ -355,7 +398,6 @@ class Worker:
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
         for salt, together in by_salt.items():
             prompts = [job.request.prompt for job in together]
-            self._kept.restore({job.session for job in together if job.session}, prompts)
             known = [self._llm.engine.num_known(prompt) for prompt in prompts]
             self._discover(
                 salt, [pair for pair in zip(together, known, strict=True) if not pair[0].marked]
