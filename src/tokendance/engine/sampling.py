@@ -10,9 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendance.errors import ConfigError
+
+# What is likelier than so much of the likeliest token most often reaches `top_p`; all do.
+_LEAST_WEIGHTS = (2.0**-7, 2.0**-14, 0.0)
+# Weights that are summed at once, to find where a random number falls.
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +109,83 @@ def choose_tokens(
     """
     chosen: list[int] = logits.argmax(dim=-1).tolist()
     sampled = [row for row, row_params in enumerate(params) if row_params.temperature > 0]
-    for row in sampled:
-        chosen[row] = _sample(logits[row], params[row], generators[row].random())
+    if not sampled:
+        return chosen
+    rows = logits if len(sampled) == len(params) else logits[sampled]
+    # Dividing takes as long as all the rest.
+    sharpness = torch.tensor([[1 / params[row].temperature] for row in sampled], device=rows.device)
+    weights = (rows - rows.amax(dim=-1, keepdim=True)).mul_(sharpness).exp_()
+    for row, row_weights in zip(sampled, weights, strict=True):
+        _keep_likeliest(row_weights, params[row])
+    uniforms = [generators[row].random() for row in sampled]
+    for row, token in zip(sampled, _draw(weights, uniforms), strict=True):
+        chosen[row] = token
     return chosen
 
 
-def _sample(logits: Tensor, params: SamplingParams, uniform: float) -> int:
+def _keep_likeliest(weights: Tensor, params: SamplingParams) -> None:
+    """Set all weights to 0 but those that `top_k` and `top_p` allow, in place.
+
+    What is as likely as the last that is allowed is allowed, too. Most often few tokens have most
+    of the weight, and finding these is much quicker than sorting all.
+
+    Args:
+        weights: float32 (vocabulary,), not negative, at most 1, which the likeliest has.
+        params: of the request.
+    """
+    if 0 < params.top_k < len(weights):
+        weights.masked_fill_(weights < weights.topk(params.top_k).values[-1], 0.0)
+    if params.top_p < 1:
+        wanted = params.top_p * weights.sum(dtype=torch.float64)
+        for least in _LEAST_WEIGHTS:
+            likeliest = weights[weights > least].sort(descending=True).values
+            sums = likeliest.cumsum(dim=-1, dtype=torch.float64)
+            if sums[-1] >= wanted:
+                break
+        last = min(int((sums < wanted).sum()), len(likeliest) - 1)
+        weights.masked_fill_(weights < likeliest[last], 0.0)
+
+
+def _draw(weights: Tensor, uniforms: Sequence[float]) -> list[int]:
     """Choose by inverting the cumulative distribution in the order of token ids.
 
-    That order does not depend on the logits, so a rounding error in them moves the choice only
-    where `uniform` falls on an edge.
+    That order does not depend on the weights, so a rounding error in them moves the choice only
+    where the random number falls on an edge. Sums of blocks say in which block it falls, so that
+    only this one is summed token by token.
+
+    Args:
+        weights: float32 (R, vocabulary), not negative, not all 0.
+        uniforms: a number from 0 up to 1 for each row.
+
+    Returns:
+        A token with a weight above 0 for each row.
     """
-    logits = logits.double()
-    probabilities = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
-    if params.top_k and params.top_k < len(probabilities):
-        likeliest = probabilities.topk(params.top_k)
-        probabilities = torch.zeros_like(probabilities).scatter_(
-            0, likeliest.indices, likeliest.values
-        )
-    if params.top_p < 1:
-        ordered, ids = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        beyond = before >= params.top_p * probabilities.sum()
-        probabilities[ids[beyond]] = 0.0
-    cumulative = probabilities.cumsum(dim=-1)
-    target = uniform * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    last = int(probabilities.nonzero()[-1])
-    return min(index, last)
+    rest = -weights.shape[-1] % _BLOCK
+    padded = nn.functional.pad(weights, (0, rest)) if rest else weights
+    blocks = padded.view(len(weights), -1, _BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    ends = sums.cumsum(dim=-1)
+    targets = torch.tensor(uniforms, dtype=torch.float64, device=weights.device) * ends[:, -1]
+    block = _place(ends, sums, targets)
+    row = torch.arange(len(weights), device=weights.device)
+    inside = blocks[row, block].double()
+    begins = ends[row, block] - sums[row, block]
+    token = _place(inside.cumsum(dim=-1), inside, (targets - begins).clamp(min=0.0))
+    found: list[int] = (block * _BLOCK + token).tolist()
+    return found
+
+
+def _place(ends: Tensor, parts: Tensor, targets: Tensor) -> Tensor:
+    """In which part each target falls: the last that is not empty, if rounding puts it beyond.
+
+    Args:
+        ends: (R, n), sums of `parts` so far.
+        parts: (R, n).
+        targets: (R,).
+    """
+    place = torch.searchsorted(ends, targets[:, None], right=True)[:, 0]
+    number = torch.arange(parts.shape[-1], device=parts.device)
+    return place.minimum(torch.where(parts > 0, number, 0).amax(dim=-1))
 
 
 def compare_logprobs(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

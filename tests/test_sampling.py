@@ -1,0 +1,103 @@
+"""How tokens are drawn: the distribution, and the same tokens as by the plain way."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tokendance import SamplingParams
+from tokendance.engine.sampling import choose_tokens
+
+
+def plainly(logits: Tensor, params: SamplingParams, uniform: float) -> tuple[int, float]:
+    """The token that a number falls on, and how near an edge it is, token by token in float64."""
+    values = logits.double().numpy()
+    weights = np.exp((values - values.max()) / params.temperature)
+    ordered = np.sort(weights)[::-1]
+    if 0 < params.top_k < len(weights):
+        weights[weights < ordered[params.top_k - 1]] = 0.0
+    if params.top_p < 1:
+        ordered = np.sort(weights)[::-1]
+        reached = np.cumsum(ordered) >= params.top_p * weights.sum()
+        weights[weights < ordered[int(np.argmax(reached))]] = 0.0
+    ends = np.cumsum(weights) / weights.sum()
+    token = int(np.searchsorted(ends, uniform, side="right"))
+    return token, float(np.abs(ends[weights > 0] - uniform).min())
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 700, 5000])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 50, "top_p": 0.5}])
+def test_as_the_plain_way(vocabulary: int, filters: dict[str, float]) -> None:
+    torch.manual_seed(vocabulary)
+    # Of bfloat16, as models give them: many are equal.
+    logits = (4 * torch.randn(40, vocabulary)).bfloat16().float()
+    logits[:, ::3] = -torch.inf  # what a grammar forbids
+    logits[:, 1] = 0.0
+    params = [
+        SamplingParams(temperature=0.1 + 0.05 * row, **filters)  # type: ignore[arg-type]
+        for row in range(len(logits))
+    ]
+    found = choose_tokens(logits, params, [random.Random(row) for row in range(len(logits))])
+    near_edges = 0
+    for row, token in enumerate(found):
+        assert logits[row, token] > -torch.inf
+        expected, distance = plainly(logits[row], params[row], random.Random(row).random())
+        near_edges += distance < 1e-5
+        assert token == expected or distance < 1e-5
+    assert near_edges < 5
+
+
+def test_a_flat_distribution_needs_more_than_few_tokens() -> None:
+    logits = torch.zeros(1, 5000)
+    logits[0, :4000] = torch.linspace(0, 1e-3, 4000)
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    generator = random.Random(0)
+    drawn = [choose_tokens(logits, [params], [generator])[0] for _ in range(300)]
+    assert min(drawn) >= 1400
+    assert max(drawn) < 4000
+    assert len(set(drawn)) > 200
+
+
+def test_neighbours_and_greedy_rows_change_nothing() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 1000)
+    params = [SamplingParams(temperature=value) for value in (0.0, 1.0, 0.0, 0.5, 2.0, 0.7)]
+    together = choose_tokens(logits, params, [random.Random(row) for row in range(6)])
+    for row in range(6):
+        alone = choose_tokens(logits[row : row + 1], [params[row]], [random.Random(row)])
+        assert alone == [together[row]]
+    assert together[0] == int(logits[0].argmax())
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    uniform=st.one_of(st.just(0.0), st.just(1 - 2**-53), st.floats(0, 1, exclude_max=True)),
+    likely=st.integers(0, 599),
+    temperature=st.sampled_from([1e-6, 0.3, 1.0]),
+)
+def test_what_cannot_be_is_never_chosen(uniform: float, likely: int, temperature: float) -> None:
+    """Whatever the number, and wherever the only tokens that may be."""
+    logits = torch.full((1, 600), -torch.inf)
+    logits[0, likely] = 3.0
+    logits[0, (likely + 300) % 600] = 2.9
+
+    class Fixed(random.Random):
+        def random(self) -> float:
+            return uniform
+
+    (token,) = choose_tokens(logits, [SamplingParams(temperature=temperature)], [Fixed()])
+    assert token in (likely, (likely + 300) % 600)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 8)
+    generator = random.Random(0)
+    params = SamplingParams(temperature=0.7)
+    draws = [choose_tokens(logits, [params], [generator])[0] for _ in range(4000)]
+    expected = (logits[0] / 0.7).softmax(0).numpy()
+    assert np.bincount(draws, minlength=8) / 4000 == pytest.approx(expected, abs=0.03)
