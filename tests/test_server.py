@@ -410,6 +410,24 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
             time.sleep(0.02)
         assert not server.worker._named
         assert server.num_open == 0
+        # Nor does it count when it asks again.
+        asked = {"round": {"id": "r3", "size": 3}}
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(chat, client, first, **asked)]
+            wait_until(lambda: server.num_open == 1)
+            for _ in range(2):
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(
+                        "/v1/chat/completions",
+                        json={"model": "tiny", "messages": second, **asked},
+                        timeout=0.3,
+                    )
+                wait_until(lambda: server.num_open == 1)
+            waiting.append(pool.submit(chat, client, second, **asked))
+            time.sleep(0.3)
+            assert not any(one.done() for one in waiting)
+            responses = [chat(client, third, **asked), *(one.result() for one in waiting)]
+        assert all(response.status_code == 200 for response in responses)
 
 
 def test_a_whole_round_in_one_call(served: tuple[httpx.Client, Server]) -> None:

@@ -16,6 +16,7 @@ from tokendance.store.records import SessionKey
 log = logging.getLogger("tokendance.server")
 
 _MAX_SESSIONS = 1024
+_MAX_AGENTS = 512
 
 
 class KeptSessions:
@@ -41,7 +42,10 @@ class KeptSessions:
             return
         cache = SpokenCache.of(request.prompt.token_ids, request.generated)
         said = self._said.setdefault(key, {})
+        said.pop(request.agent, None)  # whoever spoke last stands last
         said[request.agent] = request.prompt, cache
+        if len(said) > _MAX_AGENTS:
+            del said[next(iter(said))]
         self._said.move_to_end(key)
         if len(self._said) > _MAX_SESSIONS:
             self._said.popitem(last=False)

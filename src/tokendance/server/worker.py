@@ -120,7 +120,7 @@ class _NamedRound:
         first_s: when the first of them came.
         last_s: when the last of them came.
         size: requests of it, if a client has said.
-        num_requests: that have come.
+        num_requests: that have come and not gone before it began.
         round_id: of the engine, once it has started.
         num_live: jobs that have started and are not done.
         session: whose KV it goes on from, if it is stored.
@@ -466,11 +466,16 @@ class Worker:
         job.listen(Finished(output))
 
     def _cancel(self, jobs: Sequence[Job]) -> None:
+        """Take back the jobs of a request."""
+        left: set[RoundKey] = set()
         for job in jobs:
             if self._remove_waiting(job):
                 self._refuse([job], "The request was taken back.")
+                left |= {job.key} if job.key is not None else set()
             elif job.request in self._live:
                 self._llm.engine.abort(job.request)
+        for key in left & self._named.keys():
+            self._named[key].num_requests -= 1
 
     def _remove_waiting(self, job: Job) -> bool:
         """Take a job back that has not started; say whether there was one."""
