@@ -160,10 +160,12 @@ def _measure(llm: LLM, played: _Played) -> Row:
     """Ask the store where it has each agent's prompt and answer."""
     caches: list[npt.NDArray[np.int32]] = []
     shared: list[npt.NDArray[np.int32]] = []
-    for prompt, answer in zip(played.prompts, played.answers, strict=True):
+    for prompt, output in zip(played.prompts, played.result.outputs, strict=True):
         encoded = llm.encoder.encode(prompt)
-        # The last token of an answer has no KV yet.
-        tokens = np.concatenate([encoded.token_ids, np.array(answer[:-1], np.int32)])
+        # The last token of an answer that was cut off has no KV yet.
+        count = len(output.token_ids) - (output.finish_reason != "stop")
+        answer = np.array(output.token_ids[:count], np.int32)
+        tokens = np.concatenate([encoded.token_ids, answer])
         _, slots = llm.engine.store.match_prefix(tokens, encoded.salt, exact=False)
         assert len(slots) == len(tokens), "the store has lost a part of an agent's cache"
         caches.append(slots)
