@@ -150,12 +150,7 @@ class Tiers:
         """
         found = {agent: self._match(one.token_ids, salt) for agent, one in caches.items()}
         slots = {agent: matched for agent, (_, matched) in found.items()}
-        copies = [
-            (segment, copy)
-            for segment in heard
-            for copy in self._engine.store.all_copies(hash_segment(segment, salt))
-            if self._engine.store.slot_ready[copy.slots].all()
-        ]
+        copies = self._choose_copies(heard, salt, list(slots.values()))
         wanted = list(slots.values()), [copy.slots for _, copy in copies]
         written: dict[FileId, WrittenFile] = {}
         for file, one, group in self._ahead.collect(key):
@@ -199,6 +194,26 @@ class Tiers:
             self._mark(blocks)
         self.bytes_on_disk = self.disk.num_bytes
         return Saved(sum(one.num_bytes for one in written.values()), left_out)
+
+    def _choose_copies(
+        self, heard: Iterable[TokenIds], salt: Salt, caches: Sequence[Slots]
+    ) -> list[tuple[TokenIds, SegmentCopy]]:
+        """One copy of each segment: that of which caches read most, of several the newest."""
+        store = self._engine.store
+        is_read = np.zeros(len(store.slot_position), np.bool_)
+        for slots in caches:
+            is_read[slots] = True
+        chosen: list[tuple[TokenIds, SegmentCopy]] = []
+        for segment in heard:
+            copies = [
+                copy
+                for copy in reversed(store.all_copies(hash_segment(segment, salt)))
+                if store.slot_ready[copy.slots].all()
+            ]
+            if copies:
+                best = max(copies, key=lambda copy: np.count_nonzero(is_read[copy.slots]))
+                chosen.append((segment, best))
+        return chosen
 
     def write_ahead(self, requests: Collection[Request]) -> None:
         """Begin to write what rounds of sessions have read, while they decode.

@@ -101,6 +101,11 @@ class Discovery:
         self._hasher = GramHasher(self._config.gram)
         self._memory = TextMemory(self._config.memory_tokens, self._config.recent_s)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what is remembered."""
+        return self._memory.num_bytes
+
     def segment(self, prompts: Sequence[TokenIds], now: float, known: Sequence[int] = ()) -> Found:
         """Cut prompts that arrive together into private and shared segments.
 

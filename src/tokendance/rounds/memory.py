@@ -18,6 +18,8 @@ from tokendance.rounds.segments import TokenIds
 Words = npt.NDArray[np.uint64]
 
 _ZERO = np.uint64(0)
+# Its id twice, in the text and in the key; its gram in the text and among all; whose that is.
+_TOKEN_BYTES = 4 + 4 + 8 + 8 + 8
 
 
 class GramHasher:
@@ -97,6 +99,11 @@ class TextMemory:
         self._num_tokens = 0
         self._grams = np.zeros(0, np.uint64)  # of all texts, ascending
         self._holders = np.zeros(0, np.int64)  # the number of each gram's text
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all texts, and of what finds them."""
+        return self._num_tokens * _TOKEN_BYTES
 
     def meet(self, grams: Words, now: float) -> list[Text]:
         """Texts that have any of these grams, those met longest ago first; all are met now."""
