@@ -91,7 +91,7 @@ class Scheduler:
             alone = replace(rules, prefix=False, segments=False)
             if self._admit(request, rules) or (not self.running and self._admit(request, alone)):
                 self.running.append(request)
-            elif self.running:
+            elif self.running or self._store.loading:
                 break  # its turn comes when others have finished
             else:
                 request.error = self._too_large(request, alone)

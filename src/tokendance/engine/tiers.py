@@ -389,7 +389,8 @@ class Tiers:
         bad: set[FileId] = set()
         with ThreadPoolExecutor(_READERS, "store") as pool:
             contents = _read_ahead(self.disk, known, pool)
-            held: list[npt.NDArray[np.int32]] = []
+            this = object()
+            held = self._engine.store.loading.setdefault(this, [])
             try:
                 for file, content in contents:
                     yield content
@@ -412,6 +413,7 @@ class Tiers:
                     num_bytes += known[file].num_bytes
                 left = self._list(session, salt)
             finally:
+                del self._engine.store.loading[this]
                 for pages in held:
                     self._engine.store.pool.release(pages, Holder.REQUEST)
         for file in bad:

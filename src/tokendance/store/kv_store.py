@@ -14,6 +14,7 @@ A mirror holds the runs that it reads whole, so they stay as long as it runs. En
 are touched from its end to its beginning, so the end of a prompt goes before its start.
 """
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -45,6 +46,7 @@ class KVStore:
         order: in which entries are evicted.
         slot_stamp: int64, which `take_slots` the slot was taken with; another number tells that
             what a slot held is gone.
+        loading: pages that whoever fills them from elsewhere holds, from one step to another.
     """
 
     def __init__(self, num_pages: int, page_size: int, max_reuse_rounds: int) -> None:
@@ -59,6 +61,7 @@ class KVStore:
         self.slot_position = np.zeros(num_pages * page_size, np.int32)
         self.slot_ready = np.zeros(num_pages * page_size, np.bool_)
         self.slot_stamp = np.zeros(num_pages * page_size, np.int64)
+        self.loading: dict[object, list[PageIds]] = {}
         self._num_taken = 0
         self._max_reuse_rounds = max_reuse_rounds
         self.order = EvictionOrder()
@@ -291,7 +294,7 @@ class KVStore:
             request_pages: the pages of each request that runs.
         """
         expected = np.zeros((len(Holder), self.pool.num_pages), np.int32)
-        for pages in request_pages:
+        for pages in itertools.chain(request_pages, *self.loading.values()):
             expected[Holder.REQUEST][pages] += 1
         for entry in self.order:
             expected[Holder.INDEX][entry.pages] += 1
