@@ -401,8 +401,9 @@ class LLM:
         except BaseException:
             for request in requests:
                 self.engine.abort(request)
-                if self.tiers is not None and request.session is not None:
-                    self.tiers.give_up(request.session)
+            for session in {request.session for request in requests}:
+                if self.tiers is not None and session is not None:
+                    self.tiers.give_up(session)
             for round_id in {request.round_id for request in requests}:
                 self.engine.pop_round(round_id)
             raise

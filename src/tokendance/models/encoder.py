@@ -135,7 +135,7 @@ class PromptEncoder:
             raise PromptError(
                 "The model's tokenizer has no chat template. Give text or parts, not messages."
             )
-        if self.spells_special(json.dumps(list(tools), ensure_ascii=False)):
+        if tools and self.spells_special(json.dumps(list(tools), ensure_ascii=False)):
             raise PromptError("A tool's description spells a special token of the model.")
         given = list(tools) or None
         try:

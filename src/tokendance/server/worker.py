@@ -238,9 +238,8 @@ class Worker:
         Raises:
             ApiError: 503 if there is no thread any more.
         """
-        future: Future[Result] = Future()
 
-        def run() -> None:
+        def run(future: Future[Result]) -> None:
             if not future.set_running_or_notify_cancel():
                 return  # who waited for it has gone
             try:
@@ -248,9 +247,7 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        if not self._put(run):
-            raise as_api_error(AbortedError("The engine has stopped."))
-        return await asyncio.wrap_future(future)
+        return await self._answer_of(run)
 
     async def restore(self, session: Session) -> None:
         """Read what memory lacks of a session, while others are answered.
@@ -259,23 +256,27 @@ class Worker:
             TokenDanceError: if it cannot be read.
             ApiError: 503 if there is no thread any more.
         """
-        future: Future[None] = Future()
 
-        def ended(error: TokenDanceError | None) -> None:
-            if not future.set_running_or_notify_cancel():
-                return  # who waited for it has gone
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+        def begin(future: Future[None]) -> None:
+            def ended(error: TokenDanceError | None) -> None:
+                if not future.set_running_or_notify_cancel():
+                    return  # who waited for it has gone
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
 
-        def begin() -> None:
             assert session.key is not None
             self._reading.begin(session.key, session.restoring, ended)
 
-        if not self._put(begin):
+        await self._answer_of(begin)
+
+    async def _answer_of(self, begin: Callable[[Future[Result]], None]) -> Result:
+        """Begin something on the engine's thread, and wait until it has an answer."""
+        future: Future[Result] = Future()
+        if not self._put(lambda: begin(future)):
             raise as_api_error(AbortedError("The engine has stopped."))
-        await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(future)
 
     def withdraw(self) -> None:
         """Take an announcement back."""
@@ -386,10 +387,10 @@ class Worker:
         named.last_s = now
         named.num_requests += 1
         named.size = jobs[0].round_size or named.size
-        key_of_kv, salt = jobs[0].session, jobs[0].request.prompt.salt
-        if key_of_kv is not None:
-            named.session = key_of_kv
-            self._reading.begin(key_of_kv, lambda: self._kept.restoring(key_of_kv, salt))
+        session, salt = jobs[0].session, jobs[0].request.prompt.salt
+        if session is not None and session != named.session:  # once for all requests of the round
+            named.session = session
+            self._reading.begin(session, lambda: self._kept.restoring(session, salt))
 
     def _begin(self, jobs: Sequence[Job], round_id: RoundId) -> None:
         """Start jobs as one round: those of a tenant are compared with each other."""
