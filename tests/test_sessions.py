@@ -348,6 +348,62 @@ def test_memory_does_not_grow_with_rounds(roomy: LoadedModel, tmp_path: Path) ->
     llm.close()
 
 
+def rows_in_need(disk: DiskStore, key: SessionKey) -> dict[FileId, int]:
+    """Of each file, how many rows the session refers to."""
+    stored = disk.session(key)
+    assert stored is not None
+    rows: dict[FileId, set[int]] = {}
+    for cache in (*stored.caches.values(), *(copy.cache for copy in stored.copies)):
+        for file, first, count in cache.pieces.tolist():
+            rows.setdefault(FileId(file), set()).update(range(first, first + count))
+    return {file: len(found) for file, found in rows.items()}
+
+
+def test_files_most_of_which_is_forgotten_are_written_anew(
+    roomy: LoadedModel, tmp_path: Path
+) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER, max_history=2), 9)
+    llm = open_llm(roomy, tmp_path / "store")
+    session = llm.session("town", PEOPLE, params=ANSWER, max_history=2)
+    assert llm.tiers is not None
+    disk, key = llm.tiers.disk, SessionKey("", "town")
+    written: set[FileId] = set()
+    parts = []
+    for _ in range(8):
+        parts += run(session, 1)
+        disk.check_integrity()
+        for file, count in rows_in_need(disk, key).items():
+            assert 2 * count >= disk.index.file(file).num_rows
+        assert not written - disk.index.file_ids() or session.round > 3  # nothing is forgotten yet
+        written |= disk.index.file_ids()
+    llm.close()
+    llm = open_llm(roomy, tmp_path / "store")
+    assert llm.tiers is not None
+    assert llm.tiers.disk.verify() == []
+    parts += run(llm.session("town", params=ANSWER, max_history=2), 1)
+    llm.close()
+    assert words(parts) == words(whole)
+    assert computed(parts) == computed(whole)
+
+
+def test_what_memory_has_evicted_stays_on_disk(roomy: LoadedModel, tmp_path: Path) -> None:
+    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
+    llm = open_llm(roomy, tmp_path / "store")
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    parts = run(session, 2)
+    assert llm.tiers is not None
+    disk, key = llm.tiers.disk, SessionKey("", "town")
+    before = disk.index.readers(key)
+    llm.engine.store.clear()
+    session.save()
+    assert disk.index.readers(key) == before
+    disk.check_integrity()
+    parts += run(session, 1)
+    assert words(parts) == words(whole)
+    assert computed(parts) == computed(whole)
+    llm.close()
+
+
 class Towns(RuleBasedStateMachine):
     """Sessions that talk, are evicted, reloaded, dropped and restarted, in any order."""
 

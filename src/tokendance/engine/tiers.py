@@ -45,6 +45,8 @@ log = logging.getLogger("tokendance.store")
 # Larger files are cut, so that none has to fit memory twice.
 _MAX_ROWS = 4096
 _READERS = 2
+# Of a file's rows, below which the file is written anew without the others.
+_LEAST_SHARE = 0.5
 # Bytes a second until some were read here.
 _FIRST_RATE = 500e6
 
@@ -149,6 +151,9 @@ class Tiers:
             StoreError: if the disk cannot be written; what was durable before still is.
         """
         found = {agent: self._match(one.token_ids, salt) for agent, one in caches.items()}
+        only_on_disk = self._only_on_disk(key, caches, found)
+        for agent in only_on_disk:
+            del found[agent]
         slots = {agent: matched for agent, (_, matched) in found.items()}
         copies = self._choose_copies(heard, salt, list(slots.values()))
         wanted = list(slots.values()), [copy.slots for _, copy in copies]
@@ -161,9 +166,11 @@ class Tiers:
             new_bytes = sum(map(len, self._groups(written, *wanted))) * self._row_bytes
             unnamed = self._ahead.num_bytes + sum(one.num_bytes for one in written.values())
             self.disk.make_room(new_bytes + unnamed, key)
-            groups = self._groups(written, *wanted)  # what made room may have had something of it
             room = self.disk.budget - self.disk.num_bytes - unnamed
-            for group in groups:
+            keep = {FileId(file) for one in only_on_disk.values() for file in one.pieces[:, 0]}
+            self._forget_sparse(key, *wanted, keep=keep, room=room - new_bytes)
+            # Anew: what made room may have had something of it.
+            for group in self._groups(written, *wanted):
                 rows = self._rows(group)
                 if file_bytes(rows) > room:
                     left_out += len(group)
@@ -180,7 +187,7 @@ class Tiers:
                 key,
                 round_number=round_number,
                 state=state,
-                caches=records,
+                caches=records | only_on_disk,
                 copies=self._copy_records(copies),
                 files=written,
                 ttl_s=ttl_s,
@@ -194,6 +201,49 @@ class Tiers:
             self._mark(blocks)
         self.bytes_on_disk = self.disk.num_bytes
         return Saved(sum(one.num_bytes for one in written.values()), left_out)
+
+    def _only_on_disk(
+        self,
+        key: SessionKey,
+        caches: Mapping[str, SpokenCache],
+        found: Mapping[str, tuple[list[PrefixBlock], Slots]],
+    ) -> dict[str, CacheRecord]:
+        """Caches that memory has evicted, in part at least: of agents who were not in the round."""
+        try:
+            stored = self.disk.session(key)
+        except CorruptFileError:
+            stored = None
+        return {
+            agent: record
+            for agent, record in (stored.caches.items() if stored is not None else ())
+            if agent in caches
+            and len(record.token_ids) > len(found[agent][1])
+            and np.array_equal(record.token_ids, caches[agent].token_ids[: len(record.token_ids)])
+        }
+
+    def _forget_sparse(
+        self,
+        key: SessionKey,
+        caches: Sequence[Slots],
+        copies: Sequence[Slots],
+        *,
+        keep: Collection[FileId],
+        room: int,
+    ) -> None:
+        """Forget a session's files most of which nobody needs: what is needed is written again.
+
+        Rows are forgotten where histories are cut and where agents leave; a file goes with its
+        last. Writing what is left of it elsewhere costs no more than half of what it frees.
+        """
+        needed = np.zeros(len(self._engine.store.slot_position), np.bool_)
+        for slots in (*caches, *copies):
+            needed[slots] = True
+        ours = self.disk.index.files_of(key).difference(keep)
+        for file in ours.intersection(self._files.sparse(needed, _LEAST_SHARE)):
+            room -= self.disk.index.file(file).num_bytes  # until the old one is gone
+            if room < 0:
+                break
+            self._files.forget(file)
 
     def _choose_copies(
         self, heard: Iterable[TokenIds], salt: Salt, caches: Sequence[Slots]

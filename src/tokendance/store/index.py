@@ -286,6 +286,16 @@ class SessionIndex:
         return {FileId(file) for (file,) in self._index.execute("SELECT id FROM files")}
 
     @_told
+    def files_of(self, key: SessionKey) -> set[FileId]:
+        """Files that this session, and no other, refers to."""
+        rows = self._index.execute(
+            "SELECT file FROM refs JOIN caches ON cache = caches.id GROUP BY file"
+            " HAVING min(session) = max(session) AND min(session) = ?",
+            (self._id(key),),
+        )
+        return {FileId(file) for (file,) in rows}
+
+    @_told
     def file(self, file: FileId) -> WrittenFile:
         """What the index says of a file.
 

@@ -88,6 +88,19 @@ class SlotFiles:
         rows = np.concatenate([np.arange(first, first + count) for _, first, count in pieces])
         return bool(rows.max() < len(slots) and self._alive(file, slots[rows]).all())
 
+    def sparse(self, needed: npt.NDArray[np.bool_], least_share: float) -> list[FileId]:
+        """Files of whose rows less than a share are needed.
+
+        Args:
+            needed: by slot.
+            least_share: of the rows of a file.
+        """
+        return [
+            file
+            for file, slots in self._slots.items()
+            if np.count_nonzero(needed[slots] & self._alive(file, slots)) < least_share * len(slots)
+        ]
+
     def _alive(self, file: FileId, slots: Slots) -> npt.NDArray[np.bool_]:
         """Whether slots still hold the rows of a file that they were noted with."""
         pool = self._store.pool
