@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -719,29 +720,57 @@ def test_what_needs_a_key(make_llm: Callable[..., LLM]) -> None:
         assert client.get("/v1/models").status_code == 401
 
 
+def refused(server: Server, tenant: str, num_agents: int = 1) -> bool:
+    try:
+        with server.admitted(tenant, num_agents):
+            return False
+    except ApiError as error:
+        return error.status == 429
+
+
 def test_a_tenant_leaves_room_for_the_others(make_llm: Callable[..., LLM]) -> None:
     llm = make_llm()
     settings = ServerSettings(api_keys=("one", "two", "three"), max_open_requests=12)
     server = Server(llm, settings)
     server.worker.start()
     try:
-        for _ in range(12 - 2 - 2):  # half is divided by three, and each keeps its two
-            server.admit("one")
-        with pytest.raises(ApiError) as refused:
-            server.admit("one")
-        assert refused.value.status == 429
-        for tenant in ("two", "three"):
-            server.admit(tenant)
-            server.admit(tenant)
-            with pytest.raises(ApiError):
-                server.admit(tenant)
-        server.release("one")
-        server.admit("three")  # what one tenant gives back of the rest is for all
-        assert server.num_open == 12
+        with ExitStack() as one, ExitStack() as rest:
+            for _ in range(12 - 2 - 2 - 1):  # half is divided by three, and each keeps its two
+                rest.enter_context(server.admitted("one"))
+            one.enter_context(server.admitted("one"))
+            assert refused(server, "one")
+            for tenant in ("two", "three"):
+                rest.enter_context(server.admitted(tenant))
+                rest.enter_context(server.admitted(tenant))
+                assert refused(server, tenant)
+            one.close()
+            rest.enter_context(server.admitted("three"))  # what one gives back is for all
+            assert server.num_open == 12
+            assert refused(server, "one")
+        assert server.num_open == 0
     finally:
         server.worker.stop(5)
     with pytest.raises(ConfigError, match="max_open_requests"):
         ServerSettings(api_keys=("one", "two"), max_open_requests=1)
+
+
+def test_a_round_in_one_call_counts_as_its_agents(make_llm: Callable[..., LLM]) -> None:
+    server = Server(make_llm(), ServerSettings(max_open_requests=20))
+    server.worker.start()
+    try:
+        with server.admitted("", 7):
+            assert server.num_open == 7
+            with server.admitted("", 9):
+                assert refused(server, "", 5)
+                with server.admitted("", 4):
+                    assert server.num_open == 20
+        with server.admitted("", 500):  # half of what there is, and may come twice
+            assert server.num_open == 10
+            with server.admitted("", 500):
+                assert refused(server, "")
+        assert server.num_open == 0
+    finally:
+        server.worker.stop(5)
 
 
 def test_too_many_are_told_to_come_back(make_llm: Callable[..., LLM]) -> None:

@@ -259,7 +259,10 @@ def serve(
         typer.Option(min=0, help="Requests that arrive this near to each other make a round."),
     ] = _SERVER.window_s * 1000,
     max_open_requests: Annotated[
-        int, typer.Option(min=1, help="Requests at a time; more are told to come back.")
+        int,
+        typer.Option(
+            min=1, help="Requests, or agents of rounds, at a time; more are told to come back."
+        ),
     ] = _SERVER.max_open_requests,
     default_max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer where a request does not say.")

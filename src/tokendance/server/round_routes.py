@@ -65,33 +65,27 @@ def add_rounds(app: FastAPI, server: Server) -> None:
         """Answer all agents of a round."""
         server.check_model(body.model)
         _check_names(body)
-        server.admit(tenant)
-        handed_over = False
-        try:
-            async with AsyncExitStack() as stack:
-                if body.session is None:
-                    begun = await _begin(server, body, server.encoder(tenant))
-                else:
-                    session = await stack.enter_async_context(sessions.round_of(body, tenant))
-                    begun = await _begin_in_session(server, body, session)
-                jobs = list(begun.jobs.values())
-                request.state.jobs = jobs
-                server.worker.submit_round(jobs)
-                entries = _entries(server, body, begun)
-                head = {**server.head("round"), "object": "round"}
-                if begun.number is not None:
-                    head |= {"session": body.session, "round": begun.number}
-                if body.stream:
-                    handed_over = True
-                    events = _events(head, entries)
-                    return ReleasingStream(events, server, tenant, jobs, stack.pop_all())
-                with taken_back(server.worker, jobs):
-                    found = await unless_gone(request, _all(entries))
-                agents = [found[index] for index in range(len(body.agents))]
-                return JSONResponse({**head, "agents": agents})
-        finally:
-            if not handed_over:
-                server.release(tenant)
+        async with AsyncExitStack() as stack:
+            stack.enter_context(server.admitted(tenant, len(body.agents)))
+            if body.session is None:
+                begun = await _begin(server, body, server.encoder(tenant))
+            else:
+                session = await stack.enter_async_context(sessions.round_of(body, tenant))
+                begun = await _begin_in_session(server, body, session)
+            jobs = list(begun.jobs.values())
+            request.state.jobs = jobs
+            server.worker.submit_round(jobs)
+            entries = _entries(server, body, begun)
+            head = {**server.head("round"), "object": "round"}
+            if begun.number is not None:
+                head |= {"session": body.session, "round": begun.number}
+            if body.stream:
+                events = _events(head, entries)
+                return ReleasingStream(events, server.worker, jobs, stack.pop_all())
+            with taken_back(server.worker, jobs):
+                found = await unless_gone(request, _all(entries))
+            agents = [found[index] for index in range(len(body.agents))]
+            return JSONResponse({**head, "agents": agents})
 
 
 def _check_names(body: RoundRequest) -> None:

@@ -25,7 +25,7 @@ from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.grammar import GrammarConstraint
 from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsupported
 from tokendance.server.state import Server
-from tokendance.server.worker import Event, Job, RoundKey
+from tokendance.server.worker import Event, Job, RoundKey, Worker
 from tokendance.store.entries import RoundId
 from tokendance.store.records import SessionKey
 
@@ -201,35 +201,31 @@ class ReleasingStream(StreamingResponse):
     def __init__(
         self,
         events: AsyncIterator[str],
-        server: Server,
-        tenant: str,
+        worker: Worker,
         jobs: Sequence[Job],
-        stack: AsyncExitStack | None = None,
+        stack: AsyncExitStack,
     ) -> None:
-        """Send `events`; then take `jobs` back, and release what `Server.admit` has counted.
+        """Send `events`; then take `jobs` back, and let go of what `stack` holds.
 
         Args:
             events: to send.
-            server: that has admitted it.
-            tenant: for whom.
+            worker: that has the jobs.
             jobs: whose events they are.
-            stack: closed at the end, too.
+            stack: its admission, and what else ends with it.
         """
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
-        self._server = server
-        self._tenant = tenant
+        self._worker = worker
         self._jobs = jobs
-        self._stack = stack or AsyncExitStack()
+        self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._server.worker.cancel(self._jobs)
-            self._server.release(self._tenant)
+            self._worker.cancel(self._jobs)
             await self._stack.aclose()
 
 
@@ -284,20 +280,15 @@ async def answer(
     def last_chunk(outputs: list[Output]) -> dict[str, Any]:
         return {**chunk_head, "choices": [], **usage(outputs)}
 
-    server.admit(tenant)
-    handed_over = False
-    try:
+    async with AsyncExitStack() as stack:
+        stack.enter_context(server.admitted(tenant))
         jobs, listener = await begin(server, read)
         request.state.jobs = jobs
         if body.stream:
-            handed_over = True
             wanted = body.stream_options is not None and body.stream_options.include_usage
             last = last_chunk if wanted else None
             found = events_of(server, jobs, listener, chunks(jobs), last)
-            return ReleasingStream(found, server, tenant, jobs)
+            return ReleasingStream(found, server.worker, jobs, stack.pop_all())
         with taken_back(server.worker, jobs):
             outputs, logprobs = await unless_gone(request, collect(server, jobs, listener))
         return JSONResponse({**whole(jobs, outputs, logprobs), **usage(outputs)})
-    finally:
-        if not handed_over:
-            server.release(tenant)

@@ -23,7 +23,8 @@ class ServerSettings:
         body_timeout_s: requests that take longer to arrive are refused.
         max_messages: of one conversation.
         max_open_requests: that are answered at a time; more are told to come back. Half of them
-            are divided among the keys, so that each has some that no other takes.
+            are divided among the keys, so that each has some that no other takes. A call of
+            /v1/rounds counts as its agents, at most as many as one key has for itself.
         default_max_tokens: of an answer whose request does not say.
         max_choices: answers to one request.
         window_s: requests that arrive within so many seconds of each other make a round.

@@ -6,6 +6,8 @@ import hmac
 import secrets
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,8 +101,14 @@ class Server:
         """Requests that are being answered."""
         return self._open.total()
 
-    def admit(self, tenant: str) -> None:
-        """Count a tenant's request that is answered from now on, until `release`.
+    @contextmanager
+    def admitted(self, tenant: str, num_agents: int = 1) -> Iterator[None]:
+        """Count a tenant's request as open while it is answered.
+
+        Args:
+            tenant: who asks.
+            num_agents: of a round in one call. It counts as so many, but never as more than a
+                tenant has for itself, so that the largest is served when the others are done.
 
         Raises:
             ApiError: 503 while the server stops or its engine has failed, 429 if too many are open.
@@ -109,7 +117,8 @@ class Server:
             raise ApiError(
                 503, "The server is stopping. Ask another, or later.", headers={"Retry-After": "5"}
             )
-        if not self._has_room(tenant):
+        count = min(num_agents, self._num_own)
+        if not self._has_room(tenant, count):
             raise ApiError(
                 429,
                 f"{self.num_open} requests are being answered, {self._open[tenant]} of them yours, "
@@ -117,24 +126,31 @@ class Server:
                 code="too_many_requests",
                 headers={"Retry-After": "1"},
             )
-        self._open[tenant] += 1
+        self._open[tenant] += count
+        try:
+            yield
+        finally:
+            self._open[tenant] -= count
 
-    def release(self, tenant: str) -> None:
-        """Count a request as answered."""
-        self._open[tenant] -= 1
+    @property
+    def _num_own(self) -> int:
+        """Requests that each tenant may have open, whatever the others do."""
+        return max(1, self.settings.max_open_requests // (2 * self._num_tenants))
 
-    def _has_room(self, tenant: str) -> bool:
-        """Whether a tenant may have one more: some are its own, the others go to who comes first.
+    @property
+    def _num_tenants(self) -> int:
+        return max(1, len(self.settings.api_keys))
+
+    def _has_room(self, tenant: str, count: int) -> bool:
+        """Whether a tenant may have more: some are its own, the others go to who comes first.
 
         max_open_requests   [ own | own | own |   for all    ]
         """
-        limit = self.settings.max_open_requests
-        num_tenants = max(1, len(self.settings.api_keys))
-        own = max(1, limit // (2 * num_tenants))
-        if self._open[tenant] < own:
-            return True
-        num_beyond = sum(max(0, count - own) for count in self._open.values())
-        return num_beyond < limit - own * num_tenants
+        own = self._num_own
+        would_be = self._open + Counter({tenant: count})
+        num_beyond = sum(max(0, one - own) for one in would_be.values())
+        for_all = self.settings.max_open_requests - own * self._num_tenants
+        return would_be[tenant] <= own or num_beyond <= for_all
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
