@@ -1,5 +1,6 @@
 """Shared text that nobody has marked."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +96,15 @@ def test_what_is_asked_in_the_same_words_behind_new_ones_is_computed() -> None:
     discovery.segment([as_token_ids(first)], 0.0)
     goes_on = as_token_ids([*first[:5], *words(12, GRAM), *question])
     assert shared(discovery.segment([goes_on], 1.0, [5]).prompts[0]) == []
+    # A question that somebody asked in part is two pieces.
+    half = words(6, 12)
+    discovery = Discovery(make_salt("test"), CONFIG)
+    rest = [*A, *question, *half], [*A, *question, *half], [*A, *question, *words(14, 7)]
+    for now, one in enumerate(rest):
+        discovery.segment([as_token_ids([*words(16 + now, 5), *one])], now)
+    begin = [*words(16, 5), *rest[0]]
+    goes_on = as_token_ids([*begin, *words(15, GRAM), *question, *half])
+    assert shared(discovery.segment([goes_on], 3.0, [len(begin)]).prompts[0]) == []
     document = words(5, 200)
     first, alone = [*words(10, 5), *A, *document], [*words(11, 5), *A, *words(12, 9), *document]
     found = discover([first], [alone])
@@ -180,6 +190,41 @@ def test_what_repeats_itself_is_found_if_all_have_it_alike() -> None:
     # Who sings something of his own finds the verses that others sing, too.
     other = discover([[*words(10, 5), *song, *A], [*words(11, 6), *song[:20], *words(30, 9), *A]])
     assert all(A in shared(prompt) for prompt in other)
+
+
+def test_a_ruler_cuts_nothing() -> None:
+    """One token many times: of one length it belongs to the text, of another it does not."""
+    ruled = [*A, *[7] * 40, *B]
+    found = discover([[*words(10 + i, 5), *ruled, *words(20 + i, 5)] for i in range(2)])
+    assert all(shared(prompt) == [ruled] for prompt in found)
+    found = discover([[*words(10 + i, 5), *A, *[7] * (40 + i), *B] for i in range(2)])
+    for prompt in found:
+        (head, tail) = shared(prompt)
+        assert head[: len(A)] == A
+        assert tail[-len(B) :] == B
+
+
+def test_one_token_many_times_costs_no_more_than_others() -> None:
+    """Such texts are not compared gram with gram: that would be 32 GB here."""
+    discovery = Discovery(make_salt("test"), replace(CONFIG, memory_tokens=2**17))
+    tracemalloc.start()
+    for now in range(2):
+        rulers = [as_token_ids([10 * now + i + 100, *[7] * 8000]) for i in range(8)]
+        discovery.segment(rulers, now)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100e6
+
+
+def test_of_many_earlier_prompts_the_last_take_part() -> None:
+    discovery = Discovery(make_salt("test"), replace(CONFIG, memory_tokens=10**6))
+    for number in range(300):
+        mine = words(100 + number, 40)
+        discovery.segment([as_token_ids([*A[:GRAM], *mine])], number)
+    late = as_token_ids([*A[:GRAM], *words(9, 3), *words(399, 40)])
+    early = as_token_ids([*A[:GRAM], *words(8, 3), *words(101, 40)])
+    assert shared(discovery.segment([late], 300.0).prompts[0]) == [words(399, 40)]
+    assert shared(discovery.segment([early], 301.0).prompts[0]) == []
 
 
 def test_short_and_lone_text_is_private() -> None:

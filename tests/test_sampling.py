@@ -101,3 +101,22 @@ def test_sampling_follows_the_distribution() -> None:
     draws = [choose_tokens(logits, [params], [generator])[0] for _ in range(4000)]
     expected = (logits[0] / 0.7).softmax(0).numpy()
     assert np.bincount(draws, minlength=8) / 4000 == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_p": 0.9, "top_k": 3}])
+def test_next_to_no_temperature_is_none(filters: dict[str, float]) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(1, 600) * 20
+    for temperature in (1e-3, 1e-6, 1e-40, 5e-324):
+        params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+        assert choose_tokens(logits, [params], [random.Random(0)]) == [int(logits[0].argmax())]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3}])
+def test_a_row_that_allows_nothing_harms_no_other(filters: dict[str, float]) -> None:
+    """What its constraint says of the token that is chosen all the same ends that request alone."""
+    logits = torch.randn(2, 600)
+    logits[0] = -torch.inf
+    params = SamplingParams(temperature=0.8, **filters)  # type: ignore[arg-type]
+    together = choose_tokens(logits, [params] * 2, [random.Random(0), random.Random(1)])
+    assert together[1:] == choose_tokens(logits[1:], [params], [random.Random(1)])

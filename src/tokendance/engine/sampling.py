@@ -16,6 +16,8 @@ from tokendance.errors import ConfigError
 
 # What is likelier than so much of the likeliest token most often reaches `top_p`; all do.
 _LEAST_WEIGHTS = (2.0**-7, 2.0**-14, 0.0)
+# Below, the likeliest token is chosen as surely as at 0, and nothing overflows.
+_LEAST_TEMPERATURE = 1e-5
 # Weights that are summed at once, to find where a random number falls.
 _BLOCK = 256
 
@@ -113,8 +115,11 @@ def choose_tokens(
         return chosen
     rows = logits if len(sampled) == len(params) else logits[sampled]
     # Dividing takes as long as all the rest.
-    sharpness = torch.tensor([[1 / params[row].temperature] for row in sampled], device=rows.device)
-    weights = (rows - rows.amax(dim=-1, keepdim=True)).mul_(sharpness).exp_()
+    inverse = [[1 / max(params[row].temperature, _LEAST_TEMPERATURE)] for row in sampled]
+    sharpness = torch.tensor(inverse, device=rows.device)
+    # A row that allows no token has no weights; what it asked for fails when it is told one.
+    highest = rows.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).min)
+    weights = (rows - highest).mul_(sharpness).exp_()
     for row, row_weights in zip(sampled, weights, strict=True):
         _keep_likeliest(row_weights, params[row])
     uniforms = [generators[row].random() for row in sampled]
@@ -135,8 +140,8 @@ def _keep_likeliest(weights: Tensor, params: SamplingParams) -> None:
     """
     if 0 < params.top_k < len(weights):
         weights.masked_fill_(weights < weights.topk(params.top_k).values[-1], 0.0)
-    if params.top_p < 1:
-        wanted = params.top_p * weights.sum(dtype=torch.float64)
+    wanted = params.top_p * weights.sum(dtype=torch.float64) if params.top_p < 1 else 0.0
+    if wanted > 0:
         for least in _LEAST_WEIGHTS:
             likeliest = weights[weights > least].sort(descending=True).values
             sums = likeliest.cumsum(dim=-1, dtype=torch.float64)
@@ -154,11 +159,11 @@ def _draw(weights: Tensor, uniforms: Sequence[float]) -> list[int]:
     only this one is summed token by token.
 
     Args:
-        weights: float32 (R, vocabulary), not negative, not all 0.
+        weights: float32 (R, vocabulary), not negative.
         uniforms: a number from 0 up to 1 for each row.
 
     Returns:
-        A token with a weight above 0 for each row.
+        A token with a weight above 0 for each row; 0 where there is none.
     """
     rest = -weights.shape[-1] % _BLOCK
     padded = nn.functional.pad(weights, (0, rest)) if rest else weights

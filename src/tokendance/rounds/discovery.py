@@ -20,6 +20,7 @@ prompt only what follows after the beginning that it has in common with a new on
 that goes on finds its beginning, exactly, by its prefix.
 """
 
+import bisect
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,9 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: spreads hash
 _JOINED = (2, 4)
 # Tokens of what is asked at a prompt's end; with a document there it would not pay to compute it.
 _LONGEST_END = 128
+# Earlier prompts, and pieces of such, that a prompt is compared with at most: those met last.
+_MOST_PROMPTS = 256
+_MOST_PIECES = 1024
 # Shortening a path may let it overlap no more, or drop it; that is over after a pass or two.
 _MAX_PASSES = 4
 
@@ -122,11 +126,12 @@ class Discovery:
         new = list(distinct.values())
         news = [begins.get(key, 0) for key in distinct]
         grams = [self._hasher.hashes(prompt) for prompt in new]
+        met = self._memory.meet(np.concatenate(grams), now)
+        earlier = [text for text in met if text.is_prompt][-_MOST_PROMPTS:]
+        begins_alike = _common_beginnings([text.token_ids for text in earlier], new)
         # Each text that takes part, and where that part of it begins.
-        texts = [
-            (text, _common_beginning(text.token_ids, new) if text.is_prompt else 0)
-            for text in self._memory.meet(np.concatenate(grams), now)
-        ]
+        texts = list(zip(earlier, begins_alike, strict=True))
+        texts += [(text, 0) for text in met if not text.is_prompt][-_MOST_PIECES:]
         parts = [one[begin:] for one, begin in zip(grams, news, strict=True)]
         parts += [text.grams[begin:] for text, begin in texts]
         found = find_shared(parts, self._config.gram, self._config.min_tokens)
@@ -206,23 +211,41 @@ def _without_stale_end(
         length: of the prompt.
         gram: so many tokens in a row that nobody had are new words.
     """
-    if not ranges or (len(ranges) == 1 and begin == 0):
+    end = length - begin
+    if not ranges or ranges[-1][1] != end:
         return ranges
-    first, last = ranges[-1]
-    num_before = first - (ranges[-2][1] if len(ranges) > 1 else 0)
-    if begin + last == length and last - first <= _LONGEST_END and num_before >= gram:
-        return ranges[:-1]
-    return ranges
+    # A question that others have asked in part is several pieces, one behind the other.
+    count = 1
+    while count < len(ranges) and ranges[-count][0] - ranges[-count - 1][1] < gram:
+        count += 1
+    first = ranges[-count][0]
+    before = ranges[-count - 1][1] if count < len(ranges) else 0
+    begins_new = count == len(ranges) and begin == 0  # nothing known stands before
+    if begins_new or end - first > _LONGEST_END or first - before < gram:
+        return ranges
+    return ranges[:-count]
 
 
-def _common_beginning(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
-    """Length of the longest beginning that a text has in common with any of the prompts."""
-    longest = 0
-    for prompt in prompts:
-        length = min(len(text), len(prompt))
-        differs = np.flatnonzero(text[:length] != prompt[:length])
-        longest = max(longest, int(differs[0]) if len(differs) else length)
-    return longest
+def _common_beginnings(texts: Sequence[TokenIds], prompts: Sequence[TokenIds]) -> list[int]:
+    """Length of the longest beginning that each text has in common with any of the prompts.
+
+    In a sorted list that is one of the two between which the text stands.
+    """
+    ordered = sorted(prompts, key=lambda prompt: prompt.tobytes())
+    keys = [prompt.tobytes() for prompt in ordered]
+    found = []
+    for text in texts:
+        place = bisect.bisect(keys, text.tobytes())
+        found.append(
+            max(_common_beginning(text, one) for one in ordered[max(0, place - 1) : place + 1])
+        )
+    return found
+
+
+def _common_beginning(text: TokenIds, other: TokenIds) -> int:
+    length = min(len(text), len(other))
+    differs = np.flatnonzero(text[:length] != other[:length])
+    return int(differs[0]) if len(differs) else length
 
 
 @dataclass(slots=True)
@@ -232,7 +255,7 @@ class _Path:
     Attributes:
         key: the same for the path wherever it stands.
         first: position of its first token.
-        last: position after its last.
+        last: position after its last; paths that follow each other overlap, in less than a gram.
         branches_before: whether it is reached from several sides, or begins a text somewhere.
         branches_after: likewise whether it goes on to several.
     """
@@ -256,7 +279,11 @@ def find_shared(grams: Sequence[Words], size: int, min_tokens: int) -> list[list
         For each text ranges of positions, ascending and apart. Where two texts have a piece in
         common, both have it as one of these ranges, unless pieces overlap.
     """
-    paths = _find_paths(grams, range(len(grams)), size)
+    collapsed = [_collapse(one, size) for one in grams]
+    paths = _find_paths([one for one, _, _ in collapsed], range(len(grams)))
+    for one, (_, firsts, lasts) in zip(paths, collapsed, strict=True):
+        for path in one:
+            path.first, path.last = int(firsts[path.first]), int(lasts[path.last - 1])
     found = [[replace(path) for path in one] for one in paths]
     _set_apart(found, min_tokens)
     for count in _JOINED:
@@ -267,6 +294,31 @@ def find_shared(grams: Sequence[Words], size: int, min_tokens: int) -> list[list
             one.sort(key=lambda path: path.first)
         _set_apart(found, min_tokens, kept)
     return [_ranges(one) for one in found]
+
+
+def _collapse(
+    grams: Words, size: int
+) -> tuple[Words, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Make one gram of neighbours that are equal: a ruler, blank lines, one token many times.
+
+    Otherwise each of them would be a path, as there is a branch behind each.
+
+    Args:
+        grams: of one text.
+        size: tokens of a gram.
+
+    Returns:
+        Grams, different for each length of such a run; position of the first token of each, and
+        after its last.
+    """
+    differs = grams[1:] != grams[:-1]
+    if differs.all():  # most often
+        firsts = np.arange(len(grams))
+        return grams, firsts, firsts + size
+    firsts = np.flatnonzero(np.append(True, differs))
+    counts = np.diff(np.append(firsts, len(grams)))
+    runs = np.maximum((grams[firsts] ^ counts.astype(np.uint64)) * _ODD, np.uint64(1))
+    return np.where(counts > 1, runs, grams[firsts]), firsts, firsts + counts - 1 + size
 
 
 def _join(
@@ -301,9 +353,9 @@ def _join(
             last = path.last - size + 1
     grams = [_grams_of([path.key for path in run], count) for run in runs]
     found: list[list[_Path]] = [[] for _ in paths]
-    for text, run, joined in zip(texts, runs, _find_paths(grams, texts, count), strict=True):
+    for text, run, joined in zip(texts, runs, _find_paths(grams, texts), strict=True):
         for path in joined:
-            path.first, path.last = run[path.first].first, run[path.last - 1].last
+            path.first, path.last = run[path.first].first, run[path.last + count - 2].last
             found[text].append(path)
     return found
 
@@ -317,17 +369,16 @@ def _grams_of(keys: Sequence[int], count: int) -> Words:
     return np.maximum(hashes, np.uint64(1))
 
 
-def _find_paths(grams: Sequence[Words], texts: Sequence[int], size: int) -> list[list[_Path]]:
+def _find_paths(grams: Sequence[Words], texts: Sequence[int]) -> list[list[_Path]]:
     """Find paths in sequences.
 
     Args:
         grams: of each sequence.
         texts: that each sequence is of.
-        size: of a gram.
 
     Returns:
-        For each sequence its paths through grams that several texts have, in their order.
-        Neighbours may overlap, in less than a gram.
+        For each sequence its paths through grams that several texts have, in their order; `first`
+        and `last` count grams.
     """
     counts = np.array([len(one) for one in grams])
     if counts.sum() == 0:
@@ -354,7 +405,6 @@ def _find_paths(grams: Sequence[Words], texts: Sequence[int], size: int) -> list
             is_shared[end - count : end],
             branches_before[end - count : end],
             branches_after[end - count : end],
-            size,
         )
         for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
     ]
@@ -375,7 +425,6 @@ def _paths(
     is_shared: npt.NDArray[np.bool_],
     branches_before: npt.NDArray[np.bool_],
     branches_after: npt.NDArray[np.bool_],
-    size: int,
 ) -> list[_Path]:
     """Paths of one sequence in their order."""
     if not is_shared.any():
@@ -389,7 +438,7 @@ def _paths(
         _Path(
             int(gram[begin]),
             begin,
-            stop + size - 1,
+            stop,
             bool(branches_before[begin]),
             bool(branches_after[stop - 1]),
         )

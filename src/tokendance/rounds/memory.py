@@ -114,11 +114,12 @@ class TextMemory:
                 if text.is_prompt and now - text.used_s > self._prompts_s
             ]
         )
-        firsts = np.searchsorted(self._grams, grams, "left")
-        counts = np.searchsorted(self._grams, grams, "right") - firsts
-        before = np.cumsum(counts) - counts
-        places = np.repeat(firsts - before, counts) + np.arange(int(counts.sum()))
-        met = set(np.unique(self._holders[places]).tolist())
+        # Where each gram begins and ends among all; a gram may stand in a text a thousand times.
+        grams = np.unique(grams)
+        edges = np.zeros(len(self._grams) + 1, np.int64)
+        np.add.at(edges, np.searchsorted(self._grams, grams, "left"), 1)
+        np.add.at(edges, np.searchsorted(self._grams, grams, "right"), -1)
+        met = set(np.unique(self._holders[np.cumsum(edges)[:-1] > 0]).tolist())
         found = []
         for number in [number for number in self._texts if number in met]:
             text = self._texts[number]
