@@ -33,6 +33,7 @@ from tokendance.server.window import Window
 from tokendance.server.worker import Job
 from tokendance.store.kv_file import KVRows, WrittenFile
 from tokendance.store.pages import Holder
+from tokendance.store.records import SessionKey
 
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."
@@ -597,7 +598,9 @@ def test_others_are_answered_while_a_session_is_read(
     llm.close()
 
 
-def test_a_server_that_stops_reads_no_further(roomy: LoadedModel, tmp_path: Path) -> None:
+def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
+    roomy: LoadedModel, tmp_path: Path
+) -> None:
     llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
     llm.open_store(tmp_path / "store")
     assert llm.tiers is not None
@@ -606,11 +609,114 @@ def test_a_server_that_stops_reads_no_further(roomy: LoadedModel, tmp_path: Path
         llm.engine.store.clear()
 
         def fail(_: WrittenFile) -> KVRows:
-            raise MemoryError  # and with it the engine
+            raise MemoryError
 
+        read = llm.tiers.disk.read
         llm.tiers.disk.read = fail  # type: ignore[method-assign,assignment]
-        assert ask_session(client, "ab", "two").status_code == 503
-        assert client.get("/ready").status_code == 503
+        assert ask_session(client, "ab", "two").status_code == 507
+        assert chat(client).status_code == 200
+        llm.tiers.disk.read = read  # type: ignore[method-assign]
+        assert ask_session(client, "ab", "two").json()["round"] == 2
+    llm.close()
+
+
+@pytest.mark.parametrize("where", ["discovery", "adding", "step"])
+def test_an_engine_that_fails_answers_all(roomy: LoadedModel, where: str) -> None:
+    """What has just been taken out of a queue, too."""
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with serving(llm, round_wait_s=0.5) as (client, server):
+        assert chat(client).status_code == 200
+        if where == "discovery":
+            for one in server.worker._discoveries.values():
+                one.segment = fail  # type: ignore[method-assign,assignment]
+        else:
+            name = "add" if where == "adding" else "step"
+            setattr(llm.engine, name, fail)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [
+                pool.submit(chat, client, **fields)
+                for fields in ({}, {"n": 2}, {"round": {"id": "r", "size": 2}})
+            ]
+            asked.append(pool.submit(ask_round, client))
+            *answers, of_round = [one.result(30) for one in asked]
+        codes = [one.status_code for one in answers]
+        failed = ["error" in one for one in of_round.json().get("agents", [{"error": 503}])]
+        if where == "discovery":  # nothing is found then, and that is all
+            assert codes == [200] * 3
+            assert not any(failed)
+            assert client.get("/health").status_code == 200
+        else:
+            assert codes == [503] * 3
+            assert all(failed)
+            assert client.get("/health").status_code == 503
+        assert server.num_open == 0
+
+
+def ask_round(client: httpx.Client) -> httpx.Response:
+    agents = [{"agent": name, "messages": HELLO, "max_tokens": 3} for name in "ab"]
+    return client.post("/v1/rounds", json={"model": "tiny", "agents": agents})
+
+
+def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Path) -> None:
+    """Whoever of its requests ends last, or goes away before it begins."""
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+    llm.open_store(tmp_path / "store")
+    assert llm.tiers is not None
+
+    def ask(client: httpx.Client, name: str, **fields: Any) -> httpx.Response:
+        given = {"id": fields.pop("id"), "size": 2, "agent": name, "session": name}
+        return chat(client, prompts_of_a_round(1)[0], round=given, **fields)
+
+    with serving(llm, round_wait_s=1.0) as (client, server), ThreadPoolExecutor(2) as pool:
+        for one in [pool.submit(ask, client, name, id="1") for name in "ab"]:
+            assert one.result(60).status_code == 200
+        assert {key.name for key in llm.tiers.disk.index.session_keys()} == {"a", "b"}
+        assert ask(client, "c", id="2").status_code == 200  # nobody else came
+        client.timeout = httpx.Timeout(0.1)
+        with pytest.raises(httpx.ReadTimeout):
+            ask(client, "d", id="3")
+        wait_until(lambda: not server.worker._named)
+        assert {key.name for key in llm.tiers.disk.index.session_keys()} == {"a", "b", "c"}
+    llm.close()
+
+
+def test_sessions_of_one_tenant_do_not_displace_anothers(
+    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokendance.server.sessions._MAX_SESSIONS", 3)
+    with serving(make_llm(num_pages=2000), api_keys=("one", "two")) as (client, _):
+
+        def ask(tenant: str, session: str, **fields: Any) -> httpx.Response:
+            client.headers["authorization"] = f"Bearer {tenant}"
+            agents = [{"agent": "a", "task": "Speak.", "max_tokens": 2, **fields}]
+            body = {"model": "tiny", "session": session, "agents": agents}
+            return client.post("/v1/rounds", json=body)
+
+        assert ask("two", "town", system="I am A.").json()["round"] == 1
+        for number in range(5):
+            assert ask("one", f"s{number}").status_code == 400  # nobody has said who A is
+            assert ask("one", f"t{number}", system="I am A.").json()["round"] == 1
+        assert ask("two", "town").json()["round"] == 2
+        assert ask("one", "t4").json()["round"] == 2
+        assert ask("one", "t0").status_code == 400  # forgotten, for want of a store
+
+
+def test_how_long_a_session_lasts_can_be_said_anew(roomy: LoadedModel, tmp_path: Path) -> None:
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+    llm.open_store(tmp_path / "store")
+    assert llm.tiers is not None
+    disk = llm.tiers.disk
+    with serving(llm) as (client, _):
+        for given, expected in ((None, None), (50.0, 50.0), (None, 50.0), (1e6, 1e6)):
+            assert ask_session(client, "ab", "Speak.", ttl_s=given).status_code == 200
+            stored = disk.session(SessionKey("", "town"))
+            assert stored is not None
+            assert stored.ttl_s == expected
+    assert llm.session("town").ttl_s == 1e6
     llm.close()
 
 

@@ -94,6 +94,7 @@ class Session:
         round: number of the next round, from 0.
         name: under which it is stored; None if it ends with the process.
         key: likewise, with whose it is.
+        ttl_s: see `LLM.session()`; that of the last process if it was not given.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Session:
         self._encoder = encoder or llm.encoder
         self._params = params or SamplingParams()
         self._max_history = max_history
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._members: dict[str, _Member] = {}
         self._heard: tuple[Part, ...] = ()
         self.name = name
@@ -273,7 +274,7 @@ class Session:
             caches={name: member.cache for name, member in self._members.items()},
             heard=[as_token_ids(part.content) for part in self._blocks()],  # type: ignore[arg-type]
             salt=self._encoder.salt,
-            ttl_s=self._ttl_s,
+            ttl_s=self.ttl_s,
         )
 
     def _blocks(self) -> list[Part]:
@@ -315,6 +316,8 @@ class Session:
                 self._members[agent.name] = _Member(agent, turns, cache)
             self._heard = heard[0]
             self.round = stored.round
+            if self.ttl_s is None:
+                self.ttl_s = stored.ttl_s
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise StoreError(
                 f"What is stored of the session {stored.key.name!r} cannot be read "

@@ -156,6 +156,14 @@ class Engine:
         """Whether any request waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
+    @property
+    def can_compute(self) -> bool:
+        """Whether a step would compute something, as far as one can tell before it.
+
+        Requests may wait for pages that are being filled from disk.
+        """
+        return bool(self.scheduler.running or (self.scheduler.waiting and not self.store.loading))
+
     def step(self) -> list[Request]:
         """Compute one batch; return the requests that are done."""
         num_running = len(self.scheduler.running)

@@ -268,8 +268,8 @@ class Tiers:
     def write_ahead(self, requests: Collection[Request]) -> None:
         """Begin to write what rounds of sessions have read, while they decode.
 
-        Call it after each step; a call hands one file to another thread. What is written has no
-        name until `save` gives it one, and is gone if nobody does.
+        Call it after each step, and when it is due; a call hands one file to another thread. What
+        is written has no name until `save` gives it one, and is gone if nobody does.
 
         Args:
             requests: of rounds that are under way; those without a session are passed over.
@@ -308,6 +308,11 @@ class Tiers:
             self._ahead.stop(key)
         else:
             self._ahead.write(key, rows)
+
+    @property
+    def write_ahead_due_s(self) -> float | None:
+        """When, on the clock of `time.perf_counter`, `write_ahead` has something to remove."""
+        return self._ahead.due_s
 
     def give_up(self, key: SessionKey) -> None:
         """Remove what `write_ahead` has written of a session whose round will not be saved."""
@@ -500,7 +505,11 @@ class Tiers:
         if not store.make_room(store.num_pages([positions])):
             return None
         (slots,), pages = store.take_slots([positions])
-        self._engine.runner.memory.write(slots, rows)
+        try:
+            self._engine.runner.memory.write(slots, rows)
+        except BaseException:
+            store.pool.release(pages, Holder.REQUEST)
+            raise
         store.slot_ready[slots] = True
         self._files.note(file, slots)
         return pages

@@ -55,7 +55,7 @@ class _Round:
     left: list[_Group]
     begun: list[tuple[_Group, "Future[tuple[FileId, WrittenFile]]"]] = field(default_factory=list)
     num_bytes: int = 0
-    seen_s: float = field(default_factory=time.monotonic)
+    seen_s: float = field(default_factory=time.perf_counter)
 
 
 class WriteAhead:
@@ -73,9 +73,15 @@ class WriteAhead:
         """Most bytes of files that have no name yet."""
         return sum(one.num_bytes for one in self._rounds.values())
 
+    @property
+    def due_s(self) -> float | None:
+        """Clock time at which `see` would remove something; None if there is nothing."""
+        seen_s = [one.seen_s for one in self._rounds.values()]
+        return min(seen_s) + _ABANDONED_S if seen_s else None
+
     def see(self, keys: Collection[SessionKey]) -> None:
         """Remove what sessions have left that nobody saves; those of `keys` are under way."""
-        now = time.monotonic()
+        now = time.perf_counter()
         for key, one in list(self._rounds.items()):
             if key in keys:
                 one.seen_s = now

@@ -5,7 +5,7 @@ has ended, and reads it again when a later round comes and memory has lost it.
 """
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 from tokendance.engine.request import Request
 from tokendance.engine.tiers import Restoring, SpokenCache, Tiers
@@ -15,8 +15,13 @@ from tokendance.store.records import SessionKey
 
 log = logging.getLogger("tokendance.server")
 
+# Of each tenant.
 _MAX_SESSIONS = 1024
 _MAX_AGENTS = 512
+
+
+# By agent: the last prompt with its answer.
+_Said = dict[str, tuple[EncodedPrompt, SpokenCache]]
 
 
 class KeptSessions:
@@ -25,9 +30,7 @@ class KeptSessions:
     def __init__(self, tiers: Tiers | None) -> None:
         """Keep them in a store; without one nothing is kept."""
         self._tiers = tiers
-        # By session, then by agent: the last prompt with its answer.
-        self._said: OrderedDict[SessionKey, dict[str, tuple[EncodedPrompt, SpokenCache]]]
-        self._said = OrderedDict()
+        self._said: defaultdict[str, OrderedDict[SessionKey, _Said]] = defaultdict(OrderedDict)
 
     def restoring(self, key: SessionKey, salt: Salt) -> Restoring | None:
         """Read what memory lacks of a session, in steps; None where nothing is stored."""
@@ -41,20 +44,21 @@ class KeptSessions:
         if self._tiers is None or request.error is not None:
             return
         cache = SpokenCache.of(request.prompt.token_ids, request.generated)
-        said = self._said.setdefault(key, {})
+        sessions = self._said[key.tenant]
+        said = sessions.setdefault(key, {})
         said.pop(request.agent, None)  # whoever spoke last stands last
         said[request.agent] = request.prompt, cache
         if len(said) > _MAX_AGENTS:
             del said[next(iter(said))]
-        self._said.move_to_end(key)
-        if len(self._said) > _MAX_SESSIONS:
-            self._said.popitem(last=False)
+        sessions.move_to_end(key)
+        if len(sessions) > _MAX_SESSIONS:
+            sessions.popitem(last=False)
 
     def save(self, key: SessionKey) -> None:
         """Write a session, after a round of it."""
-        if self._tiers is None or key not in self._said:
+        said = self._said[key.tenant].get(key)
+        if self._tiers is None or said is None:
             return
-        said = self._said[key]
         heard = {
             segment.hash: segment.token_ids
             for prompt, _ in said.values()

@@ -1,5 +1,6 @@
 """Sessions that are read from disk while the engine goes on."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokendance.engine.tiers import Restoring
-from tokendance.errors import AbortedError, TokenDanceError
+from tokendance.errors import AbortedError, StoreError, TokenDanceError
 from tokendance.store.records import SessionKey
 
 log = logging.getLogger("tokendance.server")
@@ -19,6 +20,14 @@ _PAUSE_S = 0.002
 def _tell_nobody(error: TokenDanceError | None) -> None:
     if error is not None:
         log.warning("A session cannot be read, and is computed again: %s", error)
+
+
+def _told(error: Exception) -> TokenDanceError:
+    """What is wrong with one session is no reason to serve no other."""
+    if isinstance(error, TokenDanceError):
+        return error
+    log.error("a session could not be read", exc_info=error)
+    return StoreError("The session could not be read. The server's log says why.")
 
 
 @dataclass(slots=True)
@@ -67,8 +76,8 @@ class Readings:
             return
         try:
             steps = restoring()
-        except TokenDanceError as error:
-            ended(error)
+        except Exception as error:
+            ended(_told(error))
             return
         if steps is None:
             ended(None)
@@ -90,13 +99,14 @@ class Readings:
                 one.file = next(one.steps)
             except StopIteration:
                 self._end(key, None)
-            except TokenDanceError as error:
-                self._end(key, error)
+            except Exception as error:
+                self._end(key, _told(error))
 
     def stop(self) -> None:
         """Read no further; who waits is told."""
         for key, one in list(self._readings.items()):
-            one.steps.close()
+            with contextlib.suppress(Exception):  # of an engine that has failed
+                one.steps.close()
             self._end(key, AbortedError("The engine has stopped."))
 
     def _end(self, key: SessionKey, error: TokenDanceError | None) -> None:

@@ -10,7 +10,7 @@ round is on disk when it is answered, and a session goes on after a restart.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from tokendance.server.protocol import RoundRequest
 from tokendance.server.state import Server
 from tokendance.session import Agent, Session
 
-# Sessions that are kept in memory; of the others only those are known that are on disk.
+# Sessions of a tenant that are kept in memory; of the others only those are known that are on disk.
 _MAX_SESSIONS = 1024
 
 
@@ -39,7 +39,8 @@ class Sessions:
     def __init__(self, server: Server) -> None:
         """Begin with those on disk."""
         self._server = server
-        self._places: OrderedDict[tuple[str, str], _Place] = OrderedDict()
+        # By tenant and name; asked for longest ago first.
+        self._places: defaultdict[str, OrderedDict[str, _Place]] = defaultdict(OrderedDict)
 
     @asynccontextmanager
     async def round_of(self, body: RoundRequest, tenant: str) -> AsyncIterator[Session]:
@@ -49,9 +50,9 @@ class Sessions:
             ApiError: 409 while another round of it is under way.
         """
         assert body.session is not None
-        key = (tenant, body.session)
-        place = self._places.setdefault(key, _Place())
-        self._places.move_to_end(key)
+        places = self._places[tenant]
+        place = places.setdefault(body.session, _Place())
+        places.move_to_end(body.session)
         if place.lock.locked():
             raise ApiError(
                 409,
@@ -59,7 +60,7 @@ class Sessions:
                 code="round_under_way",
             )
         async with place.lock:
-            self._forget_oldest()
+            self._forget_oldest(places)
             if place.session is None:
                 place.session = await self._server.worker.call(
                     lambda: Session(
@@ -67,9 +68,10 @@ class Sessions:
                         body.session,
                         tenant=tenant,
                         encoder=self._server.encoder(tenant),
-                        ttl_s=body.ttl_s,
                     )
                 )
+            if body.ttl_s is not None:
+                place.session.ttl_s = body.ttl_s
             # Who came and who left for a round that was refused, or that nobody waited for to its
             # end, has neither come nor left.
             undo = place.session.undo_point()
@@ -78,13 +80,16 @@ class Sessions:
                 yield place.session
             finally:
                 undo()
+                if place.session.round == 0:  # it has not begun, and need not be remembered
+                    del places[body.session]
 
-    def _forget_oldest(self) -> None:
-        for key in list(self._places):
-            if len(self._places) <= _MAX_SESSIONS:
+    @staticmethod
+    def _forget_oldest(places: OrderedDict[str, _Place]) -> None:
+        for name in list(places):
+            if len(places) <= _MAX_SESSIONS:
                 return
-            if not self._places[key].lock.locked():
-                del self._places[key]
+            if not places[name].lock.locked():
+                del places[name]
 
 
 def _admit(session: Session, body: RoundRequest) -> None:

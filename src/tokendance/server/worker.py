@@ -123,7 +123,7 @@ class _NamedRound:
         num_requests: that have come and not gone before it began.
         round_id: of the engine, once it has started.
         num_live: jobs that have started and are not done.
-        session: whose KV it goes on from, if it is stored.
+        sessions: whose KV it goes on from, and whether somebody has answered in it.
     """
 
     waiting: list[Job]
@@ -133,7 +133,7 @@ class _NamedRound:
     num_requests: int = 0
     round_id: RoundId | None = None
     num_live: int = 0
-    session: SessionKey | None = None
+    sessions: dict[SessionKey, bool] = field(default_factory=dict)
 
     def due_s(self, wait_s: float) -> float:
         """When it starts if nobody else comes: at once if all are there."""
@@ -320,8 +320,8 @@ class Worker:
                     self._cancel(list(self._live.values()))
                 if self._llm.engine.has_work:
                     self._llm.engine.step()
-                    if self._llm.tiers is not None:
-                        self._llm.tiers.write_ahead(self._live.keys())
+                if self._llm.tiers is not None:
+                    self._llm.tiers.write_ahead(self._live.keys())
                 self._reading.go_on()
                 self._publish()
         except BaseException as error:
@@ -330,11 +330,19 @@ class Worker:
         finally:
             with self._gate:
                 self._is_closed = True
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._inbox.get_nowait()()
+            self._take_last_commands()
             self._reading.stop()
             self._refuse([*self._live.values(), *self._take_waiting()])
+
+    def _take_last_commands(self) -> None:
+        """Take what has come before nobody reads the inbox any more: all of it is answered."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._inbox.get_nowait()
+                try:
+                    command()
+                except Exception:  # of an engine that has failed
+                    log.exception("what came last could not be taken")
 
     def _is_idle(self) -> bool:
         named = any(named.waiting for named in self._named.values())
@@ -343,8 +351,10 @@ class Worker:
     def _read_inbox(self) -> None:
         """Take what has come; wait only where there is nothing to compute."""
         timeout: float | None = 0.0
-        if not self._llm.engine.has_work:
-            due_s = (self._window.due_s(), self._shadows.due_s(), *self._named_due())
+        tiers = self._llm.tiers
+        if not self._llm.engine.can_compute:
+            ahead_s = tiers.write_ahead_due_s if tiers is not None else None
+            due_s = (self._window.due_s(), self._shadows.due_s(), ahead_s, *self._named_due())
             due = [time_ for time_ in due_s if time_ is not None]
             timeout = max(0.0, min(due) - time.perf_counter()) if due else None
             if self._stopping:
@@ -361,8 +371,11 @@ class Worker:
         return [
             named.due_s(self._round_wait_s)
             for named in self._named.values()
-            if named.waiting and named.session not in self._reading
+            if named.waiting and not self._is_being_read(named)
         ]
+
+    def _is_being_read(self, named: _NamedRound) -> bool:
+        return any(session in self._reading for session in named.sessions)
 
     def _begin_due(self) -> None:
         now = time.perf_counter()
@@ -370,7 +383,7 @@ class Worker:
         if ready:
             self._begin(ready, self._llm.engine.new_round_id())
         for named in self._named.values():
-            if not named.waiting or named.session in self._reading:
+            if not named.waiting or self._is_being_read(named):
                 continue
             if self._stopping or now >= named.due_s(self._round_wait_s):
                 if named.round_id is None:
@@ -388,14 +401,15 @@ class Worker:
         named.num_requests += 1
         named.size = jobs[0].round_size or named.size
         session, salt = jobs[0].session, jobs[0].request.prompt.salt
-        if session is not None and session != named.session:  # once for all requests of the round
-            named.session = session
+        if session is not None and session not in named.sessions:  # once for the whole round
+            named.sessions[session] = False
             self._reading.begin(session, lambda: self._kept.restoring(session, salt))
 
     def _begin(self, jobs: Sequence[Job], round_id: RoundId) -> None:
         """Start jobs as one round: those of a tenant are compared with each other."""
         by_salt: dict[Salt, list[Job]] = {}
         for job in jobs:
+            self._live[job.request] = job  # so that they are answered even if what follows fails
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
         for salt, together in by_salt.items():
             prompts = [job.request.prompt for job in together]
@@ -411,7 +425,6 @@ class Worker:
                 # what was not.
                 request.in_round = bool(request.prompt.shared_segments()) or num_known > 0
                 job.alone = sizes == 1
-                self._live[request] = job
             self._metrics.begin_round(sizes)
             self._llm.engine.add([job.request for job in together])
 
@@ -425,11 +438,16 @@ class Worker:
             if len(self._discoveries) > _MAX_TENANTS:
                 self._discoveries.popitem(last=False)
         self._discoveries.move_to_end(salt)
-        found = self._discoveries[salt].segment(
-            [job.request.prompt.token_ids for job in jobs],
-            time.perf_counter(),
-            [num_known for _, num_known in known],
-        )
+        try:
+            found = self._discoveries[salt].segment(
+                [job.request.prompt.token_ids for job in jobs],
+                time.perf_counter(),
+                [num_known for _, num_known in known],
+            )
+        except Exception:  # nothing is found then, and all are served
+            log.exception("prompts could not be compared; what was remembered is forgotten")
+            del self._discoveries[salt]
+            return
         self._llm.engine.recall(found.heard, salt)
         for job, prompt in zip(jobs, found.prompts, strict=True):
             job.request.prompt = prompt
@@ -453,15 +471,13 @@ class Worker:
         self._metrics.finish(job, request, output)
         if job.alone and output.error is None:
             self._window.note_lone(time.perf_counter() - job.arrived_s)
-        if job.session is not None:
-            self._kept.note(job.session, request)
         named = self._named.get(job.key) if job.key is not None else None
         if named is not None and job.key is not None:
             named.num_live -= 1
-            if named.num_live <= 0 and not named.waiting:
-                del self._named[job.key]
-                if job.session is not None:
-                    self._kept.save(job.session)
+            if job.session is not None and output.error is None:
+                self._kept.note(job.session, request)
+                named.sessions[job.session] = True
+            self._end_if_done(job.key)
         if all(other.round_id != request.round_id for other in self._live):
             self._llm.engine.pop_round(request.round_id)
         job.listen(Finished(output))
@@ -486,9 +502,19 @@ class Worker:
         if job not in named.waiting:
             return False
         named.waiting.remove(job)
-        if not named.waiting and named.num_live == 0 and job.key is not None:
-            del self._named[job.key]
+        if job.key is not None:
+            self._end_if_done(job.key)
         return True
+
+    def _end_if_done(self, key: RoundKey) -> None:
+        """Let go of a named round of which nobody is left, and store what was said in it."""
+        named = self._named[key]
+        if named.waiting or named.num_live > 0:
+            return
+        del self._named[key]
+        for session, has_answers in named.sessions.items():
+            if has_answers:
+                self._kept.save(session)
 
     def _take_waiting(self) -> list[Job]:
         named = [job for one in self._named.values() for job in one.waiting]
