@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from tokendance.cli import app as command_line
 from tokendance.errors import CorruptFileError, InputError, StoreError
 from tokendance.store.disk import DiskStore
+from tokendance.store.index import told
 from tokendance.store.kv_file import KVRows, WrittenFile, checksum_of
 from tokendance.store.records import CacheRecord, FileId, SessionKey
 
@@ -304,6 +305,39 @@ def test_a_full_disk_harms_nothing(store: DiskStore, monkeypatch: pytest.MonkeyP
         )
     store.index._index.execute("PRAGMA max_page_count = 100000")
     assert store.index.session_keys() == [TOWN]
+    save(store, TOWN, 2, {"ann": [1, 2]})
+    store.check_integrity()
+
+
+def test_who_only_looks_at_the_index_does_no_harm(store: DiskStore) -> None:
+    """A backup that reads it while a round is stored: that round is not, and all others are."""
+    save(store, TOWN, 1, {"ann": [1]})
+    store.index._index.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(store.index.path, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT count(*) FROM sessions").fetchone()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="another program"):
+            save(store, TOWN, 2, {"ann": [1, 2]})
+        stored = store.session(TOWN)
+        assert stored is not None
+        assert stored.round == 1
+    other.execute("COMMIT")
+    other.close()
+    save(store, TOWN, 2, {"ann": [1, 2]})
+    assert store.index.session_keys() == [TOWN]
+
+
+def test_what_sqlite_takes_back_by_itself_is_told_as_it_is(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1]})
+
+    def fail() -> None:
+        with told(store.index.path), store.index._changing() as (index, _):
+            index.execute("ROLLBACK")  # as it does when the disk is full
+            raise sqlite3.OperationalError("database or disk is full")
+
+    with pytest.raises(StoreError, match="full"):
+        fail()
     save(store, TOWN, 2, {"ann": [1, 2]})
     store.check_integrity()
 

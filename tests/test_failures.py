@@ -171,11 +171,14 @@ def test_a_bad_prompt_fails_alone(make_llm: MakeLLM, bad: Prompt) -> None:
     assert [o.error for o in result.outputs[:2]] == [None, None]
 
 
-def test_forced_tokens_outside_the_vocabulary_fail_alone(make_llm: MakeLLM) -> None:
-    wrong = SamplingParams(forced_tokens=(9999, 5))
-    result = make_llm().run_round(round_of([100, 101]), [PARAMS, wrong])
-    assert result.outputs[0].error is None
-    assert isinstance(result.outputs[1].error, PromptError)
+def test_tokens_outside_the_vocabulary_fail_alone(make_llm: MakeLLM) -> None:
+    for wrong in (
+        SamplingParams(forced_tokens=(9999, 5)),
+        SamplingParams(logit_bias=((3, 1.0), (9999, 1.0))),
+    ):
+        result = make_llm().run_round(round_of([100, 101]), [PARAMS, wrong])
+        assert result.outputs[0].error is None
+        assert isinstance(result.outputs[1].error, PromptError)
 
 
 def test_parts_of_a_wrong_kind() -> None:

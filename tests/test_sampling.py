@@ -1,6 +1,7 @@
 """How tokens are drawn: the distribution, and the same tokens as by the plain way."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokendance import SamplingParams
-from tokendance.engine.sampling import choose_tokens
+from tokendance.engine.sampling import choose_tokens, text_up_to_stop
 
 
 def plainly(logits: Tensor, params: SamplingParams, uniform: float) -> tuple[int, float]:
@@ -120,3 +121,24 @@ def test_a_row_that_allows_nothing_harms_no_other(filters: dict[str, float]) -> 
     params = SamplingParams(temperature=0.8, **filters)  # type: ignore[arg-type]
     together = choose_tokens(logits, [params] * 2, [random.Random(0), random.Random(1)])
     assert together[1:] == choose_tokens(logits[1:], [params], [random.Random(1)])
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text("ab é🧀\n", min_size=1, max_size=60),
+    stops=st.lists(st.text("ab é🧀\n", min_size=1, max_size=5), min_size=1, max_size=3),
+)
+def test_a_stop_text_is_found_when_its_last_byte_is_there(text: str, stops: list[str]) -> None:
+    """Only the end of an answer is read at each token; the whole answer says the same."""
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+    tokens = list(text.encode())
+    for length in range(1, len(tokens) + 1):
+        whole = decode(tokens[:length])
+        places = [place for place in map(whole.find, stops) if place >= 0]
+        expected = whole[: min(places)] if places else None
+        assert text_up_to_stop(tokens[:length], stops, decode) == expected
+        if expected is not None:
+            break

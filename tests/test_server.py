@@ -22,7 +22,7 @@ from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.request import Request
-from tokendance.errors import ConfigError
+from tokendance.errors import ConfigError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.server.errors import ApiError
 from tokendance.server.logs import JsonFormatter
@@ -51,6 +51,12 @@ def served(
     llm = make_llm(num_pages=2000, model=roomy)
     with serving(llm, max_body_bytes=100_000, max_messages=50) as both:
         yield both
+
+
+LONG_ROUND = [
+    {"agent": name, "system": f"I am {name}.", "task": "Speak.", "ignore_eos": True}
+    for name in "ab"
+]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -227,7 +233,9 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert chat(client).status_code == 200
 
 
-def test_bodies_that_are_no_request(served: tuple[httpx.Client, Server]) -> None:
+def test_bodies_that_are_no_request(
+    served: tuple[httpx.Client, Server], make_llm: Callable[..., LLM]
+) -> None:
     client, _ = served
     url = "/v1/chat/completions"
     headers = {"content-type": "application/json"}
@@ -236,6 +244,12 @@ def test_bodies_that_are_no_request(served: tuple[httpx.Client, Server]) -> None
     assert client.post(url, content=b"x" * 200_000).status_code == 413
     chunks = (b"x" * 1000 for _ in range(200))  # does not say how long it is
     assert client.post(url, content=chunks).status_code == 413
+    with serving(make_llm(), max_body_objects=20) as (few, _):
+        assert few.post(url, content=b'[{"a":"}"},' * 21).status_code == 413
+        parts = [{"type": "text", "text": "x"}]
+        for count, status in ((18, 200), (21, 413)):
+            talk = [{"role": "user", "content": parts * count}]
+            assert chat(few, talk, max_tokens=1).status_code == status
     assert client.get(url).status_code == 405
     assert client.get("/nothing").status_code == 404
 
@@ -554,6 +568,46 @@ def test_chat_requests_may_name_a_session(roomy: LoadedModel, tmp_path: Path) ->
     assert cached_tokens[1] > 80
 
 
+def test_who_has_not_spoken_since_a_restart_is_kept_too(roomy: LoadedModel, tmp_path: Path) -> None:
+    prompts = prompts_of_a_round(2)
+    for number, agents in enumerate(("ab", "a", "b")):
+        llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+        llm.open_store(tmp_path / "store")
+        with serving(llm, round_wait_s=30.0) as (client, _), ThreadPoolExecutor(2) as pool:
+            asked = [
+                pool.submit(
+                    chat,
+                    client,
+                    prompts["ab".index(name)],
+                    round={"id": str(number), "size": len(agents), "agent": name, "session": "s"},
+                )
+                for name in agents
+            ]
+            read = [cached(one.result(60)) for one in asked]
+        llm.close()
+        if number > 0:
+            assert read[0] > 100  # all of its prompt, its own words too
+
+
+def test_what_nobody_saves_is_removed_while_nothing_happens(
+    roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of a round that all clients have left, in a server that nobody asks."""
+    monkeypatch.setattr("tokendance.engine.write_ahead._ABANDONED_S", 0.3)
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+    llm.open_store(tmp_path / "store")
+    files = tmp_path / "store" / "kv"
+    with serving(llm, default_max_tokens=2000) as (client, server):
+        client.timeout = httpx.Timeout(1.0)
+        with pytest.raises(httpx.ReadTimeout):
+            ask_session(client, "ab", "Speak.", agents=LONG_ROUND)
+        wait_until(lambda: server.num_open == 0 and not llm.engine.has_work)
+        wait_until(lambda: not any(files.iterdir()))
+        assert llm.tiers is not None
+        assert llm.tiers.write_ahead_due_s is None
+    llm.close()
+
+
 @pytest.mark.parametrize("way", ["session", "chat"])
 def test_others_are_answered_while_a_session_is_read(
     roomy: LoadedModel, tmp_path: Path, way: str
@@ -703,6 +757,36 @@ def test_sessions_of_one_tenant_do_not_displace_anothers(
         assert ask("two", "town").json()["round"] == 2
         assert ask("one", "t4").json()["round"] == 2
         assert ask("one", "t0").status_code == 400  # forgotten, for want of a store
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_stored_is_answered_with_a_warning(
+    roomy: LoadedModel, tmp_path: Path, stream: bool
+) -> None:
+    llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
+    llm.open_store(tmp_path / "store")
+    assert llm.tiers is not None
+    disk = llm.tiers.disk
+    with serving(llm) as (client, _):
+        assert ask_session(client, "ab", "one").status_code == 200
+        commit = disk.commit
+
+        def fail(*_: object, **__: object) -> None:
+            raise StoreError("The disk is full.")
+
+        disk.commit = fail  # type: ignore[method-assign]
+        response = ask_session(client, "ab", "two", stream=stream)
+        assert response.status_code == 200
+        agents = events(response) if stream else response.json()["agents"]
+        assert all(one["message"]["content"] for one in agents)
+        assert sum("The disk is full." in one.get("warning", "") for one in agents) == 1
+        disk.commit = commit  # type: ignore[method-assign]
+        agents = ask_session(client, "ab", "three").json()["agents"]
+        assert not any("warning" in one for one in agents)
+        stored = disk.session(SessionKey("", "town"))
+        assert stored is not None
+        assert stored.round == 3
+    llm.close()
 
 
 def test_how_long_a_session_lasts_can_be_said_anew(roomy: LoadedModel, tmp_path: Path) -> None:

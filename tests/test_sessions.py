@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from tokendance import LLM, Agent, SamplingParams, Session
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.request import Request
-from tokendance.errors import StoreError
+from tokendance.errors import NotStoredError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.outputs import RoundResult
 from tokendance.store.disk import DiskStore
@@ -198,8 +198,9 @@ def test_a_store_that_fails_says_so_and_keeps_the_round_before(
 
     with monkeypatch.context() as patched:
         patched.setattr(llm.tiers.disk, "commit", fail)
-        with pytest.raises(StoreError, match="full"):
+        with pytest.raises(NotStoredError, match="full") as raised:
             session.run("Speak.")
+    assert len(raised.value.result.outputs) == 3  # nothing that was computed is lost
     llm.tiers.disk.check_integrity()
     assert llm.session("town").round == 1
     run(session, 1)  # and it goes on when there is room again

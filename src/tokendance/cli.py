@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
-from tokendance.config import ReuseMode
+from tokendance.config import ReuseMode, parse_bytes
 from tokendance.errors import ConfigError, TokenDanceError
 from tokendance.server.settings import ServerSettings
 
@@ -264,6 +264,18 @@ def serve(
             min=1, help="Requests, or agents of rounds, at a time; more are told to come back."
         ),
     ] = _SERVER.max_open_requests,
+    max_body: Annotated[
+        str, typer.Option(help="Largest body of a request; larger ones are refused.")
+    ] = f"{_SERVER.max_body_bytes >> 20}MiB",
+    max_body_objects: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Messages, parts, references and calls in a body; more are refused."
+        ),
+    ] = _SERVER.max_body_objects,
+    max_messages: Annotated[
+        int, typer.Option(min=1, help="Messages in a conversation; more are refused.")
+    ] = _SERVER.max_messages,
     default_max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer where a request does not say.")
     ] = _SERVER.default_max_tokens,
@@ -311,6 +323,9 @@ def serve(
         api_keys=tuple(api_key or ()),
         allow_public=allow_public,
         open_metrics=open_metrics,
+        max_body_bytes=parse_bytes(max_body),
+        max_body_objects=max_body_objects,
+        max_messages=max_messages,
         max_open_requests=max_open_requests,
         default_max_tokens=default_max_tokens,
         window_s=window_ms / 1000,

@@ -350,11 +350,13 @@ class LLM:
         """Make a request of an encoded prompt; one that cannot be run has its `error` set."""
         error: TokenDanceError | None = None
         forced = params.forced_tokens or ()
-        if any(not 0 <= token < self.model.shape.vocab_size for token in forced):
-            error = PromptError(
-                f"The forced tokens of {name!r} are not all in the model's "
-                "vocabulary. Encode them with this model's tokenizer."
-            )
+        biased = [token for token, _ in params.logit_bias]
+        for what, tokens in (("forced tokens", forced), ("tokens of logit_bias", biased)):
+            if any(not 0 <= token < self.model.shape.vocab_size for token in tokens):
+                error = PromptError(
+                    f"The {what} of {name!r} are not all in the model's "
+                    "vocabulary. Encode them with this model's tokenizer."
+                )
         max_context = self.model.shape.max_context
         if len(encoded) >= max_context:
             error = PromptError(

@@ -24,7 +24,7 @@ import numpy as np
 
 from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.tiers import Restored, Restoring, SpokenCache
-from tokendance.errors import RoundError, StoreError
+from tokendance.errors import NotStoredError, RoundError, StoreError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output, RoundResult
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
@@ -190,12 +190,16 @@ class Session:
 
         Raises:
             RoundError: if nobody is here, or an agent has no task.
+            NotStoredError: if the round is not on disk; it has what was answered.
         """
         asked = self.ask(task, params)
         self.restore()
         result = self._llm.run_round(asked.prompts, asked.params, progress, session=self.key)
         self.hear(asked, result.outputs)
-        self.save()
+        try:
+            self.save()
+        except StoreError as error:
+            raise NotStoredError(str(error), result) from error
         return result
 
     def ask(

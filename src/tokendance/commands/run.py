@@ -25,7 +25,7 @@ from tokendance.commands.report import (
 from tokendance.config import ReuseMode, check_writable, format_bytes
 from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.shadow import ShadowReport
-from tokendance.errors import ConfigError, RequestError, TokenDanceError
+from tokendance.errors import ConfigError, NotStoredError, RequestError, TokenDanceError
 from tokendance.llm import LLM
 from tokendance.llm import Progress as ReportProgress
 from tokendance.models.loader import dtype_name
@@ -221,7 +221,11 @@ def _live(
             for index, agent in enumerate(session.agents)
         }
         with _progress(console, f"Round {number}", len(params)) as report:
-            result = session.run(task, params, report)
+            try:
+                result = session.run(task, params, report)
+            except NotStoredError as error:
+                yield number, error.result
+                raise
         yield number, result
 
 

@@ -20,7 +20,7 @@ from tokendance.config import EngineConfig
 from tokendance.engine.blend import MIN_LAYERS
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory, Runner
-from tokendance.engine.sampling import choose_tokens, top_logprobs
+from tokendance.engine.sampling import choose_tokens, text_up_to_stop, top_logprobs
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
 from tokendance.errors import AbortedError, ConfigError, ConstraintError, NumericsError
@@ -273,10 +273,9 @@ class Engine:
                 return "stop"
         request.generated.append(token)
         if params.stop and params.forced_tokens is None:
-            text = self._decode(request.generated)
-            found = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
-            if found:
-                request.text = text[: min(found)]
+            text = text_up_to_stop(request.generated, params.stop, self._decode)
+            if text is not None:
+                request.text = text
                 request.stopped_by_text = True
                 return "stop"
         return "length" if len(request.generated) >= request.max_new_tokens else None
@@ -326,10 +325,11 @@ class Engine:
 
 def _restrict(logits: Tensor, request: Request) -> None:
     """Apply what a request asks of its next token to its logits (vocabulary,), in place."""
-    if not request.params.logit_bias and request.constraint is None:
+    if request.bias is None and request.constraint is None:
         return
     with torch.inference_mode():
-        for token, bias in request.params.logit_bias:
-            logits[token] += bias
+        if request.bias is not None:
+            tokens, biases = request.bias
+            logits.index_add_(0, tokens.to(logits.device), biases.to(logits.device))
         if request.constraint is not None:
             logits.masked_fill_(request.constraint.forbidden(), -math.inf)

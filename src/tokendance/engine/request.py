@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from tokendance.collector.placement import Placement
@@ -38,6 +39,7 @@ class Request:
         owns_order: see `collector.owners.Start`; the engine writes it.
         seed: of its random numbers.
         generator: of its random numbers; the sampler draws one a token.
+        bias: tokens, int64 (n,), and what is added to their logits, float32 (n,), if anything is.
         stop_ids: tokens that end it.
         constraint: what its answer has to look like.
         placement: where its KV lies; the scheduler writes it on admission.
@@ -73,6 +75,7 @@ class Request:
     owns_order: bool = False
     seed: int = 0
     generator: random.Random = field(init=False)
+    bias: tuple[Tensor, Tensor] | None = None
     stop_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
     placement: Placement | None = None
@@ -94,6 +97,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.generator = random.Random(self.seed)
+        if self.params.logit_bias:
+            tokens, biases = zip(*self.params.logit_bias, strict=True)
+            self.bias = torch.tensor(tokens), torch.tensor(biases, dtype=torch.float32)
 
     @property
     def num_to_compute(self) -> int:

@@ -6,7 +6,7 @@ logits themselves).
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from tokendance.errors import ConfigError
 _LEAST_WEIGHTS = (2.0**-7, 2.0**-14, 0.0)
 # Below, the likeliest token is chosen as surely as at 0, and nothing overflows.
 _LEAST_TEMPERATURE = 1e-5
+# Tokens more than a stop text can have, for characters that are cut and tokens without text.
+_MARGIN = 8
 # Weights that are summed at once, to find where a random number falls.
 _BLOCK = 256
 
@@ -191,6 +193,26 @@ def _place(ends: Tensor, parts: Tensor, targets: Tensor) -> Tensor:
     place = torch.searchsorted(ends, targets[:, None], right=True)[:, 0]
     number = torch.arange(parts.shape[-1], device=parts.device)
     return place.minimum(torch.where(parts > 0, number, 0).amax(dim=-1))
+
+
+def text_up_to_stop(
+    generated: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> str | None:
+    """The text of an answer before the stop text that its last token has ended, if it has.
+
+    Args:
+        generated: the answer so far; what it was before had no stop text in it.
+        stops: texts that end it.
+        decode: token ids to text.
+    """
+    # A token has a byte or more, so the last few hold it; of those the first may be cut.
+    longest = max(len(stop.encode()) for stop in stops) + _MARGIN
+    end = decode(generated[-longest:])
+    if not any(stop in end for stop in stops):
+        return None
+    text = decode(generated)
+    found = [at for at in map(text.find, stops) if at >= 0]
+    return text[: min(found)] if found else None
 
 
 def compare_logprobs(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

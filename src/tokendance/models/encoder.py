@@ -9,7 +9,6 @@ import copy
 import json
 import re
 import secrets
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,11 +29,14 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, vocab_size: int, salt: Salt) -> None:
         """Wrap a transformers tokenizer; `vocab_size` bounds the ids that callers may give."""
         self._tokenizer = tokenizer
+        # Whether a tokenizer reads special tokens in a text is a switch inside of it, which two
+        # threads that encode at a time would throw for each other. So there are two, one for the
+        # template's text and one for users', and each throws it here for the last time.
+        self._user_tokenizer = copy.deepcopy(tokenizer)
+        self._tokenizer("a", add_special_tokens=False)
+        self._user_tokenizer("a", add_special_tokens=False, split_special_tokens=True)
         self._vocab_size = vocab_size
         self._salt = salt
-        # Whether a tokenizer reads special tokens in a text is a switch inside of it, so that two
-        # threads that encode at a time would throw it for each other.
-        self._lock = threading.Lock()
         self._cache: dict[str, TokenIds] = {}
         self._known: dict[str, TokenIds] | None = None  # texts, if they are remembered
         added = tokenizer.added_tokens_decoder.items()
@@ -68,8 +70,7 @@ class PromptEncoder:
         Raises:
             PromptError: if it is empty, of an unknown kind, or refused by the chat template.
         """
-        with self._lock:
-            encoded = build_prompt(self._pieces(prompt), self._salt)
+        encoded = build_prompt(self._pieces(prompt), self._salt)
         if len(encoded) == 0:
             raise PromptError("A prompt is empty. Give it at least one token.")
         return encoded
@@ -105,7 +106,7 @@ class PromptEncoder:
 
     def _read_text(self, text: str) -> TokenIds:
         try:
-            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            ids = self._user_tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         except (TypeError, UnicodeError) as error:
             raise PromptError(
                 "A text holds half a character (a lone surrogate), which no tokenizer reads. "
@@ -252,11 +253,12 @@ class PromptEncoder:
         return role
 
     def _template_ids(self, text: str) -> TokenIds:
-        if text not in self._cache:
+        ids = self._cache.get(text)
+        if ids is None:
             ids = as_token_ids(self._tokenizer(text, add_special_tokens=False).input_ids)
             if len(text) > _LONGEST_CACHED:
                 return ids
             if len(self._cache) > 1000:  # a template may print the time of day
                 self._cache.clear()
             self._cache[text] = ids
-        return self._cache[text]
+        return ids

@@ -50,6 +50,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         Limits,
         tenant_of=server.authenticate,
         max_body_bytes=settings.max_body_bytes,
+        max_body_objects=settings.max_body_objects,
         body_timeout_s=settings.body_timeout_s,
     )
     app.add_middleware(RequestLog)

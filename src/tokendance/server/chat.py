@@ -20,8 +20,8 @@ _ROLES = {"developer": "system", "function": "tool"}
 # ---- the prompt ---------------------------------------------------------------------------------
 
 
-def check_length(texts: Iterable[str], limit: int) -> None:
-    """Refuse texts that no context could hold, before they are tokenized.
+def check_length(texts: Iterable[str], limit: int, param: str = "messages") -> None:
+    """Refuse texts of a prompt that no context could hold, before they are tokenized.
 
     Raises:
         ApiError: if they have more than `limit` characters.
@@ -30,7 +30,7 @@ def check_length(texts: Iterable[str], limit: int) -> None:
     if total > limit:
         raise bad_request(
             f"The prompt has {total} characters, more than the model's context can hold.",
-            "messages",
+            param,
             "context_length_exceeded",
         )
 

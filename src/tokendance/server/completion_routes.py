@@ -16,7 +16,7 @@ from tokendance.server.chat import check_length
 from tokendance.server.errors import bad_request
 from tokendance.server.openapi import TextAnswer, whole_or_stream
 from tokendance.server.protocol import CompletionRequest
-from tokendance.server.running import Ask, answer, read_ask
+from tokendance.server.running import Ask, answer, check_choices, read_ask
 from tokendance.server.state import Server
 from tokendance.server.worker import Job
 
@@ -35,10 +35,10 @@ def add_completions(app: FastAPI, server: Server) -> None:
 
         def read() -> Ask:
             given = _prompts(body)
-            check_length(
-                (one for one in given if isinstance(one, str)),
-                server.max_characters * server.settings.max_choices,
-            )
+            check_choices(server, body, len(given))  # before all of them are read
+            for one in given:
+                if isinstance(one, str):
+                    check_length([one], server.max_characters, "prompt")
             prompts = [_encode(encoder, prompt) for prompt in given]
             return read_ask(server, body, prompts)
 

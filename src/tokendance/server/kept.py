@@ -66,11 +66,17 @@ class KeptSessions:
         }
         try:
             stored = self._tiers.disk.session(key)
+            caches: dict[str, SpokenCache] = {}
+            if stored is not None:  # who has not spoken since the server began is kept, too
+                caches = {
+                    agent: SpokenCache(one.token_ids, one.num_prompt)
+                    for agent, one in list(stored.caches.items())[: _MAX_AGENTS - len(said)]
+                }
             self._tiers.save(
                 key,
                 round_number=1 + (stored.round if stored is not None else 0),
                 state=b"",
-                caches={agent: cache for agent, (_, cache) in said.items()},
+                caches=caches | {agent: cache for agent, (_, cache) in said.items()},
                 heard=heard.values(),
                 salt=next(iter(said.values()))[0].salt,
             )

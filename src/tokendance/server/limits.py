@@ -26,6 +26,7 @@ class Limits:
         app: ASGIApp,
         tenant_of: Callable[[Scope], str],
         max_body_bytes: int,
+        max_body_objects: int,
         body_timeout_s: float,
     ) -> None:
         """Stand before an application.
@@ -34,11 +35,13 @@ class Limits:
             app: to protect.
             tenant_of: says who asks, by the head of a request; raises ApiError if nobody may.
             max_body_bytes: see `ServerSettings`.
+            max_body_objects: likewise.
             body_timeout_s: likewise.
         """
         self._app = app
         self._tenant_of = tenant_of
         self._max = max_body_bytes
+        self._max_objects = max_body_objects
         self._timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +58,7 @@ class Limits:
             await self._refuse(error, receive, send, more_body=True)
             return
         deadline = anyio.current_time() + self._timeout_s
-        num_read = 0
+        num_read = num_objects = 0
         is_whole = False
         is_refused = False
 
@@ -66,7 +69,7 @@ class Limits:
             raise HTTPException(error.status)  # ends the reading
 
         async def limited() -> Message:
-            nonlocal num_read, is_whole
+            nonlocal num_read, num_objects, is_whole
             if is_whole:
                 return await receive()  # waits for the client to leave, as long as it takes
             message: Message = {}
@@ -78,6 +81,11 @@ class Limits:
             num_read += len(message.get("body", b""))
             if num_read > self._max:
                 await refuse(self._too_large(), more_body=not is_whole)
+            # Each message, part and call in a body is an object, which takes a hundred times as
+            # long to check as the text in it. Those that are text are few.
+            num_objects += message.get("body", b"").count(b"{")
+            if num_objects > self._max_objects:
+                await refuse(self._too_many(), more_body=not is_whole)
             return message
 
         async def unless_refused(message: Message) -> None:
@@ -88,6 +96,13 @@ class Limits:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is larger than {self._max} bytes. Send less at a time.")
+
+    def _too_many(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The body has more than {self._max_objects} objects (messages, parts, calls: each is "
+            "a brace). Send fewer at a time.",
+        )
 
     def _too_slow(self) -> ApiError:
         return ApiError(408, f"The body was not there after {self._timeout_s} s. Ask again.")

@@ -14,7 +14,7 @@ _ERRORS = {
     413: "The body is too large, or the conversation has too many messages.",
     429: "Too many requests are being answered.",
     503: "The server stops, or its engine has failed.",
-    507: "What was said cannot be stored.",
+    507: "The store cannot be read.",
 }
 _WITH_BODY = (400, 404, 408, 413, 429, 503)
 _TEXT_OR_NONE = {"type": ["string", "null"]}
@@ -122,12 +122,13 @@ class TextAnswer(BaseModel):
 
 
 class AgentAnswer(BaseModel):
-    """What an agent of a round says."""
+    """What an agent of a round says; who ends last may have to warn that it is not stored."""
 
     agent: str
     message: AnswerMessage
     finish_reason: Literal["stop", "length"]
     usage: Usage
+    warning: str | None = None
 
 
 class AgentError(BaseModel):
@@ -135,6 +136,7 @@ class AgentError(BaseModel):
 
     agent: str
     error: dict[str, Any]
+    warning: str | None = None
 
 
 class RoundAnswer(BaseModel):

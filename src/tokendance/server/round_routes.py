@@ -9,16 +9,17 @@
 
 The answer has an entry for each agent, in their order; as a stream, an event for each as it ends.
 An agent that cannot be served has an `error`, and the others are unharmed. With a session, the
-server keeps what was said, and agents give their tasks only: see `server/sessions.py`.
+server keeps what was said, and agents give their tasks only: see `server/sessions.py`. If such a
+round cannot be stored, who ends last has a `warning` that says why.
 """
 
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -51,6 +52,8 @@ from tokendance.server.state import Server
 from tokendance.server.worker import Event, Job
 from tokendance.session import Asked, Session
 
+log = logging.getLogger("tokendance.server")
+
 
 def add_rounds(app: FastAPI, server: Server) -> None:
     """Add the route."""
@@ -68,10 +71,10 @@ def add_rounds(app: FastAPI, server: Server) -> None:
         async with AsyncExitStack() as stack:
             stack.enter_context(server.admitted(tenant, len(body.agents)))
             if body.session is None:
-                begun = await _begin(server, body, server.encoder(tenant))
+                begun = await _begin(server, body, tenant)
             else:
                 session = await stack.enter_async_context(sessions.round_of(body, tenant))
-                begun = await _begin_in_session(server, body, session)
+                begun = await _begin_in_session(server, body, tenant, session)
             jobs = list(begun.jobs.values())
             request.state.jobs = jobs
             server.worker.submit_round(jobs)
@@ -102,23 +105,24 @@ class _Begun:
         listener: hears its jobs.
         jobs: by the agents' places.
         refused: agents that cannot be served, likewise.
-        done: called with all outputs, by the agents' places, before the last is told.
+        done: called with all outputs, by the agents' places, before the last is told; says what
+            was wrong, if the round could not be stored.
         number: of the session's round, if it is one.
     """
 
     listener: Listener
     jobs: dict[int, Job]
     refused: dict[int, ApiError]
-    done: Callable[[dict[int, Output]], Awaitable[None]]
+    done: Callable[[dict[int, Output]], Awaitable[str | None]]
     number: int | None = None
 
 
-async def _begin(server: Server, body: RoundRequest, encoder: PromptEncoder) -> _Begun:
+async def _begin(server: Server, body: RoundRequest, tenant: str) -> _Begun:
     """Read a round that stands for itself."""
     listener = Listener()
 
     def read() -> list[Job | ApiError]:
-        remembering = encoder.remembering()
+        remembering = server.encoder(tenant).remembering()
         found: list[Job | ApiError] = []
         for index, agent in enumerate(body.agents):
             try:
@@ -128,16 +132,18 @@ async def _begin(server: Server, body: RoundRequest, encoder: PromptEncoder) -> 
                 found.append(error)
         return found
 
-    async def done(_: dict[int, Output]) -> None:
-        pass
+    async def done(_: dict[int, Output]) -> str | None:
+        return None
 
-    asked = await anyio.to_thread.run_sync(read)
+    asked = await server.in_thread(tenant, read)
     jobs = {index: job for index, job in enumerate(asked) if isinstance(job, Job)}
     refused = {index: job for index, job in enumerate(asked) if isinstance(job, ApiError)}
     return _Begun(listener, jobs, refused, done)
 
 
-async def _begin_in_session(server: Server, body: RoundRequest, session: Session) -> _Begun:
+async def _begin_in_session(
+    server: Server, body: RoundRequest, tenant: str, session: Session
+) -> _Begun:
     """Read the next round of a session; what is wrong with one agent is wrong with all of it."""
     if body.blocks:
         raise bad_request("A session knows what was said; leave blocks out.", "blocks")
@@ -169,12 +175,17 @@ async def _begin_in_session(server: Server, body: RoundRequest, session: Session
             job.request.session = session.key
         return asked, jobs
 
-    async def done(outputs: dict[int, Output]) -> None:
+    async def done(outputs: dict[int, Output]) -> str | None:
         session.hear(asked, [outputs[place] for place in order])
-        await server.worker.call(session.save)
+        try:
+            await server.worker.call(session.save)
+        except (TokenDanceError, ApiError) as error:  # what was answered is answered
+            log.warning("A round of a session is not on disk: %s", error)
+            return f"The round is not on disk: {error}"
+        return None
 
     try:
-        asked, made = await anyio.to_thread.run_sync(read)
+        asked, made = await server.in_thread(tenant, read)
     except InputError as error:
         raise bad_request(str(error), "agents") from error
     await server.worker.restore(session)
@@ -260,9 +271,10 @@ async def _entries(
     async for delta in deltas(begun.listener, begun.jobs, tokenizer, spelt=False):
         if delta.output is not None:
             outputs[delta.index] = delta.output
-            if len(outputs) == len(begun.jobs):
-                await begun.done(outputs)
-            yield delta.index, _entry(body.agents[delta.index].agent, delta.output)
+            entry = _entry(body.agents[delta.index].agent, delta.output)
+            if len(outputs) == len(begun.jobs) and (warning := await begun.done(outputs)):
+                entry["warning"] = warning
+            yield delta.index, entry
 
 
 def _entry(agent: str, output: Output) -> dict[str, Any]:

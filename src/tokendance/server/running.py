@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -70,13 +69,7 @@ def read_ask(
         ApiError: for what is not supported.
     """
     refuse_unsupported(body)
-    choices = body.n or 1
-    if choices * len(prompts) > server.settings.max_choices:
-        raise bad_request(
-            f"{len(prompts)} prompts with n = {choices} are more than the "
-            f"{server.settings.max_choices} answers that one request may have.",
-            "n",
-        )
+    choices = check_choices(server, body, len(prompts))
     size = server.llm.model.shape.vocab_size
     params = [sampling_params(body, server.settings, size, choice) for choice in range(choices)]
     given = body.round
@@ -93,6 +86,22 @@ def read_ask(
         else SessionKey(f"chat/{prompts[0].salt.hex()}", given.session),
         "prompt" if isinstance(body, CompletionRequest) else "messages",
     )
+
+
+def check_choices(server: Server, body: Sampling, num_prompts: int) -> int:
+    """How many answers each prompt of a request shall have.
+
+    Raises:
+        ApiError: if those are too many for one request.
+    """
+    choices = body.n or 1
+    if choices * num_prompts > server.settings.max_choices:
+        raise bad_request(
+            f"{num_prompts} prompts with n = {choices} are more than the "
+            f"{server.settings.max_choices} answers that one request may have.",
+            "n",
+        )
+    return choices
 
 
 def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], None]]) -> list[Job]:
@@ -121,12 +130,12 @@ def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], N
     return jobs
 
 
-async def begin(server: Server, read: Callable[[], Ask]) -> tuple[list[Job], Listener]:
+async def begin(server: Server, tenant: str, read: Callable[[], Ask]) -> tuple[list[Job], Listener]:
     """Read a request on another thread, while others of its round wait for it, and hand it in."""
     server.worker.arrive()
     listener = Listener()
     try:
-        ask = await anyio.to_thread.run_sync(read)
+        ask = await server.in_thread(tenant, read)
         jobs = make_jobs(server, ask, listener.of)
     except BaseException:
         server.worker.withdraw()
@@ -282,7 +291,7 @@ async def answer(
 
     async with AsyncExitStack() as stack:
         stack.enter_context(server.admitted(tenant))
-        jobs, listener = await begin(server, read)
+        jobs, listener = await begin(server, tenant, read)
         request.state.jobs = jobs
         if body.stream:
             wanted = body.stream_options is not None and body.stream_options.include_usage

@@ -6,7 +6,8 @@
 
 The next call with the same session gives new tasks, and everybody has heard what all said before.
 Who is not named in a call has left; who is new says who it is (`system`) and joins. With a store, a
-round is on disk when it is answered, and a session goes on after a restart.
+round is on disk when it is answered, if there is no `warning`, and a session goes on after a
+restart.
 """
 
 import asyncio

@@ -20,6 +20,8 @@ class ServerSettings:
         open_metrics: show /metrics to everybody. Otherwise, where there are keys, all paths but
             /health and /ready need one.
         max_body_bytes: larger requests are refused.
+        max_body_objects: likewise those of more JSON objects (messages, their parts, calls), by
+            their braces.
         body_timeout_s: requests that take longer to arrive are refused.
         max_messages: of one conversation.
         max_open_requests: that are answered at a time; more are told to come back. Half of them
@@ -42,6 +44,7 @@ class ServerSettings:
     allow_public: bool = False
     open_metrics: bool = False
     max_body_bytes: int = 8 * 2**20
+    max_body_objects: int = 100_000
     body_timeout_s: float = 60.0
     max_messages: int = 4096
     max_open_requests: int = 256
@@ -59,7 +62,13 @@ class ServerSettings:
                 f"Without an API key the server listens on this machine only, not on {self.host}. "
                 "Give --api-key, or --allow-public if everybody who reaches it may use it."
             )
-        for name in ("max_body_bytes", "max_messages", "max_open_requests", "default_max_tokens"):
+        for name in (
+            "max_body_bytes",
+            "max_body_objects",
+            "max_messages",
+            "max_open_requests",
+            "default_max_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
         if any(not key for key in self.api_keys):

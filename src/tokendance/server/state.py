@@ -1,16 +1,17 @@
 """What the routes work with."""
 
-import copy
 import hashlib
 import hmac
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
+import anyio.to_thread
 from fastapi import Request
 from starlette.types import Scope
 
@@ -23,6 +24,11 @@ from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
 from tokendance.server.tool_calls import ToolFormat, find_tool_format
 from tokendance.server.worker import Worker
+
+Result = TypeVar("Result")
+
+# Of each tenant, for reading what it sends.
+_THREADS = 4
 
 
 @dataclass(slots=True)
@@ -49,16 +55,13 @@ class Server:
     started_s: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     _open: Counter[str] = field(default_factory=Counter)  # requests that are answered, by tenant
+    _limiters: dict[str, anyio.CapacityLimiter] = field(default_factory=dict)
     _encoder: PromptEncoder = field(init=False)
     _encoders: dict[str, PromptEncoder] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.llm)
-        # Encoding changes a tokenizer for a moment, and the engine's thread decodes with the other.
-        model = self.llm.model
-        self._encoder = PromptEncoder(
-            copy.deepcopy(model.tokenizer), model.shape.vocab_size, make_salt()
-        )
+        self._encoder = self.llm.encoder.with_salt(make_salt())
         self.grammars = Grammars(self.llm.model)
         self.tools = find_tool_format(self._encoder)
         self.worker = Worker(
@@ -100,6 +103,15 @@ class Server:
     def num_open(self) -> int:
         """Requests that are being answered."""
         return self._open.total()
+
+    async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
+        """Do something of a tenant's that takes a while, such as reading prompts, on a thread.
+
+        Each tenant has a few of the threads, so that none keeps the others waiting.
+        """
+        if tenant not in self._limiters:
+            self._limiters[tenant] = anyio.CapacityLimiter(_THREADS)
+        return await anyio.to_thread.run_sync(work, limiter=self._limiters[tenant])
 
     @contextmanager
     def admitted(self, tenant: str, num_agents: int = 1) -> Iterator[None]:

@@ -210,11 +210,12 @@ class DiskStore:
         Sessions past their time go first, whole; then the KV of those used longest ago.
         """
         self.remove_expired(keep)
-        for key in reversed(self.index.session_keys()):
-            if self.num_bytes + num_bytes <= self.budget:
-                break
-            if key != keep:
-                self.drop_kv(key)
+        if self.num_bytes + num_bytes > self.budget:
+            for key in self.index.keys_with_kv():
+                if key != keep:
+                    self.drop_kv(key)
+                if self.num_bytes + num_bytes <= self.budget:
+                    break
         return self.num_bytes + num_bytes <= self.budget
 
     def remove_expired(self, keep: SessionKey | None = None) -> list[SessionKey]:

@@ -29,6 +29,10 @@ from tokendance.store.records import (
 
 VERSION = 1
 
+# How long another program that looks at the index may keep a change waiting, and whoever runs the
+# engine with it.
+_LOCKED_S = 5.0
+
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sessions (
@@ -96,6 +100,11 @@ def told(path: Path) -> Iterator[None]:
             raise StoreError(
                 f"The disk of {path} is full. What was stored before is unharmed; make room."
             ) from error
+        if "locked" in str(error):
+            raise StoreError(
+                f"{path} is being read by another program, which has to end first. What was stored "
+                "before is unharmed."
+            ) from error
         raise StoreError(
             f"{path} is damaged ({error}). Put a copy of it back, or use another folder."
         ) from error
@@ -136,7 +145,9 @@ class SessionIndex:
         is_new = not path.exists()
         if is_new:  # so that nobody else can read it from its first byte on
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        index = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        index = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, timeout=_LOCKED_S
+        )
         try:
             index.execute("PRAGMA synchronous = FULL")
             index.execute("PRAGMA foreign_keys = ON")
@@ -210,6 +221,15 @@ class SessionIndex:
     def session_keys(self) -> list[SessionKey]:
         """All sessions, those used last first."""
         rows = self._index.execute("SELECT tenant, name FROM sessions ORDER BY used_s DESC")
+        return [SessionKey(*row) for row in rows]
+
+    @_told
+    def keys_with_kv(self) -> list[SessionKey]:
+        """Sessions that have KV, those used longest ago first."""
+        rows = self._index.execute(
+            "SELECT tenant, name FROM sessions WHERE id IN (SELECT session FROM caches)"
+            " ORDER BY used_s"
+        )
         return [SessionKey(*row) for row in rows]
 
     @_told
@@ -494,7 +514,8 @@ def _transaction(index: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     index.execute("BEGIN IMMEDIATE")
     try:
         yield index
+        index.execute("COMMIT")
     except BaseException:
-        index.execute("ROLLBACK")
+        if index.in_transaction:  # SQLite may have ended it, as when the disk is full
+            index.execute("ROLLBACK")
         raise
-    index.execute("COMMIT")
