@@ -1,12 +1,13 @@
 """How tokens are drawn: the distribution, and the same tokens as by the plain way."""
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -123,17 +124,34 @@ def test_a_row_that_allows_nothing_harms_no_other(filters: dict[str, float]) -> 
     assert together[1:] == choose_tokens(logits[1:], [params], [random.Random(1)])
 
 
+def decode_bytes(token_ids: Sequence[int]) -> str:
+    return bytes(token_ids).decode("utf-8", "replace")
+
+
+def decode_with_fallback(token_ids: Sequence[int]) -> str:
+    """As tokenizers of Llama 2 do: of a run of bytes all is read, or nothing."""
+    pieces = []
+    for is_letter, run in itertools.groupby(token_ids, lambda token: token in b"ab "):
+        read = bytes(run)
+        try:
+            pieces.append(read.decode())
+        except UnicodeDecodeError:
+            assert not is_letter
+            pieces.append("\ufffd" * len(read))
+    return "".join(pieces)
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     text=st.text("ab é🧀\n", min_size=1, max_size=60),
     stops=st.lists(st.text("ab é🧀\n", min_size=1, max_size=5), min_size=1, max_size=3),
+    decode=st.sampled_from([decode_bytes, decode_with_fallback]),
 )
-def test_a_stop_text_is_found_when_its_last_byte_is_there(text: str, stops: list[str]) -> None:
+@example("🧀" * 9 + "\n", ["\n"], decode_with_fallback)
+def test_a_stop_text_is_found_when_its_last_byte_is_there(
+    text: str, stops: list[str], decode: Callable[[Sequence[int]], str]
+) -> None:
     """Only the end of an answer is read at each token; the whole answer says the same."""
-
-    def decode(token_ids: Sequence[int]) -> str:
-        return bytes(token_ids).decode("utf-8", "replace")
-
     tokens = list(text.encode())
     for length in range(1, len(tokens) + 1):
         whole = decode(tokens[:length])

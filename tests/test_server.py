@@ -800,6 +800,8 @@ def test_how_long_a_session_lasts_can_be_said_anew(roomy: LoadedModel, tmp_path:
             stored = disk.session(SessionKey("", "town"))
             assert stored is not None
             assert stored.ttl_s == expected
+            refused = ask_session(client, "ab", "Speak.", ttl_s=1.0, blocks={"a": "b"})
+            assert refused.status_code == 400  # and says nothing
     assert llm.session("town").ttl_s == 1e6
     llm.close()
 

@@ -405,6 +405,32 @@ def test_what_memory_has_evicted_stays_on_disk(roomy: LoadedModel, tmp_path: Pat
     llm.close()
 
 
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.85])
+def test_what_is_read_again_in_part_has_one_place_on_disk(
+    roomy: LoadedModel, tmp_path: Path, share: float
+) -> None:
+    """Some slots hold a row of the first time, others of the second; the file may go later."""
+    llm = open_llm(roomy, tmp_path / "store")
+    session = llm.session("town", PEOPLE, params=ANSWER)
+    run(session, 4)
+    assert llm.tiers is not None
+    disk, key = llm.tiers.disk, SessionKey("", "town")
+    before = disk.index.usage(key)
+    entries = list(llm.engine.store.order.in_turn())
+    for entry in entries[: int(share * len(entries))]:
+        llm.engine.store.drop(entry)
+    restored = session.restore(always=True)
+    assert restored is not None
+    assert restored.rows > 0
+    session.save()
+    assert disk.index.usage(key).stored_rows <= before.stored_rows
+    disk.drop_kv(key)
+    run(session, 1)
+    disk.check_integrity()
+    assert disk.verify() == []
+    llm.close()
+
+
 class Towns(RuleBasedStateMachine):
     """Sessions that talk, are evicted, reloaded, dropped and restarted, in any order."""
 

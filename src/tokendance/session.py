@@ -164,12 +164,12 @@ class Session:
         del self._members[name]
 
     def undo_point(self) -> Callable[[], None]:
-        """What brings back who is here now; it does nothing once a round has been heard."""
-        members, number = dict(self._members), self.round
+        """What brings back who is here now, and `ttl_s`, until a round has been heard."""
+        members, ttl_s, number = dict(self._members), self.ttl_s, self.round
 
         def undo() -> None:
             if self.round == number:
-                self._members = members
+                self._members, self.ttl_s = members, ttl_s
 
         return undo
 

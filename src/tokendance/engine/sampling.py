@@ -16,7 +16,7 @@ from tokendance.errors import ConfigError
 
 # What is likelier than so much of the likeliest token most often reaches `top_p`; all do.
 _LEAST_WEIGHTS = (2.0**-7, 2.0**-14, 0.0)
-# Below, the likeliest token is chosen as surely as at 0, and nothing overflows.
+# Lower ones are as good as this: near it, only tokens as likely as the likeliest are drawn.
 _LEAST_TEMPERATURE = 1e-5
 # Tokens more than a stop text can have, for characters that are cut and tokens without text.
 _MARGIN = 8
@@ -205,10 +205,11 @@ def text_up_to_stop(
         stops: texts that end it.
         decode: token ids to text.
     """
-    # A token has a byte or more, so the last few hold it; of those the first may be cut.
+    # A token has a byte or more, special ones aside, so the last few hold it. Where the first of
+    # them begins inside a character, some decoders read none of the bytes that follow.
     longest = max(len(stop.encode()) for stop in stops) + _MARGIN
     end = decode(generated[-longest:])
-    if not any(stop in end for stop in stops):
+    if "\ufffd" not in end and not any(stop in end for stop in stops):
         return None
     text = decode(generated)
     found = [at for at in map(text.find, stops) if at >= 0]

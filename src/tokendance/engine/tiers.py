@@ -193,8 +193,7 @@ class Tiers:
                 ttl_s=ttl_s,
             )
         except BaseException:
-            for file in written:
-                self._files.forget(file)
+            self._files.forget(written)
             self.disk.discard(written.values())
             raise
         for blocks, _ in found.values():
@@ -240,10 +239,11 @@ class Tiers:
             needed[slots] = True
         ours = self.disk.index.files_of(key).difference(keep)
         for file in ours.intersection(self._files.sparse(needed, _LEAST_SHARE)):
-            room -= self.disk.index.file(file).num_bytes  # until the old one is gone
+            # Until the old one is gone there are both, and of the new one half as much or less.
+            room -= self.disk.index.file(file).num_bytes
             if room < 0:
                 break
-            self._files.forget(file)
+            self._files.forget([file])
 
     def _choose_copies(
         self, heard: Iterable[TokenIds], salt: Salt, caches: Sequence[Slots]

@@ -70,7 +70,7 @@ def as_api_error(error: TokenDanceError) -> ApiError:
     if isinstance(error, AbortedError):
         return ApiError(503, str(error), headers={"Retry-After": "5"})
     if isinstance(error, StoreError):
-        return ApiError(507, str(error), code="not_stored")
+        return ApiError(507, str(error), code="store_failed")
     return ApiError(500, str(error), code="request_failed")
 
 

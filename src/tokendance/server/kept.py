@@ -66,12 +66,13 @@ class KeptSessions:
         }
         try:
             stored = self._tiers.disk.session(key)
-            caches: dict[str, SpokenCache] = {}
-            if stored is not None:  # who has not spoken since the server began is kept, too
-                caches = {
-                    agent: SpokenCache(one.token_ids, one.num_prompt)
-                    for agent, one in list(stored.caches.items())[: _MAX_AGENTS - len(said)]
-                }
+            # Who has not spoken since the server began is kept, too; who spoke last stands last.
+            before = [
+                (agent, SpokenCache(one.token_ids, one.num_prompt))
+                for agent, one in (stored.caches.items() if stored is not None else ())
+                if agent not in said
+            ]
+            caches = dict(before[max(0, len(said) + len(before) - _MAX_AGENTS) :])
             self._tiers.save(
                 key,
                 round_number=1 + (stored.round if stored is not None else 0),
@@ -82,3 +83,5 @@ class KeptSessions:
             )
         except TokenDanceError as error:
             log.warning("A session is not on disk; it goes on in memory: %s", error)
+        except Exception:  # whoever has asked is answered all the same
+            log.exception("a session could not be stored")

@@ -95,13 +95,16 @@ class Limits:
         await self._app(scope, limited, unless_refused)
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"The body is larger than {self._max} bytes. Send less at a time.")
+        return ApiError(
+            413,
+            f"The body is larger than {self._max} bytes. Send less at a time, or raise --max-body.",
+        )
 
     def _too_many(self) -> ApiError:
         return ApiError(
             413,
-            f"The body has more than {self._max_objects} objects (messages, parts, calls: each is "
-            "a brace). Send fewer at a time.",
+            f"The body has more than {self._max_objects} objects (messages, parts, references, "
+            "calls: each is a brace). Send fewer at a time, or raise --max-body-objects.",
         )
 
     def _too_slow(self) -> ApiError:

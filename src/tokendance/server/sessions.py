@@ -62,26 +62,29 @@ class Sessions:
             )
         async with place.lock:
             self._forget_oldest(places)
-            if place.session is None:
-                place.session = await self._server.worker.call(
-                    lambda: Session(
-                        self._server.llm,
-                        body.session,
-                        tenant=tenant,
-                        encoder=self._server.encoder(tenant),
-                    )
-                )
-            if body.ttl_s is not None:
-                place.session.ttl_s = body.ttl_s
-            # Who came and who left for a round that was refused, or that nobody waited for to its
-            # end, has neither come nor left.
-            undo = place.session.undo_point()
             try:
-                _admit(place.session, body)
-                yield place.session
+                if place.session is None:
+                    place.session = await self._server.worker.call(
+                        lambda: Session(
+                            self._server.llm,
+                            body.session,
+                            tenant=tenant,
+                            encoder=self._server.encoder(tenant),
+                        )
+                    )
+                # Who came and who left for a round that was refused, or that nobody waited for to
+                # its end, has neither come nor left.
+                undo = place.session.undo_point()
+                try:
+                    _admit(place.session, body)
+                    if body.ttl_s is not None:
+                        place.session.ttl_s = body.ttl_s
+                    yield place.session
+                finally:
+                    undo()
             finally:
-                undo()
-                if place.session.round == 0:  # it has not begun, and need not be remembered
+                # What has not begun need not be remembered.
+                if place.session is None or place.session.round == 0:
                     del places[body.session]
 
     @staticmethod

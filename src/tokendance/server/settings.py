@@ -20,8 +20,9 @@ class ServerSettings:
         open_metrics: show /metrics to everybody. Otherwise, where there are keys, all paths but
             /health and /ready need one.
         max_body_bytes: larger requests are refused.
-        max_body_objects: likewise those of more JSON objects (messages, their parts, calls), by
-            their braces.
+        max_body_objects: likewise those of more JSON objects, by their braces: messages, their
+            parts, calls, and references to blocks, of which a round in which all hear all has
+            agents times agents. Checking so many holds up everybody for a second.
         body_timeout_s: requests that take longer to arrive are refused.
         max_messages: of one conversation.
         max_open_requests: that are answered at a time; more are told to come back. Half of them
@@ -44,7 +45,7 @@ class ServerSettings:
     allow_public: bool = False
     open_metrics: bool = False
     max_body_bytes: int = 8 * 2**20
-    max_body_objects: int = 100_000
+    max_body_objects: int = 300_000
     body_timeout_s: float = 60.0
     max_messages: int = 4096
     max_open_requests: int = 256

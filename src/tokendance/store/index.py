@@ -309,8 +309,9 @@ class SessionIndex:
     def files_of(self, key: SessionKey) -> set[FileId]:
         """Files that this session, and no other, refers to."""
         rows = self._index.execute(
-            "SELECT file FROM refs JOIN caches ON cache = caches.id GROUP BY file"
-            " HAVING min(session) = max(session) AND min(session) = ?",
+            "SELECT DISTINCT file FROM refs JOIN caches ON cache = caches.id WHERE session = ?1"
+            " AND NOT EXISTS (SELECT 1 FROM refs AS others JOIN caches AS theirs"
+            "  ON others.cache = theirs.id WHERE others.file = refs.file AND theirs.session <> ?1)",
             (self._id(key),),
         )
         return {FileId(file) for (file,) in rows}

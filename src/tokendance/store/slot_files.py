@@ -40,15 +40,15 @@ class SlotFiles:
         self._stamp[slots] = self._store.slot_stamp[slots]
         self._slots[file] = slots
 
-    def forget(self, file: FileId) -> None:
-        """Note that a file is not there; nothing happens if nothing is known of it."""
-        slots = self._slots.pop(file, np.empty(0, np.int32))
-        self._stamp[slots[self._file[slots] == file]] = -1
+    def forget(self, files: Collection[FileId]) -> None:
+        """Note that files are not there; nothing happens for those of which nothing is known."""
+        known = [file for file in files if self._slots.pop(file, None) is not None]
+        if known:  # a file that was read again has slots of the first time, too
+            self._stamp[np.isin(self._file, known)] = -1
 
     def forget_all_but(self, files: Collection[FileId]) -> None:
         """Note that of all files only these are there."""
-        for file in self._slots.keys() - files:
-            self.forget(file)
+        self.forget(self._slots.keys() - files)
 
     def written(self, slots: Slots | slice = slice(None)) -> npt.NDArray[np.bool_]:
         """Whether what slots hold is on disk."""
@@ -89,16 +89,21 @@ class SlotFiles:
         return bool(rows.max() < len(slots) and self._alive(file, slots[rows]).all())
 
     def sparse(self, needed: npt.NDArray[np.bool_], least_share: float) -> list[FileId]:
-        """Files of whose rows less than a share are needed.
+        """Files of whose rows some are needed, and less than a share.
 
         Args:
             needed: by slot.
             least_share: of the rows of a file.
         """
+        slots = np.flatnonzero(needed & self.written())
+        files, place = np.unique(self._file[slots], return_inverse=True)
+        # A row may be in several slots.
+        rows = np.unique(place * (1 + self._row.max()) + self._row[slots])
+        counts = np.bincount(rows // (1 + self._row.max()), minlength=len(files))
         return [
-            file
-            for file, slots in self._slots.items()
-            if np.count_nonzero(needed[slots] & self._alive(file, slots)) < least_share * len(slots)
+            FileId(file)
+            for file, count in zip(files.tolist(), counts.tolist(), strict=True)
+            if count < least_share * len(self._slots[FileId(file)])
         ]
 
     def _alive(self, file: FileId, slots: Slots) -> npt.NDArray[np.bool_]:
