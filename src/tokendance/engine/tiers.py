@@ -70,19 +70,6 @@ class SpokenCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """What was written of a session.
-
-    Attributes:
-        new_bytes: of new files.
-        left_out: tokens whose KV does not fit the budget; they are computed again.
-    """
-
-    new_bytes: int
-    left_out: int
-
-
-@dataclass(frozen=True, slots=True)
 class Restored:
     """What was read of a session.
 
@@ -135,8 +122,8 @@ class Tiers:
         heard: Iterable[TokenIds],
         salt: Salt,
         ttl_s: float | None = None,
-    ) -> Saved:
-        """Make a session durable as it is now.
+    ) -> None:
+        """Make a session durable as it is now; KV that does not fit the budget is left out.
 
         Args:
             key: of the session.
@@ -161,7 +148,6 @@ class Tiers:
         for file, one, group in self._ahead.collect(key):
             written[file] = one
             self._files.note(file, group)
-        left_out = 0
         try:
             new_bytes = sum(map(len, self._groups(written, *wanted))) * self._row_bytes
             unnamed = self._ahead.num_bytes + sum(one.num_bytes for one in written.values())
@@ -173,8 +159,7 @@ class Tiers:
             for group in self._groups(written, *wanted):
                 rows = self._rows(group)
                 if file_bytes(rows) > room:
-                    left_out += len(group)
-                    continue
+                    continue  # and is computed again
                 file, one = self.disk.write(rows)
                 written[file] = one
                 room -= one.num_bytes
@@ -199,7 +184,6 @@ class Tiers:
         for blocks, _ in found.values():
             self._mark(blocks)
         self.bytes_on_disk = self.disk.num_bytes
-        return Saved(sum(one.num_bytes for one in written.values()), left_out)
 
     def _only_on_disk(
         self,
