@@ -23,9 +23,9 @@ from hypothesis.stateful import (
 from tokendance import LLM, Agent, SamplingParams, Session
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.request import Request
-from tokendance.errors import NotStoredError, StoreError
+from tokendance.errors import StoreError
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.outputs import RoundResult
+from tokendance.outputs import NotStoredError, RoundResult
 from tokendance.store.disk import DiskStore
 from tokendance.store.kv_file import KVRows, WrittenFile
 from tokendance.store.records import FileId, SessionKey

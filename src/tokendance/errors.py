@@ -12,7 +12,7 @@
     │   └── CacheError            KV from elsewhere does not fit: arrays, or what is said of them
     ├── StoreError                a folder of sessions that cannot be used
     │   ├── CorruptFileError      a file in it is not what was written
-    │   └── NotStoredError        a round was answered, and is not on disk
+    │   └── NotStoredError        a round was answered, and is not on disk (in outputs.py)
     ├── BaselineError             the engine that we compare with is missing or failed
     └── RequestError              a request could not be finished; the others are unharmed
         ├── BudgetError           the KV budget cannot hold it
@@ -22,11 +22,6 @@
 
 Each message is one sentence that says what happened, and one that says what to do.
 """
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokendance.outputs import RoundResult
 
 
 class TokenDanceError(Exception):
@@ -75,19 +70,6 @@ class StoreError(TokenDanceError):
 
 class CorruptFileError(StoreError):
     """A file of the store is not what was written."""
-
-
-class NotStoredError(StoreError):
-    """A round of a session was answered and heard, and is not on disk.
-
-    Attributes:
-        result: of the round.
-    """
-
-    def __init__(self, reason: str, result: "RoundResult") -> None:
-        """Tell why, and hand the round over all the same."""
-        super().__init__(f"{reason} The round was heard, and goes to disk with the next.")
-        self.result = result
 
 
 class BaselineError(TokenDanceError):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokendance.errors import TokenDanceError
+from tokendance.errors import StoreError, TokenDanceError
 from tokendance.rounds.segments import TokenIds
 
 
@@ -95,3 +95,16 @@ class RoundResult:
         for output in self.outputs:
             if output.error is not None:
                 raise output.error
+
+
+class NotStoredError(StoreError):
+    """A round of a session was answered and heard, and is not on disk.
+
+    Attributes:
+        result: of the round.
+    """
+
+    def __init__(self, reason: str, result: RoundResult) -> None:
+        """Tell why, and hand the round over all the same."""
+        super().__init__(f"{reason} The round was heard, and goes to disk with the next.")
+        self.result = result

@@ -24,9 +24,9 @@ import numpy as np
 
 from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.tiers import Restored, Restoring, SpokenCache
-from tokendance.errors import NotStoredError, RoundError, StoreError
+from tokendance.errors import RoundError, StoreError
 from tokendance.models.encoder import PromptEncoder
-from tokendance.outputs import Output, RoundResult
+from tokendance.outputs import NotStoredError, Output, RoundResult
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, as_token_ids
 from tokendance.store.records import SessionKey, StoredSession
