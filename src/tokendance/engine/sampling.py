@@ -207,7 +207,7 @@ def text_up_to_stop(
     """
     # A token has a byte or more, special ones aside, so the last few hold it. Where the first of
     # them begins inside a character, some decoders read none of the bytes that follow.
-    longest = max(len(stop.encode()) for stop in stops) + _MARGIN
+    longest = max(len(stop.encode(errors="surrogatepass")) for stop in stops) + _MARGIN
     end = decode(generated[-longest:])
     if "\ufffd" not in end and not any(stop in end for stop in stops):
         return None
