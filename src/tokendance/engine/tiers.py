@@ -218,25 +218,29 @@ class Tiers:
         Rows are forgotten where histories are cut and where agents leave; a file goes with its
         last. Writing what is left of it elsewhere costs no more than half of what it frees.
         """
-        needed = np.zeros(len(self._engine.store.slot_position), np.bool_)
-        for slots in (*caches, *copies):
-            needed[slots] = True
-        ours = self.disk.index.files_of(key).difference(keep)
-        for file in ours.intersection(self._files.sparse(needed, _LEAST_SHARE)):
+        sparse = self._files.sparse(self._marked([*caches, *copies]), _LEAST_SHARE)
+        forgotten: list[FileId] = []
+        for file in self.disk.index.own_files(key).difference(keep).intersection(sparse):
             # Until the old one is gone there are both, and of the new one half as much or less.
             room -= self.disk.index.file(file).num_bytes
             if room < 0:
                 break
-            self._files.forget([file])
+            forgotten.append(file)
+        self._files.forget(forgotten)
+
+    def _marked(self, several: Iterable[Slots]) -> npt.NDArray[np.bool_]:
+        """By slot, whether it is one of these."""
+        marked = np.zeros(len(self._engine.store.slot_position), np.bool_)
+        for slots in several:
+            marked[slots] = True
+        return marked
 
     def _choose_copies(
         self, heard: Iterable[TokenIds], salt: Salt, caches: Sequence[Slots]
     ) -> list[tuple[TokenIds, SegmentCopy]]:
         """One copy of each segment: that of which caches read most, of several the newest."""
         store = self._engine.store
-        is_read = np.zeros(len(store.slot_position), np.bool_)
-        for slots in caches:
-            is_read[slots] = True
+        is_read = self._marked(caches)
         chosen: list[tuple[TokenIds, SegmentCopy]] = []
         for segment in heard:
             copies = [

@@ -231,14 +231,13 @@ def _common_beginnings(texts: Sequence[TokenIds], prompts: Sequence[TokenIds]) -
 
     In a sorted list that is one of the two between which the text stands.
     """
-    ordered = sorted(prompts, key=lambda prompt: prompt.tobytes())
-    keys = [prompt.tobytes() for prompt in ordered]
+    by_bytes = {prompt.tobytes(): prompt for prompt in prompts}
+    ordered = sorted(by_bytes)
     found = []
     for text in texts:
-        place = bisect.bisect(keys, text.tobytes())
-        found.append(
-            max(_common_beginning(text, one) for one in ordered[max(0, place - 1) : place + 1])
-        )
+        place = bisect.bisect(ordered, text.tobytes())
+        nearest = ordered[max(0, place - 1) : place + 1]
+        found.append(max(_common_beginning(text, by_bytes[one]) for one in nearest))
     return found
 
 

@@ -40,8 +40,8 @@ class KeptSessions:
         return self._tiers.restoring(stored, salt) if stored is not None else None
 
     def note(self, key: SessionKey, request: Request) -> None:
-        """Take what an agent has read and said."""
-        if self._tiers is None or request.error is not None:
+        """Take what an agent has read and said, in a request without an error."""
+        if self._tiers is None:
             return
         cache = SpokenCache.of(request.prompt.token_ids, request.generated)
         sessions = self._said[key.tenant]

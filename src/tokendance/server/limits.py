@@ -78,12 +78,13 @@ class Limits:
             if not message:
                 await refuse(self._too_slow(), more_body=True)
             is_whole = not message.get("more_body", False)
-            num_read += len(message.get("body", b""))
+            body = message.get("body", b"")
+            num_read += len(body)
             if num_read > self._max:
                 await refuse(self._too_large(), more_body=not is_whole)
             # Each message, part and call in a body is an object, which takes a hundred times as
             # long to check as the text in it. Those that are text are few.
-            num_objects += message.get("body", b"").count(b"{")
+            num_objects += body.count(b"{")
             if num_objects > self._max_objects:
                 await refuse(self._too_many(), more_body=not is_whole)
             return message

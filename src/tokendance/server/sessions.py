@@ -64,14 +64,7 @@ class Sessions:
             self._forget_oldest(places)
             try:
                 if place.session is None:
-                    place.session = await self._server.worker.call(
-                        lambda: Session(
-                            self._server.llm,
-                            body.session,
-                            tenant=tenant,
-                            encoder=self._server.encoder(tenant),
-                        )
-                    )
+                    place.session = await self._load(body.session, tenant)
                 # Who came and who left for a round that was refused, or that nobody waited for to
                 # its end, has neither come nor left.
                 undo = place.session.undo_point()
@@ -86,6 +79,13 @@ class Sessions:
                 # What has not begun need not be remembered.
                 if place.session is None or place.session.round == 0:
                     del places[body.session]
+
+    async def _load(self, name: str, tenant: str) -> Session:
+        """A session as it is on disk, or a new one."""
+        llm, encoder = self._server.llm, self._server.encoder(tenant)
+        return await self._server.worker.call(
+            lambda: Session(llm, name, tenant=tenant, encoder=encoder)
+        )
 
     @staticmethod
     def _forget_oldest(places: OrderedDict[str, _Place]) -> None:

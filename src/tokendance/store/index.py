@@ -306,7 +306,7 @@ class SessionIndex:
         return {FileId(file) for (file,) in self._index.execute("SELECT id FROM files")}
 
     @_told
-    def files_of(self, key: SessionKey) -> set[FileId]:
+    def own_files(self, key: SessionKey) -> set[FileId]:
         """Files that this session, and no other, refers to."""
         rows = self._index.execute(
             "SELECT DISTINCT file FROM refs JOIN caches ON cache = caches.id WHERE session = ?1"

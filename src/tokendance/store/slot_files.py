@@ -98,8 +98,9 @@ class SlotFiles:
         slots = np.flatnonzero(needed & self.written())
         files, place = np.unique(self._file[slots], return_inverse=True)
         # A row may be in several slots.
-        rows = np.unique(place * (1 + self._row.max()) + self._row[slots])
-        counts = np.bincount(rows // (1 + self._row.max()), minlength=len(files))
+        stride = 1 + self._row.max()
+        rows = np.unique(place * stride + self._row[slots])
+        counts = np.bincount(rows // stride, minlength=len(files))
         return [
             FileId(file)
             for file, count in zip(files.tolist(), counts.tolist(), strict=True)
