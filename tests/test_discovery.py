@@ -11,7 +11,7 @@ from tokendance.rounds.discovery import Discovery, DiscoveryConfig, Found, Heard
 from tokendance.rounds.segments import EncodedPrompt, TokenIds, as_token_ids, make_salt
 
 GRAM = 4
-CONFIG = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, memory_tokens=2000)
+CONFIG = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, fresh_end=0, memory_tokens=2000)
 
 
 def words(seed: int, count: int) -> list[int]:
@@ -80,35 +80,22 @@ def test_prompts_one_after_another_find_what_the_earlier_ones_had() -> None:
         assert one.token_ids[first:last].tolist() == [*A, *B]
 
 
-def test_what_is_asked_in_the_same_words_behind_new_ones_is_computed() -> None:
-    """Whoever was asked before had not read them."""
-    question = words(4, 12)
-    first = [*words(10, 5), *A, *question]
-    alone = [*words(11, 5), *A, *words(12, GRAM), *question]
-    assert shared(discover([first], [alone])[0]) == [A]
-    # A round computes it for all, and nothing is new where only an edge is.
-    others = [[*words(20 + i, 5), *A, *words(12, GRAM), *question] for i in range(2)]
-    assert all(shared(one)[-1][-12:] == question for one in discover([first], others))
-    edge = [*words(11, 5), *A, *words(12, GRAM - 1), *question]
-    assert shared(discover([first], [edge])[0]) == [A, question]
-    # Behind what only goes on, too; a document is another thing.
-    discovery = Discovery(make_salt("test"), CONFIG)
-    discovery.segment([as_token_ids(first)], 0.0)
-    goes_on = as_token_ids([*first[:5], *words(12, GRAM), *question])
-    assert shared(discovery.segment([goes_on], 1.0, [5]).prompts[0]) == []
-    # A question that somebody asked in part is two pieces.
-    half = words(6, 12)
-    discovery = Discovery(make_salt("test"), CONFIG)
-    rest = [*A, *question, *half], [*A, *question, *half], [*A, *question, *words(14, 7)]
-    for now, one in enumerate(rest):
-        discovery.segment([as_token_ids([*words(16 + now, 5), *one])], now)
-    begin = [*words(16, 5), *rest[0]]
-    goes_on = as_token_ids([*begin, *words(15, GRAM), *question, *half])
-    assert shared(discovery.segment([goes_on], 3.0, [len(begin)]).prompts[0]) == []
-    document = words(5, 200)
-    first, alone = [*words(10, 5), *A, *document], [*words(11, 5), *A, *words(12, 9), *document]
-    found = discover([first], [alone])
-    assert shared(found[0]) == [A, document]
+def test_the_end_of_a_prompt_that_comes_alone_is_computed() -> None:
+    """Whoever was asked the same before had not read what is new."""
+    config = replace(CONFIG, fresh_end=CONFIG.min_tokens)
+    question, end = words(4, 12), words(5, config.fresh_end)
+    prompts = [[*words(10 + i, 5), *A, *words(20 + i, 9), *question, *end] for i in range(5)]
+    first, alone, *others = map(as_token_ids, prompts)
+    discovery = Discovery(make_salt("test"), config)
+    discovery.segment([first], 0.0)
+    assert shared(discovery.segment([alone], 1.0).prompts[0]) == [A, question]
+    # A round computes it for all.
+    for one in discovery.segment(others, 2.0).prompts:
+        assert shared(one) == [A, question, end]
+    # There may be no more than that, or less, behind what is known.
+    for short in ([*prompts[1], *end[:3]], [*prompts[1], *question[:9]]):
+        known = [len(prompts[1])]
+        assert shared(discovery.segment([as_token_ids(short)], 3.0, known).prompts[0]) == []
 
 
 def test_a_conversation_that_goes_on_shares_nothing_with_itself() -> None:

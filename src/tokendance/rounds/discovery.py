@@ -18,6 +18,11 @@ longer by then, and a prompt that comes late finds that of its round. Prompts of
 take part, too: agents who are asked one after another make a round that is drawn out. Of such a
 prompt only what follows after the beginning that it has in common with a new one: a conversation
 that goes on finds its beginning, exactly, by its prefix.
+
+What a prompt ends with is what is asked, often in the same words as of somebody before, who had not
+read what is new in this one: there it is on its way to be answered as it was then. In a round the
+first agent computes it, behind the new words, for all. Of a prompt that comes alone the last tokens
+take no part, where most of that way lies.
 """
 
 import bisect
@@ -42,8 +47,6 @@ _NONE = np.uint64(0)  # before the first gram of a prompt, and after its last
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: spreads hashes of hashes
 # So many short paths in a row are compared at once, few first.
 _JOINED = (2, 4)
-# Tokens of what is asked at a prompt's end; with a document there it would not pay to compute it.
-_LONGEST_END = 128
 # Earlier prompts, and pieces of such, that a prompt is compared with at most: those met last.
 _MOST_PROMPTS = 256
 _MOST_PIECES = 1024
@@ -58,13 +61,16 @@ class DiscoveryConfig:
     Attributes:
         gram: tokens that are compared at once; shorter pieces are never found.
         min_tokens: shorter pieces are not worth correcting their edges.
+        fresh_end: last tokens of a prompt that comes alone; they are computed. At least
+            `min_tokens`, so that in a round they are a piece by themselves.
         memory_tokens: texts that are kept for comparison, in tokens.
         recent_s: whole prompts take part so many seconds after they, or what they had in common
             with others, were last seen; with 0 only those that arrive together.
     """
 
     gram: int = 16
-    min_tokens: int = 32
+    min_tokens: int = 16
+    fresh_end: int = 16
     memory_tokens: int = 2**17
     recent_s: float = 600.0
 
@@ -132,11 +138,13 @@ class Discovery:
         # Each text that takes part, and where that part of it begins.
         texts = list(zip(earlier, begins_alike, strict=True))
         texts += [(text, 0) for text in met if not text.is_prompt][-_MOST_PIECES:]
-        parts = [one[begin:] for one, begin in zip(grams, news, strict=True)]
+        fresh = self._config.fresh_end if len(new) == 1 else 0
+        parts = [
+            one[begin : max(begin, len(one) - fresh)]
+            for one, begin in zip(grams, news, strict=True)
+        ]
         parts += [text.grams[begin:] for text, begin in texts]
         found = find_shared(parts, self._config.gram, self._config.min_tokens)
-        if len(new) == 1:
-            found[0] = _without_stale_end(found[0], news[0], len(new[0]), self._config.gram)
         cut = {
             key: build_prompt(_pieces(prompt, begin, ranges), self._salt)
             for (key, prompt), begin, ranges in zip(distinct.items(), news, found, strict=False)
@@ -194,36 +202,6 @@ class Discovery:
     def check_integrity(self) -> None:
         """Assert that what is remembered can be found, and no more."""
         self._memory.check_integrity()
-
-
-def _without_stale_end(
-    ranges: list[tuple[int, int]], begin: int, length: int, gram: int
-) -> list[tuple[int, int]]:
-    """Leave out what a prompt ends with, if that is short and stands behind words that are new.
-
-    That is what is asked, in the same words as of somebody before who had not read the new ones: it
-    would be answered as it was then. In a round the first agent computes it, behind the new words,
-    for all; here there is nobody else, and it is not much.
-
-    Args:
-        ranges: of shared pieces of a prompt that came alone, counted from `begin`.
-        begin: length of its beginning that is known.
-        length: of the prompt.
-        gram: so many tokens in a row that nobody had are new words.
-    """
-    end = length - begin
-    if not ranges or ranges[-1][1] != end:
-        return ranges
-    # A question that others have asked in part is several pieces, one behind the other.
-    count = 1
-    while count < len(ranges) and ranges[-count][0] - ranges[-count - 1][1] < gram:
-        count += 1
-    first = ranges[-count][0]
-    before = ranges[-count - 1][1] if count < len(ranges) else 0
-    begins_new = count == len(ranges) and begin == 0  # nothing known stands before
-    if begins_new or end - first > _LONGEST_END or first - before < gram:
-        return ranges
-    return ranges[:-count]
 
 
 def _common_beginnings(texts: Sequence[TokenIds], prompts: Sequence[TokenIds]) -> list[int]:
