@@ -23,7 +23,7 @@ from tokendance.engine.request import Request
 from tokendance.engine.shadow import ShadowReport
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.server.worker import Job
+from tokendance.server.jobs import Job
 
 CLIENTS = Path(__file__).parent / "frameworks"
 PYTHON = CLIENTS.parents[1] / ".venv-frameworks" / "bin" / "python"

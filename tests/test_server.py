@@ -25,12 +25,12 @@ from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.server.errors import ApiError
+from tokendance.server.jobs import Job
 from tokendance.server.logs import JsonFormatter
 from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
-from tokendance.server.worker import Job
 from tokendance.store.kv_file import KVRows, WrittenFile
 from tokendance.store.pages import Holder
 from tokendance.store.records import SessionKey

@@ -14,8 +14,8 @@ from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.models.loader import load_model
 from tokendance.rounds.segments import make_salt
+from tokendance.server.jobs import Job
 from tokendance.server.tool_calls import ToolFormat, find_tool_format
-from tokendance.server.worker import Job
 
 LISTING = "{% if tools %}{% for t in tools %}{{ t['function'] | tojson }}\n{% endfor %}{% endif %}"
 MESSAGE = "{{ '<|start|>' + m['role'] + '\n' + m['content'] }}"

@@ -10,7 +10,8 @@ from tokenizers.decoders import DecodeStream
 
 from tokendance.engine.sampling import TokenLogprobs
 from tokendance.outputs import Output
-from tokendance.server.worker import Event, Finished, Job, NewTokens, Worker
+from tokendance.server.jobs import Event, Finished, Job, NewTokens
+from tokendance.server.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)

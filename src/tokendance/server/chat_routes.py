@@ -9,12 +9,12 @@ from tokendance.engine.sampling import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.server.answers import Delta
 from tokendance.server.chat import constraint_of, encode_chat, is_marked
+from tokendance.server.jobs import Job
 from tokendance.server.openapi import ChatAnswer, whole_or_stream
 from tokendance.server.protocol import ChatRequest
 from tokendance.server.running import Ask, answer, read_ask
 from tokendance.server.state import Server
 from tokendance.server.tool_calls import ToolCall
-from tokendance.server.worker import Job
 
 
 def add_chat(app: FastAPI, server: Server) -> None:

@@ -14,11 +14,11 @@ from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta
 from tokendance.server.chat import check_length
 from tokendance.server.errors import bad_request
+from tokendance.server.jobs import Job
 from tokendance.server.openapi import TextAnswer, whole_or_stream
 from tokendance.server.protocol import CompletionRequest
 from tokendance.server.running import Ask, answer, check_choices, read_ask
 from tokendance.server.state import Server
-from tokendance.server.worker import Job
 
 
 def add_completions(app: FastAPI, server: Server) -> None:

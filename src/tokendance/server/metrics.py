@@ -1,7 +1,6 @@
 """What Prometheus reads at /metrics. Labels are few and never hold what clients send."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -9,10 +8,8 @@ from tokendance.engine.request import Request
 from tokendance.engine.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.outputs import Output
+from tokendance.server.jobs import Job
 from tokendance.store.pages import Holder
-
-if TYPE_CHECKING:
-    from tokendance.server.worker import Job
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
@@ -106,7 +103,7 @@ class Metrics:
         """Count a round."""
         self._agents.observe(agents)
 
-    def finish(self, job: "Job", request: Request, output: Output) -> None:
+    def finish(self, job: Job, request: Request, output: Output) -> None:
         """Count a request that is done."""
         self._requests.labels(output.finish_reason).inc()
         if output.error is not None:

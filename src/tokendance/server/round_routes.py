@@ -31,6 +31,7 @@ from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
 from tokendance.server.chat import as_message, check_length, sampling_params
 from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.jobs import Event, Job
 from tokendance.server.openapi import RoundAnswer, whole_or_stream
 from tokendance.server.protocol import (
     BlockRef,
@@ -49,7 +50,6 @@ from tokendance.server.running import (
 )
 from tokendance.server.sessions import Sessions
 from tokendance.server.state import Server
-from tokendance.server.worker import Event, Job
 from tokendance.session import Asked, Session
 
 log = logging.getLogger("tokendance.server")

@@ -22,9 +22,10 @@ from tokendance.server.answers import Delta, Listener, deltas, taken_back
 from tokendance.server.chat import sampling_params
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.grammar import GrammarConstraint
+from tokendance.server.jobs import Event, Job, RoundKey
 from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsupported
 from tokendance.server.state import Server
-from tokendance.server.worker import Event, Job, RoundKey, Worker
+from tokendance.server.worker import Worker
 from tokendance.store.entries import RoundId
 from tokendance.store.records import SessionKey
 

@@ -22,14 +22,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tokendance.engine.request import Request
-from tokendance.engine.sampling import TokenLogprobs
 from tokendance.errors import AbortedError, TokenDanceError
 from tokendance.llm import LLM, make_output
-from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import Salt
 from tokendance.server.errors import as_api_error
 from tokendance.server.idle_shadows import IdleShadows
+from tokendance.server.jobs import Finished, Job, NewTokens, RoundKey
 from tokendance.server.kept import KeptSessions
 from tokendance.server.metrics import Metrics
 from tokendance.server.reading import Readings
@@ -46,69 +45,6 @@ log = logging.getLogger("tokendance.server")
 _MAX_TENANTS = 64
 # A named round whose requests keep coming waits so many times as long as for one.
 _LONGEST_WAITS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class NewTokens:
-    """Tokens that a job has said since the last event.
-
-    Attributes:
-        token_ids: one or more.
-        logprobs: of each, if asked for.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A job is done, or has failed; nothing follows."""
-
-    output: Output
-
-
-Event = NewTokens | Finished
-
-
-@dataclass(frozen=True, slots=True)
-class RoundKey:
-    """A round that clients have named.
-
-    Attributes:
-        tenant: whose.
-        name: as the client calls it.
-    """
-
-    tenant: Salt
-    name: str
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One answer that somebody waits for.
-
-    Attributes:
-        request: for the engine; its prompt may be cut into segments anew before it starts.
-        listen: called with each event.
-        key: of the round that it belongs to, if a client named one.
-        round_size: requests of that round, if the client says.
-        marked: whether the client said which parts are shared.
-        session: whose KV is kept, if the client named one.
-        arrived_s: clock time.
-        num_sent: tokens that were told to the listener; the worker writes it.
-        alone: whether it started in a round of one; the worker writes it.
-    """
-
-    request: Request
-    listen: Callable[[Event], None]
-    key: RoundKey | None = None
-    round_size: int | None = None
-    marked: bool = False
-    session: SessionKey | None = None
-    arrived_s: float = field(default_factory=time.perf_counter)
-    num_sent: int = 0
-    alone: bool = True
 
 
 @dataclass(slots=True)
