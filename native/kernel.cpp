@@ -592,9 +592,12 @@ class Attention {
         while (column < columns_) scores[column++] = kNothing;
     }
 
+    // Weights are powers of 2.
+    float to_log2() const { return layer_.scale * 1.44269504f; }
+
     // Turn a tile's scores into weights, in place, and find the factors for the earlier output.
     void weigh(int query, int rows, float* scales) {
-        const float factor = layer_.scale * 1.44269504f;  // log2(e): weights are powers of 2
+        const float factor = to_log2();
         float tops[kTileStride] = {};
         for (int i = 0; i < rows; ++i) {
             const float* const scores = s_.scores + i * kBlock;
@@ -608,19 +611,20 @@ class Attention {
         float* const largest_before = s_.largest + largest_at(query);
         for (int i = 0; i < rows; i += kLanes) {
             const Floats before = load<Floats>(largest_before + i);
-            const Floats now = larger(load<Floats>(tops + i) * factor, before);
+            const Floats now = larger(load<Floats>(tops + i), before);
             // Where nothing is seen yet, all scores are -inf, and any finite number serves.
             const Floats shift = now == kNothing ? Floats{} : now;
             store(largest_before + i, now);
             store(shifts + i, shift);
-            store(scales + i, exp2<false>(before - shift));
+            store(scales + i, exp2<false>((before - shift) * factor));
         }
         for (int i = 0; i < rows; ++i) {
             float* const scores = s_.scores + i * kBlock;
             Floats total = {};
             for (int column = 0; column < columns_; column += kLanes) {
                 const Floats score = load<Floats>(scores + column);
-                const Floats weights = exp2<kPairs>(score * factor - shifts[i]);
+                // Exactly 0 for the largest, however large it is; never above.
+                const Floats weights = exp2<kPairs>((score - shifts[i]) * factor);
                 total += weights;
                 store_weights(scores, column, weights);
             }
@@ -654,7 +658,7 @@ class Attention {
         const int64_t at = plan_.partials[row] * heads + head;
         std::memcpy(partials.values + at * layer_.size, from, layer_.size * sizeof(float));
         partials.sums[at] = total;
-        partials.largest[at] = s_.largest[largest_at(query)];
+        partials.largest[at] = s_.largest[largest_at(query)] * to_log2();
     }
 
     const Plan& plan_;

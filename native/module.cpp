@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -63,6 +65,21 @@ struct alignas(64) CacheLine {
     char bytes[64];
 };
 
+// Memory of the calling thread, not initialised, which it keeps for the next call: a step is short,
+// and pages that are new to the process would take longer than what is written to them.
+template <int kUse, class Item>
+Item* kept_memory(size_t count) {
+    thread_local std::unique_ptr<CacheLine[]> memory;
+    thread_local size_t lines = 0;
+    const size_t needed = (count * sizeof(Item) + sizeof(CacheLine) - 1) / sizeof(CacheLine);
+    if (needed > lines) {
+        memory.reset();
+        memory.reset(new CacheLine[needed]);
+        lines = needed;
+    }
+    return reinterpret_cast<Item*>(memory.get());
+}
+
 // The plan of a step, with the tasks that it makes.
 class Step {
   public:
@@ -105,6 +122,8 @@ class Step {
         require(layer.rotated <= layer.size, "more components turn than a head has");
         layer.interleaved = interleaved;
         layer.scale = scale;
+        const nb::gil_scoped_release release;
+        const std::lock_guard<std::mutex> one_at_a_time(entry_);
         make_tasks(layer.group);
         run(layer, threads);
     }
@@ -124,8 +143,8 @@ class Step {
                 "units cover all rows and pieces");
         int64_t read = 0;
         for (int64_t i = 0; i < count; ++i) {
-            require(rows[i] <= rows[i + 1] && pieces[i] <= pieces[i + 1] &&
-                        pieces[i + 1] <= num_pieces,
+            require(rows[i] <= rows[i + 1] && rows[i + 1] <= rows[count] &&
+                        pieces[i] <= pieces[i + 1] && pieces[i + 1] <= num_pieces,
                     "units follow each other");
             units_.push_back({rows[i], rows[i + 1], pieces[i], pieces[i + 1]});
             for (int64_t piece = pieces[i]; piece < pieces[i + 1]; ++piece) {
@@ -278,14 +297,11 @@ class Step {
     }
 
     void run(const Layer& layer, int threads) {
-        const nb::gil_scoped_release release;
         const int64_t heads = layer.kv_heads * layer.group;
         const size_t numbers = static_cast<size_t>(num_partials_ * heads);
-        partial_values_.resize(numbers * layer.size);
-        partial_sums_.resize(numbers);
-        partial_largest_.resize(numbers);
-        const Partials partials{partial_values_.data(), partial_sums_.data(),
-                                partial_largest_.data()};
+        float* const memory = kept_memory<0, float>(numbers * (layer.size + 2));
+        const Partials partials{memory, memory + numbers * layer.size,
+                                memory + numbers * (layer.size + 1)};
 
         constexpr int64_t kRows = 256;  // fewer are not worth a second thread
         const int64_t chunks = (layer.rows + kRows - 1) / kRows;
@@ -294,8 +310,7 @@ class Step {
             kernel_->write(plan_, layer, i % layer.kv_heads, first,
                            std::min(layer.rows, first + kRows));
         });
-        const int64_t lines = (kernel_->scratch_bytes(layer.size) - 1) / sizeof(CacheLine) + 1;
-        scratch_.resize(lines * threads);
+        const int64_t scratch_bytes = kernel_->scratch_bytes(layer.size);
         // Tasks of many queries wait for arithmetic, those of few for memory. Threads begin with
         // one or the other, so that neither stands idle. Each call takes one task, and so `count`
         // calls take all of them.
@@ -309,7 +324,7 @@ class Step {
             if (i >= ends[kind]) i = next[1 - kind]++;
             Task task = tasks_[i / layer.kv_heads];
             task.kv_head = i % layer.kv_heads;
-            kernel_->attend(plan_, layer, task, partials, scratch_.data() + worker * lines);
+            kernel_->attend(plan_, layer, task, partials, kept_memory<1, char>(scratch_bytes));
         });
         constexpr int64_t kMerged = 16;
         const int64_t merged = static_cast<int64_t>(merged_rows_.size());
@@ -331,8 +346,7 @@ class Step {
     Plan plan_{};  // of the above
     std::vector<Task> tasks_;
     int64_t first_few_ = 0;  // of the tasks, the first of few queries
-    std::vector<float> partial_values_, partial_sums_, partial_largest_;
-    std::vector<CacheLine> scratch_;
+    std::mutex entry_;
 };
 
 }  // namespace

@@ -29,6 +29,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -82,6 +84,26 @@ MODELS: dict[str, tuple[type, type, dict[str, object]]] = {
             "sliding_window": 24,
             "sliding_window_pattern": 2,  # every second layer sees all
             "tie_word_embeddings": False,
+        },
+    ),
+    # Two rotations that differ in their lowest frequencies only.
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            "hidden_size": 256,  # heads of 64
+            "num_hidden_layers": 4,
+            "max_position_embeddings": 65536,
+            "sliding_window": 24,
+            "rope_theta": 500000,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "attention_factor": 1.2,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            },
         },
     ),
 }

@@ -6,7 +6,9 @@ import pytest
 
 from tokendance import LLM, Agent, Part, Prompt, RoundResult, SamplingParams, private, shared
 from tokendance.collector.owners import Start, in_order, order_starts
+from tokendance.collector.placement import FRESH_END
 from tokendance.rounds.segments import SegmentHash
+from tokendance.store.entries import RoundId
 
 MakeLLM = Callable[..., LLM]
 ONE = SamplingParams(max_tokens=1)
@@ -83,18 +85,42 @@ def test_agents_without_their_own_block(make_llm: MakeLLM) -> None:
 
 def test_what_follows_new_words_is_computed_anew(make_llm: MakeLLM) -> None:
     """A question that is asked in each round is read after what was said in this one."""
-    said, question = [block(i) for i in range(3)], block(9)
+    said, question = [block(i, 40) for i in range(2)], block(9, 40)
     llm = make_llm()
     llm.run_round([prompt(n, said[0], question) for n in range(3)], ONE)
     result = llm.run_round([prompt(n, said[0], said[1], question) for n in range(3)], ONE)
     # All find their private part and the first block; the first of them owns block and question.
     assert counts(result) == [
-        (2 * 20 + 3, 5 + 20, 0),
-        *[(2 * 4 + 3, 5 + n + 20 + 2 * 16, 2 * 4) for n in (1, 2)],
+        (2 * 40 + 3, 5 + 40, 0),
+        *[(2 * 4 + 3, 5 + n + 40 + 2 * 36, 2 * 4) for n in (1, 2)],
     ]
-    # With nothing new before it, it is what it was.
+    # With nothing new before it, or with few words, it is what it was, but for its end.
+    end = FRESH_END - 3
+    corrected = 2 * 4 + end
     result = llm.run_round([prompt(n, said[0], question) for n in (3, 4)], ONE)
-    assert counts(result)[0] == (8 + 2 * 4 + 3, 2 * 16, 2 * 4)
+    assert counts(result) == [(n + 5 + corrected + 3, 80 - corrected, corrected) for n in (3, 4)]
+    few = block(8, 31)
+    result = llm.run_round([prompt(n, few, said[0], question) for n in (5, 6)], ONE)
+    assert counts(result)[0] == (10 + 31 + corrected + 3, 80 - corrected, corrected)
+
+
+def test_what_all_are_asked_is_computed_by_one_of_the_round(make_llm: MakeLLM) -> None:
+    question = block(9, 40)
+    llm = make_llm()
+    engine = llm.engine
+
+    def ask(names: Sequence[int], round_id: RoundId) -> list[int]:
+        prompts = [Prompt([private([100 + n] * 5), question], agent=f"agent {n}") for n in names]
+        requests = [llm.make_request(one, ONE, round_id, "") for one in prompts]
+        engine.add(requests)
+        while engine.has_work:
+            engine.step()
+        return [len(one.prompt) - one.num_cached for one in requests]
+
+    first, second = engine.new_round_id(), engine.new_round_id()
+    assert ask([0, 1], first) == [45, 5 + 4 + 1]
+    assert ask([2], first) == [5 + 4 + 1]
+    assert ask([3, 4], second) == [5 + 4 + FRESH_END] * 2
 
 
 @pytest.mark.parametrize("is_first", [True, False])
@@ -102,7 +128,7 @@ def test_what_follows_new_words_is_computed_anew_by_whoever_comes(
     make_llm: MakeLLM, is_first: bool
 ) -> None:
     """Those who read only what is new make nothing older of what others read behind it."""
-    new, question, other = block(0), block(9), block(7)
+    new, question, other = block(0, 40), block(9), block(7)
     llm = make_llm()
     llm.run_round([prompt(n, question, other) for n in range(2)], ONE)
     prompts = [prompt(5, new), prompt(6, new, question, other), prompt(7, new, question, other)]
@@ -110,7 +136,7 @@ def test_what_follows_new_words_is_computed_anew_by_whoever_comes(
     computed = {output.agent: output.computed_tokens for output in result.outputs}
     privates = 10 + 11 + 12
     corrected = 2 * 4 + 2 * 4  # of what is new two read it, of the others one
-    assert sum(computed.values()) == privates + 3 * 20 + corrected + 3 * 3
+    assert sum(computed.values()) == privates + 40 + 2 * 20 + corrected + 3 * 3
 
 
 def test_neighbourhoods(make_llm: MakeLLM) -> None:
@@ -171,9 +197,9 @@ def test_repeated_reuse_is_limited(make_llm: MakeLLM) -> None:
     llm = make_llm(max_reuse_rounds=2)
     computed = []
     for turn in range(6):
-        one = Prompt([private([turn + 1] * 6), block(0, 40), private([2])])
+        one = Prompt([private([turn + 1] * 6), block(0, 40), private([2] * FRESH_END)])
         computed.append(llm.run_round([one], ONE).outputs[0].computed_tokens)
-    assert computed == [47, 11, 11, 47, 11, 11]
+    assert computed == [46 + FRESH_END, *[10 + FRESH_END] * 2] * 2
 
 
 def test_the_reuse_limit_does_not_split_a_round(make_llm: MakeLLM) -> None:

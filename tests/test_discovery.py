@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig, Found, Heard
+from tokendance.rounds.memory import GramHasher, TextMemory
 from tokendance.rounds.segments import EncodedPrompt, TokenIds, as_token_ids, make_salt
 
 GRAM = 4
-CONFIG = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, fresh_end=0, memory_tokens=2000)
+CONFIG = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, memory_tokens=2000)
 
 
 def words(seed: int, count: int) -> list[int]:
@@ -80,24 +81,6 @@ def test_prompts_one_after_another_find_what_the_earlier_ones_had() -> None:
         assert one.token_ids[first:last].tolist() == [*A, *B]
 
 
-def test_the_end_of_a_prompt_that_comes_alone_is_computed() -> None:
-    """Whoever was asked the same before had not read what is new."""
-    config = replace(CONFIG, fresh_end=CONFIG.min_tokens)
-    question, end = words(4, 12), words(5, config.fresh_end)
-    prompts = [[*words(10 + i, 5), *A, *words(20 + i, 9), *question, *end] for i in range(5)]
-    first, alone, *others = map(as_token_ids, prompts)
-    discovery = Discovery(make_salt("test"), config)
-    discovery.segment([first], 0.0)
-    assert shared(discovery.segment([alone], 1.0).prompts[0]) == [A, question]
-    # A round computes it for all.
-    for one in discovery.segment(others, 2.0).prompts:
-        assert shared(one) == [A, question, end]
-    # There may be no more than that, or less, behind what is known.
-    for short in ([*prompts[1], *end[:3]], [*prompts[1], *question[:9]]):
-        known = [len(prompts[1])]
-        assert shared(discovery.segment([as_token_ids(short)], 3.0, known).prompts[0]) == []
-
-
 def test_a_conversation_that_goes_on_shares_nothing_with_itself() -> None:
     first = [*words(10, 5), *A]
     second = [*first, *words(11, 9), *B]
@@ -134,6 +117,34 @@ def test_the_memory_stays_within_its_bounds(lengths: list[int], times: list[floa
         now += times[place]
         discovery.segment([as_token_ids([*words(place % 7, length), *A[: length % 20]])], now)
         discovery.check_integrity()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=12),
+    num_agents=st.integers(1, 3),
+)
+def test_conversations_that_fill_the_memory_go_on(
+    sizes: list[tuple[int, int]], num_agents: int
+) -> None:
+    discovery = Discovery(make_salt("test"), replace(CONFIG, memory_tokens=200))
+    heard = [words(10 + agent, 5) for agent in range(num_agents)]
+    for turn, (said, own) in enumerate(sizes):
+        for agent, one in enumerate(heard):
+            one += [*words(100 + turn, said), *words(1000 + 10 * turn + agent, own)]
+        prompts = [as_token_ids(one) for one in heard]
+        for prompt, found in zip(prompts, discovery.segment(prompts, turn).prompts, strict=True):
+            assert np.array_equal(found.token_ids, prompt)
+        discovery.check_integrity()
+
+
+def test_a_piece_does_not_keep_its_prompt() -> None:
+    memory = TextMemory(100, 60.0)
+    prompt = np.arange(1000, dtype=np.int32)
+    grams = GramHasher(GRAM).hashes(prompt[:10])
+    memory.add(prompt[:10], grams, 0.0, is_prompt=False)
+    (text,) = memory.meet(grams, 0.0)
+    assert not np.shares_memory(text.token_ids, prompt)
 
 
 def test_one_that_lacks_its_own_block() -> None:

@@ -61,6 +61,21 @@ def test_packed_runs_equal_transformers_generate(
         assert list(output.token_ids) == greedy(plain, prompt, 20)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["gemma3", "olmo3"])
+def test_each_layer_has_its_own_rotation(
+    architecture: str, dtype: str, model_folder: Callable[..., Path]
+) -> None:
+    model = load_model(str(model_folder(architecture)), dtype)
+    buffers = dict(model.module.named_buffers())
+    types: list[str] = model.module.config.layer_types  # type: ignore[union-attr, assignment]
+    assert len(set(types)) == 2
+    for layer, kind in zip(model.layers, types, strict=True):
+        (own,) = [found for name, found in buffers.items() if name.endswith(f"{kind}_inv_freq")]
+        assert torch.equal(layer.rope.inv_freq, own.float())
+        assert (layer.window is None) == (kind == "full_attention")
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 def test_correcting_all_is_exact(
     architecture: str, model_folder: Callable[..., Path], make_llm: MakeLLM

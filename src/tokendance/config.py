@@ -127,7 +127,7 @@ class EngineConfig:
             raise ConfigError(
                 f"A fidelity target chooses corrections for reuse 'collective', not {self.reuse!r}."
             )
-        if self.shadow and self.reuse in ("none", "prefix"):
+        if self.shadow and not self.reuses_segments:
             raise ConfigError(
                 f"With reuse {self.reuse!r} all answers are exact, and there is nothing to shadow. "
                 "Leave shadow (--shadow) out."
@@ -139,6 +139,11 @@ class EngineConfig:
             object.__setattr__(self, "correction", NoCorrection())
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens is {self.max_batch_tokens}. It must be 1 or more.")
+
+    @property
+    def reuses_segments(self) -> bool:
+        """Whether shared text is reused wherever it stands."""
+        return self.reuse not in ("none", "prefix")
 
     @property
     def takes_copies(self) -> bool:

@@ -46,6 +46,12 @@ from tokendance.store.pages import Holder, PageIds
 Positions = npt.NDArray[np.int64]
 
 UNPLACED = -1
+# Tokens at the end of a prompt that are computed, unless another of the round has done so. What is
+# asked there may be asked of all, in each round, and to reuse it from a round before means that it
+# has been read without what is new; most of what that spoils is in the last tokens (docs/log.md).
+FRESH_END = 32
+# New words, in tokens, that make what stands behind them stale.
+_MANY_WORDS = 32
 RECOMPUTED_SHARE = 0.15
 
 
@@ -140,7 +146,8 @@ def draft_placement(
 ) -> Draft:
     """Work out a placement. Changes nothing.
 
-    The last token of a prompt is always computed, since its logits are wanted.
+    The last token of a prompt is always computed, since its logits are wanted, and the last few are
+    unless another of the round has done so.
 
     Args:
         prompt: at least one token.
@@ -187,7 +194,9 @@ def draft_placement(
             owned.append((start, segment))
             continue
         afresh = policy.corrected(segment.token_ids)
-        afresh[length - 1 - start :] = True  # the prompt's last token, if it is in this segment
+        # Where copies are taken, what to compute again is chosen in the pass.
+        fresh = 1 if copy.round_id == round_id or rules.copies else FRESH_END
+        afresh[max(0, length - fresh - start) :] = True  # as far as it is in this segment
         new = np.arange(start, start + len(segment)) >= num_prefix
         reused = start + np.flatnonzero(new & ~afresh)
         (sources if rules.copies else slots)[reused] = copy.slots[reused - start]
@@ -327,15 +336,17 @@ def usable_copies(
 ) -> Iterator[tuple[int, Sequence[SegmentCopy]]]:
     """Copies that a request may take, by the places of their segments.
 
-    Behind a segment that is new in this round, copies of earlier rounds are stale: who computed
-    them had not read it. What a host asks in the same words in each round, behind what was said in
-    it, would be asked by one who has heard nothing of that.
+    Behind segments that are new in this round, copies of earlier rounds are stale: who computed
+    them had not read these. What a host asks in the same words in each round, behind what was said
+    in it, would be asked by one who has heard nothing of that. A few new words, as those that say
+    what time it is, matter little to all that follows.
     """
-    is_behind_new = False
+    num_new = 0
     for place_, (_, segment) in enumerate(segments):
         copies = store.copies(segment.hash, round_id)
-        is_behind_new |= all(copy.round_id == round_id for copy in copies)
-        if is_behind_new:
+        if all(copy.round_id == round_id for copy in copies):
+            num_new += len(segment)
+        if num_new >= _MANY_WORDS:
             copies = [copy for copy in copies if copy.round_id == round_id]
         yield place_, copies
 

@@ -71,7 +71,7 @@ class Scheduler:
             return ReuseRules(prefix=False, segments=False, leave=leave)
         return ReuseRules(
             prefix=reuse != "none",
-            segments=reuse not in ("none", "prefix") and request.in_round,
+            segments=self._config.reuses_segments and request.in_round,
             leave=leave,
             copies=self._config.takes_copies,
             owns_order=request.owns_order,

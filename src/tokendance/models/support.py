@@ -7,6 +7,7 @@ off, a token's query in any layer depends on the token and its position alone, s
 token at two positions must differ by exactly the rotation that we would apply.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,9 @@ from tokendance.models import hook
 
 # Fixed frequencies: rotations add up. "longrope" is fixed below its original context length.
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
-_PROBE_OFFSET = 7
+# So far that sets of frequencies differ that are alike but for their lowest, and not so far that
+# single precision would not do; a prime, so that no rotation is whole turns.
+_PROBE_OFFSET = 2003
 # What a model may hand to attention without changing the arithmetic.
 _HARMLESS_EXTRAS = {
     "position_ids",
@@ -160,7 +163,7 @@ def probe(model: nn.Module, config: Any) -> tuple[ModelShape, tuple[LayerKind, .
         logits = hook.forward(
             model,
             torch.tensor([token, token], device=device),
-            torch.tensor([0, _PROBE_OFFSET], device=device),
+            torch.tensor([0, _probe_offset(config)], device=device),
             torch.tensor([1], device=device),
             recorder,
         )
@@ -184,9 +187,13 @@ def probe(model: nn.Module, config: Any) -> tuple[ModelShape, tuple[LayerKind, .
     ), layers
 
 
+def _probe_offset(config: Any) -> int:
+    return max(1, min(_PROBE_OFFSET, max_context(config) - 1))
+
+
 def _layers(model: nn.Module, config: Any, recorder: _Probe) -> tuple[LayerKind, ...]:
     """What each layer has of its own; layers that are alike share one object."""
-    offset = np.array([_PROBE_OFFSET])
+    offset = np.array([_probe_offset(config)])
     ropes = [(rope, rope.tables(offset, rope.inv_freq.device)) for rope in _ropes(model)]
     kinds: dict[tuple[int, int | None], LayerKind] = {}
     found = []
@@ -195,12 +202,13 @@ def _layers(model: nn.Module, config: Any, recorder: _Probe) -> tuple[LayerKind,
         if window != _declared_window(config, layer):
             raise refusal(f"layer {layer} does not say which tokens its window hides")
         heads = (recorder.queries[layer], recorder.keys[layer])
-        for index, (rope, tables) in enumerate(ropes):
-            if all(_is_rotation(one, rope, tables) for one in heads):
-                found.append(kinds.setdefault((index, window), LayerKind(rope, window)))
-                break
-        else:
+        # The nearest: sets of frequencies may be alike but for the lowest.
+        residuals = [max(_residual(one, *rope) for one in heads) for rope in ropes]
+        index = int(np.argmin(residuals))
+        # Rounding of the model's own dtype is allowed; another rotation is far beyond it.
+        if residuals[index] > (1e-3 if heads[0].dtype == torch.float32 else 0.05):
             raise refusal("its queries and keys do not turn with position as RoPE says")
+        found.append(kinds.setdefault((index, window), LayerKind(ropes[index][0], window)))
     return tuple(found)
 
 
@@ -230,17 +238,18 @@ def _ropes(model: nn.Module) -> list[Rope]:
     return [Rope(found.float(), layout) for found in frequencies for layout in RopeLayout]
 
 
-def _is_rotation(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> bool:
-    """Whether the second token's heads (..., 2, D) are the first's, rotated."""
+def _residual(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> float:
+    """How far the second token's heads (..., 2, D) are from the first's, rotated.
+
+    In parts of the way from one to the other; infinite where the rotation is of other heads.
+    """
     first, second = heads[:, :1].float(), heads[:, 1:].float()
-    turned = rope.rotate(first, tables)
     if not second.isfinite().all():
-        return True  # the numbers are wrong, not the rotation; runs report it
-    # Rounding of the model's own dtype is allowed; another rotation is far beyond it.
-    tolerance = 0.05 if heads.dtype != torch.float32 else 1e-3
-    size = float(second.norm())
+        return 0.0  # the numbers are wrong, not the rotation; runs report it
     moved = float((first - second).norm())
-    return size > 0 and moved > 0 and float((turned - second).norm()) <= tolerance * moved
+    if 2 * len(rope.inv_freq) > heads.shape[-1] or moved == 0:
+        return math.inf
+    return float((rope.rotate(first, tables) - second).norm()) / moved
 
 
 def refusal(reason: str) -> UnsupportedModelError:

@@ -18,11 +18,6 @@ longer by then, and a prompt that comes late finds that of its round. Prompts of
 take part, too: agents who are asked one after another make a round that is drawn out. Of such a
 prompt only what follows after the beginning that it has in common with a new one: a conversation
 that goes on finds its beginning, exactly, by its prefix.
-
-What a prompt ends with is what is asked, often in the same words as of somebody before, who had not
-read what is new in this one: there it is on its way to be answered as it was then. In a round the
-first agent computes it, behind the new words, for all. Of a prompt that comes alone the last tokens
-take no part, where most of that way lies.
 """
 
 import bisect
@@ -61,8 +56,6 @@ class DiscoveryConfig:
     Attributes:
         gram: tokens that are compared at once; shorter pieces are never found.
         min_tokens: shorter pieces are not worth correcting their edges.
-        fresh_end: last tokens of a prompt that comes alone; they are computed. At least
-            `min_tokens`, so that in a round they are a piece by themselves.
         memory_tokens: texts that are kept for comparison, in tokens.
         recent_s: whole prompts take part so many seconds after they, or what they had in common
             with others, were last seen; with 0 only those that arrive together.
@@ -70,7 +63,6 @@ class DiscoveryConfig:
 
     gram: int = 16
     min_tokens: int = 16
-    fresh_end: int = 16
     memory_tokens: int = 2**17
     recent_s: float = 600.0
 
@@ -138,11 +130,7 @@ class Discovery:
         # Each text that takes part, and where that part of it begins.
         texts = list(zip(earlier, begins_alike, strict=True))
         texts += [(text, 0) for text in met if not text.is_prompt][-_MOST_PIECES:]
-        fresh = self._config.fresh_end if len(new) == 1 else 0
-        parts = [
-            one[begin : max(begin, len(one) - fresh)]
-            for one, begin in zip(grams, news, strict=True)
-        ]
+        parts = [one[begin:] for one, begin in zip(grams, news, strict=True)]
         parts += [text.grams[begin:] for text, begin in texts]
         found = find_shared(parts, self._config.gram, self._config.min_tokens)
         cut = {
@@ -186,16 +174,16 @@ class Discovery:
         texts: Sequence[tuple[Text, int]],
         now: float,
     ) -> None:
+        # Prompts that have gone on since are part of what they have become.
+        self._memory.discard(
+            text for text, begin in texts if text.is_prompt and begin == len(text.token_ids)
+        )
         for encoded in segmented:
             for _, segment in encoded.shared_segments():
                 ids = segment.token_ids
                 self._memory.add(ids, self._hasher.hashes(ids), now, is_prompt=False)
         if self._config.recent_s <= 0:
             return
-        # Prompts that have gone on since are part of what they have become.
-        self._memory.discard(
-            text for text, begin in texts if text.is_prompt and begin == len(text.token_ids)
-        )
         for prompt, hashes in zip(new, grams, strict=True):
             self._memory.add(prompt, hashes, now, is_prompt=True)
 

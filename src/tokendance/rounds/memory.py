@@ -73,12 +73,14 @@ class Text:
         grams: hashes of its grams.
         is_prompt: a whole prompt, else a piece that several prompts had.
         used_s: when a prompt last had something of it.
+        number: of the texts, in the order in which they were added.
     """
 
     token_ids: TokenIds
     grams: Words
     is_prompt: bool
     used_s: float
+    number: int
 
 
 class TextMemory:
@@ -140,7 +142,8 @@ class TextMemory:
             return
         number = self._next
         self._next += 1
-        self._texts[number] = Text(token_ids, grams, is_prompt, now)
+        # A piece is cut from a prompt, and would keep all of it.
+        self._texts[number] = Text(token_ids.copy(), grams, is_prompt, now, number)
         self._numbers[key] = number
         self._num_tokens += len(token_ids)
         ordered = np.sort(grams)
@@ -158,7 +161,7 @@ class TextMemory:
 
     def discard(self, texts: Iterable[Text]) -> None:
         """Forget some texts."""
-        self._forget([self._numbers[text.token_ids.tobytes(), text.is_prompt] for text in texts])
+        self._forget([text.number for text in texts])
 
     def _forget(self, numbers: list[int]) -> None:
         if not numbers:

@@ -366,7 +366,7 @@ class Worker:
 
     def _discover(self, salt: Salt, known: Sequence[tuple[Job, int]]) -> None:
         """Cut the prompts of jobs into segments; with each job, what its prefix finds."""
-        if not known:
+        if not known or not self._llm.engine.config.reuses_segments:
             return
         jobs = [job for job, _ in known]
         if salt not in self._discoveries:

@@ -33,6 +33,9 @@ from tokendance.store.entries import (
 from tokendance.store.eviction import EvictionOrder
 from tokendance.store.pages import Holder, PageIds, PagePool
 
+# Copies of one segment that a request may choose from.
+_MOST_COPIES = 64
+
 
 class KVStore:
     """Pages, what is known of each slot, and the two indexes.
@@ -110,15 +113,17 @@ class KVStore:
         return blocks, np.concatenate(slots) if slots else np.empty(0, np.int32)
 
     def copies(self, segment: SegmentHash, round_id: RoundId) -> Sequence[SegmentCopy]:
-        """List the copies of a segment that a round may reuse. Changes nothing.
+        """List the copies of a segment that a round may reuse, the newest last. Changes nothing.
 
-        A round that has begun to reuse a copy may go on, so that its agents all read the same.
+        A round that has begun to reuse a copy may go on, so that its agents all read the same. Of
+        a text that repeats itself there may be thousands; then the newest are listed.
         """
-        return [
+        usable = (
             copy
-            for copy in self._segments.get(segment, ())
+            for copy in reversed(self._segments.get(segment, ()))
             if round_id in copy.rounds or len(copy.rounds) < self._max_reuse_rounds
-        ]
+        )
+        return list(itertools.islice(usable, _MOST_COPIES))[::-1]
 
     def all_copies(self, segment: SegmentHash) -> Sequence[SegmentCopy]:
         """List every copy of a segment, also those that have been reused enough."""
