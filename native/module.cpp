@@ -65,19 +65,29 @@ struct alignas(64) CacheLine {
     char bytes[64];
 };
 
-// Memory of the calling thread, not initialised, which it keeps for the next call: a step is short,
-// and pages that are new to the process would take longer than what is written to them.
-template <int kUse, class Item>
-Item* kept_memory(size_t count) {
-    thread_local std::unique_ptr<CacheLine[]> memory;
-    thread_local size_t lines = 0;
-    const size_t needed = (count * sizeof(Item) + sizeof(CacheLine) - 1) / sizeof(CacheLine);
-    if (needed > lines) {
-        memory.reset();
-        memory.reset(new CacheLine[needed]);
-        lines = needed;
+// Memory that starts as it is, and grows if it must; then nothing of it is kept.
+class Buffer {
+  public:
+    char* of(int64_t bytes) {
+        const int64_t lines = (bytes + sizeof(CacheLine) - 1) / sizeof(CacheLine);
+        if (lines > lines_) {
+            lines_ = 0;
+            memory_.reset(new CacheLine[lines]);
+            lines_ = lines;
+        }
+        return reinterpret_cast<char*>(memory_.get());
     }
-    return reinterpret_cast<Item*>(memory.get());
+
+  private:
+    std::unique_ptr<CacheLine[]> memory_;
+    int64_t lines_ = 0;
+};
+
+// Each thread's scratch memory, kept from step to step: for many threads, to map new pages takes
+// longer than a step of few rows. It lies near the core that writes it first.
+Buffer& thread_scratch() {
+    thread_local Buffer scratch;
+    return scratch;
 }
 
 // The plan of a step, with the tasks that it makes.
@@ -298,8 +308,9 @@ class Step {
 
     void run(const Layer& layer, int threads) {
         const int64_t heads = layer.kv_heads * layer.group;
-        const size_t numbers = static_cast<size_t>(num_partials_ * heads);
-        float* const memory = kept_memory<0, float>(numbers * (layer.size + 2));
+        const int64_t numbers = num_partials_ * heads;
+        const int64_t partial_bytes = numbers * (layer.size + 2) * sizeof(float);
+        float* const memory = reinterpret_cast<float*>(partials_memory_.of(partial_bytes));
         const Partials partials{memory, memory + numbers * layer.size,
                                 memory + numbers * (layer.size + 1)};
 
@@ -324,7 +335,7 @@ class Step {
             if (i >= ends[kind]) i = next[1 - kind]++;
             Task task = tasks_[i / layer.kv_heads];
             task.kv_head = i % layer.kv_heads;
-            kernel_->attend(plan_, layer, task, partials, kept_memory<1, char>(scratch_bytes));
+            kernel_->attend(plan_, layer, task, partials, thread_scratch().of(scratch_bytes));
         });
         constexpr int64_t kMerged = 16;
         const int64_t merged = static_cast<int64_t>(merged_rows_.size());
@@ -346,6 +357,7 @@ class Step {
     Plan plan_{};  // of the above
     std::vector<Task> tasks_;
     int64_t first_few_ = 0;  // of the tasks, the first of few queries
+    Buffer partials_memory_;
     std::mutex entry_;
 };
 
