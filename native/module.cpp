@@ -65,29 +65,18 @@ struct alignas(64) CacheLine {
     char bytes[64];
 };
 
-// Memory that starts as it is, and grows if it must; then nothing of it is kept.
-class Buffer {
-  public:
-    char* of(int64_t bytes) {
-        const int64_t lines = (bytes + sizeof(CacheLine) - 1) / sizeof(CacheLine);
-        if (lines > lines_) {
-            lines_ = 0;
-            memory_.reset(new CacheLine[lines]);
-            lines_ = lines;
-        }
-        return reinterpret_cast<char*>(memory_.get());
+// Each thread's scratch memory, not initialised, kept from step to step: for many threads, to map new
+// pages takes longer than a step of few rows. It lies near the core that writes it first.
+char* thread_scratch(int64_t bytes) {
+    thread_local std::unique_ptr<CacheLine[]> memory;
+    thread_local int64_t lines = 0;
+    const int64_t needed = (bytes + sizeof(CacheLine) - 1) / sizeof(CacheLine);
+    if (needed > lines) {
+        lines = 0;
+        memory.reset(new CacheLine[needed]);
+        lines = needed;
     }
-
-  private:
-    std::unique_ptr<CacheLine[]> memory_;
-    int64_t lines_ = 0;
-};
-
-// Each thread's scratch memory, kept from step to step: for many threads, to map new pages takes
-// longer than a step of few rows. It lies near the core that writes it first.
-Buffer& thread_scratch() {
-    thread_local Buffer scratch;
-    return scratch;
+    return reinterpret_cast<char*>(memory.get());
 }
 
 // The plan of a step, with the tasks that it makes.
@@ -308,11 +297,12 @@ class Step {
 
     void run(const Layer& layer, int threads) {
         const int64_t heads = layer.kv_heads * layer.group;
-        const int64_t numbers = num_partials_ * heads;
-        const int64_t partial_bytes = numbers * (layer.size + 2) * sizeof(float);
-        float* const memory = reinterpret_cast<float*>(partials_memory_.of(partial_bytes));
-        const Partials partials{memory, memory + numbers * layer.size,
-                                memory + numbers * (layer.size + 1)};
+        const size_t numbers = static_cast<size_t>(num_partials_ * heads);
+        partial_values_.resize(numbers * layer.size);
+        partial_sums_.resize(numbers);
+        partial_largest_.resize(numbers);
+        const Partials partials{partial_values_.data(), partial_sums_.data(),
+                                partial_largest_.data()};
 
         constexpr int64_t kRows = 256;  // fewer are not worth a second thread
         const int64_t chunks = (layer.rows + kRows - 1) / kRows;
@@ -335,7 +325,7 @@ class Step {
             if (i >= ends[kind]) i = next[1 - kind]++;
             Task task = tasks_[i / layer.kv_heads];
             task.kv_head = i % layer.kv_heads;
-            kernel_->attend(plan_, layer, task, partials, thread_scratch().of(scratch_bytes));
+            kernel_->attend(plan_, layer, task, partials, thread_scratch(scratch_bytes));
         });
         constexpr int64_t kMerged = 16;
         const int64_t merged = static_cast<int64_t>(merged_rows_.size());
@@ -357,7 +347,7 @@ class Step {
     Plan plan_{};  // of the above
     std::vector<Task> tasks_;
     int64_t first_few_ = 0;  // of the tasks, the first of few queries
-    Buffer partials_memory_;
+    std::vector<float> partial_values_, partial_sums_, partial_largest_;
     std::mutex entry_;
 };
 
