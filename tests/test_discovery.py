@@ -142,7 +142,7 @@ def test_a_piece_does_not_keep_its_prompt() -> None:
     memory = TextMemory(100, 60.0)
     prompt = np.arange(1000, dtype=np.int32)
     grams = GramHasher(GRAM).hashes(prompt[:10])
-    memory.add(prompt[:10], grams, 0.0, is_prompt=False)
+    memory.add([(prompt[:10], grams)], 0.0, is_prompt=False)
     (text,) = memory.meet(grams, 0.0)
     assert not np.shares_memory(text.token_ids, prompt)
 

@@ -178,14 +178,15 @@ class Discovery:
         self._memory.discard(
             text for text, begin in texts if text.is_prompt and begin == len(text.token_ids)
         )
-        for encoded in segmented:
-            for _, segment in encoded.shared_segments():
-                ids = segment.token_ids
-                self._memory.add(ids, self._hasher.hashes(ids), now, is_prompt=False)
-        if self._config.recent_s <= 0:
-            return
-        for prompt, hashes in zip(new, grams, strict=True):
-            self._memory.add(prompt, hashes, now, is_prompt=True)
+        pieces = {
+            segment.hash: segment.token_ids
+            for encoded in segmented
+            for _, segment in encoded.shared_segments()
+        }
+        hashed = [(ids, self._hasher.hashes(ids)) for ids in pieces.values()]
+        self._memory.add(hashed, now, is_prompt=False)
+        if self._config.recent_s > 0:
+            self._memory.add(zip(new, grams, strict=True), now, is_prompt=True)
 
     def check_integrity(self) -> None:
         """Assert that what is remembered can be found, and no more."""
@@ -356,7 +357,7 @@ def _find_paths(grams: Sequence[Words], texts: Sequence[int]) -> list[list[_Path
     after[ends[counts > 0] - 1] = _NONE
 
     # Equal grams side by side: do they stand in several texts, and do all go on alike?
-    order = np.argsort(gram, kind="stable")
+    order = np.argsort(gram)
     firsts = np.flatnonzero(np.concatenate(([True], np.diff(gram[order]) != 0)))
     group = np.empty(len(gram), np.int64)
     group[order] = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(gram))))

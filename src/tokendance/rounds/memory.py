@@ -7,7 +7,7 @@ grams, and only the texts that it meets there are compared with it.
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,34 +130,52 @@ class TextMemory:
             found.append(text)
         return found
 
-    def add(self, token_ids: TokenIds, grams: Words, now: float, *, is_prompt: bool) -> None:
-        """Remember a text; one that is too long for this memory is not."""
-        key = (token_ids.tobytes(), is_prompt)
-        if key in self._numbers:
-            number = self._numbers[key]
-            self._texts[number].used_s = now
-            self._texts.move_to_end(number)
-            return
-        if len(token_ids) > self._max_tokens or len(grams) == 0:
-            return
-        number = self._next
-        self._next += 1
-        # A piece is cut from a prompt, and would keep all of it.
-        self._texts[number] = Text(token_ids.copy(), grams, is_prompt, now, number)
-        self._numbers[key] = number
-        self._num_tokens += len(token_ids)
-        ordered = np.sort(grams)
-        places = np.searchsorted(self._grams, ordered)
-        self._grams = np.insert(self._grams, places, ordered)
-        self._holders = np.insert(self._holders, places, number)
-        excess = self._num_tokens - self._max_tokens
+    def add(self, texts: Iterable[tuple[TokenIds, Words]], now: float, *, is_prompt: bool) -> None:
+        """Remember texts that came together; one that is too long for this memory is not.
+
+        Args:
+            texts: token ids of each, and hashes of its grams.
+            now: clock time in seconds.
+            is_prompt: whether they are whole prompts.
+        """
+        added: list[Text] = []
+        for token_ids, grams in texts:
+            key = (token_ids.tobytes(), is_prompt)
+            if key in self._numbers:
+                number = self._numbers[key]
+                self._texts[number].used_s = now
+                self._texts.move_to_end(number)
+            elif len(grams) > 0 and len(token_ids) <= self._max_tokens:
+                # A piece is cut from a prompt, and would keep all of it.
+                text = Text(token_ids.copy(), grams, is_prompt, now, self._next)
+                self._texts[text.number] = text
+                self._numbers[key] = text.number
+                self._num_tokens += len(token_ids)
+                self._next += 1
+                added.append(text)
+        self._forget(self._oldest(self._num_tokens - self._max_tokens))
+        self._index([text for text in added if text.number in self._texts])
+
+    def _oldest(self, num_tokens: int) -> list[int]:
+        """Texts that were met longest ago, with at least so many tokens together."""
         oldest = []
         for number, text in self._texts.items():
-            if excess <= 0:
+            if num_tokens <= 0:
                 break
             oldest.append(number)
-            excess -= len(text.token_ids)
-        self._forget(oldest)
+            num_tokens -= len(text.token_ids)
+        return oldest
+
+    def _index(self, texts: Sequence[Text]) -> None:
+        """Put the grams of texts among all, in one go: each time all of them are copied."""
+        if not texts:
+            return
+        grams = np.concatenate([text.grams for text in texts])
+        holders = np.repeat([text.number for text in texts], [len(text.grams) for text in texts])
+        order = np.argsort(grams)
+        places = np.searchsorted(self._grams, grams[order])
+        self._grams = np.insert(self._grams, places, grams[order])
+        self._holders = np.insert(self._holders, places, holders[order])
 
     def discard(self, texts: Iterable[Text]) -> None:
         """Forget some texts."""
