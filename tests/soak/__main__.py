@@ -6,9 +6,11 @@ import sys
 from rich.console import Console
 
 from soak.run import soak
+from tokendance.server.process import limit_arenas
 
 parser = argparse.ArgumentParser(prog="soak", description="The server under load.")
 parser.add_argument("--seconds", type=float, default=600.0)
 parser.add_argument("--seed", type=int, default=0)
 given = parser.parse_args()
+limit_arenas()  # as `tokendance serve` does
 sys.exit(1 if soak(given.seconds, given.seed, Console()) else 0)

@@ -19,6 +19,7 @@ from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.server.app import create_app
 from tokendance.server.logs import LogFormat, configure
+from tokendance.server.process import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 
@@ -43,6 +44,7 @@ class EngineOptions:
 
 def serve(options: EngineOptions, settings: ServerSettings, console: Console) -> None:
     """Load the model and serve until interrupted; what is under way is finished first."""
+    limit_arenas()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with console.status(f"Loading {escape(options.model)} ..."):
@@ -77,7 +79,8 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
         f"{format_bytes(llm.engine.config.store.kv_budget)}"
     )
     try:
-        _DrainingServer(config, app.state.server, console).run()
+        with objects_frozen():
+            _DrainingServer(config, app.state.server, console).run()
     finally:
         llm.close()
 

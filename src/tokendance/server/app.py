@@ -1,5 +1,6 @@
 """The application: routes, errors, and what operators need."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
 from tokendance.server.openapi import DocumentedAPI, ModelCard, ModelList, Status
+from tokendance.server.process import give_back_memory
 from tokendance.server.round_routes import add_rounds
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
@@ -35,7 +37,9 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         server.worker.start()
+        giving_back = asyncio.create_task(give_back_memory())
         yield
+        giving_back.cancel()
         server.is_draining = True
         await anyio.to_thread.run_sync(server.worker.stop, settings.drain_s)
 

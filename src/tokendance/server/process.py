@@ -1,0 +1,66 @@
+"""What a process that serves for weeks does about its memory."""
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import anyio
+import anyio.to_thread
+
+_M_ARENA_MAX = -8  # in malloc.h of glibc
+_ARENAS = 2
+_GIVE_BACK_S = 60.0
+
+
+def limit_arenas() -> None:
+    """Have all threads take memory from a few arenas; to be called before they are started.
+
+    Otherwise glibc's malloc makes up to eight for each core, and each keeps megabytes of the
+    largest request that its threads have read: the process grows for as long as it takes until all
+    have met one (docs/log.md). Python's lock lets hardly two threads allocate at once anyway.
+    `MALLOC_ARENA_MAX` in the environment goes first. Where malloc is another, nothing happens.
+    """
+    mallopt = _function_of_libc("mallopt")
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+async def give_back_memory(every_s: float = _GIVE_BACK_S) -> None:
+    """Return free memory to the system again and again, until cancelled.
+
+    By itself glibc's malloc returns what is free at the end of its heap, and not what lies before a
+    piece that is remembered for long. Where malloc is another, nothing happens.
+
+    Args:
+        every_s: seconds between; each time takes about 10 ms.
+    """
+    trim = _function_of_libc("malloc_trim")
+    while trim is not None:
+        await anyio.sleep(every_s)
+        await anyio.to_thread.run_sync(trim, 0)
+
+
+def _function_of_libc(name: str) -> Callable[..., int] | None:
+    """A function that glibc has beyond the standard; None on macOS, with musl, on Windows."""
+    try:
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError, TypeError):
+        return None
+    return found
+
+
+@contextmanager
+def objects_frozen() -> Iterator[None]:
+    """Exempt what is there from garbage collection; to be entered when all is loaded.
+
+    Libraries leave some hundred thousand objects that stay for good. A full collection looks at
+    each of them, for 0.2 s, in the middle of somebody's round.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
