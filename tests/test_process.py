@@ -1,13 +1,14 @@
 """What a serving process does about its memory, each in a process of its own."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 
 glibc = pytest.mark.skipif(
-    "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}),
+    platform.libc_ver()[0] != "glibc",
     reason="other C libraries manage memory otherwise",
 )
 
@@ -64,6 +65,7 @@ def num_arenas(environment: dict[str, str]) -> int:
 def test_threads_share_arenas_unless_told_otherwise() -> None:
     assert num_arenas({}) == 2
     assert num_arenas({"MALLOC_ARENA_MAX": "5"}) == 5
+    assert num_arenas({"GLIBC_TUNABLES": "glibc.malloc.arena_max=5"}) == 5
 
 
 @glibc

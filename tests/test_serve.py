@@ -1,16 +1,19 @@
-"""`tokendance serve` with the demo model: many agents at once."""
+"""`tokendance serve` as a process of its own: many agents at once, and how it stops."""
 
 import asyncio
 import json
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import httpx
 import pytest
 
 from soak.client import Reply, exchange
@@ -21,10 +24,11 @@ SERVE = "import sys; from tokendance.cli import main; sys.argv[0] = 'tokendance'
 
 
 @contextmanager
-def serve() -> Iterator[int]:
-    """Run the command until it listens; its port."""
-    command = [sys.executable, "-c", SERVE, "serve", "--port", "0", "--kv-budget", "2GiB"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def serve(*options: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """Run the command until it listens; its port, and the process."""
+    command = [sys.executable, "-c", SERVE, "serve", "--port", "0", *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             assert process.stdout is not None
             shown = ""
@@ -32,11 +36,10 @@ def serve() -> Iterator[int]:
                 line = process.stdout.readline()
                 assert line, shown
                 shown += line
-            yield int(found[1])
+            yield int(found[1]), process
         finally:
             process.terminate()
             process.wait(60)
-    assert process.returncode in (0, -15)
 
 
 def bodies() -> list[bytes]:
@@ -66,10 +69,11 @@ def test_a_round_of_128_at_once_is_answered_by_the_real_model() -> None:
         async with asyncio.timeout(900):
             return await asyncio.gather(*asked)
 
-    with serve() as port:
+    with serve("--kv-budget", "2GiB") as (port, process):
         begun = time.perf_counter()
         replies = asyncio.run(ask_all(port))
         seconds = time.perf_counter() - begun
+    assert process.returncode in (0, -signal.SIGTERM)
     assert all(reply is not None and reply.status == 200 for reply in replies)
     usages = [json.loads(reply.body)["usage"] for reply in replies if reply is not None]
     prompts = [usage["prompt_tokens"] for usage in usages]
@@ -80,3 +84,25 @@ def test_a_round_of_128_at_once_is_answered_by_the_real_model() -> None:
     )
     # Shared are 5 blocks of some 80 tokens, of which the edges are computed again.
     assert sum(count > 300 for count in reused) >= AGENTS - 8
+
+
+@pytest.mark.parametrize(("drain_s", "num_signals"), [(60, 2), (1, 1)])
+def test_who_waits_is_told_when_there_is_no_more_time(
+    model_folder: Callable[..., Path], drain_s: int, num_signals: int
+) -> None:
+    folder = str(model_folder("llama", max_position_embeddings=2**17))
+    body = {"model": folder, "prompt": "so", "max_tokens": 10**5, "ignore_eos": True}
+    with serve("--model", folder, "--drain", str(drain_s)) as (port, process):
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            next(lines)
+            for _ in range(num_signals):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            *_, last = lines
+        _, errors = process.communicate(timeout=60)
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], error["message"]) == ("server_error", "The server is stopping.")
+    assert process.returncode == 130
+    assert "Traceback" not in errors

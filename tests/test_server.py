@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.server.app import create_app
 from tokendance.server.errors import ApiError
 from tokendance.server.jobs import Job
 from tokendance.server.logs import JsonFormatter
@@ -1132,3 +1133,18 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
     file.write_text('model = "no-such-model"\n')
     result = CliRunner().invoke(command_line, ["serve", "--config", str(file)])
     assert "no-such-model" in str(result.exception)
+
+
+def test_the_engine_ends_however_the_server_does(make_llm: Callable[..., LLM]) -> None:
+    app = create_app(make_llm(), ServerSettings())
+    worker = app.state.server.worker
+
+    async def break_off() -> None:
+        with suppress(asyncio.CancelledError):
+            async with app.router.lifespan_context(app):
+                assert worker.is_alive
+                raise asyncio.CancelledError
+        assert len(asyncio.all_tasks()) == 1  # this one
+
+    asyncio.run(break_off())
+    assert not worker.is_alive

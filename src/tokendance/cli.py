@@ -287,6 +287,12 @@ def serve(
             "is reused, too. 0: only of those that arrive together.",
         ),
     ] = _SERVER.recent_s,
+    drain: Annotated[
+        float,
+        typer.Option(
+            min=0, help="What is under way when the server is stopped may take so many seconds."
+        ),
+    ] = _SERVER.drain_s,
     shadow: Annotated[
         float,
         typer.Option(
@@ -312,7 +318,8 @@ def serve(
     """Serve a model to any client of OpenAI's API; requests that come together make a round.
 
     Nothing has to change in a client but its base_url. [bold]tokendance serve[/bold] serves the
-    demo model on this machine. Ctrl-C finishes what is under way and stops.
+    demo model on this machine. Ctrl-C finishes what is under way and stops; a second one ends that,
+    too.
     """
     del config
     commands = _server_commands()
@@ -330,6 +337,7 @@ def serve(
         default_max_tokens=default_max_tokens,
         window_s=window_ms / 1000,
         recent_s=recent,
+        drain_s=drain,
     )
     options = commands.EngineOptions(
         model=model,

@@ -18,7 +18,7 @@
         ├── BudgetError           the KV budget cannot hold it
         ├── NumericsError         the model produced NaN or infinity for it
         ├── ConstraintError       what its answer shall look like cannot be followed
-        └── AbortedError          the caller took it back
+        └── AbortedError          the caller took it back, or the engine has stopped
 
 Each message is one sentence that says what happened, and one that says what to do.
 """
@@ -93,4 +93,4 @@ class ConstraintError(RequestError):
 
 
 class AbortedError(RequestError):
-    """The caller took the request back."""
+    """The caller took the request back, or the engine has stopped."""

@@ -1,7 +1,9 @@
 """`tokendance serve`: an OpenAI-compatible server."""
 
+import asyncio
 import socket
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +24,9 @@ from tokendance.server.logs import LogFormat, configure
 from tokendance.server.process import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
+
+# What is ended when there is no more time needs a moment to say so.
+_TELL_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
         settings.port,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=int(settings.drain_s),
+        timeout_graceful_shutdown=int(settings.drain_s) + _TELL_S,
         server_header=False,
     )
     console.print(
@@ -86,14 +91,21 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
 
 
 class _DrainingServer(uvicorn.Server):
-    """Takes no more requests from the first signal on, while those under way are finished."""
+    """Takes no more requests from the first signal on, while those under way are finished.
+
+    The second signal, or the end of the time to drain, ends those, too: their clients are told. The
+    third signal is uvicorn's, which ends everything.
+    """
 
     def __init__(self, config: uvicorn.Config, server: Server, console: Console) -> None:
         super().__init__(config)
         self._served = server
         self._console = console
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_hurried = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if not self.started:
             return
@@ -105,8 +117,29 @@ class _DrainingServer(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._served.is_draining = True
-        super().handle_exit(sig, frame)
+        # A signal comes between any two lines, some of which hold locks: the loop does the rest.
+        if not self.should_exit:
+            self._served.is_draining = True
+            self._soon(self._drain)
+            super().handle_exit(sig, frame)
+        elif not self._is_hurried:
+            self._is_hurried = True
+            self._soon(self._served.worker.hurry)
+        else:
+            super().handle_exit(sig, frame)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(call)
+
+    def _drain(self) -> None:
+        drain_s = self._served.settings.drain_s
+        asyncio.get_running_loop().call_later(drain_s, self._served.worker.hurry)
+        if self._served.num_open:
+            self._console.print(
+                f"Finishing what is under way ({self._served.num_open}), for {drain_s:g} s at "
+                "most. Ctrl-C again ends it now."
+            )
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:

@@ -145,10 +145,10 @@ class Engine:
             self.scheduler.waiting.append(together[start.index])
         self.scheduler.waiting.extend(request for request in sound if not request.in_round)
 
-    def abort(self, request: Request) -> None:
-        """Take a request back; the others go on. Does nothing if it is done."""
+    def abort(self, request: Request, why: str = "The request was taken back.") -> None:
+        """End a request; the others go on. Does nothing if it is done."""
         if request.finish_reason is None:
-            request.error = AbortedError(f"The request of {request.agent!r} was taken back.")
+            request.error = AbortedError(why)
             self._fail(request, keep_kv=True)
 
     @property

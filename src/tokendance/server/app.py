@@ -38,10 +38,14 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         del app
         server.worker.start()
         giving_back = asyncio.create_task(give_back_memory())
-        yield
-        giving_back.cancel()
-        server.is_draining = True
-        await anyio.to_thread.run_sync(server.worker.stop, settings.drain_s)
+        drain_s = 0.0  # where the server is told to end at once
+        try:
+            yield
+            drain_s = settings.drain_s
+        finally:
+            giving_back.cancel()
+            server.is_draining = True
+            await anyio.to_thread.run_sync(server.worker.stop, drain_s)
 
     app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
     app.state.server = server

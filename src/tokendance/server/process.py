@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,37 +10,45 @@ from contextlib import contextmanager
 import anyio
 import anyio.to_thread
 
+log = logging.getLogger("tokendance.server")
+
 _M_ARENA_MAX = -8  # in malloc.h of glibc
+_TUNABLE = "glibc.malloc.arena_max"
 _ARENAS = 2
-_GIVE_BACK_S = 60.0
+_GIVE_BACK_S = 30.0
 
 
 def limit_arenas() -> None:
-    """Have all threads take memory from a few arenas; to be called before they are started.
+    """Have all threads take memory from a few arenas; to be called before any are started.
 
     Otherwise glibc's malloc makes up to eight for each core, and each keeps megabytes of the
     largest request that its threads have read: the process grows for as long as it takes until all
     have met one (docs/log.md). Python's lock lets hardly two threads allocate at once anyway.
-    `MALLOC_ARENA_MAX` in the environment goes first. Where malloc is another, nothing happens.
+    What the environment says of arenas goes first. Where malloc is another, nothing happens.
     """
+    is_told = "MALLOC_ARENA_MAX" in os.environ or _TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = _function_of_libc("mallopt")
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+    if mallopt is not None and not is_told:
         mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 async def give_back_memory(every_s: float = _GIVE_BACK_S) -> None:
     """Return free memory to the system again and again, until cancelled.
 
-    By itself glibc's malloc returns what is free at the end of its heap, and not what lies before a
+    By itself glibc's malloc returns what is free at the end of an arena, and not what lies before a
     piece that is remembered for long. Where malloc is another, nothing happens.
 
     Args:
-        every_s: seconds between; each time takes about 10 ms.
+        every_s: seconds between. Each time takes some 10 ms, more where more is free; who allocates
+            in the same arena waits so long.
     """
     trim = _function_of_libc("malloc_trim")
     while trim is not None:
         await anyio.sleep(every_s)
-        await anyio.to_thread.run_sync(trim, 0)
+        try:
+            await anyio.to_thread.run_sync(trim, 0)
+        except RuntimeError as error:  # no more threads
+            log.warning("free memory could not be given back: %s", error)
 
 
 def _function_of_libc(name: str) -> Callable[..., int] | None:

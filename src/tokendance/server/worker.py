@@ -225,14 +225,19 @@ class Worker:
 
     def stop(self, drain_s: float) -> None:
         """Finish what is under way, for so many seconds at most, then end the thread."""
-        deadline = time.perf_counter() + drain_s
+        self._stop_by(time.perf_counter() + drain_s)
+        self._thread.join(drain_s + 10.0)
 
+    def hurry(self) -> None:
+        """End what is under way, and then the thread; who waits is told."""
+        self._stop_by(time.perf_counter())
+
+    def _stop_by(self, deadline: float) -> None:
         def begin_to_stop() -> None:
+            self._deadline = min(deadline, self._deadline) if self._stopping else deadline
             self._stopping = True
-            self._deadline = deadline
 
         self._put(begin_to_stop)
-        self._thread.join(drain_s + 10.0)
 
     def _put(self, command: Callable[[], None]) -> bool:
         """Hand a command to the thread; say whether there is one that will read it."""
@@ -253,7 +258,7 @@ class Worker:
                 else:
                     self._shadows.go_on()
                 if self._stopping and time.perf_counter() > self._deadline:
-                    self._cancel(list(self._live.values()))
+                    self._cancel(list(self._live.values()), "The server is stopping.")
                 if self._llm.engine.has_work:
                     self._llm.engine.step()
                 if self._llm.tiers is not None:
@@ -418,15 +423,15 @@ class Worker:
             self._llm.engine.pop_round(request.round_id)
         job.listen(Finished(output))
 
-    def _cancel(self, jobs: Sequence[Job]) -> None:
-        """Take back the jobs of a request."""
+    def _cancel(self, jobs: Sequence[Job], why: str = "The request was taken back.") -> None:
+        """End jobs, wherever they are."""
         left: set[RoundKey] = set()
         for job in jobs:
             if self._remove_waiting(job):
-                self._refuse([job], "The request was taken back.")
+                self._refuse([job], why)
                 left |= {job.key} if job.key is not None else set()
             elif job.request in self._live:
-                self._llm.engine.abort(job.request)
+                self._llm.engine.abort(job.request, why)
         for key in left & self._named.keys():
             self._named[key].num_requests -= 1
 
