@@ -5,6 +5,7 @@ import json
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -93,16 +94,38 @@ def test_who_waits_is_told_when_there_is_no_more_time(
     folder = str(model_folder("llama", max_position_embeddings=2**17))
     body = {"model": folder, "prompt": "so", "max_tokens": 10**5, "ignore_eos": True}
     with serve("--model", folder, "--drain", str(drain_s)) as (port, process):
+        assert process.stdout is not None
+        process.stdout.close()  # as in a pipe whose end has gone with the same Ctrl-C
         url = f"http://127.0.0.1:{port}/v1/completions"
         with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as answer:
             lines = (line for line in answer.iter_lines() if line)
             next(lines)
-            for _ in range(num_signals):
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.3)
+            interrupt(process, num_signals)
             *_, last = lines
-        _, errors = process.communicate(timeout=60)
+        assert_it_ended(process)
     error = json.loads(last.removeprefix("data: "))["error"]
     assert (error["type"], error["message"]) == ("server_error", "The server is stopping.")
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+
+
+def test_who_never_asks_is_cut_off(model_folder: Callable[..., Path]) -> None:
+    head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n"
+    with (
+        serve("--model", str(model_folder("llama")), "--drain", "60") as (port, process),
+        socket.create_connection(("127.0.0.1", port)) as connection,
+    ):
+        connection.sendall(head.encode())
+        time.sleep(0.5)
+        interrupt(process, 3)
+        assert_it_ended(process)
+
+
+def interrupt(process: subprocess.Popen[str], times: int) -> None:
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+
+
+def assert_it_ended(process: subprocess.Popen[str]) -> None:
+    assert process.wait(40) == 130
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()

@@ -12,7 +12,7 @@ from rich.text import Text
 from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
 from tokendance.config import ReuseMode, parse_bytes
 from tokendance.errors import ConfigError, TokenDanceError
-from tokendance.server.settings import ServerSettings
+from tokendance.server.settings import MAX_DRAIN_S, ServerSettings
 
 BenchName = Literal[
     "attention",
@@ -290,7 +290,9 @@ def serve(
     drain: Annotated[
         float,
         typer.Option(
-            min=0, help="What is under way when the server is stopped may take so many seconds."
+            min=0,
+            max=MAX_DRAIN_S,
+            help="What is under way when the server is stopped may take so many seconds.",
         ),
     ] = _SERVER.drain_s,
     shadow: Annotated[

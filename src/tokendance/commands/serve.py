@@ -1,9 +1,11 @@
 """`tokendance serve`: an OpenAI-compatible server."""
 
 import asyncio
+import logging
+import math
+import os
 import socket
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,7 +27,9 @@ from tokendance.server.process import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 
-# What is ended when there is no more time needs a moment to say so.
+log = logging.getLogger("tokendance.server")
+
+# Those whose requests are ended are told in this time.
 _TELL_S = 5
 
 
@@ -75,7 +79,7 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
         settings.port,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=int(settings.drain_s) + _TELL_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s) + 2 * _TELL_S,
         server_header=False,
     )
     console.print(
@@ -87,14 +91,20 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
         with objects_frozen():
             _DrainingServer(config, app.state.server, console).run()
     finally:
+        if app.state.server.worker.is_running:
+            # In the middle of a step, which would crash without its model. What is stored is whole.
+            log.error("the engine did not end in time, and is broken off")
+            logging.shutdown()
+            os._exit(1)
         llm.close()
 
 
 class _DrainingServer(uvicorn.Server):
-    """Takes no more requests from the first signal on, while those under way are finished.
+    """Stops in three stages, with each signal the next.
 
-    The second signal, or the end of the time to drain, ends those, too: their clients are told. The
-    third signal is uvicorn's, which ends everything.
+    First no more requests are taken, and what is under way is finished. When the time for that is
+    over, it is ended: who waits is told. Who cannot be told in a moment, since the engine is in the
+    middle of a long step or the request has never come whole, is cut off.
     """
 
     def __init__(self, config: uvicorn.Config, server: Server, console: Console) -> None:
@@ -102,7 +112,7 @@ class _DrainingServer(uvicorn.Server):
         self._served = server
         self._console = console
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_hurried = False
+        self._num_signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -118,28 +128,30 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # A signal comes between any two lines, some of which hold locks: the loop does the rest.
-        if not self.should_exit:
-            self._served.is_draining = True
-            self._soon(self._drain)
-            super().handle_exit(sig, frame)
-        elif not self._is_hurried:
-            self._is_hurried = True
-            self._soon(self._served.worker.hurry)
-        else:
-            super().handle_exit(sig, frame)
-
-    def _soon(self, call: Callable[[], None]) -> None:
+        self._num_signals += 1
+        stage = (self._drain, self._end, self._cut_off)[min(self._num_signals, 3) - 1]
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(call)
+            self._loop.call_soon_threadsafe(stage)
+        if self._num_signals == 1:
+            self._served.is_draining = True
+            super().handle_exit(sig, frame)
 
     def _drain(self) -> None:
         drain_s = self._served.settings.drain_s
-        asyncio.get_running_loop().call_later(drain_s, self._served.worker.hurry)
+        asyncio.get_running_loop().call_later(drain_s, self._end)
         if self._served.num_open:
-            self._console.print(
-                f"Finishing what is under way ({self._served.num_open}), for {drain_s:g} s at "
-                "most. Ctrl-C again ends it now."
+            log.info(
+                "finishing what is under way, for %g s at most; the same signal again ends it now",
+                drain_s,
             )
+
+    def _end(self) -> None:
+        self._served.worker.hurry()
+        asyncio.get_running_loop().call_later(_TELL_S, self._cut_off)
+
+    def _cut_off(self) -> None:
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:

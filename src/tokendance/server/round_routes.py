@@ -23,7 +23,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from tokendance.errors import InputError, TokenDanceError
+from tokendance.errors import AbortedError, InputError, TokenDanceError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Part, Prompt, private, shared
@@ -176,6 +176,8 @@ async def _begin_in_session(
         return asked, jobs
 
     async def done(outputs: dict[int, Output]) -> str | None:
+        if any(isinstance(output.error, AbortedError) for output in outputs.values()):
+            return "The round was broken off, and the session has not heard it. Ask it again."
         session.hear(asked, [outputs[place] for place in order])
         try:
             await server.worker.call(session.save)

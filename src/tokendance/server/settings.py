@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from tokendance.errors import ConfigError
 
+MAX_DRAIN_S = 86_400.0
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
@@ -72,6 +74,10 @@ class ServerSettings:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
+        if not 0 <= self.drain_s <= MAX_DRAIN_S:
+            raise ConfigError(
+                f"drain_s is {self.drain_s:g}. Give 0 to {MAX_DRAIN_S:g} seconds, which is a day."
+            )
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
         if self.max_open_requests < len(self.api_keys):

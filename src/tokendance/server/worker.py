@@ -129,7 +129,12 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs and serves."""
-        return self._thread.is_alive() and self.failure is None
+        return self.is_running and self.failure is None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread runs: nobody else may touch the engine."""
+        return self._thread.is_alive()
 
     def arrive(self) -> None:
         """Announce a request that is still being read, so that a round waits for it a little."""
@@ -258,6 +263,7 @@ class Worker:
                 else:
                     self._shadows.go_on()
                 if self._stopping and time.perf_counter() > self._deadline:
+                    self._reading.stop()
                     self._cancel(list(self._live.values()), "The server is stopping.")
                 if self._llm.engine.has_work:
                     self._llm.engine.step()
