@@ -1148,3 +1148,18 @@ def test_the_engine_ends_however_the_server_does(make_llm: Callable[..., LLM]) -
 
     asyncio.run(break_off())
     assert not worker.is_alive
+
+
+def test_a_session_has_not_heard_a_round_that_the_server_broke_off(
+    served: tuple[httpx.Client, Server],
+) -> None:
+    client, server = served
+    body = {"model": "tiny", "session": "town", "agents": LONG_ROUND}
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(client.post, "/v1/rounds", json=body)
+        wait_until(lambda: len(server.worker._live) == len(LONG_ROUND))
+        server.worker.hurry()
+        agents = answer.result().json()["agents"]
+    assert [one["error"]["message"] for one in agents] == ["The server is stopping."] * 2
+    (warning,) = [one["warning"] for one in agents if "warning" in one]
+    assert "has not heard it" in warning
