@@ -853,6 +853,7 @@ def test_a_request_has_an_id_and_a_line(
         answer = chat(client, [{"role": "user", "content": secret}])
         own = client.get("/v1/models", headers={"x-request-id": "mine-1"})
         bad = client.get("/v1/models", headers={"x-request-id": "a b"})
+        wait_until(lambda: len(caplog.records) == 3)  # a line is written after the answer has gone
     assert own.headers["x-request-id"] == "mine-1"
     assert bad.headers["x-request-id"].startswith("req-")
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]

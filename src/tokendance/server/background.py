@@ -22,7 +22,8 @@ def served(app: FastAPI) -> Iterator[tuple[int, uvicorn.Server]]:
         RuntimeError: if it does not start, or does not end.
     """
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
-    with socket.socket() as listening:
+    # Only where a socket says that it is TCP does asyncio send at once what is written to it.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(
             target=lambda: asyncio.run(server.serve([listening])), name="http"
