@@ -111,11 +111,9 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._served = server
         self._console = console
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._num_signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if not self.started:
             return
@@ -130,8 +128,7 @@ class _DrainingServer(uvicorn.Server):
         # A signal comes between any two lines, some of which hold locks: the loop does the rest.
         self._num_signals += 1
         stage = (self._drain, self._end, self._cut_off)[min(self._num_signals, 3) - 1]
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(stage)
+        asyncio.get_running_loop().call_soon_threadsafe(stage)
         if self._num_signals == 1:
             self._served.is_draining = True
             super().handle_exit(sig, frame)

@@ -12,6 +12,7 @@ All methods of `Worker` may be called from any thread; a job's listener is calle
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -117,7 +118,7 @@ class Worker:
         self._stopping = False
         self._gate = threading.Lock()
         self._is_closed = False  # nobody reads the inbox any more
-        self._deadline = 0.0
+        self._deadline = math.inf  # when what is under way is ended
         self.failure: BaseException | None = None
 
     # -- from any thread ----------------------------------------------------------------------
@@ -239,8 +240,8 @@ class Worker:
 
     def _stop_by(self, deadline: float) -> None:
         def begin_to_stop() -> None:
-            self._deadline = min(deadline, self._deadline) if self._stopping else deadline
             self._stopping = True
+            self._deadline = min(self._deadline, deadline)
 
         self._put(begin_to_stop)
 
@@ -262,7 +263,7 @@ class Worker:
                     self._shadows.give_way()
                 else:
                     self._shadows.go_on()
-                if self._stopping and time.perf_counter() > self._deadline:
+                if time.perf_counter() > self._deadline:
                     self._reading.stop()
                     self._cancel(list(self._live.values()), "The server is stopping.")
                 if self._llm.engine.has_work:
