@@ -2,13 +2,14 @@
 
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 
 class Constraint(Protocol):
     """Says which tokens may come next. It belongs to one request."""
 
-    def forbidden(self) -> Tensor:
+    def forbidden(self) -> npt.NDArray[np.bool_]:
         """Tokens that may not come next: bool (vocabulary,). Those that end answers count, too."""
         ...
 

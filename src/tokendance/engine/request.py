@@ -1,20 +1,26 @@
 """A request: one prompt on its way to its answer."""
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NewType
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from tokendance.collector.placement import Placement
+from tokendance.collector.plan import RequestPlan
+from tokendance.engine.allocator import Allocation
 from tokendance.engine.constraint import Constraint
-from tokendance.engine.sampling import SamplingParams, TokenLogprobs
 from tokendance.errors import TokenDanceError
+from tokendance.executor.step import FloatArray, SamplingRow, StepRequest, TokenLogprobs
+from tokendance.outputs import Output
+from tokendance.params import SamplingParams
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId
 from tokendance.store.records import SessionKey
+
+RequestId = NewType("RequestId", int)
 
 
 @dataclass(slots=True, eq=False)
@@ -25,41 +31,42 @@ class Request:
     `num_computed` catches up with `num_to_compute`, and where they are equal the last logits are
     those of the next token.
 
-    Attributes:
+    Attributes, given:
         agent: whose it is.
-        round_id: the round that it came with.
+        round_id: the round that it comes with.
         prompt: what the model reads.
         params: how the answer is chosen.
         max_new_tokens: most tokens that it may generate, within the model's context.
-        in_round: whether it may reuse shared segments wherever they stand, and leave its own.
-        exact: computed whole, in forward passes of its own.
-        leaves: whether others may reuse what it computes.
+        in_round: whether it may reuse shared segments wherever they stand, and publish its own.
+        isolated: computed whole, in forward passes of its own.
+        publishes: whether others may reuse what it computes.
         session: that keeps what it reads, if one does.
-        shadowed: whether its first distributions are kept; `engine.shadow` writes it.
-        owns_order: see `collector.owners.Start`; the engine writes it.
         seed: of its random numbers.
-        generator: of its random numbers; the sampler draws one a token.
-        bias: tokens, int64 (n,), and what is added to their logits, float32 (n,), if anything is.
         stop_ids: tokens that end it.
         constraint: what its answer has to look like.
-        placement: where its KV lies; the scheduler writes it on admission.
-        num_computed: tokens whose KV is computed or scheduled; the scheduler writes it.
-        generated: the answer so far; the engine writes it.
-        shadow_tokens: the first tokens, one that ended the answer included, if it is shadowed; the
-            engine writes it.
-        logprobs: float32 (vocabulary,) per generated token, if asked for, or the first
-            ones if it is shadowed; the engine writes it.
-        top_logprobs: one per generated token, if asked for; the engine writes it.
-        finish_reason: "stop", "length" or "error" when it is done; the engine writes it.
-        stopped_by_text: whether a stop text ended it; the engine writes it.
-        error: what went wrong, with reason "error".
-        text: the answer as text, when it is known; the engine writes it.
-        num_cached: prompt tokens that were not computed; the scheduler writes it on admission.
-        num_corrected: shared tokens computed afresh; the scheduler writes it on admission.
-        reads_copies: whether it reuses segments from another context; the scheduler writes it on
-            admission.
+        num_distributions: of so many first tokens the whole distribution is kept.
+        arrived_s: clock time; when it was added, if not said otherwise.
+        error: what is wrong with it; whoever ends it writes, too.
+
+    Attributes that the scheduler writes:
+        owns_order: see `collector.owners.Start`.
+        plan: what it takes, owns, corrects and computes; since it was admitted.
+        allocation: where its KV lies, while it runs.
+        num_computed: tokens whose KV is computed or scheduled.
         num_retries: times that it began anew because an owner failed.
-        first_token_s: clock time of the first token, likewise `finished_s`; the engine writes.
+
+    Attributes that the loop writes:
+        id: when it is added.
+        generated: the answer so far.
+        end_token: that ended it, and is no part of it.
+        distributions: float32 (vocabulary,), log-probabilities for each of its first tokens, the
+            one that ended it included, if they are kept.
+        logprobs: for each generated token, if asked for.
+        finish_reason: "stop", "length" or "error" when it is done.
+        stopped_by_text: whether a stop text ended it.
+        text: the answer as text, when it is known.
+        first_token_s: clock time of the first token.
+        finished_s: likewise of the end.
     """
 
     agent: str
@@ -68,76 +75,136 @@ class Request:
     params: SamplingParams
     max_new_tokens: int
     in_round: bool = True
-    exact: bool = False
-    leaves: bool = True
+    isolated: bool = False
+    publishes: bool = True
     session: SessionKey | None = None
-    shadowed: bool = False
-    owns_order: bool = False
     seed: int = 0
-    generator: random.Random = field(init=False)
-    bias: tuple[Tensor, Tensor] | None = None
-    stop_ids: frozenset[int] = frozenset()
+    stop_ids: Collection[int] = frozenset()
     constraint: Constraint | None = None
-    placement: Placement | None = None
+    num_distributions: int = 0
+    arrived_s: float | None = None
+    error: TokenDanceError | None = None
+
+    owns_order: bool = False
+    plan: RequestPlan | None = None
+    allocation: Allocation | None = None
     num_computed: int = 0
+    num_retries: int = 0
+
+    id: RequestId = RequestId(-1)
     generated: list[int] = field(default_factory=list)
-    shadow_tokens: list[int] = field(default_factory=list)
-    logprobs: list[Tensor] = field(default_factory=list)
-    top_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    end_token: int | None = None
+    distributions: list[FloatArray] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stopped_by_text: bool = False
-    error: TokenDanceError | None = None
     text: str | None = None
-    num_cached: int = 0
-    num_corrected: int = 0
-    reads_copies: bool = False
-    num_retries: int = 0
     first_token_s: float | None = None
     finished_s: float | None = None
 
+    _random: random.Random = field(init=False)
+    _bias: tuple[npt.NDArray[np.int64], FloatArray] | None = field(init=False, default=None)
+
     def __post_init__(self) -> None:
-        self.generator = random.Random(self.seed)
+        self._random = random.Random(self.seed)
         if self.params.logit_bias:
             tokens, biases = zip(*self.params.logit_bias, strict=True)
-            self.bias = torch.tensor(tokens), torch.tensor(biases, dtype=torch.float32)
+            self._bias = np.array(tokens, np.int64), np.array(biases, np.float32)
+        if self.params.keep_logprobs:
+            self.num_distributions = self.max_new_tokens + 1
 
     @property
     def num_to_compute(self) -> int:
         """Prompt tokens that it computes, and tokens that it has generated."""
-        assert self.placement is not None
-        return len(self.placement.compute) + len(self.generated)
+        assert self.allocation is not None
+        return len(self.allocation.compute) + len(self.generated)
 
     @property
     def is_decoding(self) -> bool:
         """Whether all that is left to compute is the last generated token."""
         return len(self.generated) > 0
 
+    @property
+    def num_reused(self) -> int:
+        """Prompt tokens that it does not compute, as far as it has been admitted."""
+        return self.plan.num_reused if self.plan is not None else 0
+
     def next_positions(self, limit: int) -> npt.NDArray[np.int64]:
         """Positions of the next tokens to compute, at most `limit`, ascending."""
-        assert self.placement is not None
-        compute = self.placement.compute
+        assert self.allocation is not None
+        compute = self.allocation.compute
         if self.num_computed < len(compute):
             return compute[self.num_computed : self.num_computed + limit]
         first = len(self.prompt) + self.num_computed - len(compute)
         last = len(self.prompt) + len(self.generated)
         return np.arange(first, min(last, first + limit))
 
-    def tokens_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Token ids at some positions of prompt and answer."""
+    def step(self, positions: npt.NDArray[np.int64]) -> StepRequest:
+        """Its share of a step that computes some positions, the last that it scheduled."""
+        assert self.allocation is not None
+        wants_token = self.num_computed == self.num_to_compute
+        copied_from = self.allocation.copied_from
+        return StepRequest(
+            self._tokens_at(positions),
+            positions,
+            self.allocation.slots,
+            self._sampling_row() if wants_token else None,
+            copied_from[positions] if len(copied_from) else copied_from,
+        )
+
+    def _tokens_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         if self.is_decoding:
             first, last = positions[0] - len(self.prompt), positions[-1] - len(self.prompt)
             return np.array(self.generated[first : last + 1], np.int32)
         return self.prompt.token_ids[positions]
 
+    def _sampling_row(self) -> SamplingRow:
+        """How its next token is chosen; draws a random number if one is needed."""
+        params = self.params
+        forced = params.forced_tokens
+        return SamplingRow(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            uniform=self._random.random() if params.temperature > 0 else 0.0,
+            forced=None if forced is None else forced[len(self.generated)],
+            bias=self._bias,
+            forbidden=None if self.constraint is None else self.constraint.forbidden(),
+            top_logprobs=params.top_logprobs,
+            distribution=len(self.distributions) < self.num_distributions,
+        )
+
     def restart(self) -> None:
         """Forget what was computed and said, to begin anew from the queue."""
         self.num_computed = 0
         self.generated.clear()
-        self.shadow_tokens.clear()
+        self.end_token = None
+        self.distributions.clear()
         self.logprobs.clear()
-        self.top_logprobs.clear()
         if self.constraint is not None:
             self.constraint.restart()
         self.first_token_s = None
-        self.generator = random.Random(self.seed)
+        self._random = random.Random(self.seed)
         self.num_retries += 1
+
+
+def make_output(request: Request) -> Output:
+    """Turn a finished request into what the caller gets."""
+    failed = request.error is not None
+    length = 0 if failed else len(request.prompt)
+    reused = 0 if failed else request.num_reused
+    kept = request.distributions if request.params.keep_logprobs else []
+    return Output(
+        agent=request.agent,
+        text=request.text or "",
+        token_ids=tuple(request.generated),
+        finish_reason=request.finish_reason or "error",
+        error=request.error,
+        prompt_token_ids=request.prompt.token_ids[:length],
+        prompt_tokens=length,
+        computed_tokens=length - reused,
+        reused_tokens=reused,
+        corrected_tokens=0 if failed or request.plan is None else request.plan.num_corrected,
+        stopped_by_text=request.stopped_by_text,
+        logprobs=tuple(torch.from_numpy(distribution) for distribution in kept),
+    )

@@ -52,6 +52,45 @@ def as_token_ids(values: Iterable[int]) -> TokenIds:
     return array
 
 
+class PrefixHashes:
+    """Hashes of the beginnings of a sequence of tokens, cut into pages, each computed once.
+
+    The hash of a beginning is that of its last page together with the hash of all before it, so
+    two sequences have it in common exactly if they begin with the same tokens.
+    """
+
+    def __init__(self, token_ids: TokenIds, salt: Salt) -> None:
+        """Hash `token_ids`, int32, when asked to."""
+        self.token_ids = token_ids
+        self._salt = salt
+        self._hashes: dict[tuple[int, int], ChainHash] = {}  # by page size and length
+
+    def of(self, length: int, page_size: int) -> ChainHash:
+        """Hash the first `length` tokens (1 or more) in pages of `page_size`; the last may be short."""
+        known = self._hashes.get((page_size, length))
+        if known is not None:
+            return known
+        last = (length - 1) // page_size * page_size
+        first = last
+        while first > 0 and (page_size, first) not in self._hashes:
+            first -= page_size
+        parent = self._hashes.get((page_size, first))
+        for start in range(first, last + 1, page_size):
+            stop = min(start + page_size, length)
+            parent = hash_chain(parent, self.token_ids[start:stop], self._salt)
+            self._hashes[page_size, stop] = parent
+        assert parent is not None
+        return parent
+
+    def extended(self, more: Sequence[int]) -> "PrefixHashes":
+        """The same with more tokens behind; what was hashed is not hashed again."""
+        longer = PrefixHashes(
+            np.concatenate([self.token_ids, np.array(more, np.int32)]), self._salt
+        )
+        longer._hashes = dict(self._hashes)
+        return longer
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """A run of token ids in a prompt.
@@ -79,12 +118,14 @@ class EncodedPrompt:
         salt: what the hashes were made with; prompts of different salts never share.
         token_ids: int32, all segments in a row.
         starts: position of the first token of each segment.
+        prefix_hashes: of its beginnings; computed when somebody looks for them, and kept.
     """
 
     segments: tuple[Segment, ...]
     salt: Salt
     token_ids: TokenIds = field(init=False)
     starts: tuple[int, ...] = field(init=False)
+    prefix_hashes: PrefixHashes = field(init=False)
 
     def __post_init__(self) -> None:
         parts = [segment.token_ids for segment in self.segments]
@@ -92,6 +133,7 @@ class EncodedPrompt:
         token_ids.setflags(write=False)
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         object.__setattr__(self, "token_ids", token_ids)
+        object.__setattr__(self, "prefix_hashes", PrefixHashes(token_ids, self.salt))
         object.__setattr__(self, "starts", (0, *ends[:-1].tolist()) if parts else ())
 
     def __len__(self) -> int:

@@ -1,4 +1,9 @@
-"""What the indexes hold: blocks of prompts, and copies of shared segments."""
+"""What the indexes hold: pages of prompts, and cached segments.
+
+The collector sees the base classes only: how many tokens there are, and in what context they were
+computed. Where the KV lies is for whoever allocates: slots of our own store here, other handles in
+another engine.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -17,54 +22,78 @@ RoundId = NewType("RoundId", int)
 
 
 @dataclass(slots=True, eq=False)
-class PrefixBlock:
+class PrefixPage:
     """Up to one page of consecutive tokens of a prompt, known by all tokens up to its end.
 
     Attributes:
-        chain: hash of the prompt up to the end of this block.
-        slots: where the KV of each of its tokens lies. In a mirror these point into own pages
-            and into pages of runs.
-        pages: the distinct pages of `slots`.
+        chain: hash of the prompt up to the end of this page.
+        num_tokens: of the page.
         exact: whether the KV is what the model computes for this very prompt.
     """
 
     chain: ChainHash
-    slots: Slots
-    pages: PageIds
+    num_tokens: int
     exact: bool
 
 
 @dataclass(slots=True, eq=False)
-class SegmentCopy:
+class CachedSegment:
     """The KV of a shared segment, as its owner computed it in the owner's context.
 
     Attributes:
         hash: of the segment's content.
+        num_tokens: of the segment.
         run: the run it belongs to.
         index: its place among the segments of the run.
-        slots: where the KV of each of its tokens lies, in the order of the tokens.
-        pages: the distinct pages of `slots`.
-        round_id: in which its owner computed it; None if it is listed for another reason.
+        start: position of its first token in the owner's prompt.
+        round_id: in which its owner computed it; None if it is published for another reason.
         rounds: the rounds in which mirrors have reused it so far; the store counts them.
-        sound: whether its owner has had finite logits; the scheduler writes it.
+        verified: whether its owner has had finite logits; the scheduler writes it.
     """
 
     hash: SegmentHash
+    num_tokens: int
     run: RunId
     index: int
-    slots: Slots
-    pages: PageIds
+    start: int
     round_id: RoundId | None = None
     rounds: set[RoundId] = field(default_factory=set)
-    sound: bool = False
+    verified: bool = False
 
 
-Entry = PrefixBlock | SegmentCopy
+@dataclass(slots=True, eq=False, kw_only=True)
+class StoredPage(PrefixPage):
+    """A page of the prefix index.
+
+    Attributes:
+        slots: where the KV of each of its tokens lies. In a mirror these point into own pages
+            and into pages of runs.
+        pages: the distinct pages of `slots`.
+    """
+
+    slots: Slots
+    pages: PageIds
 
 
-def exact_length(blocks: Sequence[PrefixBlock]) -> int:
-    """Tokens of the blocks of a prompt up to the first that is not exact."""
-    return sum(len(block.slots) for block in itertools.takewhile(lambda one: one.exact, blocks))
+@dataclass(slots=True, eq=False, kw_only=True)
+class StoredSegment(CachedSegment):
+    """A cached segment of the segment index.
+
+    Attributes:
+        slots: where the KV of each of its tokens lies, in the order of the tokens.
+        pages: the distinct pages of `slots`.
+    """
+
+    slots: Slots
+    pages: PageIds
+
+
+Entry = StoredPage | StoredSegment
+
+
+def exact_length(pages: Sequence[PrefixPage]) -> int:
+    """Tokens of the pages of a prompt up to the first that is not exact."""
+    return sum(page.num_tokens for page in itertools.takewhile(lambda page: page.exact, pages))
 
 
 def pages_of(slots: Slots, page_size: int) -> PageIds:

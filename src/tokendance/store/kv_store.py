@@ -2,10 +2,10 @@
 
 Two indexes over one page pool:
 
-    prefix     hash of all tokens up to the end of a block  ->  where the block's KV lies
-    segments   hash of a shared segment's content           ->  its copies, one per context
+    prefix     hash of all tokens up to the end of a page  ->  where the page's KV lies
+    segments   hash of a shared segment's content          ->  where its KV lies, once per context
 
-Both hold references to pages, never tensors. An entry may be listed before its KV is computed:
+Both hold references to pages, never tensors. An entry may be published before its KV is computed:
 `slot_ready` says which slots can be read, and a request that found unready ones waits for the
 request that computes them. So requests that start together share like any others.
 
@@ -20,21 +20,22 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.rounds.segments import ChainHash, Salt, SegmentHash, TokenIds, hash_chain
+from tokendance.rounds.segments import ChainHash, PrefixHashes, SegmentHash
 from tokendance.store.entries import (
+    CachedSegment,
     Entry,
-    PrefixBlock,
     RoundId,
     RunId,
-    SegmentCopy,
     Slots,
+    StoredPage,
+    StoredSegment,
     pages_of,
 )
 from tokendance.store.eviction import EvictionOrder
 from tokendance.store.pages import Holder, PageIds, PagePool
 
-# Copies of one segment that a request may choose from.
-_MOST_COPIES = 64
+# A text that repeats itself may be cached thousands of times; a request chooses from so many.
+_MAX_CHOICES = 64
 
 
 class KVStore:
@@ -42,8 +43,6 @@ class KVStore:
 
     Attributes:
         pool: the pages.
-        slot_position: int32, position at which the key of a slot was rotated; the request that
-            allocates the slot writes it.
         slot_ready: bool, whether the slot's KV is computed, or will be in the step that is being
             scheduled; the scheduler writes it.
         order: in which entries are evicted.
@@ -57,149 +56,167 @@ class KVStore:
 
         Args:
             num_pages: pages of the pool.
-            page_size: tokens per page, and per block of the prefix index.
+            page_size: tokens per page.
             max_reuse_rounds: a segment that was reused in this many rounds is computed afresh.
         """
         self.pool = PagePool(num_pages, page_size)
-        self.slot_position = np.zeros(num_pages * page_size, np.int32)
         self.slot_ready = np.zeros(num_pages * page_size, np.bool_)
         self.slot_stamp = np.zeros(num_pages * page_size, np.int64)
         self.loading: dict[object, list[PageIds]] = {}
         self._num_taken = 0
         self._max_reuse_rounds = max_reuse_rounds
         self.order = EvictionOrder()
-        self._prefix: dict[tuple[ChainHash, bool], PrefixBlock] = {}
-        self._segments: dict[SegmentHash, list[SegmentCopy]] = {}
+        self._prefix: dict[tuple[ChainHash, bool], StoredPage] = {}
+        self._segments: dict[SegmentHash, list[StoredSegment]] = {}
         self._num_runs = 0
 
     # -- looking up ---------------------------------------------------------------------------
 
-    def match_prefix(
-        self, token_ids: TokenIds, salt: Salt, *, exact: bool
-    ) -> tuple[list[PrefixBlock], Slots]:
-        """Find the longest known beginning of a prompt. Changes nothing.
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.pool.page_size
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all pages."""
+        return len(self.slot_ready)
+
+    def match_prefix(self, text: PrefixHashes, *, exact: bool) -> list[StoredPage]:
+        """Find the longest known beginning of a text, page by page. Changes nothing.
 
         Args:
-            token_ids: int32, the tokens that may be matched.
-            salt: the prompt's.
-            exact: leave out blocks that hold reused KV of another context.
+            text: hashes what it is asked for.
+            exact: leave out pages that hold reused KV of another context.
 
         Returns:
-            The blocks, and the slots of their tokens; valid until the next eviction.
+            The pages, valid until the next eviction.
         """
-        size = self.pool.page_size
-        blocks: list[PrefixBlock] = []
-        parent: ChainHash | None = None
+        size, length = self.page_size, len(text.token_ids)
+        pages: list[StoredPage] = []
         start = 0
-        while start < len(token_ids):
-            found = None
-            longest = min(size, len(token_ids) - start)
-            # A block that ends a prompt may be shorter than a page.
-            for length in range(longest, 0, -1):
-                chain = hash_chain(parent, token_ids[start : start + length], salt)
-                found = self._prefix.get((chain, True))
-                if found is None and not exact:
-                    found = self._prefix.get((chain, False))
-                if found is not None:
+        while start < length:
+            page = None
+            # A page that ends a text may be short.
+            for stop in range(min(start + size, length), start, -1):
+                chain = text.of(stop, size)
+                page = self._prefix.get((chain, True))
+                if page is None and not exact:
+                    page = self._prefix.get((chain, False))
+                if page is not None:
                     break
-            if found is None:
+            if page is None:
                 break
-            blocks.append(found)
-            parent = found.chain
-            start += len(found.slots)
-            if len(found.slots) < size:
+            pages.append(page)
+            start += page.num_tokens
+            if page.num_tokens < size:
                 break
-        slots = [block.slots for block in blocks]
-        return blocks, np.concatenate(slots) if slots else np.empty(0, np.int32)
+        return pages
 
-    def copies(self, segment: SegmentHash, round_id: RoundId) -> Sequence[SegmentCopy]:
-        """List the copies of a segment that a round may reuse, the newest last. Changes nothing.
+    def match_slots(self, text: PrefixHashes) -> Slots:
+        """Slots of the longest known beginning of a text, exact or not. Changes nothing."""
+        return slots_of(self.match_prefix(text, exact=False))
 
-        A round that has begun to reuse a copy may go on, so that its agents all read the same. Of
-        a text that repeats itself there may be thousands; then the newest are listed.
+    def cached(self, segment: SegmentHash, round_id: RoundId) -> Sequence[StoredSegment]:
+        """Where a round may reuse a segment from, the newest last. Changes nothing.
+
+        A round that has begun to reuse one may go on, so that its agents all read the same.
         """
         usable = (
-            copy
-            for copy in reversed(self._segments.get(segment, ()))
-            if round_id in copy.rounds or len(copy.rounds) < self._max_reuse_rounds
+            cached
+            for cached in reversed(self._segments.get(segment, ()))
+            if round_id in cached.rounds or len(cached.rounds) < self._max_reuse_rounds
         )
-        return list(itertools.islice(usable, _MOST_COPIES))[::-1]
+        return list(itertools.islice(usable, _MAX_CHOICES))[::-1]
 
-    def all_copies(self, segment: SegmentHash) -> Sequence[SegmentCopy]:
-        """List every copy of a segment, also those that have been reused enough."""
+    def all_cached(self, segment: SegmentHash) -> Sequence[StoredSegment]:
+        """Everywhere that a segment is cached, also where it has been reused enough."""
         return self._segments.get(segment, ())
 
     # -- putting in ---------------------------------------------------------------------------
 
-    def put_prefix(
-        self, token_ids: TokenIds, slots: Slots, salt: Salt, num_exact: int
-    ) -> list[Entry]:
-        """List the blocks of a prompt, each with the tokens before it.
+    def publish_prefix(self, text: PrefixHashes, slots: Slots, num_exact: int) -> list[Entry]:
+        """Publish the pages of a text, each with the tokens before it.
 
         Args:
-            token_ids: int32, the prompt up to the last token whose KV is or will be computed.
-            slots: int32, as long as `token_ids`.
-            salt: the prompt's.
+            text: at least as long as `slots`.
+            slots: int32, of the tokens whose KV is or will be computed.
             num_exact: length of the beginning that holds no reused KV of another context.
 
         Returns:
             The entries that are new; the caller drops them if it fails to compute them.
         """
-        size = self.pool.page_size
+        size = self.page_size
         new: list[Entry] = []
         touched: list[Entry] = []
-        parent: ChainHash | None = None
-        for start in range(0, len(token_ids), size):
-            block_ids = token_ids[start : start + size]
-            parent = hash_chain(parent, block_ids, salt)
-            block_slots = slots[start : start + size]
-            exact = start + len(block_ids) <= num_exact
-            entry = self._prefix.get((parent, exact))
+        for start in range(0, len(slots), size):
+            stop = min(start + size, len(slots))
+            chain = text.of(stop, size)
+            exact = stop <= num_exact
+            entry = self._prefix.get((chain, exact))
             if entry is None:
-                entry = PrefixBlock(parent, block_slots.copy(), self._pages(block_slots), exact)
-                self._prefix[parent, exact] = entry
+                page = slots[start:stop].copy()
+                entry = StoredPage(
+                    chain, stop - start, exact, slots=page, pages=self._pages(page)
+                )
+                self._prefix[chain, exact] = entry
                 self._add(entry)
                 new.append(entry)
             touched.append(entry)
         self.touch(touched)
         return new
 
-    def put_run(
-        self, segments: Sequence[tuple[SegmentHash, Slots]], round_id: RoundId | None = None
-    ) -> list[Entry]:
-        """List the segments of a run as copies, in the order in which their owner reads them."""
-        run = RunId(self._num_runs)
-        self._num_runs += 1
-        new: list[Entry] = []
-        for index, (segment, slots) in enumerate(segments):
-            copy = SegmentCopy(segment, run, index, slots.copy(), self._pages(slots), round_id)
-            self._segments.setdefault(segment, []).append(copy)
-            self._add(copy)
-            new.append(copy)
-        return new
-
-    def put_copies(
-        self, token_ids: TokenIds, salt: Salt, parts: Iterable[tuple[int, int, SegmentHash]]
-    ) -> None:
-        """List parts of an earlier prompt as copies of segments of which there are none.
+    def publish_run(
+        self,
+        segments: Sequence[tuple[SegmentHash, int, Slots]],
+        round_id: RoundId | None = None,
+    ) -> list[StoredSegment]:
+        """Publish the segments of a run.
 
         Args:
-            token_ids: int32, of the whole prompt; only as much of it is looked at as is known.
-            salt: the prompt's.
+            segments: hash, position in the owner's prompt, and slots of each, in its order.
+            round_id: in which the owner computes them, if it does.
+        """
+        run = RunId(self._num_runs)
+        self._num_runs += 1
+        new: list[StoredSegment] = []
+        for index, (segment, start, slots) in enumerate(segments):
+            cached = StoredSegment(
+                segment,
+                len(slots),
+                run,
+                index,
+                start,
+                round_id,
+                slots=slots.copy(),
+                pages=self._pages(slots),
+            )
+            self._segments.setdefault(segment, []).append(cached)
+            self._add(cached)
+            new.append(cached)
+        return new
+
+    def publish_parts(
+        self, text: PrefixHashes, parts: Iterable[tuple[int, int, SegmentHash]]
+    ) -> None:
+        """Publish parts of an earlier prompt as segments, where these are not cached yet.
+
+        Args:
+            text: the whole prompt; only as much of it is looked at as is known.
             parts: first position, position after the last, and hash of each.
         """
         missing = [part for part in parts if part[2] not in self._segments]
         if not missing:
             return
-        _, slots = self.match_prefix(token_ids, salt, exact=False)
+        slots = self.match_slots(text)
         # What is still being computed may fail, and then nobody would take it out of the index.
-        known = [
-            (segment, slots[first:last])
+        ready = [
+            (segment, first, slots[first:last])
             for first, last, segment in missing
             if last <= len(slots) and self.slot_ready[slots[first:last]].all()
         ]
-        if known:
-            self.put_run(known)
+        if ready:
+            self.publish_run(ready)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """Mark entries of one prompt, given from its beginning to its end, as just used."""
@@ -208,10 +225,10 @@ class KVStore:
             if entry in self.order:
                 self.order.use(entry)
 
-    def count_reuse(self, copies: Iterable[SegmentCopy], round_id: RoundId) -> None:
-        """Note that mirrors of a round reuse these copies."""
-        for copy in copies:
-            copy.rounds.add(round_id)
+    def count_reuse(self, cached: Iterable[CachedSegment], round_id: RoundId) -> None:
+        """Note that mirrors of a round reuse these segments."""
+        for segment in cached:
+            segment.rounds.add(round_id)
 
     # -- making room ---------------------------------------------------------------------------
 
@@ -235,33 +252,32 @@ class KVStore:
                 return True
         return False
 
-    def take_slots(self, parts: Sequence[npt.NDArray[np.int64]]) -> tuple[list[Slots], PageIds]:
+    def take_slots(self, sizes: Sequence[int]) -> tuple[list[Slots], PageIds]:
         """Allocate slots for tokens, each part in pages of its own; call after `make_room`.
 
         Args:
-            parts: positions of the tokens of each part, in storage order.
+            sizes: tokens of each part.
 
         Returns:
             The slots of each part, not ready; and the pages, held for a request.
         """
-        size = self.pool.page_size
-        pages = self.pool.allocate(self.num_pages(parts))
+        size = self.page_size
+        pages = self.pool.allocate(self.num_pages(sizes))
         fresh = (pages[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
         self._num_taken += 1
         taken: list[Slots] = []
         offset = 0
-        for positions in parts:
-            slots: Slots = fresh[offset : offset + len(positions)].astype(np.int32)
-            self.slot_position[slots] = positions
+        for count in sizes:
+            slots: Slots = fresh[offset : offset + count].astype(np.int32)
             self.slot_ready[slots] = False
             self.slot_stamp[slots] = self._num_taken
             taken.append(slots)
-            offset += self.num_pages([positions]) * size
+            offset += self.num_pages([count]) * size
         return taken, pages
 
-    def num_pages(self, parts: Iterable[npt.NDArray[np.int64]]) -> int:
-        """Pages that these parts need."""
-        return sum(-(-len(positions) // self.pool.page_size) for positions in parts)
+    def num_pages(self, sizes: Iterable[int]) -> int:
+        """Pages that parts of so many tokens need."""
+        return sum(-(-count // self.page_size) for count in sizes)
 
     def drop(self, entry: Entry) -> None:
         """Take one entry out of its index. Does nothing if it is gone already."""
@@ -269,12 +285,12 @@ class KVStore:
             return
         self.order.discard(entry)
         self.pool.release(entry.pages, Holder.INDEX)
-        if isinstance(entry, PrefixBlock):
+        if isinstance(entry, StoredPage):
             del self._prefix[entry.chain, entry.exact]
         else:
-            copies = self._segments[entry.hash]
-            copies.remove(entry)
-            if not copies:
+            cached = self._segments[entry.hash]
+            cached.remove(entry)
+            if not cached:
                 del self._segments[entry.hash]
 
     def clear(self, keep: Collection[Entry] = ()) -> None:
@@ -305,7 +321,12 @@ class KVStore:
             expected[Holder.INDEX][entry.pages] += 1
             assert np.array_equal(entry.pages, self._pages(entry.slots))
         self.pool.check_integrity(expected)
-        listed = set(self._prefix.values()) | {
-            copy for copies in self._segments.values() for copy in copies
-        }
-        assert listed == set(self.order), "the indexes and the eviction order disagree"
+        published = set(self._prefix.values()) | set(
+            itertools.chain.from_iterable(self._segments.values())
+        )
+        assert published == set(self.order), "the indexes and the eviction order disagree"
+
+
+def slots_of(pages: Sequence[StoredPage]) -> Slots:
+    """Slots of consecutive pages of a text, in the order of the tokens."""
+    return np.concatenate([np.empty(0, np.int32), *(page.slots for page in pages)])

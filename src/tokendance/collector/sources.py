@@ -1,0 +1,115 @@
+"""Sources: which cached segments a request reuses, and what is known of that reuse beforehand."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from tokendance.collector.correction import Reuse
+from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Segment, SegmentHash
+from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, RunId
+
+# New tokens of a round that make what stands behind them in earlier rounds stale.
+_MANY_NEW_TOKENS = 32
+
+
+class KVIndex(Protocol):
+    """What the collector asks: where KV is cached, by hashes. Nothing changes by asking."""
+
+    def match_prefix(self, text: PrefixHashes, *, exact: bool) -> Sequence[PrefixPage]:
+        """Find the longest known beginning of a text; `exact` leaves out reused KV."""
+        ...
+
+    def cached(self, segment: SegmentHash, round_id: RoundId) -> Sequence[CachedSegment]:
+        """Where a round may reuse a segment from, the newest last."""
+        ...
+
+
+def usable_sources(
+    segments: Sequence[tuple[int, Segment]], index: KVIndex, round_id: RoundId
+) -> Iterator[Sequence[CachedSegment]]:
+    """For each segment, where a request of a round may reuse it from.
+
+    Behind segments that are new in this round, KV of earlier rounds is stale: who computed it had
+    not read these. What a host asks in the same words in each round, behind what was said in it,
+    would be asked by one who has heard nothing of that. A few new words, as those that say what
+    time it is, matter little to all that follows.
+    """
+    num_new = 0
+    for _, segment in segments:
+        sources = index.cached(segment.hash, round_id)
+        if all(source.round_id == round_id for source in sources):
+            num_new += len(segment)
+        if num_new >= _MANY_NEW_TOKENS:
+            sources = [source for source in sources if source.round_id == round_id]
+        yield sources
+
+
+def choose_sources(
+    segments: Sequence[tuple[int, Segment]],
+    index: KVIndex,
+    round_id: RoundId,
+    *,
+    owns_order: bool,
+) -> dict[int, CachedSegment]:
+    """Choose a source for each segment that has one, by its index in `segments`.
+
+    A run whose segments stand in the request's order comes first, and of those the one that
+    covers most tokens: inside one run all distances are the owner's, and one offset serves all
+    of it. What is left takes the newest source, unless the request is to own its order.
+    """
+    by_run: dict[RunId, dict[int, list[CachedSegment]]] = {}
+    for at, sources in enumerate(usable_sources(segments, index, round_id)):
+        for source in sources:
+            by_run.setdefault(source.run, {}).setdefault(at, []).append(source)
+
+    ranked: list[tuple[bool, int, RunId, dict[int, CachedSegment]]] = []
+    for run, of_run in by_run.items():
+        in_order: dict[int, CachedSegment] = {}
+        last = -1
+        for at, sources in of_run.items():
+            following = [source for source in sources if source.index > last]
+            if following:
+                in_order[at] = min(following, key=lambda source: source.index)
+                last = in_order[at].index
+        covered = sum(len(segments[at][1]) for at in in_order)
+        ranked.append((len(in_order) == len(of_run), covered, run, in_order))
+    ranked.sort(key=lambda item: item[:3], reverse=True)
+
+    chosen: dict[int, CachedSegment] = {}
+    for is_whole, _, _, in_order in ranked:
+        if is_whole or not owns_order:
+            for at, source in in_order.items():
+                chosen.setdefault(at, source)
+    if not owns_order:
+        for _, of_run in sorted(by_run.items(), reverse=True):
+            for at, sources in of_run.items():
+                chosen.setdefault(at, sources[-1])
+    return dict(sorted(chosen.items()))
+
+
+def describe_reuse(
+    prompt: EncodedPrompt, num_exact: int, num_prefix: int, chosen: Mapping[int, CachedSegment]
+) -> Reuse:
+    """Say what is known of a reuse before the pass.
+
+    Args:
+        prompt: that reuses.
+        num_exact: length of its matched beginning that is exact.
+        num_prefix: length of its matched beginning.
+        chosen: sources of shared segments after it, by their index among those.
+    """
+    shared = prompt.shared_segments()
+    inherited = [start for start, part in shared if num_exact < start + len(part) <= num_prefix]
+    later = [start for start, part in shared if start + len(part) > num_prefix]
+    indices = sorted(chosen)
+    sources = [chosen[at] for at in indices]
+    in_order = len({source.run for source in sources}) <= 1 and all(
+        source.index < following.index for source, following in itertools.pairwise(sources)
+    )
+    starts = inherited + [later[at] for at in indices]
+    first = starts[0] if starts else num_exact
+    num_private = first - sum(len(part) for start, part in shared if start < first)
+    if sources:
+        # Whatever shifts the owner's segment against this one is private text of one of them.
+        num_private += max(0, sources[0].start - later[indices[0]])
+    return Reuse(in_order, num_private, len(starts))

@@ -1,0 +1,97 @@
+"""The executor on torch: a model of transformers, KV memory, attention, and sampling."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
+from tokendance.executor.kv_pool import KVPool
+from tokendance.executor.sampler import sample
+from tokendance.executor.step import SlotArray, StepInput, StepOutput
+from tokendance.models import hook
+from tokendance.models.loader import LoadedModel
+from tokendance.store.kv_file import KVRows
+
+
+class TorchExecutor:
+    """Packs a step into one row of tokens, and lets attention read and write KV memory.
+
+    Attributes:
+        pool: holds the KV of all slots.
+        on_logits: replaces the logits of each step before anything is chosen from them; for tests
+            that want to see or spoil them.
+    """
+
+    def __init__(self, model: LoadedModel, pool: KVPool, backend: BackendFactory) -> None:
+        """Run `model` over `pool`, with the attention that `backend` makes."""
+        self._model = model
+        self.pool = pool
+        self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)
+        self.on_logits: Callable[[StepInput, Tensor], Tensor] | None = None
+
+    def execute(self, step: StepInput) -> StepOutput:
+        """Run one forward pass, and choose the next tokens; see `Executor`."""
+        logits = self._forward(step, self._pack(step))
+        if self.on_logits is not None:
+            logits = self.on_logits(step, logits)
+        return sample(logits, step.sampling)
+
+    def read_kv(self, slots: SlotArray) -> KVRows:
+        """Copy KV out of memory; see `Executor`."""
+        return self.pool.read(slots)
+
+    def write_kv(self, slots: SlotArray, rows: KVRows) -> None:
+        """Copy KV into memory; see `Executor`."""
+        self.pool.write(slots, rows)
+
+    def _pack(self, step: StepInput) -> PackedBatch:
+        """Lay the requests' tokens side by side, and note at which positions their keys will be."""
+        requests: list[PackedRequest] = []
+        first_row = 0
+        for request in step.requests:
+            requests.append(PackedRequest(first_row, request.positions, request.slots))
+            first_row += len(request.positions)
+            self.pool.slot_position[request.slots[request.positions]] = request.positions
+        return PackedBatch(requests, self.pool.slot_position)
+
+    def _forward(self, step: StepInput, batch: PackedBatch) -> Tensor:
+        """Logits of the last token of each request that wants one, float32 (R, vocabulary)."""
+        self._backend.prepare(batch)
+        ends = np.cumsum([len(request.positions) for request in step.requests])
+        wanting = [request.sampling is not None for request in step.requests]
+        rows = torch.as_tensor(ends[wanting] - 1, device=self._model.device)
+        return self._call_model(step, rows)
+
+    def _call_model(self, step: StepInput, logit_rows: Tensor) -> Tensor:
+        """Run the model on a step's tokens; logits of some rows, float32 (R, vocabulary)."""
+        device = self._model.device
+        token_ids = np.concatenate([request.token_ids for request in step.requests])
+        positions = np.concatenate([request.positions for request in step.requests])
+        inputs = (
+            torch.as_tensor(token_ids.astype(np.int64), device=device),
+            torch.as_tensor(positions, device=device),
+        )
+        return hook.forward(self._model.module, *inputs, logit_rows, self).float()
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        extra: dict[str, Any],
+    ) -> Tensor:
+        """Attend in one layer; see `models.hook.LayerHook`."""
+        del extra  # what it says was found at load time
+        kv_heads, (_, _, rows, size) = key.shape[1], query.shape
+        stacked = query[0].reshape(kv_heads, -1, rows, size)  # (KVH, G, T, D)
+        return self._attend(layer, stacked, key[0], value[0], scale)
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend in one layer; query (KVH, G, T, D), key and value (KVH, T, D)."""
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        return self._backend.attend(layer, query, key, value, keys, values, scale)
