@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from tokendance.collector.correction import NO_CORRECTION
 from tokendance.collector.placement import (
     UNPLACED,
     Draft,
@@ -57,6 +58,8 @@ class Scheduler:
         self._config = config
         self._store = store
         self._kv_bytes_per_token = kv_bytes_per_token
+        # Where requests take copies, what to compute afresh is known in the pass only.
+        self._correction = NO_CORRECTION if config.takes_copies else config.correction
         self._exact_turn = False
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -116,10 +119,9 @@ class Scheduler:
             request.prompt,
             request.max_new_tokens,
             self._store,
-            self._config.correction,
+            self._correction,
             rules,
             request.round_id,
-            self._config.target,
         )
 
     def _too_large(self, request: Request, rules: ReuseRules) -> BudgetError:
