@@ -174,15 +174,14 @@ def tiny(model_folder: Callable[..., Path]) -> LoadedModel:
 @pytest.fixture
 def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
     """Return a function that puts an engine around the tiny model; checks its books at the end."""
-    from tokendance.collector.correction import make_correction
+    from tokendance.collector.correction import read_correction
     from tokendance.config import EngineConfig, StoreConfig
 
     made: list[LLM] = []
 
     def make(
         reuse: ReuseMode = "collective",
-        correction: str = "first-k",
-        first_k: int = 4,
+        correction: str = "first:4",
         max_batch_tokens: int = 4096,
         num_pages: int = 400,
         page_size: int = 16,
@@ -192,7 +191,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
         page_bytes = model.shape.kv_bytes_per_token(model.dtype) * page_size
         config = EngineConfig(
             reuse,
-            make_correction(correction, first_k),
+            read_correction(correction),
             max_batch_tokens,
             StoreConfig(num_pages * page_bytes, page_size, max_reuse_rounds),
         )

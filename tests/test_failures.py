@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tokendance import LLM, Agent, Prompt, SamplingParams, private, shared
-from tokendance.collector.correction import FirstK
+from tokendance.collector.correction import Edges
 from tokendance.collector.placement import FRESH_END
 from tokendance.config import EngineConfig, StoreConfig, parse_bytes
 from tokendance.engine.scheduler import Scheduled
@@ -253,10 +253,10 @@ def test_wrong_settings(tiny: LoadedModel, model_folder: Callable[..., Path]) ->
     with pytest.raises(ConfigError, match="float8"):
         LLM(str(model_folder("llama")), dtype="float8")
     with pytest.raises(ConfigError, match="first_k"):
-        LLM(str(model_folder("llama")), correction=FirstK(2), first_k=3)
+        LLM(str(model_folder("llama")), correction=Edges(2, 0), first_k=3)
     with pytest.raises(ConfigError, match="first_k"):
         LLM(str(model_folder("llama")), correction="none", first_k=3)
-    with pytest.raises(ConfigError, match="first-k is -1"):
+    with pytest.raises(ConfigError, match="first:-1"):
         LLM(str(model_folder("llama")), first_k=-1)
     with pytest.raises(ConfigError, match="'hkvd'"):
         LLM(str(model_folder("llama")), correction="hkvd")

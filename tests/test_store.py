@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tokendance import LLM, Prompt, SamplingParams, private, shared
-from tokendance.collector.correction import FirstK
+from tokendance.collector.correction import Edges
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import BudgetError
 from tokendance.models.loader import LoadedModel
@@ -123,7 +123,7 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         page_bytes = self.model.shape.kv_bytes_per_token(self.model.dtype) * 8
-        config = EngineConfig("collective", FirstK(2), 48, StoreConfig(40 * page_bytes, 8, 3))
+        config = EngineConfig("collective", Edges(2, 0), 48, StoreConfig(40 * page_bytes, 8, 3))
         self.llm = LLM.from_loaded(self.model, config)
         self.live: list[Any] = []
 

@@ -12,13 +12,14 @@ from rich.console import Console
 from test_exactness import KEEP, logprobs, random_ids, random_round
 from tokendance import LLM, Part, Prompt, SamplingParams, private, shared
 from tokendance.bench.calibrate import TINY, calibrate
-from tokendance.collector.correction import CorrectAll, Edges, FirstK
-from tokendance.collector.target import Cell, FidelityTable, FidelityTarget, Measured, Reuse
+from tokendance.collector.correction import NO_CORRECTION, CorrectionPolicy, Edges, Reuse
+from tokendance.collector.target import Cell, FidelityTable, FidelityTarget, Measured
 from tokendance.commands.calibrate import run_calibration, write_table
 from tokendance.config import EngineConfig
 from tokendance.errors import ConfigError
 from tokendance.models.calibration import table_path
 from tokendance.models.loader import load_model
+from tokendance.rounds.segments import as_token_ids, build_prompt, make_salt
 
 MakeLLM = Callable[..., LLM]
 
@@ -42,6 +43,9 @@ TABLE = FidelityTable(
 )
 
 
+(BLOCK,) = build_prompt([(as_token_ids(range(20)), True)], make_salt()).segments
+
+
 @pytest.mark.parametrize(
     ("kl", "reuse", "expected"),
     [
@@ -49,23 +53,34 @@ TABLE = FidelityTable(
         (0.01, Reuse(True, 100, 4), Edges(0, 0)),
         (0.01, Reuse(True, 101, 4), Edges(2, 1)),
         (0.01, Reuse(True, 50, 5), Edges(8, 1)),  # only the largest cell covers it
-        (0.005, Reuse(True, 50, 5), CorrectAll()),
+        (0.005, Reuse(True, 50, 5), None),
         (0.25, Reuse(False, 50, 2), Edges(2, 1)),
-        (0.05, Reuse(False, 50, 2), CorrectAll()),
-        (9.0, Reuse(True, 401, 1), CorrectAll()),  # outside what was measured
-        (9.0, Reuse(True, 1, 17), CorrectAll()),
+        (0.05, Reuse(False, 50, 2), None),
+        (9.0, Reuse(True, 401, 1), None),  # outside what was measured
+        (9.0, Reuse(True, 1, 17), None),
     ],
 )
 def test_the_cheapest_correction_that_met_the_target(
-    kl: float, reuse: Reuse, expected: object
+    kl: float, reuse: Reuse, expected: Edges | None
 ) -> None:
-    assert FidelityTarget(kl, TABLE).choose(reuse) == expected
+    target = FidelityTarget(kl, TABLE)
+    assert target.edges_for(reuse) == expected
+    mask = target.choose(reuse, BLOCK)
+    if expected is None or mask is None:
+        assert mask is None
+    else:
+        assert mask.tolist() == expected.choose(reuse, BLOCK).tolist()
 
 
 def test_owners_lay_out_runs_for_the_largest_reuse_that_meets_the_target() -> None:
-    assert FidelityTarget(0.03, TABLE).layout == Edges(2, 1)
-    assert FidelityTarget(0.005, TABLE).layout == Edges(2, 1)  # of the cell before
-    assert FidelityTarget(1e-9, TABLE).layout == Edges(0, 0)
+    expected = {
+        0.03: Edges(2, 1),
+        0.005: Edges(2, 1),  # of the cell before
+        1e-9: NO_CORRECTION,
+    }
+    for kl, edges in expected.items():
+        layout = FidelityTarget(kl, TABLE).layout(BLOCK)
+        assert layout.tolist() == edges.layout(BLOCK).tolist()
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:
@@ -112,10 +127,13 @@ def permuted(prompts: list[Prompt]) -> list[Prompt]:
     return changed
 
 
-def with_target(make_llm: MakeLLM, tiny: object, kl: float, table: FidelityTable) -> LLM:
-    base = make_llm()
-    config = EngineConfig(store=base.engine.config.store, target=FidelityTarget(kl, table))
+def with_policy(make_llm: MakeLLM, tiny: object, policy: CorrectionPolicy) -> LLM:
+    config = EngineConfig(correction=policy, store=make_llm().engine.config.store)
     return LLM.from_loaded(tiny, config)  # type: ignore[arg-type]
+
+
+def with_target(make_llm: MakeLLM, tiny: object, kl: float, table: FidelityTable) -> LLM:
+    return with_policy(make_llm, tiny, FidelityTarget(kl, table))
 
 
 def test_each_reuse_gets_its_own_correction(make_llm: MakeLLM, tiny: object) -> None:
@@ -168,11 +186,9 @@ def test_a_mirror_may_correct_more_or_less_than_the_layout(make_llm: MakeLLM, ti
     prompts = random_round(13, agents=4)
     for kl in (0.5, 0.03, 0.0015):
         llm = with_target(make_llm, tiny, kl, TABLE)
-        policy = FidelityTarget(kl, TABLE).choose(Reuse(True, 100, 4))
-        plain = LLM.from_loaded(
-            tiny,  # type: ignore[arg-type]
-            EngineConfig(correction=policy, store=llm.engine.config.store),
-        )
+        edges = FidelityTarget(kl, TABLE).edges_for(Reuse(True, 100, 4))
+        assert edges is not None
+        plain = with_policy(make_llm, tiny, edges)
         found, expected = llm.run_round(prompts, KEEP), plain.run_round(prompts, KEEP)
         torch.testing.assert_close(logprobs(found), logprobs(expected), rtol=0, atol=1e-4)
 
@@ -192,7 +208,13 @@ def test_calibration_writes_a_table_that_a_target_can_use(
         assert [m["first"] for m in one["measured"]] == sorted(m["first"] for m in one["measured"])
         assert all(m["kl"] >= 0 for m in one["measured"])
     llm = LLM(folder, dtype="float32", fidelity_target=100.0, kv_budget="16MiB")
-    assert llm.engine.config.correction == Edges(0, 0)
+    assert llm.engine.config.correction.spec == "target:100.0"
+    same = LLM(folder, dtype="float32", correction="target:100", kv_budget="16MiB")
+    assert same.engine.config.correction == llm.engine.config.correction
+    with pytest.raises(ConfigError, match="'near'"):
+        LLM(folder, dtype="float32", correction="target:near", kv_budget="16MiB")
+    with pytest.raises(ConfigError, match="fidelity_target"):
+        LLM(folder, dtype="float32", correction="none", fidelity_target=0.1, kv_budget="16MiB")
     with pytest.raises(ConfigError, match="tokendance calibrate"):
         LLM(folder, dtype="bfloat16", fidelity_target=0.1, kv_budget="16MiB")
     with pytest.raises(ConfigError, match="collective"):
@@ -202,7 +224,7 @@ def test_calibration_writes_a_table_that_a_target_can_use(
 def test_shadows_report_what_a_comparison_by_hand_finds(make_llm: MakeLLM, tiny: object) -> None:
     prompts = random_round(14, agents=4)
     base = make_llm()
-    config = EngineConfig(correction=FirstK(1), store=base.engine.config.store, shadow=1.0)
+    config = EngineConfig(correction=Edges(1, 0), store=base.engine.config.store, shadow=1.0)
     llm = LLM.from_loaded(tiny, config)  # type: ignore[arg-type]
     result = llm.run_round(prompts, KEEP)
     used = llm.engine.store.pool.num_free

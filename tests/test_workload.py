@@ -18,11 +18,9 @@ from tokendance.bench.workload import (
     recorded_workload,
     write_texts,
 )
-from tokendance.collector.correction import Edges, make_correction
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import ConfigError, TraceError
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.rounds.segments import as_token_ids
 
 # The tiny model's tokens are bytes, and blocks must hold a name and a fact. Other knobs are small.
 SPEC = WorkloadSpec(agents=3, block_tokens=80, private_tokens=(60, 90), seed=3)
@@ -142,7 +140,7 @@ def test_question_prompts_share_the_blocks_and_begin_the_answer(
 def test_computed_tokens_are_the_formula(
     workload: RoundWorkload, make_llm: MakeLLM, wide: LoadedModel
 ) -> None:
-    engine = make_llm("collective", first_k=4, page_size=1, num_pages=6000, model=wide)
+    engine = make_llm("collective", page_size=1, num_pages=6000, model=wide)
     workload.warm(engine)
     result = engine.run_round(workload.prompts(), SamplingParams(max_tokens=1))
     assert result.stats.computed_tokens == workload.formula(engine, k=4)
@@ -214,7 +212,7 @@ def test_fidelity_is_over_mirrors(
     assert (exact.top1, exact.identical) == (1, 1)
     assert exact.corrected == 240
     assert exact.corrected_share == 1
-    partly = make_llm("collective", first_k=4, model=wide)
+    partly = make_llm("collective", model=wide)
     found = measure_fidelity(partly, workload.prompts(), reference)
     assert found.corrected == 12
     assert found.kl_continuation > exact.kl_continuation
@@ -237,13 +235,3 @@ def test_identical_is_what_a_free_answer_shows(
         if one.agent in found.agents
     ]
     assert found.identical == pytest.approx(sum(equal) / len(equal))
-
-
-def test_edges_are_the_first_and_the_last_tokens() -> None:
-    ids = as_token_ids(range(6))
-    assert make_correction("edges").corrected(ids).tolist() == [True] * 3 + [False] * 2 + [True]
-    assert Edges(0, 2).corrected(ids).tolist() == [False] * 4 + [True] * 2
-    assert Edges(3, 1).corrected(ids[:2]).all()
-    assert make_correction("epic").corrected(ids).all()
-    with pytest.raises(ConfigError, match="edges"):
-        Edges(-1)

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from tokendance.collector.correction import DEFAULT_FIRST_K, CorrectionName
 from tokendance.config import ReuseMode, parse_bytes
 from tokendance.errors import ConfigError, TokenDanceError
 from tokendance.server.settings import MAX_DRAIN_S, ServerSettings
@@ -74,17 +73,16 @@ def run(
         ),
     ] = "collective",
     correction: Annotated[
-        CorrectionName | None,
+        str | None,
         typer.Option(
-            help="Which tokens of a reused block each agent computes afresh: edges (the first 3 "
-            "and the last, the default), the first few, the first 16 (epic), none, or all."
+            help="Which tokens of a reused block each agent computes afresh: edges:3+1 (the first "
+            "3 and the last, the default), first:4, epic (the first 16), none, all, or "
+            "target:0.01 (see --fidelity-target)."
         ),
     ] = None,
     first_k: Annotated[
         int | None,
-        typer.Option(
-            min=0, help=f"How many, with the correction first-k; {DEFAULT_FIRST_K} if left out."
-        ),
+        typer.Option(min=0, help="The same as --correction first:K."),
     ] = None,
     fidelity_target: Annotated[
         float | None,
@@ -247,8 +245,10 @@ def serve(
         ReuseMode, typer.Option(help="What KV is reused; see `tokendance run --help`.")
     ] = "collective",
     correction: Annotated[
-        CorrectionName | None,
-        typer.Option(help="Which tokens of reused text are computed afresh; edges if left out."),
+        str | None,
+        typer.Option(
+            help="Which tokens of reused text are computed afresh; see `tokendance run --help`."
+        ),
     ] = None,
     fidelity_target: Annotated[
         float | None,

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from tokendance.collector.correction import CorrectionPolicy, Edges, NoCorrection
-from tokendance.collector.target import FidelityTarget
+from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionPolicy
 from tokendance.errors import ConfigError
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
@@ -95,10 +94,10 @@ class EngineConfig:
             there (CacheBlend, arXiv 2405.16444): each request takes its own copy of the segments
             and recomputes the 15% of their tokens that deviate most, one request at a time, or
             many in one pass ("pic-batched").
-        correction: which tokens of reused segments are computed afresh, with "collective".
+        correction: which tokens of reused segments are computed afresh, with "collective"; in the
+            other modes it has no effect.
         max_batch_tokens: most tokens of one forward pass; longer work is cut into chunks.
         store: memory.
-        target: chooses the correction of each reuse; `correction` is then what it lays out.
         shadow: share of mirrors that are kept to be computed exactly in idle time; see
             `engine.shadow`.
         attention: what computes it; "auto" takes the fastest that serves the model, device and
@@ -107,10 +106,9 @@ class EngineConfig:
     """
 
     reuse: ReuseMode = "collective"
-    correction: CorrectionPolicy = field(default_factory=Edges)
+    correction: CorrectionPolicy = DEFAULT_CORRECTION
     max_batch_tokens: int = 2048
     store: StoreConfig = field(default_factory=StoreConfig)
-    target: FidelityTarget | None = None
     shadow: float = 0.0
     attention: AttentionName = "auto"
 
@@ -123,20 +121,11 @@ class EngineConfig:
             )
         if not 0 <= self.shadow <= 1:
             raise ConfigError(f"shadow is {self.shadow}. Give a share from 0 to 1.")
-        if self.target is not None and self.reuse != "collective":
-            raise ConfigError(
-                f"A fidelity target chooses corrections for reuse 'collective', not {self.reuse!r}."
-            )
         if self.shadow and not self.reuses_segments:
             raise ConfigError(
                 f"With reuse {self.reuse!r} all answers are exact, and there is nothing to shadow. "
                 "Leave shadow (--shadow) out."
             )
-        if self.target is not None:
-            object.__setattr__(self, "correction", self.target.layout)
-        if self.takes_copies:
-            # What deviates is known in the pass only: nothing is marked, or stored apart, before.
-            object.__setattr__(self, "correction", NoCorrection())
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max_batch_tokens is {self.max_batch_tokens}. It must be 1 or more.")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tokendance.collector.correction import CorrectionPolicy, make_correction
-from tokendance.collector.target import FidelityTable, FidelityTarget
+from tokendance.collector.correction import CorrectionPolicy, read_correction
+from tokendance.collector.target import FidelityTarget
 from tokendance.config import (
     AttentionName,
     EngineConfig,
@@ -29,7 +29,13 @@ from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceEr
 from tokendance.models.calibration import table_path
 from tokendance.models.encoder import PromptEncoder
 from tokendance.models.identity import identity_of
-from tokendance.models.loader import LoadedModel, dtype_name, load_model
+from tokendance.models.loader import (
+    LoadedModel,
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    load_model,
+)
 from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
@@ -79,12 +85,13 @@ class LLM:
         Args:
             model: "smollm2-135m", a local folder, or the id of a model on the Hugging Face hub.
             reuse: "none", "prefix", "pic", "pic-batched" or "collective"; see `EngineConfig`.
-            correction: "edges" (the first 3 tokens and the last of each shared segment), "first-k",
-                "epic", "none", "all", or a policy of your own; "edges" if left out.
-            first_k: tokens at the beginning of each shared segment that a mirror computes afresh;
-                makes the correction "first-k".
-            fidelity_target: KL divergence (nats per token) from full computation; chooses the
-                correction of each reuse by what `tokendance calibrate` has measured.
+            correction: which tokens of each shared segment a mirror computes afresh: "edges:3+1"
+                (the first 3 and the last, the default), "first:4", "epic", "none", "all",
+                "target:0.01", or a policy of your own.
+            first_k: the same as correction "first:K".
+            fidelity_target: the same as correction "target:KL": a KL divergence (nats per token)
+                from full computation, below which each reuse is corrected by what `tokendance
+                calibrate` has measured.
             shadow: share of mirrors that `check_shadow()` computes again, exactly.
             kv_budget: bytes of KV memory, as a number or like "2GiB"; a quarter of the machine's
                 memory if left out, half of what is free on another device.
@@ -106,18 +113,16 @@ class LLM:
             ModelNotFoundError: if there is no such model.
             UnsupportedModelError: if the arithmetic does not hold for it.
         """
-        if correction is None and first_k is not None:
-            correction = "first-k"
-        if isinstance(correction, str):
-            if first_k is not None and correction != "first-k":
-                raise ConfigError(f"first_k goes with correction 'first-k', not {correction!r}.")
-            correction = make_correction(correction, **_given(first_k=first_k))
-        elif first_k is not None:
-            raise ConfigError("first_k goes with correction 'first-k', not with another policy.")
-        if correction is not None and (fidelity_target is not None or reuse != "collective"):
+        correction = _one_correction(correction, first_k, fidelity_target)
+        if correction is not None and reuse != "collective":
             raise ConfigError(
-                "correction and first_k go with reuse 'collective', and without fidelity_target, "
-                "which chooses the correction itself."
+                "correction, first_k and fidelity_target go with reuse 'collective', "
+                f"not with {reuse!r}. Leave them out."
+            )
+        if isinstance(correction, str):
+            correction = read_correction(
+                correction,
+                {"target": lambda kl: FidelityTarget.read(kl, _table_of(model, dtype, device))},
             )
         memory = StoreConfig(
             _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
@@ -128,14 +133,9 @@ class LLM:
                 "store_budget and store_int8 go with store. Give a folder, or leave them out."
             )
         loaded = load_model(str(model), dtype, device)
-        target = None
-        if fidelity_target is not None:
-            table = FidelityTable.read(table_path(str(model), dtype_name(loaded.dtype)))
-            target = FidelityTarget(fidelity_target, table)
         config = EngineConfig(
             reuse=reuse,
             store=memory,
-            target=target,
             shadow=shadow,
             attention=attention,
             **_given(correction=correction, max_batch_tokens=max_batch_tokens),
@@ -463,6 +463,28 @@ def _report(requests: Sequence[Request], progress: Progress) -> None:
         progress("prefill", begun)
     else:
         progress("decode", ended)
+
+
+def _one_correction(
+    correction: str | CorrectionPolicy | None, first_k: int | None, fidelity_target: float | None
+) -> str | CorrectionPolicy | None:
+    """The correction, in whichever way it was given; None if it was not."""
+    if first_k is not None:
+        if correction not in (None, "first-k"):
+            raise ConfigError("first_k goes with correction 'first-k', not with another.")
+        correction = f"first:{first_k}"
+    if fidelity_target is not None:
+        if correction is not None:
+            raise ConfigError(
+                "fidelity_target chooses the correction itself. Leave correction and first_k out."
+            )
+        correction = f"target:{fidelity_target}"
+    return correction
+
+
+def _table_of(model: str | Path, dtype: str, device: str) -> Path:
+    """Where the fidelity table of a model lies that has yet to be loaded."""
+    return table_path(str(model), dtype_name(choose_dtype(dtype, choose_device(device))))
 
 
 def _default_budget(device: str) -> int:

@@ -9,7 +9,7 @@ from rich.console import Console
 from tokendance.bench.suite import BenchSettings
 from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec
-from tokendance.collector.correction import NoCorrection
+from tokendance.collector.correction import NO_CORRECTION
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
@@ -38,7 +38,7 @@ def make_engines(
     memory = KVMemory.allocate(model, num_pages * PAGE_SIZE) if one_memory else None
     store = StoreConfig(budget)
     configs = {str(mode): EngineConfig(mode, store=store) for mode in modes}
-    configs["floor"] = EngineConfig("collective", NoCorrection(), store=store)
+    configs["floor"] = EngineConfig("collective", NO_CORRECTION, store=store)
     return {name: LLM.from_loaded(model, config, memory) for name, config in configs.items()}
 
 

@@ -1,141 +1,178 @@
-"""Correction policies: which tokens of a shared segment a mirror computes afresh.
+"""Correction policies: which tokens of a reused segment are computed afresh.
 
-A policy knows a segment's tokens and nothing else, so that the positions are known before the
-forward pass and are the same for every mirror; a run can then be stored as
-[common | corrected] and mirrors read the first part as one piece.
+A policy decides before the forward pass, by a segment's tokens and by what is known of the whole
+reuse. The plain policies of this file go by the tokens alone, so every mirror of a segment corrects
+the same ones, and its owner can store a run as [common | corrected] for mirrors to read the first
+part as one piece.
+
+Every policy has a spec, such as "edges:3+1", by which the command line and reports name it.
+`read_correction` makes a policy from a spec.
 """
 
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tokendance.errors import ConfigError
-from tokendance.rounds.segments import TokenIds
+from tokendance.rounds.segments import Segment
 
 Mask = npt.NDArray[np.bool_]
 
-DEFAULT_FIRST_K = 4  # where only the first tokens are corrected
-EPIC_FIRST_K = 16
-"""What EPIC (arXiv 2410.15332) computes afresh of each block."""
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What is known of a request's reuse before the pass.
+
+    Attributes:
+        in_order: all its reused segments are of one run, in the owner's order.
+        num_before: private tokens before the first of them, in its own prompt or in the owner's,
+            whichever are more.
+        num_blocks: shared segments that it reuses, those in a beginning that holds KV of another
+            context included.
+    """
+
+    in_order: bool
+    num_before: int
+    num_blocks: int
 
 
 class CorrectionPolicy(Protocol):
-    """Chooses the corrected tokens of a segment."""
+    """Chooses which tokens of reused segments are computed afresh. Immutable."""
 
     @property
-    def name(self) -> str:
-        """The policy as the command line spells it."""
+    def spec(self) -> str:
+        """Name of the policy, with its numbers."""
         ...
 
-    def corrected(self, token_ids: TokenIds) -> Mask:
-        """Return bool of the shape of `token_ids`: true where a mirror computes afresh."""
+    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+        """Choose the tokens of one segment that a mirror computes afresh.
+
+        Args:
+            reuse: all that the mirror's request reuses.
+            segment: one of those.
+
+        Returns:
+            Bool (tokens of the segment,), true where the mirror computes afresh. None if no
+            correction is enough for this reuse: the request then reuses nothing out of context.
+        """
         ...
 
+    def layout(self, segment: Segment) -> Mask:
+        """Choose the tokens of a segment that its owner stores apart, behind the common ones.
 
-@dataclass(frozen=True, slots=True)
-class FirstK:
-    """The first k tokens of each segment.
+        Best those that most mirrors will compute afresh. A mirror may correct others, and then
+        reads more pieces.
 
-    The tokens that open a block depend most on what stands before it. EPIC (arXiv 2410.15332)
-    recomputes them too, for blocks that were computed alone; with a master in context four are
-    enough (`docs/benchmarks.md`).
-    """
-
-    k: int = DEFAULT_FIRST_K
-
-    def __post_init__(self) -> None:
-        if self.k < 0:
-            raise ConfigError(f"first-k is {self.k}. Give a number of tokens, 0 or more.")
-
-    @property
-    def name(self) -> str:
-        """The policy as the command line spells it."""
-        return "first-k"
-
-    def corrected(self, token_ids: TokenIds) -> Mask:
-        """Mark the first k tokens."""
-        return np.arange(len(token_ids)) < self.k
+        Returns:
+            Bool (tokens of the segment,), true where the token is stored apart.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Edges:
-    """The first tokens of each segment, and the last ones.
+    """Corrects the first tokens of each segment, and the last ones.
 
-    The token that ends a block, a line break most often, gathers what stands before it, and what
-    comes after reads it there. Computed afresh, it buys more than a further token at the
-    beginning, most of all in another order than the owner's (`docs/log.md`).
+    The tokens that open a block depend most on what stands before it; EPIC (arXiv 2410.15332)
+    recomputes 16 of them, for blocks that were computed alone. The token that ends a block, a line
+    break most often, gathers what stands before it, and what comes after reads it there. Computed
+    afresh, it buys more than a further token at the beginning, most of all in another order than
+    the owner's (`docs/log.md`).
+
+    Attributes:
+        first: how many at the beginning.
+        last: how many at the end.
     """
 
-    first: int = 3
-    last: int = 1
+    first: int
+    last: int
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.last < 0:
             raise ConfigError(
-                f"The edges are {self.first} and {self.last} tokens. Give numbers, 0 or more."
+                f"Correction cannot have edges of the first {self.first} and the last {self.last} "
+                "tokens. Give numbers, 0 or more."
             )
 
     @property
-    def name(self) -> str:
-        """The policy as the command line spells it."""
-        return "edges"
+    def spec(self) -> str:
+        """As "edges:3+1", "first:4" or "none"."""
+        if self.last:
+            return f"edges:{self.first}+{self.last}"
+        return f"first:{self.first}" if self.first else "none"
 
-    def corrected(self, token_ids: TokenIds) -> Mask:
-        """Mark the first and the last tokens."""
-        places = np.arange(len(token_ids))
-        return (places < self.first) | (places >= len(token_ids) - self.last)
+    def choose(self, reuse: Reuse, segment: Segment) -> Mask:
+        """Choose the first and the last tokens, whatever the reuse."""
+        del reuse
+        return self.layout(segment)
 
-
-@dataclass(frozen=True, slots=True)
-class NoCorrection:
-    """Reuse every token as the owner computed it: the cheapest, and the least faithful."""
-
-    @property
-    def name(self) -> str:
-        """The policy as the command line spells it."""
-        return "none"
-
-    def corrected(self, token_ids: TokenIds) -> Mask:
-        """Mark nothing."""
-        return np.zeros(len(token_ids), np.bool_)
+    def layout(self, segment: Segment) -> Mask:
+        """Store apart what is corrected."""
+        indices = np.arange(len(segment))
+        return (indices < self.first) | (indices >= len(segment) - self.last)
 
 
 @dataclass(frozen=True, slots=True)
 class CorrectAll:
-    """Compute every token afresh: the exact result, by the same path as the others."""
+    """Corrects every token: the exact result, by the same path as the other policies."""
 
     @property
-    def name(self) -> str:
-        """The policy as the command line spells it."""
+    def spec(self) -> str:
+        """It is "all"."""
         return "all"
 
-    def corrected(self, token_ids: TokenIds) -> Mask:
-        """Mark everything."""
-        return np.ones(len(token_ids), np.bool_)
+    def choose(self, reuse: Reuse, segment: Segment) -> Mask:
+        """Choose every token."""
+        del reuse
+        return self.layout(segment)
+
+    def layout(self, segment: Segment) -> Mask:
+        """Store all tokens in their order."""
+        return np.ones(len(segment), np.bool_)
 
 
-CorrectionName = Literal["first-k", "edges", "epic", "none", "all"]
-CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
+NO_CORRECTION = Edges(0, 0)
+"""Reuse every token as its owner computed it: the cheapest policy, and the least faithful."""
+DEFAULT_CORRECTION = Edges(3, 1)
+
+_BY_NAME: Mapping[str, CorrectionPolicy] = MappingProxyType(
+    {
+        "edges": DEFAULT_CORRECTION,
+        "first-k": Edges(4, 0),
+        "epic": Edges(16, 0),
+        "none": NO_CORRECTION,
+        "all": CorrectAll(),
+    }
+)
+
+SpecReader = Callable[[str], CorrectionPolicy]
 
 
-def make_correction(name: str, first_k: int = DEFAULT_FIRST_K) -> CorrectionPolicy:
-    """Make a policy from its name.
+def read_correction(spec: str, others: Mapping[str, SpecReader] | None = None) -> CorrectionPolicy:
+    """Make the policy of a spec; the `spec` of that policy reads as the same policy again.
+
+    Args:
+        spec: as "edges:3+1" or "first:4"; "edges" and "first-k" take their usual numbers.
+        others: readers of policies that this file does not know, by what stands before the colon;
+            each is given what stands behind it.
 
     Raises:
-        ConfigError: for a name that is not in `CORRECTIONS`, or a negative `first_k`.
+        ConfigError: for a spec that nobody reads.
     """
-    match name:
-        case "first-k":
-            return FirstK(first_k)
-        case "edges":
-            return Edges()
-        case "epic":
-            return FirstK(EPIC_FIRST_K)
-        case "none":
-            return NoCorrection()
-        case "all":
-            return CorrectAll()
-        case _:
-            raise ConfigError(f"There is no correction {name!r}. Use one of {CORRECTIONS}.")
+    if spec in _BY_NAME:
+        return _BY_NAME[spec]
+    if match := re.fullmatch(r"edges:(\d+)\+(\d+)", spec):
+        return Edges(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"first:(\d+)", spec):
+        return Edges(int(match[1]), 0)
+    others = others or {}
+    name, _, value = spec.partition(":")
+    if name in others:
+        return others[name](value)
+    specs = [*_BY_NAME, "edges:3+1", "first:4", *(f"{name}:N" for name in others)]
+    raise ConfigError(f"There is no correction {spec!r}. Use one like {', '.join(specs)}.")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokendance.collector.correction import NoCorrection
+from tokendance.collector.correction import NO_CORRECTION
 from tokendance.collector.placement import ReuseRules, draft_placement, place
 from tokendance.rounds.segments import TokenIds, build_prompt, make_salt
 from tokendance.store.entries import RoundId
@@ -35,7 +35,7 @@ class PrefixEstimate:
         for token_ids, answer in prompts:
             prompt = build_prompt([(token_ids, False)], _SALT)
             draft = draft_placement(
-                prompt, len(answer) + 1, self._store, NoCorrection(), _RULES, _ROUND
+                prompt, len(answer) + 1, self._store, NO_CORRECTION, _RULES, _ROUND
             )
             placement = place(prompt, draft, self._store, _RULES, _ROUND)
             assert placement is not None, "the estimate's cache is full"

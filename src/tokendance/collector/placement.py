@@ -27,8 +27,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.collector.correction import CorrectAll, CorrectionPolicy
-from tokendance.collector.target import FidelityTarget, Reuse
+from tokendance.collector.correction import CorrectionPolicy, Mask, Reuse
 from tokendance.rounds.segments import EncodedPrompt, Segment
 from tokendance.store.entries import (
     Entry,
@@ -142,7 +141,6 @@ def draft_placement(
     correction: CorrectionPolicy,
     rules: ReuseRules,
     round_id: RoundId,
-    target: FidelityTarget | None = None,
 ) -> Draft:
     """Work out a placement. Changes nothing.
 
@@ -156,7 +154,6 @@ def draft_placement(
         correction: which tokens of reused segments to compute afresh.
         rules: what the request may take and leave.
         round_id: the round that it is of.
-        target: chooses the correction of what it reuses; `correction` lays out what it owns.
     """
     length = len(prompt)
     slots = np.full(length + max_new_tokens, UNPLACED, np.int32)
@@ -178,12 +175,19 @@ def draft_placement(
         if start + len(segment) > num_prefix
     ]
     chosen = choose_copies(segments, store, rules, round_id) if rules.segments else {}
-    policy = correction
-    if target is not None and rules.segments and (chosen or num_exact < num_prefix):
-        policy = target.choose(describe_reuse(prompt, num_exact, num_prefix, chosen, store))
-        if isinstance(policy, CorrectAll):
-            exact = replace(rules, segments=False)
-            return draft_placement(prompt, max_new_tokens, store, correction, exact, round_id)
+    masks: dict[int, Mask] = {}
+    if rules.segments and (chosen or num_exact < num_prefix):
+        reuse = describe_reuse(prompt, num_exact, num_prefix, chosen, store)
+        asked = {index: segments[index][1] for index in chosen}
+        if num_exact < num_prefix:  # its beginning is reused out of context, too
+            inexact = np.searchsorted(prompt.starts, num_exact, side="right") - 1
+            asked[UNPLACED] = prompt.segments[inexact]
+        for index, segment in asked.items():
+            mask = correction.choose(reuse, segment)
+            if mask is None:
+                exact = replace(rules, segments=False)
+                return draft_placement(prompt, max_new_tokens, store, correction, exact, round_id)
+            masks[index] = mask
     used: list[SegmentCopy] = []
     owned: list[tuple[int, Segment]] = []
     num_corrected = 0
@@ -193,7 +197,7 @@ def draft_placement(
         if copy is None:
             owned.append((start, segment))
             continue
-        afresh = policy.corrected(segment.token_ids)
+        afresh = masks[place].copy()
         # Where copies are taken, what to compute again is chosen in the pass.
         fresh = 1 if copy.round_id == round_id or rules.copies else FRESH_END
         afresh[max(0, length - fresh - start) :] = True  # as far as it is in this segment
@@ -399,5 +403,5 @@ def join_runs(owned: Sequence[tuple[int, Segment]]) -> list[list[tuple[int, Segm
 def _storage_order(run: Sequence[tuple[int, Segment]], correction: CorrectionPolicy) -> Positions:
     """Positions of a run as they are stored: common tokens, then corrected ones."""
     positions = np.concatenate([np.arange(start, start + len(segment)) for start, segment in run])
-    corrected = np.concatenate([correction.corrected(segment.token_ids) for _, segment in run])
+    corrected = np.concatenate([correction.layout(segment) for _, segment in run])
     return np.concatenate([positions[~corrected], positions[corrected]])

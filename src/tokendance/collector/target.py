@@ -19,27 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tokendance.collector.correction import CorrectAll, CorrectionPolicy, Edges
+from tokendance.collector.correction import NO_CORRECTION, Edges, Mask, Reuse
 from tokendance.errors import ConfigError
+from tokendance.rounds.segments import Segment
 
 FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """What is known of a request's reuse before the pass.
-
-    Attributes:
-        in_order: all its reused segments are of one run, in the owner's order.
-        num_before: private tokens before the first of them, in its own prompt or in the owner's,
-            whichever are more.
-        num_blocks: shared segments that it reuses, those in a beginning that holds KV of another
-            context included.
-    """
-
-    in_order: bool
-    num_before: int
-    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +64,10 @@ class Cell:
             and reuse.num_before <= self.num_before
             and reuse.num_blocks <= self.num_blocks
         )
+
+    def size(self) -> tuple[int, int]:
+        """By which cells are compared: the text before first, then the blocks."""
+        return self.num_before, self.num_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +125,7 @@ def _read_cell(cell: Mapping[str, Any]) -> Cell:
 
 @dataclass(frozen=True, slots=True)
 class FidelityTarget:
-    """Chooses a correction for each reuse, so that its KL divergence stays below a target.
+    """A correction policy that keeps the KL divergence of each reuse below a target.
 
     That is a mean over agents and tokens, as measured: one of them may be farther away.
 
@@ -153,30 +141,49 @@ class FidelityTarget:
         if not self.kl > 0:
             raise ConfigError(f"The fidelity target is {self.kl}. Give a KL divergence above 0.")
 
-    def choose(self, reuse: Reuse) -> CorrectionPolicy:
-        """Return the cheapest correction that met the target; to compute all, where none did."""
-        covering = [cell for cell in self.table.cells if cell.covers(reuse)]
-        if not covering:
-            return CorrectAll()
-        return self._cheapest(min(covering, key=lambda c: (c.num_before, c.num_blocks)))
+    @classmethod
+    def read(cls, kl: str, path: Path) -> Self:
+        """Make a target from the number in its spec and a table on disk.
+
+        Raises:
+            ConfigError: if either cannot be used.
+        """
+        try:
+            number = float(kl)
+        except ValueError as error:
+            raise ConfigError(
+                f"The fidelity target is {kl!r}. Give a KL divergence, as in target:0.01."
+            ) from error
+        return cls(number, FidelityTable.read(path))
 
     @property
-    def layout(self) -> CorrectionPolicy:
-        """The correction by which owners lay out their runs.
+    def spec(self) -> str:
+        """As "target:0.01"."""
+        return f"target:{self.kl}"
 
-        That of the largest reuse in order for which there is one: a mirror that corrects as much
-        reads the run as one piece, the others read pieces of it.
+    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+        """Choose by the cheapest correction that met the target; None where none did."""
+        edges = self.edges_for(reuse)
+        return None if edges is None else edges.choose(reuse, segment)
+
+    def layout(self, segment: Segment) -> Mask:
+        """Store apart what the largest reuse in order corrects for which there is a correction.
+
+        A mirror that corrects as much reads the run as one piece, the others read pieces of it.
         """
-        in_order = [cell for cell in self.table.cells if cell.in_order]
-        for cell in sorted(in_order, key=lambda c: (c.num_before, c.num_blocks), reverse=True):
-            policy = self._cheapest(cell)
-            if not isinstance(policy, CorrectAll):
-                return policy
-        return Edges(0, 0)
+        in_order = (cell for cell in self.table.cells if cell.in_order)
+        by_size = sorted(in_order, key=Cell.size, reverse=True)
+        edges = next(filter(None, map(self._cheapest, by_size)), NO_CORRECTION)
+        return edges.layout(segment)
 
-    def _cheapest(self, cell: Cell) -> CorrectionPolicy:
-        good = [one for one in cell.measured if one.kl <= self.kl]
+    def edges_for(self, reuse: Reuse) -> Edges | None:
+        """The correction that a reuse gets; None if its request has to compute."""
+        covering = [cell for cell in self.table.cells if cell.covers(reuse)]
+        return self._cheapest(min(covering, key=Cell.size)) if covering else None
+
+    def _cheapest(self, cell: Cell) -> Edges | None:
+        good = [measured for measured in cell.measured if measured.kl <= self.kl]
         if not good:
-            return CorrectAll()
-        best = min(good, key=lambda one: (one.first + one.last, one.kl))
-        return Edges(best.first, best.last)
+            return None
+        cheapest = min(good, key=lambda measured: (measured.first + measured.last, measured.kl))
+        return Edges(cheapest.first, cheapest.last)

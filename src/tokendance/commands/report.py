@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokendance.collector.correction import Edges, FirstK
 from tokendance.engine.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
@@ -151,13 +150,6 @@ def reuse_name(llm: LLM) -> str:
 
 
 def _correction_name(llm: LLM) -> str | None:
-    """The correction in words; None where nothing is corrected."""
+    """The spec of the correction; None where nothing is corrected."""
     config = llm.engine.config
-    if config.reuse != "collective":
-        return None
-    if config.target is not None:
-        return f"for a KL of {config.target.kl:g}"
-    policy = config.correction
-    if isinstance(policy, Edges):
-        return f"first {policy.first} and last {policy.last} of each block"
-    return f"first {policy.k} of each block" if isinstance(policy, FirstK) else policy.name
+    return config.correction.spec if config.reuse == "collective" else None

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tokendance.collector.correction import CorrectionName
 from tokendance.collector.estimate import PrefixEstimate
 from tokendance.commands.report import (
     DoneRound,
@@ -50,7 +49,7 @@ class RunSettings:
     trace: Path | None
     model: str
     reuse: ReuseMode
-    correction: CorrectionName | None
+    correction: str | None
     first_k: int | None
     fidelity_target: float | None
     shadow: float

@@ -60,6 +60,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def choose_device(name: str) -> torch.device:
+    """Turn a device's name into the device.
+
+    Raises:
+        ConfigError: if it cannot be used here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device {name!r} cannot be used: {error}") from error
+    return device
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype as the command line does."""
     return str(dtype).removeprefix("torch.")
@@ -79,15 +93,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
         device: as torch names it.
 
     Raises:
+        ConfigError: for a dtype that does not exist, or a device that cannot be used.
         ModelNotFoundError: if there is none of that name, or its files are broken.
         UnsupportedModelError: if the arithmetic does not hold for it.
     """
     hook.register()
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"The device {device!r} cannot be used: {error}") from error
+    target = choose_device(device)
     chosen = choose_dtype(dtype, target)
     with quiet(), _readable_errors(name):
         source = checkpoint_source(name)

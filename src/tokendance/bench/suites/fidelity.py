@@ -31,12 +31,10 @@ from tokendance.bench.workload import (
     write_texts,
 )
 from tokendance.collector.correction import (
-    CorrectAll,
+    DEFAULT_CORRECTION,
+    NO_CORRECTION,
     CorrectionPolicy,
-    Edges,
-    FirstK,
-    NoCorrection,
-    make_correction,
+    read_correction,
 )
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.llm import LLM
@@ -84,20 +82,23 @@ class Kind:
 
     @property
     def label(self) -> str:
-        """The correction as the table shows it; 2 + 1 is the first two and the last token."""
+        """The correction as the table shows it."""
         if self.mode != "collective":
             return "-"
-        name = self.correction.name
-        if isinstance(self.correction, FirstK):
-            name = f"first {self.correction.k}"
-        elif isinstance(self.correction, Edges):
-            name = f"{self.correction.first} + {self.correction.last}"
-        return f"{name}, int8" if self.int8 else name
+        return f"{self.correction.spec}, int8" if self.int8 else self.correction.spec
 
 
-DEFAULT = Kind("collective", Edges())
-INT8 = Kind("collective", Edges(), int8=True)
-PIC = Kind("pic", NoCorrection())
+DEFAULT = Kind("collective", DEFAULT_CORRECTION)
+INT8 = Kind("collective", DEFAULT_CORRECTION, int8=True)
+PIC = Kind("pic", NO_CORRECTION)
+_SWEEP = (
+    *("none", "first:1", "first:2", "first:4", "first:8", "epic"),
+    *("edges:0+1", "edges:2+1", "edges:3+1", "edges:8+1", "all"),
+)
+
+
+def _collective(*specs: str) -> tuple[Kind, ...]:
+    return tuple(Kind("collective", read_correction(spec)) for spec in specs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,31 +134,17 @@ def _make_plan(settings: BenchSettings) -> _Plan:
             WorkloadSpec(3, 40, (40, 80), source=settings.source, seed=settings.seed),
             workloads=1,
             tokens=6,
-            frontier=(PIC, DEFAULT, INT8, Kind("collective", CorrectAll())),
+            frontier=(PIC, DEFAULT, INT8, *_collective("all")),
             orders=("same", "permuted"),
             half=(DEFAULT,),
         )
-    sweep: list[CorrectionPolicy] = [NoCorrection()]
-    sweep += [FirstK(1), FirstK(2), FirstK(4), FirstK(8), make_correction("epic")]
-    sweep += [Edges(0, 1), Edges(2, 1), Edges(3, 1), Edges(8, 1), CorrectAll()]
     return _Plan(
         WorkloadSpec(10, source=settings.source, seed=settings.seed),
         workloads=settings.repeats,
         tokens=32,
-        frontier=(
-            PIC,
-            *(Kind("collective", policy) for policy in sweep),
-            INT8,
-        ),
+        frontier=(PIC, *_collective(*_SWEEP), INT8),
         orders=("same", "permuted", "own-first"),
-        half=(
-            PIC,
-            Kind("collective", NoCorrection()),
-            Kind("collective", FirstK(4)),
-            DEFAULT,
-            INT8,
-            Kind("collective", CorrectAll()),
-        ),
+        half=(PIC, *_collective("none", "first:4"), DEFAULT, INT8, *_collective("all")),
     )
 
 
