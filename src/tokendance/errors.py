@@ -13,11 +13,13 @@
     ├── StoreError                a folder of sessions that cannot be used
     │   ├── CorruptFileError      a file in it is not what was written
     │   └── NotStoredError        a round was answered, and is not on disk (in outputs.py)
+    ├── EngineError               the engine has failed and is given up
     ├── BaselineError             the engine that we compare with is missing or failed
     └── RequestError              a request could not be finished; the others are unharmed
         ├── BudgetError           the KV budget cannot hold it
         ├── NumericsError         the model produced NaN or infinity for it
         ├── ConstraintError       what its answer shall look like cannot be followed
+        ├── StepError             the forward pass that was to compute it failed
         └── AbortedError          the caller took it back, or the engine has stopped
 
 Each message is one sentence that says what happened, and one that says what to do.
@@ -72,6 +74,10 @@ class CorruptFileError(StoreError):
     """A file of the store is not what was written."""
 
 
+class EngineError(TokenDanceError):
+    """The engine has failed and is given up."""
+
+
 class BaselineError(TokenDanceError):
     """The engine that we compare with is missing or failed."""
 
@@ -90,6 +96,10 @@ class NumericsError(RequestError):
 
 class ConstraintError(RequestError):
     """What the request's answer shall look like cannot be followed."""
+
+
+class StepError(RequestError):
+    """The forward pass that was to compute the request failed."""
 
 
 class AbortedError(RequestError):

@@ -1,120 +1,135 @@
-"""The engine: one loop for rounds and single requests alike.
+"""The engine: one step for rounds and single requests alike.
 
-step():  schedule  ->  run  ->  postprocess
+step():  admit  ->  schedule  ->  execute  ->  take what was chosen
 """
 
 import itertools
-import math
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from tokendance.attention.backends import make_backend
-from tokendance.collector.owners import Start, order_starts
-from tokendance.collector.placement import usable_copies
-from tokendance.config import EngineConfig
-from tokendance.engine.blend import MIN_LAYERS
-from tokendance.engine.request import Request
-from tokendance.engine.runner import KVMemory, Runner
-from tokendance.engine.sampling import choose_tokens, text_up_to_stop, top_logprobs
+from tokendance.collector.planner import Planner
+from tokendance.engine.events import (
+    Admitted,
+    EngineObserver,
+    Event,
+    Evicted,
+    Finished,
+    FirstToken,
+    RoundStarted,
+    StepDone,
+)
+from tokendance.engine.request import Request, RequestId, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
-from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
-from tokendance.errors import AbortedError, ConfigError, ConstraintError, NumericsError
-from tokendance.models.loader import LoadedModel
-from tokendance.rounds.discovery import Heard
-from tokendance.rounds.segments import EncodedPrompt, Salt
-from tokendance.store.entries import RoundId
+from tokendance.engine.scheduling import DecodingFirst, SchedulingPolicy
+from tokendance.engine.stops import text_up_to_stop
+from tokendance.errors import (
+    AbortedError,
+    ConstraintError,
+    NumericsError,
+    StepError,
+    TokenDanceError,
+)
+from tokendance.executor.step import Executor, StepInput, StepOutput
+from tokendance.store.entries import RoundId, RunId, StoredSegment
 from tokendance.store.kv_store import KVStore
+
+log = logging.getLogger("tokendance.engine")
+
+Clock = Callable[[], float]
 
 _MAX_RETRIES = 2
 # A pass of fewer tokens says little of how fast prompts are computed.
 _PACE_TOKENS = 256
 
 
-@dataclass(slots=True)
-class RoundRecord:
-    """What the engine measures of a round while it runs.
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What decides, what runs, and what divides; another way of reuse brings other parts.
 
     Attributes:
-        requests: of the round, late ones included.
-        started_s: clock time at which the first of them came.
-        resident_pages: most pages that its requests held at one time.
+        planner: over the engine's store.
+        executor: has room for the store's slots.
+        policy: divides the tokens of a step.
     """
 
-    requests: list[Request] = field(default_factory=list)
-    started_s: float = field(default_factory=time.perf_counter)
-    resident_pages: int = 0
+    planner: Planner
+    executor: Executor
+    policy: SchedulingPolicy = DecodingFirst()
+
+
+@dataclass(slots=True)
+class _Round:
+    """A round of which somebody waits or runs.
+
+    Attributes:
+        added_s: when the first of its requests was added.
+        requests: all that were added, those that are done included.
+        num_left: that are not done.
+        has_started: whether any of them was admitted.
+    """
+
+    added_s: float
+    requests: list[Request]
+    num_left: int = 0
+    has_started: bool = False
 
 
 class Engine:
-    """Runs requests through a model, sharing KV as the configuration says.
-
-    Not safe for several threads at once.
+    """Runs requests, sharing KV as its parts say. Not safe for several threads at once.
 
     Attributes:
+        store: pages and indexes.
+        executor: runs the steps.
+        scheduler: queue and running requests.
         seconds_per_token: of the last large pass over prompts; None before there was one.
     """
 
     def __init__(
         self,
-        model: LoadedModel,
-        config: EngineConfig,
+        store: KVStore,
+        parts: EngineParts,
         decode: Callable[[Sequence[int]], str],
-        memory: KVMemory | None = None,
+        *,
+        max_num_batched_tokens: int,
+        kv_bytes_per_token: int,
+        clock: Clock = time.perf_counter,
     ) -> None:
-        """Allocate memory under the budget.
+        """Make an engine over a store.
 
         Args:
-            model: to run.
-            config: of the loop and the memory.
-            decode: token ids to text, for stop strings and answers.
-            memory: to use in place of its own, as large as the budget says or larger.
-
-        Raises:
-            ConfigError: if the budget does not hold a single page, or cannot be allocated.
+            store: empty.
+            parts: over that store.
+            decode: token ids to text, for stop texts and answers.
+            max_num_batched_tokens: of one step.
+            kv_bytes_per_token: for messages.
+            clock: seconds; a test may have one of its own.
         """
-        self.config = config
-        self.kv_bytes_per_token = model.shape.kv_bytes_per_token(model.dtype)
-        self.page_bytes = self.kv_bytes_per_token * config.store.page_size
-        num_pages = config.store.kv_budget // self.page_bytes
-        if num_pages == 0:
-            raise ConfigError(
-                f"The KV budget of {config.store.kv_budget} bytes is smaller than one page "
-                f"({self.page_bytes} bytes). Raise kv_budget (--kv-budget)."
-            )
-        num_pages = min(num_pages, (2**31 - 1) // config.store.page_size)  # slots are int32
-        self.store = KVStore(num_pages, config.store.page_size, config.store.max_reuse_rounds)
-        if config.takes_copies and model.shape.num_layers < MIN_LAYERS:
-            raise ConfigError(
-                f"reuse {config.reuse!r} compares keys of the second layer and drops rows after "
-                f"it, and {model.name} has {model.shape.num_layers} layers. Use another reuse."
-            )
-        memory = memory or KVMemory.allocate(model, num_pages * config.store.page_size)
-        self.runner = Runner(model, memory, partial(make_backend, name=config.attention))
-        self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
-        self.shadows = Shadows(config.shadow)
+        self.store = store
+        self.executor = parts.executor
+        self._planner = parts.planner
+        self.scheduler = Scheduler(
+            store,
+            parts.planner,
+            parts.policy,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_bytes_per_token=kv_bytes_per_token,
+        )
         self._decode = decode
+        self._clock = clock
+        self._observers: list[EngineObserver] = []
+        self._request_ids = itertools.count()
+        self._rounds: dict[RoundId, _Round] = {}
+        self._resident: Mapping[RoundId, int] = {}
+        self._resident_of: list[Request] = []  # for whom that was counted
         self.seconds_per_token: float | None = None
-        self._rounds: dict[RoundId, RoundRecord] = {}
-        self._round_ids = itertools.count()
 
-    def new_round_id(self) -> RoundId:
-        """Return an id for requests that belong together."""
-        return RoundId(next(self._round_ids))
+    # -- coming and going -----------------------------------------------------------------------
 
-    def num_known(self, prompt: EncodedPrompt) -> int:
-        """How many tokens at the beginning of a prompt have KV that its round may reuse."""
-        _, slots = self.store.match_prefix(prompt.token_ids, prompt.salt, exact=False)
-        return len(slots)
-
-    def recall(self, prompts: Iterable[Heard], salt: Salt) -> None:
-        """Offer parts of earlier prompts for reuse, as far as their KV is still there."""
-        for prompt in prompts:
-            self.store.put_copies(prompt.token_ids, salt, prompt.parts)
+    def observe(self, observer: EngineObserver) -> None:
+        """Tell an observer what happens from now on."""
+        self._observers.append(observer)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue requests that arrive together; those of a running round join it.
@@ -122,34 +137,30 @@ class Engine:
         Their order in the queue is chosen so that little is computed twice. A request whose
         `error` is set already is done at once.
         """
+        now = self._clock()
         for request in requests:
-            self._rounds.setdefault(request.round_id, RoundRecord()).requests.append(request)
-            self.shadows.draw(request)
+            request.id = RequestId(next(self._request_ids))
+            if request.arrived_s is None:
+                request.arrived_s = now
+            joined = self._rounds.setdefault(request.round_id, _Round(now, []))
+            joined.requests.append(request)
+            joined.num_left += 1
+        for request in requests:
             if request.error is not None:
                 self._finish(request, "error")
         sound = [request for request in requests if request.error is None]
         together = [request for request in sound if request.in_round]
-        shared = [request.prompt.shared_segments() for request in together]
-        known = {
-            segments[place][1].hash
-            for request, segments in zip(together, shared, strict=True)
-            for place, copies in usable_copies(segments, self.store, request.round_id)
-            if copies
-        }
-        sizes = [[(segment.hash, len(segment)) for _, segment in one] for one in shared]
-        starts = order_starts(sizes, known)
-        if self.config.takes_copies:  # whoever comes first computes
-            starts = [Start(index) for index in range(len(together))]
-        for start in starts:
-            together[start.index].owns_order = start.owns_order
-            self.scheduler.waiting.append(together[start.index])
+        if together:
+            prompts = [request.prompt for request in together]
+            for start in self._planner.order(prompts, together[0].round_id):
+                together[start.index].owns_order = start.owns_order
+                self.scheduler.waiting.append(together[start.index])
         self.scheduler.waiting.extend(request for request in sound if not request.in_round)
 
     def abort(self, request: Request, why: str = "The request was taken back.") -> None:
         """End a request; the others go on. Does nothing if it is done."""
         if request.finish_reason is None:
-            request.error = AbortedError(why)
-            self._fail(request, keep_kv=True)
+            self._fail(request, AbortedError(why), keep_kv=True)
 
     @property
     def has_work(self) -> bool:
@@ -164,103 +175,155 @@ class Engine:
         """
         return bool(self.scheduler.running or (self.scheduler.waiting and not self.store.loading))
 
-    def step(self) -> list[Request]:
-        """Compute one batch; return the requests that are done."""
-        num_running = len(self.scheduler.running)
-        refused = self.scheduler.admit()
-        if len(self.scheduler.running) > num_running:
-            self._note_residency()
-        for request in refused:
-            self._finish(request, "error")
-        step = self.scheduler.schedule() or self.scheduler.schedule()
-        assert step or not self.scheduler.running, (
-            "nothing can be computed: requests wait in a circle"
-        )
-        if not step:
-            return refused
-        start = time.perf_counter()
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of which somebody waits or runs."""
+        return len(self._rounds)
+
+    def open_requests(self) -> list[Request]:
+        """All requests of rounds of which somebody waits or runs."""
+        return [request for one in self._rounds.values() for request in one.requests]
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Compute one batch.
+
+        Raises:
+            StepError: if the forward pass failed; its requests have failed, too, and the others go
+                on.
+        """
+        self._admit()
+        scheduled = self.scheduler.schedule() or self.scheduler.schedule()
+        if not scheduled:
+            self._fail_stuck()
+            return
+        scheduled, step = self._make_step(scheduled)
+        if not scheduled:
+            return
+        start = self._clock()
         try:
-            logits = self.runner.run(step, self.store.slot_position)
+            output = self.executor.execute(step)
+        except Exception as error:
+            failure = StepError(
+                f"The forward pass failed ({type(error).__name__}: {error}). Ask again; if it "
+                "fails again, the log says where."
+            )
+            for item in scheduled:
+                self.scheduler.unmark(item)
+            for item in scheduled:
+                self._fail(item.request, failure, keep_kv=False)
+            raise failure from error
         except BaseException:
             # An interrupt, most often: what was to be written is not there.
-            self.scheduler.undo(step)
+            self.scheduler.undo(scheduled)
             raise
-        num_tokens = sum(len(item.positions) for item in step)
-        if num_tokens >= _PACE_TOKENS:
-            self.seconds_per_token = (time.perf_counter() - start) / num_tokens
-        return refused + self._postprocess(step, logits)
+        now = self._clock()
+        if step.num_tokens >= _PACE_TOKENS:
+            self.seconds_per_token = (now - start) / step.num_tokens
+        self.emit(
+            StepDone(
+                now,
+                now - start,
+                {item.request.id: len(item.positions) for item in scheduled},
+                len(self.scheduler.running),
+                len(self.scheduler.waiting),
+                self._resident_pages(),
+            )
+        )
+        self._take(scheduled, output, now)
 
-    def pop_round(self, round_id: RoundId) -> RoundRecord:
-        """Hand over the record of a round whose requests are all done, and forget it."""
-        return self._rounds.pop(round_id)
-
-    def check_integrity(self) -> None:
-        """Assert that page counts, indexes and running requests agree."""
-        held = [
-            request.placement.pages
-            for request in self.scheduler.running
-            if request.placement is not None
-        ]
-        self.store.check_integrity(held)
-
-    # -- after a step -------------------------------------------------------------------------
-
-    def _postprocess(self, step: Sequence[Scheduled], logits: Tensor) -> list[Request]:
-        """Choose next tokens, and let go of requests that are done or have failed."""
-        done: list[Request] = []
-        wanting = [item.request for item in step if item.wants_logits]
-        # A sum is finite only where all numbers are, and one pass over these megabytes is enough.
-        finite = logits.sum(dim=-1).isfinite().tolist()
-        for request, is_finite in zip(wanting, finite, strict=True):
-            if not is_finite and request.placement is not None:
-                done += self._numerics(request)
-        rows = [
-            row
-            for row, request in enumerate(wanting)
-            if finite[row] and request.placement is not None  # else it failed or began anew
-        ]
-        if not rows:
-            return done
-        alive = [wanting[row] for row in rows]
-        if len(rows) < len(wanting):
-            logits = logits[rows]
-        for request, row_logits in zip(alive, logits, strict=True):
-            _restrict(row_logits, request)
-        chosen = choose_tokens(logits, [r.params for r in alive], [r.generator for r in alive])
-        now = time.perf_counter()
-        for request, row_logits, token in zip(alive, logits, chosen, strict=True):
-            forced = request.params.forced_tokens
-            if forced is not None:
-                token = forced[len(request.generated)]
-            in_shadow = request.shadowed and len(request.shadow_tokens) < SHADOW_TOKENS
-            if in_shadow:
-                request.shadow_tokens.append(token)
-            if in_shadow or request.params.keep_logprobs:
-                request.logprobs.append(torch.log_softmax(row_logits, dim=-1))
-            if request.params.top_logprobs is not None:
-                request.top_logprobs.append(
-                    top_logprobs(row_logits, token, request.params.top_logprobs)
+    def _admit(self) -> None:
+        num_evicted = self.store.num_evicted
+        admitted, refused = self.scheduler.admit()
+        now = self._clock()
+        if self.store.num_evicted > num_evicted:
+            self.emit(Evicted(now, self.store.num_evicted - num_evicted))
+        events: dict[RoundId, list[Admitted]] = {}
+        for request in admitted:
+            assert request.plan is not None
+            event = Admitted(
+                now, request.id, request.round_id, request.agent, request.plan, _runs_of(request)
+            )
+            events.setdefault(request.round_id, []).append(event)
+        for round_id, of_round in events.items():
+            started = self._rounds[round_id]
+            if not started.has_started:
+                started.has_started = True
+                num_requests = len(started.requests)
+                self.emit(
+                    RoundStarted(now, started.added_s, round_id, num_requests, tuple(of_round))
                 )
-            if request.constraint is not None:
-                request.constraint.accept(token)
-                if (reason := request.constraint.failure()) is not None:
-                    request.error = ConstraintError(
-                        f"What the answer of {request.agent!r} shall look like cannot be followed: "
-                        f"{reason} Simplify it."
-                    )
-                    done += self._fail(request, keep_kv=True)
-                    continue
-            if request.first_token_s is None:
-                request.first_token_s = now
-                self.scheduler.mark_sound(request)
-            reason = self._append(request, token)
-            if reason is not None:
-                self.scheduler.keep_answer(request)
-                self.shadows.keep(request)
-                self.scheduler.release(request, keep_kv=True)
-                self._finish(request, reason)
-                done.append(request)
-        return done
+            for event in of_round:
+                self.emit(event)
+        for request in refused:
+            self._finish(request, "error")
+
+    def _make_step(self, scheduled: Sequence[Scheduled]) -> tuple[list[Scheduled], StepInput]:
+        """What the executor is given; a request whose share cannot be made fails, and no other."""
+        made = []
+        for item in scheduled:
+            if item.request.allocation is None:
+                continue  # it read what another has failed to compute, and begins anew
+            try:
+                made.append((item, item.request.step(item.positions)))
+            except Exception as error:
+                self.scheduler.unmark(item)
+                self._fail(item.request, _as_failure(item.request, error), keep_kv=True)
+        made = [(item, share) for item, share in made if item.request.allocation is not None]
+        return [item for item, _ in made], StepInput(tuple(share for _, share in made))
+
+    def _fail_stuck(self) -> None:
+        """Fail requests of which none can be computed, since each waits for another."""
+        for request in list(self.scheduler.running):
+            error = StepError(
+                f"The request of {request.agent!r} waits for KV that nobody computes. Ask again."
+            )
+            log.error("%s", error)
+            self._fail(request, error, keep_kv=False)
+
+    # -- after a step ---------------------------------------------------------------------------
+
+    def _take(self, scheduled: Sequence[Scheduled], output: StepOutput, now: float) -> None:
+        """Take the tokens that were chosen, and let go of requests that are done or have failed."""
+        wanting = [
+            item.request
+            for item in scheduled
+            if item.request.num_computed == item.request.num_to_compute
+        ]
+        for request, is_finite in zip(wanting, output.is_finite, strict=True):
+            if not is_finite and request.allocation is not None:
+                self._fail_numerics(request)
+        for index, request in enumerate(wanting):
+            if not output.is_finite[index] or request.allocation is None:
+                continue  # it has failed, or has begun anew
+            try:
+                self._take_token(request, output, index, now)
+            except Exception as error:
+                self._fail(request, _as_failure(request, error), keep_kv=True)
+
+    def _take_token(self, request: Request, output: StepOutput, index: int, now: float) -> None:
+        token = output.token_ids[index]
+        distribution, logprobs = output.distributions[index], output.logprobs[index]
+        if distribution is not None:
+            request.distributions.append(distribution)
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
+        if request.constraint is not None:
+            request.constraint.accept(token)
+            if (reason := request.constraint.failure()) is not None:
+                raise ConstraintError(
+                    f"What the answer of {request.agent!r} shall look like cannot be followed: "
+                    f"{reason} Simplify it."
+                )
+        if request.first_token_s is None:
+            request.first_token_s = now
+            self.scheduler.mark_verified(request)
+            self.emit(FirstToken(now, request.id, request.round_id))
+        reason = self._append(request, token)
+        if reason is not None:
+            self.scheduler.publish_answer(request)
+            self._finish(request, reason)
 
     def _append(self, request: Request, token: int) -> str | None:
         """Add a token to a request's answer; return why it is done, if it is."""
@@ -270,6 +333,7 @@ class Engine:
             goes_on = params.ignore_eos and request.constraint is None
             ends = () if goes_on else request.stop_ids
             if token in ends or token in params.stop_token_ids:
+                request.end_token = token
                 return "stop"
         request.generated.append(token)
         if params.stop and params.forced_tokens is None:
@@ -280,56 +344,94 @@ class Engine:
                 return "stop"
         return "length" if len(request.generated) >= request.max_new_tokens else None
 
-    def _numerics(self, request: Request) -> list[Request]:
+    def _fail_numerics(self, request: Request) -> None:
         """Fail a request whose logits are not finite, or let it begin anew if others may be why.
 
         KV that it computed is dropped, and whoever read it begins anew without it. If it read
-        runs of an owner that has yet to show that it is sound, those are dropped too.
+        runs of an owner that has yet to show finite logits, those are dropped too.
         """
-        assert request.placement is not None
-        suspects = [copy for copy in request.placement.copies if not copy.sound]
-        if suspects and request.num_retries < _MAX_RETRIES:
-            for copy in suspects:
-                self.store.drop(copy)
-            self.scheduler.restart(request)
-            return []
-        request.error = NumericsError(
+        if request.num_retries < _MAX_RETRIES and self.scheduler.retry_without_suspects(request):
+            return
+        error = NumericsError(
             f"The model produced NaN or infinity for {request.agent!r}. "
             "Try dtype float32, or check the weights."
         )
-        return self._fail(request, keep_kv=False)
+        self._fail(request, error, keep_kv=False)
 
-    def _fail(self, request: Request, *, keep_kv: bool) -> list[Request]:
+    def _fail(self, request: Request, error: TokenDanceError, *, keep_kv: bool) -> None:
+        request.error = error
         self.scheduler.release(request, keep_kv=keep_kv)
         self._finish(request, "error")
-        return [request]
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
-        request.finished_s = time.perf_counter()
+        request.finished_s = self._clock()
         if reason == "error":
             request.generated.clear()
         elif request.text is None:
             request.text = self._decode(request.generated)
+        self.scheduler.release(request, keep_kv=True)
+        finished = self._rounds[request.round_id]
+        finished.num_left -= 1
+        if finished.num_left == 0:
+            del self._rounds[request.round_id]
+        assert request.arrived_s is not None
+        self.emit(
+            Finished(
+                request.finished_s,
+                request.id,
+                request.round_id,
+                make_output(request),
+                request.arrived_s,
+                request.first_token_s,
+                request.plan is not None and bool(request.plan.uses),
+                finished.num_left == 0,
+            )
+        )
 
-    def _note_residency(self) -> None:
-        """Note how many pages each round's running requests hold."""
-        by_round: dict[RoundId, list[Request]] = {}
-        for request in self.scheduler.running:
-            by_round.setdefault(request.round_id, []).append(request)
-        for round_id, requests in by_round.items():
-            record = self._rounds[round_id]
-            pages = self.scheduler.resident_pages(requests)
-            record.resident_pages = max(record.resident_pages, pages)
+    # -- telling --------------------------------------------------------------------------------
+
+    def emit(self, event: Event) -> None:
+        """Tell all observers; one that fails is told no more."""
+        for observer in list(self._observers):
+            try:
+                observer.on_event(event)
+            except Exception:  # whoever only looks on must not end what he looks at
+                log.exception("an observer has failed, and is told no more")
+                self._observers.remove(observer)
+
+    def _resident_pages(self) -> Mapping[RoundId, int]:
+        """Distinct pages that the running requests of each round hold; counted when they change."""
+        if self._resident_of != self.scheduler.running:
+            self._resident_of = list(self.scheduler.running)
+            by_round: dict[RoundId, list[Request]] = {}
+            for request in self._resident_of:
+                by_round.setdefault(request.round_id, []).append(request)
+            self._resident = {
+                round_id: self.scheduler.num_resident_pages(requests)
+                for round_id, requests in by_round.items()
+            }
+        return self._resident
+
+    def check_integrity(self) -> None:
+        """Assert that page counts, indexes and running requests agree."""
+        self.store.check_integrity(self.scheduler.held_pages())
 
 
-def _restrict(logits: Tensor, request: Request) -> None:
-    """Apply what a request asks of its next token to its logits (vocabulary,), in place."""
-    if request.bias is None and request.constraint is None:
-        return
-    with torch.inference_mode():
-        if request.bias is not None:
-            tokens, biases = request.bias
-            logits.index_add_(0, tokens.to(logits.device), biases.to(logits.device))
-        if request.constraint is not None:
-            logits.masked_fill_(request.constraint.forbidden(), -math.inf)
+def _runs_of(request: Request) -> tuple[RunId, ...]:
+    """Runs that a request owns, each once."""
+    assert request.allocation is not None
+    entries: Iterable[StoredSegment] = (
+        entry for entry in request.allocation.entries if isinstance(entry, StoredSegment)
+    )
+    return tuple(dict.fromkeys(entry.run for entry in entries))
+
+
+def _as_failure(request: Request, error: Exception) -> TokenDanceError:
+    """What has gone wrong in one request's part of a step."""
+    if isinstance(error, TokenDanceError):
+        return error
+    log.error("the request of an agent has failed", exc_info=error)
+    return StepError(
+        f"The request of {request.agent!r} failed ({type(error).__name__}). The log says where."
+    )

@@ -20,7 +20,7 @@ from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.errors import BudgetError
 from tokendance.store.entries import StoredSegment
 from tokendance.store.kv_store import KVStore
-from tokendance.store.pages import Holder
+from tokendance.store.pages import Holder, PageIds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,6 +259,10 @@ class Scheduler:
             self.unmark(item)
         for item in reversed(step):
             self.restart(item.request)
+
+    def held_pages(self) -> list[PageIds]:
+        """Pages that each running request holds."""
+        return [_allocation(request).pages for request in self.running]
 
     def num_resident_pages(self, requests: Iterable[Request]) -> int:
         """Distinct pages that some running requests hold."""

@@ -1,9 +1,9 @@
 """Segments: immutable runs of token ids, known by the hash of their content."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NewType, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ TokenIds = npt.NDArray[np.int32]
 SegmentHash = NewType("SegmentHash", bytes)
 ChainHash = NewType("ChainHash", bytes)
 Salt = NewType("Salt", bytes)
+Page = TypeVar("Page")
 
 _DIGEST_BYTES = 16
 
@@ -81,6 +82,25 @@ class PrefixHashes:
             self._hashes[page_size, stop] = parent
         assert parent is not None
         return parent
+
+    def match(self, page_size: int, look_up: Callable[[ChainHash], Page | None]) -> list[Page]:
+        """Find the longest known beginning, page by page.
+
+        Args:
+            page_size: tokens per page; a page that ends a text may be short, and is the last then.
+            look_up: gives what is known of a hash.
+        """
+        pages: list[Page] = []
+        for start in range(0, len(self.token_ids), page_size):
+            longest = min(start + page_size, len(self.token_ids))
+            for stop in range(longest, start, -1):
+                page = look_up(self.of(stop, page_size))
+                if page is not None:
+                    pages.append(page)
+                    break
+            if page is None or stop < start + page_size:
+                break
+        return pages
 
     def extended(self, more: Sequence[int]) -> "PrefixHashes":
         """The same with more tokens behind; what was hashed is not hashed again."""

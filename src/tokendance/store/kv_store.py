@@ -48,6 +48,7 @@ class KVStore:
         order: in which entries are evicted.
         slot_stamp: int64, which `take_slots` the slot was taken with; another number tells that
             what a slot held is gone.
+        num_evicted: entries that have given way so far.
         loading: pages that whoever fills them from elsewhere holds, from one step to another.
     """
 
@@ -63,6 +64,7 @@ class KVStore:
         self.slot_ready = np.zeros(num_pages * page_size, np.bool_)
         self.slot_stamp = np.zeros(num_pages * page_size, np.int64)
         self.loading: dict[object, list[PageIds]] = {}
+        self.num_evicted = 0
         self._num_taken = 0
         self._max_reuse_rounds = max_reuse_rounds
         self.order = EvictionOrder()
@@ -92,26 +94,12 @@ class KVStore:
         Returns:
             The pages, valid until the next eviction.
         """
-        size, length = self.page_size, len(text.token_ids)
-        pages: list[StoredPage] = []
-        start = 0
-        while start < length:
-            page = None
-            # A page that ends a text may be short.
-            for stop in range(min(start + size, length), start, -1):
-                chain = text.of(stop, size)
-                page = self._prefix.get((chain, True))
-                if page is None and not exact:
-                    page = self._prefix.get((chain, False))
-                if page is not None:
-                    break
-            if page is None:
-                break
-            pages.append(page)
-            start += page.num_tokens
-            if page.num_tokens < size:
-                break
-        return pages
+
+        def look_up(chain: ChainHash) -> StoredPage | None:
+            page = self._prefix.get((chain, True))
+            return page if page or exact else self._prefix.get((chain, False))
+
+        return text.match(self.page_size, look_up)
 
     def match_slots(self, text: PrefixHashes) -> Slots:
         """Slots of the longest known beginning of a text, exact or not. Changes nothing."""
@@ -248,6 +236,7 @@ class KVStore:
             if (self.pool.num_refs(entry.pages, Holder.REQUEST) > 0).all():
                 continue  # running requests hold all of it: taking it out would free nothing
             self.drop(entry)
+            self.num_evicted += 1
             if self.pool.can_allocate(count):
                 return True
         return False

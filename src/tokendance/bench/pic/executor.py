@@ -22,13 +22,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.attention.interface import Backend, LayerKind, PackedBatch, PackedRequest
+from tokendance.attention.interface import (
+    Backend,
+    BackendFactory,
+    LayerKind,
+    PackedBatch,
+    PackedRequest,
+)
 from tokendance.attention.rope import OffsetTables
-from tokendance.collector.placement import UNPLACED, num_recomputed
-from tokendance.engine.scheduler import Scheduled
+from tokendance.bench.pic.planner import num_recomputed
+from tokendance.bench.pic.rows import rows_dropped
+from tokendance.errors import ConfigError
+from tokendance.executor.kv_pool import KVPool
+from tokendance.executor.step import StepInput
+from tokendance.executor.torch_executor import TorchExecutor
+from tokendance.models.loader import LoadedModel
 
 CHECK_LAYER = 1
 MIN_LAYERS = CHECK_LAYER + 2  # rows are dropped between layers, so there has to be another one
+
+
+class PicExecutor(TorchExecutor):
+    """Runs steps in which some requests copy KV and recompute a part of it; see the module."""
+
+    def __init__(self, model: LoadedModel, pool: KVPool, backend: BackendFactory) -> None:
+        """See `TorchExecutor`.
+
+        Raises:
+            ConfigError: if the model has too few layers to drop rows after the second.
+        """
+        if model.shape.num_layers < MIN_LAYERS:
+            raise ConfigError(
+                "reuse 'pic' and 'pic-batched' compare keys of the second layer and drop rows after "
+                f"it, and {model.name} has {model.shape.num_layers} layers. Use another reuse."
+            )
+        super().__init__(model, pool, backend)
+        self._blend: BlendPass | None = None  # while a pass runs in which requests copy KV
+
+    def _forward(self, step: StepInput, batch: PackedBatch) -> Tensor:
+        if not any((request.copied_from >= 0).any() for request in step.requests):
+            return super()._forward(step, batch)
+        self._backend.prepare(batch)
+        blend = BlendPass(step, batch, self._model.layers, self._model.device)
+        self._blend = blend
+        try:
+            with rows_dropped(self._model.module, CHECK_LAYER, lambda: blend.kept):
+                return self._call_model(step, blend.logit_rows)
+        finally:
+            self._blend = None
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self._blend is None:
+            return super()._attend(layer, query, key, value, scale)
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        return self._blend.attend(layer, query, key, value, keys, values, scale, self._backend)
 
 
 class BlendPass:
@@ -41,7 +88,7 @@ class BlendPass:
 
     def __init__(
         self,
-        step: Sequence[Scheduled],
+        step: StepInput,
         batch: PackedBatch,
         layers: Sequence[LayerKind],
         device: torch.device,
@@ -54,20 +101,20 @@ class BlendPass:
         rows, sources, slots, offsets = [], [], [], []
         logit_rows: list[int] = []
         num_kept = 0
-        for item, request in zip(step, batch.requests, strict=True):
-            item_sources = _sources(item)
-            copied = np.flatnonzero(item_sources != UNPLACED)
-            chosen = num_recomputed(item_sources)
-            positions = request.positions[copied]
-            rows.append(request.first_row + copied)
-            sources.append(item_sources[copied])
-            slots.append(request.slots[positions])
-            offsets.append(positions - batch.slot_position[item_sources[copied]])
+        for asked, packed in zip(step.requests, batch.requests, strict=True):
+            copied = np.flatnonzero(asked.copied_from >= 0)
+            copied_from = asked.copied_from[copied]
+            chosen = num_recomputed(len(copied))
+            positions = packed.positions[copied]
+            rows.append(packed.first_row + copied)
+            sources.append(copied_from)
+            slots.append(packed.slots[positions])
+            offsets.append(positions - batch.slot_position[copied_from])
             self._num_chosen.append(chosen)
-            num_kept += len(request.positions) - len(copied) + chosen
-            if item.wants_logits:
+            num_kept += len(packed.positions) - len(copied) + chosen
+            if asked.sampling is not None:
                 logit_rows.append(num_kept - 1)
-        self._num_copied = [len(found) for found in rows]
+        self._num_copied = [len(of_request) for of_request in rows]
         self._rows = np.concatenate(rows)
         self._sources = self._index(np.concatenate(sources))
         self._slots = self._index(np.concatenate(slots))
@@ -76,11 +123,6 @@ class BlendPass:
         self.logit_rows = self._index(np.array(logit_rows, np.int64))
         self.kept = torch.empty(0, dtype=torch.int64)
         self._write = torch.empty(0, dtype=torch.int64)
-
-    @staticmethod
-    def is_needed(step: Sequence[Scheduled]) -> bool:
-        """Whether any request of a step copies KV in it."""
-        return any(bool((_sources(item) != UNPLACED).any()) for item in step)
 
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values.astype(np.int64), device=self._device)
@@ -170,8 +212,3 @@ class BlendPass:
             first_row += len(positions)
         return PackedBatch(requests, self._batch.slot_position)
 
-
-def _sources(item: Scheduled) -> np.ndarray:
-    """Where the KV lies that is copied to each of an item's positions; UNPLACED for none."""
-    assert item.request.placement is not None
-    return item.request.placement.sources[item.positions]

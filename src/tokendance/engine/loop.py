@@ -1,0 +1,201 @@
+"""The engine's loop: the only one. Whoever has requests calls `tick` until they are done.
+
+An offline caller ticks until its round has ended; the server's thread ticks for ever. What else has
+to be done between two steps hangs on the loop: shadows, and writing to disk in the background.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tokendance.config import EngineConfig
+from tokendance.engine.engine import Engine
+from tokendance.engine.events import EngineObserver, Event
+from tokendance.engine.request import Request
+from tokendance.errors import EngineError, StepError
+from tokendance.executor.step import Executor
+from tokendance.rounds.discovery import Heard
+from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt
+from tokendance.store.entries import RoundId
+from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import Holder
+
+log = logging.getLogger("tokendance.engine")
+
+
+class Attachment(Protocol):
+    """Hangs on the loop, and is called on its thread."""
+
+    def after_step(self, now: float, requests: Collection[Request]) -> None:
+        """Do what there is to do; called at the end of each tick.
+
+        Args:
+            now: clock time.
+            requests: of rounds that were under way when the tick began, also those that have ended.
+        """
+        ...
+
+    def due_s(self) -> float | None:
+        """Clock time at which `after_step` has something to do though no request comes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """How an engine is doing.
+
+    Attributes:
+        num_running: requests that are computed.
+        num_waiting: requests in the queue.
+        num_pages: of KV memory.
+        resident_pages: that running requests hold.
+        stored_pages: that can be found again; running requests may hold them, too.
+        num_rounds: of which somebody waits or runs.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    resident_pages: int
+    stored_pages: int
+    num_rounds: int
+
+
+class EngineLoop:
+    """An engine as all others see it. Not safe for several threads at once.
+
+    Attributes:
+        config: it was made with.
+        kv_bytes_per_token: of KV.
+        page_bytes: of KV.
+    """
+
+    def __init__(self, engine: Engine, config: EngineConfig, kv_bytes_per_token: int) -> None:
+        """Drive an engine."""
+        self._engine = engine
+        self._attachments: list[Attachment] = []
+        self._round_ids = itertools.count()
+        self._num_failures = 0  # of forward passes, in a row
+        self.config = config
+        self.kv_bytes_per_token = kv_bytes_per_token
+        self.page_bytes = kv_bytes_per_token * config.store.page_size
+
+    def new_round_id(self) -> RoundId:
+        """Return an id for requests that belong together."""
+        return RoundId(next(self._round_ids))
+
+    def attach(self, attachment: Attachment) -> None:
+        """Call something after each step from now on."""
+        self._attachments.append(attachment)
+
+    def detach(self, attachment: Attachment) -> None:
+        """Call it no more."""
+        self._attachments.remove(attachment)
+
+    def observe(self, observer: EngineObserver) -> None:
+        """Tell an observer what happens from now on."""
+        self._engine.observe(observer)
+
+    def emit(self, event: Event) -> None:
+        """Tell all observers of something that happened beside the engine."""
+        self._engine.emit(event)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queue requests that arrive together; those of a running round join it."""
+        self._engine.add(requests)
+
+    def abort(self, request: Request, why: str = "The request was taken back.") -> None:
+        """End a request; the others go on. Does nothing if it is done."""
+        self._engine.abort(request, why)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return self._engine.has_work
+
+    @property
+    def can_compute(self) -> bool:
+        """Whether a tick would compute something, as far as one can tell before it."""
+        return self._engine.can_compute
+
+    def due_s(self) -> float | None:
+        """Clock time at which a tick has something to do though no request comes; None: never."""
+        due = [attachment.due_s() for attachment in self._attachments]
+        return min((time_s for time_s in due if time_s is not None), default=None)
+
+    def tick(self, now: float | None = None) -> None:
+        """Compute one step, if there is anything to compute, and do what hangs on the loop.
+
+        A failed forward pass fails its requests, and the engine goes on; not so when the next one
+        fails, too.
+
+        Args:
+            now: clock time; that of `time.perf_counter` if left out.
+
+        Raises:
+            EngineError: if two forward passes in a row have failed; the engine is to be given up.
+        """
+        requests = self._engine.open_requests()
+        if self._engine.has_work:
+            try:
+                self._engine.step()
+                self._num_failures = 0
+            except StepError as error:
+                self._num_failures += 1
+                if self._num_failures > 1:
+                    raise EngineError(f"The engine has failed twice in a row: {error}") from error
+                log.exception("a forward pass has failed; other requests go on")
+                self._engine.check_integrity()
+        now = time.perf_counter() if now is None else now
+        for attachment in self._attachments:
+            attachment.after_step(now, requests)
+
+    # -- KV -------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> KVStore:
+        """Pages and indexes, for what moves KV in and out."""
+        return self._engine.store
+
+    @property
+    def executor(self) -> Executor:
+        """Holds the KV, for what moves it in and out."""
+        return self._engine.executor
+
+    def seconds_per_token(self) -> float | None:
+        """Of the last large pass over prompts; None before there was one."""
+        return self._engine.seconds_per_token
+
+    def num_known(self, prompt: EncodedPrompt) -> int:
+        """How many tokens at the beginning of a prompt have KV that its round may reuse."""
+        return len(self._engine.store.match_slots(prompt.prefix_hashes))
+
+    def recall(self, prompts: Iterable[Heard], salt: Salt) -> None:
+        """Offer parts of earlier prompts for reuse, as far as their KV is still there."""
+        for prompt in prompts:
+            self._engine.store.publish_parts(PrefixHashes(prompt.token_ids, salt), prompt.parts)
+
+    def forget(self) -> None:
+        """Forget all KV but what running requests hold."""
+        self._engine.store.clear()
+
+    def status(self) -> EngineStatus:
+        """How it is doing."""
+        pool, scheduler = self._engine.store.pool, self._engine.scheduler
+        return EngineStatus(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            pool.num_pages,
+            pool.num_held(Holder.REQUEST),
+            pool.num_held(Holder.INDEX),
+            self._engine.num_rounds,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that page counts, indexes and running requests agree."""
+        self._engine.check_integrity()
