@@ -8,10 +8,10 @@ import logging
 from collections import OrderedDict, defaultdict
 
 from tokendance.engine.request import Request
-from tokendance.engine.tiers import Restoring, SpokenCache, Tiers
+from tokendance.engine.tiers import Restoring, Tiers
 from tokendance.errors import TokenDanceError
 from tokendance.rounds.segments import EncodedPrompt, Salt
-from tokendance.store.records import SessionKey
+from tokendance.store.records import SessionKey, SpokenCache
 
 log = logging.getLogger("tokendance.server")
 

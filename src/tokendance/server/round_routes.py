@@ -23,6 +23,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from tokendance.conversation import Asked
 from tokendance.errors import AbortedError, InputError, TokenDanceError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
@@ -50,7 +51,7 @@ from tokendance.server.running import (
 )
 from tokendance.server.sessions import Sessions
 from tokendance.server.state import Server
-from tokendance.session import Asked, Session
+from tokendance.session import Session
 
 log = logging.getLogger("tokendance.server")
 
@@ -152,6 +153,7 @@ async def _begin_in_session(
     places = {agent.agent: place for place, agent in enumerate(body.agents)}
     order = [places[agent.name] for agent in session.agents]
     settings, vocab_size = server.settings, server.llm.model.shape.vocab_size
+    encoder = server.encoder(tenant)
 
     def read() -> tuple[Asked, list[Job]]:
         tasks = {}
@@ -168,7 +170,7 @@ async def _begin_in_session(
         }
         asked = session.ask(tasks, params)
         jobs = [
-            _make_job(server, body.agents[place], session.encode(prompt), listener.of(place))
+            _make_job(server, body.agents[place], encoder.encode(prompt), listener.of(place))
             for place, prompt in zip(order, asked.prompts, strict=True)
         ]
         for job in jobs:

@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from tokendance.conversation import Agent, Conversation
 from tokendance.errors import RoundError
 from tokendance.server.errors import ApiError
 from tokendance.server.protocol import RoundRequest
 from tokendance.server.state import Server
-from tokendance.session import Agent, Session
+from tokendance.session import Session
+from tokendance.store.records import SessionKey
 
 # Sessions of a tenant that are kept in memory; of the others only those are known that are on disk.
 _MAX_SESSIONS = 1024
@@ -67,14 +69,11 @@ class Sessions:
                     place.session = await self._load(body.session, tenant)
                 # Who came and who left for a round that was refused, or that nobody waited for to
                 # its end, has neither come nor left.
-                undo = place.session.undo_point()
-                try:
+                with place.session.provisional():
                     _admit(place.session, body)
                     if body.ttl_s is not None:
                         place.session.ttl_s = body.ttl_s
                     yield place.session
-                finally:
-                    undo()
             finally:
                 # What has not begun need not be remembered.
                 if place.session is None or place.session.round == 0:
@@ -83,9 +82,14 @@ class Sessions:
     async def _load(self, name: str, tenant: str) -> Session:
         """A session as it is on disk, or a new one."""
         llm, encoder = self._server.llm, self._server.encoder(tenant)
-        return await self._server.worker.call(
-            lambda: Session(llm, name, tenant=tenant, encoder=encoder)
+        session = Session(
+            Conversation(encoder, llm.model.shape.max_context),
+            llm.run_round,
+            key=SessionKey(tenant, name),
+            tier=llm.tiers,
         )
+        await self._server.worker.call(session.load)
+        return session
 
     @staticmethod
     def _forget_oldest(places: OrderedDict[str, _Place]) -> None:
