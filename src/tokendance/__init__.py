@@ -1,10 +1,11 @@
 """TokenDance: rounds of LLM agents that share the KV cache of what they all read."""
 
+from tokendance.conversation import Agent
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
 from tokendance.rounds.prompts import Part, Prompt, private, shared, strip_separator
-from tokendance.session import Agent, Session
+from tokendance.session import Session
 
 __all__ = [
     "LLM",

@@ -3,7 +3,7 @@
 import itertools
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokendance.config import (
     default_kv_budget,
     parse_bytes,
 )
+from tokendance.conversation import Agent, Conversation
 from tokendance.engine.engine import Engine, RoundRecord
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory
@@ -36,16 +37,15 @@ from tokendance.models.loader import (
     dtype_name,
     load_model,
 )
-from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
+from tokendance.outputs import KVBytes, Output, Progress, RoundResult, RoundStats
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
-from tokendance.session import Agent, Session
+from tokendance.session import Session
 from tokendance.store.disk import DiskStore
 from tokendance.store.entries import RoundId
 from tokendance.store.records import SessionKey
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
-Progress = Callable[[str, int], None]
 
 
 class LLM:
@@ -286,7 +286,16 @@ class LLM:
             InputError: for a name that cannot be.
             StoreError: if what is stored cannot be read.
         """
-        return Session(self, name, agents, params=params, max_history=max_history, ttl_s=ttl_s)
+        conversation = Conversation(
+            self.encoder, self.model.shape.max_context, params=params, max_history=max_history
+        )
+        key = SessionKey("", name) if name is not None else None
+        session = Session(conversation, self.run_round, key=key, tier=self.tiers, ttl_s=ttl_s)
+        session.load()
+        for agent in agents:
+            if session.round == 0 or agent.name not in {here.name for here in session.agents}:
+                session.join(agent)
+        return session
 
     def close(self) -> None:
         """Let others use the store. An LLM without one needs no closing."""

@@ -1,11 +1,15 @@
 """What comes back: an answer per agent, and the figures of a round."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from tokendance.errors import StoreError, TokenDanceError
 from tokendance.rounds.segments import TokenIds
+
+# Called with a round's phase ("prefill" or "decode") and the number of agents done with it.
+Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

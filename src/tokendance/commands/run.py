@@ -22,16 +22,16 @@ from tokendance.commands.report import (
     reuse_name,
 )
 from tokendance.config import ReuseMode, check_writable, format_bytes
+from tokendance.conversation import Agent
 from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.shadow import ShadowReport
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
 from tokendance.llm import LLM
-from tokendance.llm import Progress as ReportProgress
 from tokendance.models.loader import dtype_name
 from tokendance.outputs import NotStoredError, RoundResult
+from tokendance.outputs import Progress as ReportProgress
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
-from tokendance.session import Agent
 
 LIVE_ROUNDS = 3
 LIVE_MAX_TOKENS = 64

@@ -36,6 +36,7 @@ from tokendance.store.records import (
     FileId,
     Pieces,
     SessionKey,
+    SpokenCache,
     StoredSession,
 )
 from tokendance.store.slot_files import SlotFiles
@@ -49,24 +50,6 @@ _READERS = 2
 _LEAST_SHARE = 0.5
 # Bytes a second until some were read here.
 _FIRST_RATE = 500e6
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SpokenCache:
-    """What an agent has read and said, all of which may have KV.
-
-    Attributes:
-        token_ids: int32, prompt and answer.
-        num_prompt: length of the prompt.
-    """
-
-    token_ids: TokenIds
-    num_prompt: int
-
-    @classmethod
-    def of(cls, prompt: TokenIds, answer: Sequence[int]) -> "SpokenCache":
-        """Put an answer behind its prompt."""
-        return cls(np.concatenate([prompt, np.array(answer, np.int32)]), len(prompt))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from tokendance.engine.request import Request
 from tokendance.engine.sampling import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.segments import Salt
-from tokendance.store.records import SessionKey
+from tokendance.server.kept_chats import KeptChat
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +53,22 @@ class Job:
 
     Attributes:
         request: for the engine; its prompt may be cut into segments anew before it starts.
-        listen: called with each event.
+        on_event: called with each event.
         key: of the round that it belongs to, if a client named one.
         round_size: requests of that round, if the client says.
         marked: whether the client said which parts are shared.
         session: whose KV is kept, if the client named one.
         arrived_s: clock time.
-        num_sent: tokens that were told to the listener; the worker writes it.
+        num_sent: tokens of which it was told; the worker writes it.
         alone: whether it started in a round of one; the worker writes it.
     """
 
     request: Request
-    listen: Callable[[Event], None]
+    on_event: Callable[[Event], None]
     key: RoundKey | None = None
     round_size: int | None = None
     marked: bool = False
-    session: SessionKey | None = None
+    session: KeptChat | None = None
     arrived_s: float = field(default_factory=time.perf_counter)
     num_sent: int = 0
     alone: bool = True

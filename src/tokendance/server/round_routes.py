@@ -13,7 +13,6 @@ server keeps what was said, and agents give their tasks only: see `server/sessio
 round cannot be stored, who ends last has a `warning` that says why.
 """
 
-import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from tokendance.conversation import Asked
 from tokendance.errors import AbortedError, InputError, TokenDanceError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
@@ -48,16 +48,12 @@ from tokendance.server.running import (
     unless_gone,
     usage_of,
 )
-from tokendance.server.sessions import Sessions
 from tokendance.server.state import Server
-from tokendance.session import Asked, Session
-
-log = logging.getLogger("tokendance.server")
+from tokendance.session import Session
 
 
 def add_rounds(app: FastAPI, server: Server) -> None:
     """Add the route."""
-    sessions = Sessions(server)
 
     @app.post("/v1/rounds", responses=whole_or_stream(RoundAnswer))
     async def rounds(
@@ -73,7 +69,9 @@ def add_rounds(app: FastAPI, server: Server) -> None:
             if body.session is None:
                 begun = await _begin(server, body, tenant)
             else:
-                session = await stack.enter_async_context(sessions.round_of(body, tenant))
+                session = await stack.enter_async_context(
+                    server.sessions.round_of(body, tenant, server.encoder(tenant))
+                )
                 begun = await _begin_in_session(server, body, tenant, session)
             jobs = list(begun.jobs.values())
             request.state.jobs = jobs
@@ -152,6 +150,7 @@ async def _begin_in_session(
     places = {agent.agent: place for place, agent in enumerate(body.agents)}
     order = [places[agent.name] for agent in session.agents]
     settings, vocab_size = server.settings, server.llm.model.shape.vocab_size
+    encoder = server.encoder(tenant)
 
     def read() -> tuple[Asked, list[Job]]:
         tasks = {}
@@ -168,7 +167,7 @@ async def _begin_in_session(
         }
         asked = session.ask(tasks, params)
         jobs = [
-            _make_job(server, body.agents[place], session.encode(prompt), listener.of(place))
+            _make_job(server, body.agents[place], encoder.encode(prompt), listener.of(place))
             for place, prompt in zip(order, asked.prompts, strict=True)
         ]
         for job in jobs:
@@ -179,12 +178,8 @@ async def _begin_in_session(
         if any(isinstance(output.error, AbortedError) for output in outputs.values()):
             return "The round was broken off, and the session has not heard it. Ask it again."
         session.hear(asked, [outputs[place] for place in order])
-        try:
-            await server.worker.call(session.save)
-        except (TokenDanceError, ApiError) as error:  # what was answered is answered
-            log.warning("A round of a session is not on disk: %s", error)
-            return f"The round is not on disk: {error}"
-        return None
+        error = await server.sessions.save(session)
+        return f"The round is not on disk: {error}" if error is not None else None
 
     try:
         asked, made = await server.in_thread(tenant, read)

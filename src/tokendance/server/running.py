@@ -125,9 +125,7 @@ def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], N
             request.constraint = constraint
             request.session = ask.session
             ear_of = ear(len(jobs))
-            jobs.append(
-                Job(request, ear_of, ask.key, ask.round_size, ask.marked, session=ask.session)
-            )
+            jobs.append(Job(request, ear_of, ask.key, ask.round_size, ask.marked))
     return jobs
 
 
@@ -138,6 +136,10 @@ async def begin(server: Server, tenant: str, read: Callable[[], Ask]) -> tuple[l
     try:
         ask = await server.in_thread(tenant, read)
         jobs = make_jobs(server, ask, listener.of)
+        if ask.session is not None:
+            chat = server.sessions.chat(tenant, ask.session, ask.prompts[0].salt)
+            for job in jobs:
+                job.session = chat
     except BaseException:
         server.worker.withdraw()
         raise

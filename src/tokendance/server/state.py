@@ -21,6 +21,7 @@ from tokendance.rounds.segments import make_salt
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.metrics import Metrics
+from tokendance.server.sessions import Sessions
 from tokendance.server.settings import ServerSettings
 from tokendance.server.tool_calls import ToolFormat, find_tool_format
 from tokendance.server.worker import Worker
@@ -40,6 +41,7 @@ class Server:
         settings: of the server.
         metrics: what Prometheus reads.
         worker: runs the engine.
+        sessions: that are open.
         grammars: for answers that have to parse.
         tools: how the model calls tools.
         started_s: seconds since 1970.
@@ -50,6 +52,7 @@ class Server:
     settings: ServerSettings
     metrics: Metrics = field(init=False)
     worker: Worker = field(init=False)
+    sessions: Sessions = field(init=False)
     grammars: Grammars = field(init=False)
     tools: ToolFormat = field(init=False)
     started_s: int = field(default_factory=lambda: int(time.time()))
@@ -72,6 +75,7 @@ class Server:
             round_wait_s=self.settings.round_wait_s,
             recent_s=self.settings.recent_s,
         )
+        self.sessions = Sessions(self.llm, self.worker)
 
     @property
     def model_name(self) -> str:

@@ -4,7 +4,7 @@ Handlers hand in jobs and listen to events; everything that touches the engine h
 
     handler   arrive() ... submit(job)           cancel(job)
                              |                       |
-    thread    inbox -> window, rounds with ids -> engine.add -> engine.step -> job.listen(event)
+    thread    inbox -> window, rounds with ids -> engine.add -> engine.step -> job.on_event(event)
 
 All methods of `Worker` may be called from any thread; a job's listener is called on the worker's.
 """
@@ -30,13 +30,12 @@ from tokendance.rounds.segments import Salt
 from tokendance.server.errors import as_api_error
 from tokendance.server.idle_shadows import IdleShadows
 from tokendance.server.jobs import Finished, Job, NewTokens, RoundKey
-from tokendance.server.kept import KeptSessions
+from tokendance.server.kept_chats import KeptChat
+from tokendance.server.loading import Loader, try_to_save
 from tokendance.server.metrics import Metrics
-from tokendance.server.reading import Readings
 from tokendance.server.window import Window
 from tokendance.session import Session
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
 
 Result = TypeVar("Result")
 
@@ -70,7 +69,7 @@ class _NamedRound:
     num_requests: int = 0
     round_id: RoundId | None = None
     num_live: int = 0
-    sessions: dict[SessionKey, bool] = field(default_factory=dict)
+    sessions: dict[KeptChat, bool] = field(default_factory=dict)
 
     def due_s(self, wait_s: float) -> float:
         """When it starts if nobody else comes: at once if all are there."""
@@ -111,8 +110,7 @@ class Worker:
         self._named: OrderedDict[RoundKey, _NamedRound] = OrderedDict()
         self._live: dict[Request, Job] = {}
         self._shadows = IdleShadows(llm.engine, metrics)
-        self._kept = KeptSessions(llm.tiers)
-        self._reading = Readings()
+        self._loader = Loader()
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -208,8 +206,7 @@ class Worker:
                 else:
                     future.set_exception(error)
 
-            assert session.key is not None
-            self._reading.begin(session.key, session.restoring, ended)
+            self._loader.begin(session, ended)
 
         await self._answer_of(begin)
 
@@ -264,13 +261,13 @@ class Worker:
                 else:
                     self._shadows.go_on()
                 if time.perf_counter() > self._deadline:
-                    self._reading.stop()
+                    self._loader.stop()
                     self._cancel(list(self._live.values()), "The server is stopping.")
                 if self._llm.engine.has_work:
                     self._llm.engine.step()
                 if self._llm.tiers is not None:
                     self._llm.tiers.write_ahead(self._live.keys())
-                self._reading.go_on()
+                self._loader.go_on()
                 self._publish()
         except BaseException as error:
             self.failure = error
@@ -279,7 +276,7 @@ class Worker:
             with self._gate:
                 self._is_closed = True
             self._take_last_commands()
-            self._reading.stop()
+            self._loader.stop()
             self._refuse([*self._live.values(), *self._take_waiting()])
 
     def _take_last_commands(self) -> None:
@@ -294,7 +291,7 @@ class Worker:
 
     def _is_idle(self) -> bool:
         named = any(named.waiting for named in self._named.values())
-        return not (self._live or named or self._reading) and self._window.due_s() is None
+        return not (self._live or named or self._loader) and self._window.due_s() is None
 
     def _read_inbox(self) -> None:
         """Take what has come; wait only where there is nothing to compute."""
@@ -307,8 +304,8 @@ class Worker:
             timeout = max(0.0, min(due) - time.perf_counter()) if due else None
             if self._stopping:
                 timeout = 0.0
-            if self._reading:
-                timeout = self._reading.pause_s
+            if self._loader:
+                timeout = self._loader.pause_s
         with contextlib.suppress(queue.Empty):
             if timeout is None or timeout > 0:
                 self._inbox.get(timeout=timeout)()
@@ -319,11 +316,11 @@ class Worker:
         return [
             named.due_s(self._round_wait_s)
             for named in self._named.values()
-            if named.waiting and not self._is_being_read(named)
+            if named.waiting and not self._is_being_loaded(named)
         ]
 
-    def _is_being_read(self, named: _NamedRound) -> bool:
-        return any(session in self._reading for session in named.sessions)
+    def _is_being_loaded(self, named: _NamedRound) -> bool:
+        return any(session in self._loader for session in named.sessions)
 
     def _begin_due(self) -> None:
         now = time.perf_counter()
@@ -331,7 +328,7 @@ class Worker:
         if ready:
             self._begin(ready, self._llm.engine.new_round_id())
         for named in self._named.values():
-            if not named.waiting or self._is_being_read(named):
+            if not named.waiting or self._is_being_loaded(named):
                 continue
             if self._stopping or now >= named.due_s(self._round_wait_s):
                 if named.round_id is None:
@@ -348,10 +345,10 @@ class Worker:
         named.last_s = now
         named.num_requests += 1
         named.size = jobs[0].round_size or named.size
-        session, salt = jobs[0].session, jobs[0].request.prompt.salt
+        session = jobs[0].session
         if session is not None and session not in named.sessions:  # once for the whole round
             named.sessions[session] = False
-            self._reading.begin(session, lambda: self._kept.restoring(session, salt))
+            self._loader.begin(session)
 
     def _begin(self, jobs: Sequence[Job], round_id: RoundId) -> None:
         """Start jobs as one round: those of a tenant are compared with each other."""
@@ -408,7 +405,7 @@ class Worker:
             if new and request.error is None:
                 logprobs = tuple(request.top_logprobs[job.num_sent :])
                 job.num_sent += len(new)
-                job.listen(NewTokens(new, logprobs))
+                job.on_event(NewTokens(new, logprobs))
             if request.finish_reason is not None:
                 self._finish(job)
 
@@ -423,12 +420,12 @@ class Worker:
         if named is not None and job.key is not None:
             named.num_live -= 1
             if job.session is not None and output.error is None:
-                self._kept.note(job.session, request)
+                job.session.note(request)
                 named.sessions[job.session] = True
             self._end_if_done(job.key)
         if all(other.round_id != request.round_id for other in self._live):
             self._llm.engine.pop_round(request.round_id)
-        job.listen(Finished(output))
+        job.on_event(Finished(output))
 
     def _cancel(self, jobs: Sequence[Job], why: str = "The request was taken back.") -> None:
         """End jobs, wherever they are."""
@@ -462,7 +459,7 @@ class Worker:
         del self._named[key]
         for session, has_answers in named.sessions.items():
             if has_answers:
-                self._kept.save(session)
+                try_to_save(session)
 
     def _take_waiting(self) -> list[Job]:
         named = [job for one in self._named.values() for job in one.waiting]
@@ -475,4 +472,4 @@ class Worker:
             job.request.error = AbortedError(why)
             job.request.finish_reason = "error"
             with contextlib.suppress(Exception):
-                job.listen(Finished(make_output(job.request)))
+                job.on_event(Finished(make_output(job.request)))

@@ -41,13 +41,14 @@ from tokendance.bench.suite import (
 )
 from tokendance.bench.suites.storage import TASK
 from tokendance.bench.workload import read_people
+from tokendance.conversation import Agent
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import TokenIds
 from tokendance.rounds.trace import TraceAgent
-from tokendance.session import Agent, Session
+from tokendance.session import Session
 from tokendance.store.kv_file import KVRows, WrittenFile, read_rows, write_rows
 from tokendance.store.pages import Holder
 

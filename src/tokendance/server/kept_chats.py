@@ -1,0 +1,76 @@
+"""KV that clients ask to keep: chat requests whose round names a session.
+
+The client keeps what was said; the server keeps the KV of it on disk, when a round of the session
+has ended, and reads it again when a later round comes and memory has lost it.
+"""
+
+from tokendance.engine.request import Request
+from tokendance.engine.tiers import Restoring, Tiers
+from tokendance.rounds.segments import EncodedPrompt, Salt
+from tokendance.store.records import SessionKey, SpokenCache
+
+_MAX_AGENTS = 512
+
+
+class KeptChat:
+    """A session of chat requests. All but the making of it happens on the engine's thread.
+
+    Attributes:
+        key: under which it is stored.
+    """
+
+    def __init__(self, key: SessionKey, salt: Salt, tier: Tiers) -> None:
+        """Begin with nothing said.
+
+        Args:
+            key: under which it is stored.
+            salt: of its prompts.
+            tier: where it is stored.
+        """
+        self.key = key
+        self._salt = salt
+        self._tier = tier
+        # By agent, who spoke last at the end: its last prompt, and that with the answer.
+        self._spoken: dict[str, tuple[EncodedPrompt, SpokenCache]] = {}
+
+    def restoring(self) -> Restoring | None:
+        """Read what memory lacks of its KV, in steps; None where nothing is stored."""
+        stored = self._tier.disk.session(self.key)
+        return self._tier.restoring(stored, self._salt) if stored is not None else None
+
+    def note(self, request: Request) -> None:
+        """Take what an agent has read and said, in a request without an error."""
+        self._spoken.pop(request.agent, None)
+        self._spoken[request.agent] = (
+            request.prompt,
+            SpokenCache.of(request.prompt.token_ids, request.generated),
+        )
+        if len(self._spoken) > _MAX_AGENTS:
+            del self._spoken[next(iter(self._spoken))]
+
+    def save(self) -> None:
+        """Make it durable as it is now; who has not spoken since the server began is kept, too.
+
+        Raises:
+            StoreError: if the disk cannot be written; what was durable before still is.
+        """
+        shared = {
+            segment.hash: segment.token_ids
+            for prompt, _ in self._spoken.values()
+            for _, segment in prompt.shared_segments()
+        }
+        stored = self._tier.disk.session(self.key)
+        caches = {
+            agent: SpokenCache(record.token_ids, record.num_prompt)
+            for agent, record in (stored.caches.items() if stored is not None else ())
+            if agent not in self._spoken
+        }
+        caches |= {agent: cache for agent, (_, cache) in self._spoken.items()}
+        self._tier.save(
+            self.key,
+            round_number=1 + (stored.round if stored is not None else 0),
+            state=b"",
+            caches=dict(list(caches.items())[-_MAX_AGENTS:]),
+            heard=shared.values(),
+            salt=self._salt,
+        )

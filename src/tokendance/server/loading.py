@@ -1,0 +1,155 @@
+"""Sessions on their way from and to disk, while the engine goes on with others.
+
+What is wrong with one session's files is no reason to serve no other: whatever is raised here
+becomes an error of that session. All of it is called on the engine's thread.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tokendance.engine.tiers import Restoring
+from tokendance.errors import AbortedError, StoreError, TokenDanceError
+from tokendance.store.records import SessionKey
+
+log = logging.getLogger("tokendance.server")
+
+# Where all wait for the disk, and there is nothing to compute.
+_PAUSE_S = 0.002
+
+OnLoaded = Callable[[TokenDanceError | None], None]
+
+
+class Durable(Protocol):
+    """What a `Session` and a `KeptChat` have in common."""
+
+    @property
+    def key(self) -> SessionKey | None:
+        """Under which it is stored."""
+
+    def restoring(self) -> Restoring | None:
+        """Read what memory lacks of its KV, in steps; None where nothing is stored."""
+
+    def save(self) -> None:
+        """Make it durable as it is now."""
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Make an error of one session of whatever is raised.
+
+    Args:
+        what: could not be done to it, for the message.
+
+    Raises:
+        TokenDanceError: as it was raised; a StoreError in place of any other exception.
+    """
+    try:
+        yield
+    except TokenDanceError:
+        raise
+    except Exception as error:
+        log.exception("a session could not be %s", what)
+        raise StoreError(f"The session could not be {what}. The server's log says why.") from error
+
+
+def try_to_save(session: Durable) -> TokenDanceError | None:
+    """Bring a session to disk; return what was wrong, if it goes on in memory only."""
+    try:
+        with storage_errors("stored"):
+            session.save()
+    except TokenDanceError as error:
+        log.warning("A session is not on disk; it goes on in memory: %s", error)
+        return error
+    return None
+
+
+def _log_error(error: TokenDanceError | None) -> None:
+    if error is not None:
+        log.warning("A session cannot be read, and is computed again: %s", error)
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A session that is being loaded.
+
+    Attributes:
+        steps: what is left to do.
+        waiting: called at its end, with what was wrong.
+        file: that was being read when it was last looked at.
+    """
+
+    steps: Restoring
+    waiting: list[OnLoaded]
+    file: Future[Any] | None = None
+
+
+class Loader:
+    """All sessions that are being loaded."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._loading: dict[SessionKey, _Loading] = {}
+
+    def __contains__(self, session: Durable) -> bool:
+        return session.key in self._loading
+
+    def __bool__(self) -> bool:
+        return bool(self._loading)
+
+    def begin(self, session: Durable, on_loaded: OnLoaded = _log_error) -> None:
+        """Begin to load what memory lacks of a session's KV.
+
+        Args:
+            session: that has a key; if it is being loaded already, this waits with the others.
+            on_loaded: called at the end, with what was wrong.
+        """
+        assert session.key is not None
+        if session in self:
+            self._loading[session.key].waiting.append(on_loaded)
+            return
+        try:
+            with storage_errors("read"):
+                steps = session.restoring()
+        except TokenDanceError as error:
+            on_loaded(error)
+            return
+        if steps is None:
+            on_loaded(None)
+        else:
+            self._loading[session.key] = _Loading(steps, [on_loaded])
+
+    @property
+    def pause_s(self) -> float:
+        """How long nothing has to be done, if the engine has nothing to compute either."""
+        files = [loading.file for loading in self._loading.values()]
+        return _PAUSE_S if all(file is not None and not file.done() for file in files) else 0.0
+
+    def go_on(self) -> None:
+        """Do a step for each session whose file is there."""
+        for key, loading in list(self._loading.items()):
+            if loading.file is not None and not loading.file.done():
+                continue
+            try:
+                with storage_errors("read"):
+                    loading.file = next(loading.steps, None)
+            except TokenDanceError as error:
+                self._end(key, error)
+            else:
+                if loading.file is None:
+                    self._end(key, None)
+
+    def stop(self) -> None:
+        """Load no further; who waits is told."""
+        for key, loading in list(self._loading.items()):
+            with contextlib.suppress(Exception):  # of an engine that has failed
+                loading.steps.close()
+            self._end(key, AbortedError("The engine has stopped."))
+
+    def _end(self, key: SessionKey, error: TokenDanceError | None) -> None:
+        for on_loaded in self._loading.pop(key).waiting:
+            on_loaded(error)
