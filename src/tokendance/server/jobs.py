@@ -25,13 +25,13 @@ class NewTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class Done:
     """A job is done, or has failed; nothing follows."""
 
     output: Output
 
 
-Event = NewTokens | Finished
+Event = NewTokens | Done
 
 
 @dataclass(frozen=True, slots=True)

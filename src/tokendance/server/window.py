@@ -18,7 +18,7 @@ _LONGEST_S = 0.1
 
 
 @dataclass(slots=True)
-class Window(Generic[Item]):
+class ArrivalWindow(Generic[Item]):
     """Holds what has arrived until it is time to begin. The clock is the caller's.
 
     Attributes:

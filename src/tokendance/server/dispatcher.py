@@ -1,0 +1,242 @@
+"""The dispatcher: from jobs to rounds, from the engine to those who wait for answers.
+
+    jobs -> arrivals -> discovery -> engine.add -> engine.tick -> job.on_event(event)
+
+All of it happens on the engine's thread. It has no thread and no clock of its own: whoever drives
+it calls `tick`, and `pause_s` says how long there is nothing to do.
+"""
+
+import contextlib
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from tokendance.engine.events import Event, Finished
+from tokendance.engine.loop import EngineLoop
+from tokendance.engine.request import Request, RequestId, make_output
+from tokendance.errors import AbortedError
+from tokendance.fidelity.idle_shadows import IdleShadows
+from tokendance.outputs import Output
+from tokendance.rounds.discovery import Discovery, DiscoveryConfig
+from tokendance.rounds.segments import Salt
+from tokendance.server.arrivals import Arrivals
+from tokendance.server.jobs import Done, Job, NewTokens, RoundKey
+from tokendance.server.loading import Loader, try_to_save
+from tokendance.store.entries import RoundId
+
+log = logging.getLogger("tokendance.server")
+
+# Tenants whose shared text is remembered; the one that asked longest ago is forgotten.
+_MAX_TENANTS = 64
+
+
+class Dispatcher:
+    """Begins rounds, tells jobs what is new, and lets go of what is done; see the module.
+
+    Attributes:
+        arrivals: what has come and not begun.
+        loader: sessions that are being read from disk.
+    """
+
+    def __init__(
+        self,
+        engine: EngineLoop,
+        arrivals: Arrivals,
+        loader: Loader,
+        shadows: IdleShadows,
+        discovery: DiscoveryConfig,
+    ) -> None:
+        """Drive an engine.
+
+        Args:
+            engine: nobody else may use it.
+            arrivals: empty.
+            loader: likewise.
+            shadows: give way to jobs.
+            discovery: what counts as shared text.
+        """
+        self._engine = engine
+        self.arrivals = arrivals
+        self.loader = loader
+        self._shadows = shadows
+        self._discovery = discovery
+        self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
+        self._live: dict[Request, Job] = {}
+        self._outputs: dict[RequestId, Output] = {}  # of live jobs that are done
+        self._is_stopping = False
+        self._deadline_s = math.inf  # when what is under way is ended
+        self._now = 0.0
+        engine.observe(self)
+
+    def on_event(self, event: Event) -> None:
+        """See `EngineObserver`."""
+        if isinstance(event, Finished):
+            self._outputs[event.request] = event.output
+
+    # -- jobs come and go -----------------------------------------------------------------------
+
+    def begin(self, jobs: Sequence[Job], round_id: RoundId | None = None) -> None:
+        """Begin jobs that belong together; those of a tenant are compared with each other.
+
+        Args:
+            jobs: of one round, or of several tenants that came at the same time.
+            round_id: of the engine, for jobs of one tenant; a new one for each tenant if left out.
+        """
+        by_salt: dict[Salt, list[Job]] = {}
+        for job in jobs:
+            self._live[job.request] = job  # so that they are answered even if what follows fails
+            by_salt.setdefault(job.request.prompt.salt, []).append(job)
+        for salt, together in by_salt.items():
+            prompts = [job.request.prompt for job in together]
+            num_known = [self._engine.num_known(prompt) for prompt in prompts]
+            self._discover(salt, together, num_known)
+            own_round = self._engine.new_round_id() if round_id is None else round_id
+            for job, known in zip(together, num_known, strict=True):
+                request = job.request
+                request.round_id = own_round
+                # A lone request that shares nothing is computed exactly, unless it goes on from
+                # what was not.
+                request.in_round = bool(request.prompt.shared_segments()) or known > 0
+                job.alone = len(together) == 1
+            self._engine.add([job.request for job in together])
+
+    def _discover(self, salt: Salt, jobs: Sequence[Job], num_known: Sequence[int]) -> None:
+        """Cut the prompts of jobs into segments, where clients have not; by what is shared."""
+        unmarked = [
+            (job, known) for job, known in zip(jobs, num_known, strict=True) if not job.marked
+        ]
+        if not unmarked or not self._engine.config.reuses_segments:
+            return
+        if salt not in self._discoveries:
+            self._discoveries[salt] = Discovery(salt, self._discovery)
+            if len(self._discoveries) > _MAX_TENANTS:
+                self._discoveries.popitem(last=False)
+        self._discoveries.move_to_end(salt)
+        try:
+            found = self._discoveries[salt].segment(
+                [job.request.prompt.token_ids for job, _ in unmarked],
+                self._now,
+                [known for _, known in unmarked],
+            )
+        except Exception:  # nothing is found then, and all are served
+            log.exception("prompts could not be compared; what was remembered is forgotten")
+            del self._discoveries[salt]
+            return
+        self._engine.recall(found.heard, salt)
+        for (job, _), prompt in zip(unmarked, found.prompts, strict=True):
+            job.request.prompt = prompt
+
+    def cancel(self, jobs: Iterable[Job], why: str = "The request was taken back.") -> None:
+        """End jobs, wherever they are; nothing happens to those that are done."""
+        gone: set[RoundKey] = set()
+        for job in jobs:
+            if self.arrivals.remove(job):
+                refuse([job], why)
+                self._end_if_done(job.key)
+                gone |= {job.key} if job.key is not None else set()
+            elif job.request in self._live:
+                self._engine.abort(job.request, why)
+        for key in gone:
+            self.arrivals.note_gone(key)
+
+    # -- one turn -------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Begin what is due, compute one step, and tell what is new."""
+        self._now = now
+        for jobs, named in self.arrivals.take(now, all_now=self._is_stopping):
+            if named is None:
+                self.begin(jobs)
+            else:
+                if named.round_id is None:
+                    named.round_id = self._engine.new_round_id()
+                self.begin(jobs, named.round_id)
+        if self._is_stopping:
+            self._shadows.close()
+        elif self._live:
+            self._shadows.give_way(now)
+        if now > self._deadline_s:
+            self.loader.stop()
+            self.cancel(list(self._live.values()), "The server is stopping.")
+        self._engine.tick(now)
+        self.loader.go_on()
+        self._publish()
+
+    def pause_s(self, now: float) -> float | None:
+        """How long there is nothing to do if nothing comes; None: for ever."""
+        if self._engine.can_compute:
+            return 0.0
+        if self.loader:
+            return self.loader.pause_s
+        if self._is_stopping:
+            return 0.0
+        due = [due_s for due_s in (self.arrivals.due_s(), self._engine.due_s()) if due_s is not None]
+        return max(0.0, min(due) - now) if due else None
+
+    def _publish(self) -> None:
+        """Tell jobs what is new, and let go of those that are done."""
+        for request, job in list(self._live.items()):
+            # A request that began anew says again what it has said.
+            new = tuple(request.generated[job.num_sent :])
+            if new and request.error is None:
+                logprobs = tuple(request.logprobs[job.num_sent :])
+                job.num_sent += len(new)
+                job.on_event(NewTokens(new, logprobs))
+            if request.id in self._outputs:
+                self._finish(job, self._outputs[request.id])
+        self._outputs.clear()
+
+    def _finish(self, job: Job, output: Output) -> None:
+        del self._live[job.request]
+        request = job.request
+        if job.alone and output.error is None and request.finished_s and request.arrived_s:
+            self.arrivals.window.note_lone(request.finished_s - request.arrived_s)
+        self.arrivals.note_done(job, has_answer=output.error is None)
+        self._end_if_done(job.key)
+        job.on_event(Done(output))
+
+    def _end_if_done(self, key: RoundKey | None) -> None:
+        for chat in self.arrivals.end_if_done(key):
+            try_to_save(chat)
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def stop_by(self, deadline_s: float) -> None:
+        """Finish what is under way, and end what is not done at a clock time."""
+        self._is_stopping = True
+        self._deadline_s = min(self._deadline_s, deadline_s)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was told to stop, and nothing is under way any more."""
+        return self._is_stopping and not (self._live or self.arrivals or self.loader)
+
+    def give_up(self) -> None:
+        """Tell all who wait that nothing comes any more."""
+        self.loader.stop()
+        refuse([*self._live.values(), *self.arrivals.take_waiting()])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What it holds, by what it is called; for tests that look for what is left behind."""
+        return {
+            "jobs": len(self._live),
+            "named rounds": self.arrivals.num_named,
+            "jobs in the window": 0 if self.arrivals.window.due_s() is None else 1,
+            "announced requests": self.arrivals.window.num_expected,
+        }
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Of what discovery remembers."""
+        return sum(discovery.num_bytes for discovery in self._discoveries.values())
+
+
+def refuse(jobs: Iterable[Job], why: str = "The engine has stopped.") -> None:
+    """Answer jobs that nobody will run."""
+    for job in jobs:
+        job.request.error = AbortedError(why)
+        job.request.finish_reason = "error"
+        with contextlib.suppress(Exception):
+            job.on_event(Done(make_output(job.request)))

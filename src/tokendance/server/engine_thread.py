@@ -1,0 +1,208 @@
+"""The engine in a thread of its own, so that the event loop never waits for the model.
+
+Handlers hand in jobs and listen to events; everything that touches the engine happens there:
+
+    handler   arrive() ... submit(job)           cancel(job)
+                             |                       |
+    thread    inbox -> dispatcher.tick -> job.on_event(event)
+
+All methods of `EngineThread` may be called from any thread; a job's listener is called on its own.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from tokendance.errors import AbortedError, TokenDanceError
+from tokendance.server.dispatcher import Dispatcher, refuse
+from tokendance.server.errors import as_api_error
+from tokendance.server.jobs import Job
+from tokendance.session import Session
+
+Result = TypeVar("Result")
+
+log = logging.getLogger("tokendance.server")
+
+
+class EngineThread:
+    """Drives a dispatcher; see the module.
+
+    Attributes:
+        failure: what has ended it, if it was not told to stop.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            dispatcher: nobody else may use it, or its engine.
+        """
+        self._dispatcher = dispatcher
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._gate = threading.Lock()
+        self._is_closed = False  # nobody reads the inbox any more
+        self.failure: BaseException | None = None
+
+    # -- from any thread ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs and serves."""
+        return self.is_running and self.failure is None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread runs: nobody else may touch the engine."""
+        return self._thread.is_alive()
+
+    def arrive(self) -> None:
+        """Announce a request that is still being read, so that a round waits for it a little."""
+        self._expect(1)
+
+    def withdraw(self) -> None:
+        """Take an announcement back."""
+        self._expect(-1)
+
+    def _expect(self, count: int) -> None:
+        window = self._dispatcher.arrivals.window
+
+        def note() -> None:
+            window.num_expected += count
+
+        self._put(note)
+
+    def submit(self, jobs: Sequence[Job], *, announced: bool = False) -> None:
+        """Hand in jobs that arrived together.
+
+        Args:
+            jobs: of one request; those without a key wait for others in the window.
+            announced: whether `arrive` was called for them.
+        """
+        arrivals = self._dispatcher.arrivals
+
+        def take() -> None:
+            arrivals.window.num_expected -= announced
+            arrivals.add(jobs, time.perf_counter())
+
+        if not self._put(take):
+            refuse(jobs)
+
+    def submit_round(self, jobs: Sequence[Job]) -> None:
+        """Hand in a whole round, which begins at once."""
+        if not self._put(lambda: self._dispatcher.begin(jobs)):
+            refuse(jobs)
+
+    async def call(self, work: Callable[[], Result]) -> Result:
+        """Do something on the engine's thread, between two steps; what it raises is raised here.
+
+        Raises:
+            ApiError: 503 if there is no thread any more.
+        """
+
+        def run(future: Future[Result]) -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who waited for it has gone
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        return await self._answer_of(run)
+
+    async def restore(self, session: Session) -> None:
+        """Read what memory lacks of a session, while others are answered.
+
+        Raises:
+            TokenDanceError: if it cannot be read.
+            ApiError: 503 if there is no thread any more.
+        """
+
+        def begin(future: Future[None]) -> None:
+            def ended(error: TokenDanceError | None) -> None:
+                if not future.set_running_or_notify_cancel():
+                    return  # who waited for it has gone
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+            self._dispatcher.loader.begin(session, ended)
+
+        await self._answer_of(begin)
+
+    async def _answer_of(self, begin: Callable[[Future[Result]], None]) -> Result:
+        """Begin something on the engine's thread, and wait until it has an answer."""
+        future: Future[Result] = Future()
+        if not self._put(lambda: begin(future)):
+            raise as_api_error(AbortedError("The engine has stopped."))
+        return await asyncio.wrap_future(future)
+
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        """Take jobs back, wherever they are; nothing happens to those that are done."""
+        taken_back = list(jobs)
+        self._put(lambda: self._dispatcher.cancel(taken_back))
+
+    def stop(self, drain_s: float) -> None:
+        """Finish what is under way, for so many seconds at most, then end the thread."""
+        self._stop_by(time.perf_counter() + drain_s)
+        self._thread.join(drain_s + 10.0)
+
+    def hurry(self) -> None:
+        """End what is under way, and then the thread; who waits is told."""
+        self._stop_by(time.perf_counter())
+
+    def _stop_by(self, deadline_s: float) -> None:
+        self._put(lambda: self._dispatcher.stop_by(deadline_s))
+
+    def _put(self, command: Callable[[], None]) -> bool:
+        """Hand a command to the thread; say whether there is one that will read it."""
+        with self._gate:
+            if not self._is_closed:
+                self._inbox.put(command)
+            return not self._is_closed
+
+    # -- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._dispatcher.is_stopped:
+                self._read_inbox()
+                self._dispatcher.tick(time.perf_counter())
+        except BaseException as error:
+            self.failure = error
+            log.exception("the engine has failed; nothing is served any more")
+        finally:
+            with self._gate:
+                self._is_closed = True
+            self._take_last_commands()
+            self._dispatcher.give_up()
+
+    def _read_inbox(self) -> None:
+        """Take what has come; wait only where there is nothing to do."""
+        pause_s = self._dispatcher.pause_s(time.perf_counter())
+        with contextlib.suppress(queue.Empty):
+            if pause_s is None or pause_s > 0:
+                self._inbox.get(timeout=pause_s)()
+            while True:
+                self._inbox.get_nowait()()
+
+    def _take_last_commands(self) -> None:
+        """Take what has come before nobody reads the inbox any more: all of it is answered."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._inbox.get_nowait()
+                try:
+                    command()
+                except Exception:  # of an engine that has failed
+                    log.exception("what came last could not be taken")
