@@ -22,7 +22,6 @@ from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory, Runner
 from tokendance.engine.sampling import choose_tokens, text_up_to_stop, top_logprobs
 from tokendance.engine.scheduler import Scheduled, Scheduler
-from tokendance.engine.shadow import SHADOW_TOKENS, Shadows
 from tokendance.errors import AbortedError, ConfigError, ConstraintError, NumericsError
 from tokendance.models.loader import LoadedModel
 from tokendance.rounds.discovery import Heard
@@ -96,7 +95,6 @@ class Engine:
         memory = memory or KVMemory.allocate(model, num_pages * config.store.page_size)
         self.runner = Runner(model, memory, partial(make_backend, name=config.attention))
         self.scheduler = Scheduler(config, self.store, self.kv_bytes_per_token)
-        self.shadows = Shadows(config.shadow)
         self._decode = decode
         self.seconds_per_token: float | None = None
         self._rounds: dict[RoundId, RoundRecord] = {}
@@ -124,7 +122,6 @@ class Engine:
         """
         for request in requests:
             self._rounds.setdefault(request.round_id, RoundRecord()).requests.append(request)
-            self.shadows.draw(request)
             if request.error is not None:
                 self._finish(request, "error")
         sound = [request for request in requests if request.error is None]
@@ -232,7 +229,7 @@ class Engine:
             forced = request.params.forced_tokens
             if forced is not None:
                 token = forced[len(request.generated)]
-            in_shadow = request.shadowed and len(request.shadow_tokens) < SHADOW_TOKENS
+            in_shadow = len(request.shadow_tokens) < request.num_shadowed
             if in_shadow:
                 request.shadow_tokens.append(token)
             if in_shadow or request.params.keep_logprobs:
@@ -256,7 +253,6 @@ class Engine:
             reason = self._append(request, token)
             if reason is not None:
                 self.scheduler.keep_answer(request)
-                self.shadows.keep(request)
                 self.scheduler.release(request, keep_kv=True)
                 self._finish(request, reason)
                 done.append(request)

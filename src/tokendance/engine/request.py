@@ -35,7 +35,7 @@ class Request:
         exact: computed whole, in forward passes of its own.
         leaves: whether others may reuse what it computes.
         session: that keeps what it reads, if one does.
-        shadowed: whether its first distributions are kept; `engine.shadow` writes it.
+        num_shadowed: so many first distributions are kept; `fidelity.shadow` writes it.
         owns_order: see `collector.owners.Start`; the engine writes it.
         seed: of its random numbers.
         generator: of its random numbers; the sampler draws one a token.
@@ -45,10 +45,10 @@ class Request:
         placement: where its KV lies; the scheduler writes it on admission.
         num_computed: tokens whose KV is computed or scheduled; the scheduler writes it.
         generated: the answer so far; the engine writes it.
-        shadow_tokens: the first tokens, one that ended the answer included, if it is shadowed; the
+        shadow_tokens: the first `num_shadowed` tokens, one that ended the answer included; the
             engine writes it.
-        logprobs: float32 (vocabulary,) per generated token, if asked for, or the first
-            ones if it is shadowed; the engine writes it.
+        logprobs: float32 (vocabulary,) per generated token, if asked for, or for the first
+            `num_shadowed`; the engine writes it.
         top_logprobs: one per generated token, if asked for; the engine writes it.
         finish_reason: "stop", "length" or "error" when it is done; the engine writes it.
         stopped_by_text: whether a stop text ended it; the engine writes it.
@@ -56,6 +56,8 @@ class Request:
         text: the answer as text, when it is known; the engine writes it.
         num_cached: prompt tokens that were not computed; the scheduler writes it on admission.
         num_corrected: shared tokens computed afresh; the scheduler writes it on admission.
+        num_exact: length of its beginning that holds no KV of another context, answer included;
+            the scheduler writes it on admission.
         reads_copies: whether it reuses segments from another context; the scheduler writes it on
             admission.
         num_retries: times that it began anew because an owner failed.
@@ -71,7 +73,7 @@ class Request:
     exact: bool = False
     leaves: bool = True
     session: SessionKey | None = None
-    shadowed: bool = False
+    num_shadowed: int = 0
     owns_order: bool = False
     seed: int = 0
     generator: random.Random = field(init=False)
@@ -90,6 +92,7 @@ class Request:
     text: str | None = None
     num_cached: int = 0
     num_corrected: int = 0
+    num_exact: int = 0
     reads_copies: bool = False
     num_retries: int = 0
     first_token_s: float | None = None

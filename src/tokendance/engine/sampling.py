@@ -214,18 +214,3 @@ def text_up_to_stop(
     text = decode(generated)
     found = [at for at in map(text.find, stops) if at >= 0]
     return text[: min(found)] if found else None
-
-
-def compare_logprobs(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare two models' distributions of the same tokens.
-
-    Args:
-        expected: float32 (tokens, vocabulary), log-probabilities.
-        found: likewise.
-
-    Returns:
-        The KL divergence of `found` from `expected` in nats (tokens,), and 1 where both put the
-        same token first, else 0 (tokens,).
-    """
-    kl = (expected.exp() * (expected - found)).sum(dim=-1)
-    return kl, (expected.argmax(dim=-1) == found.argmax(dim=-1)).float()

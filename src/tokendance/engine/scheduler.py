@@ -111,6 +111,7 @@ class Scheduler:
         request.placement = placement
         request.num_cached = len(request.prompt) - len(placement.compute) + placement.num_copied
         request.num_corrected = placement.num_corrected
+        request.num_exact = placement.num_exact
         request.reads_copies = bool(placement.copies)
         return True
 

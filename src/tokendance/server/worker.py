@@ -24,11 +24,11 @@ from typing import TypeVar
 
 from tokendance.engine.request import Request
 from tokendance.errors import AbortedError, TokenDanceError
+from tokendance.fidelity.idle_shadows import IdleShadows
 from tokendance.llm import LLM, make_output
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import Salt
 from tokendance.server.errors import as_api_error
-from tokendance.server.idle_shadows import IdleShadows
 from tokendance.server.jobs import Finished, Job, NewTokens, RoundKey
 from tokendance.server.kept import KeptSessions
 from tokendance.server.metrics import Metrics
@@ -110,7 +110,7 @@ class Worker:
         self._window: Window[Job] = Window(window_s, window_share)
         self._named: OrderedDict[RoundKey, _NamedRound] = OrderedDict()
         self._live: dict[Request, Job] = {}
-        self._shadows = IdleShadows(llm.engine, metrics)
+        self._shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
         self._kept = KeptSessions(llm.tiers)
         self._reading = Readings()
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
@@ -259,15 +259,18 @@ class Worker:
             while not (self._stopping and self._is_idle()):
                 self._read_inbox()
                 self._begin_due()
-                if self._live or self._stopping:
-                    self._shadows.give_way()
-                else:
-                    self._shadows.go_on()
+                if self._stopping:
+                    self._shadows.close()
+                elif self._live:
+                    self._shadows.give_way(time.perf_counter())
                 if time.perf_counter() > self._deadline:
                     self._reading.stop()
                     self._cancel(list(self._live.values()), "The server is stopping.")
                 if self._llm.engine.has_work:
                     self._llm.engine.step()
+                now = time.perf_counter()
+                self._llm.shadows.after_step(now, self._live)
+                self._shadows.after_step(now, self._live)
                 if self._llm.tiers is not None:
                     self._llm.tiers.write_ahead(self._live.keys())
                 self._reading.go_on()
