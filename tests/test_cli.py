@@ -89,9 +89,12 @@ def test_live_rounds(tokendance: Run, tmp_path: Path, model: str) -> None:
     done = tokendance(
         "run", trace, "--model", model, "--rounds", "2", "--max-tokens", "5", "--json", str(out),
         "--kv-budget", "8MiB", "--dtype", "float32", "--threads", "1", "--temperature", "0.5",
+        "--correction", "edges:2+1", "--shadow", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "reuse collective, correction edges:2+1" in done.stdout
     assert "Round 2, 2 agents" in done.stdout
+    assert "1 mirrors were computed again, exactly" in done.stdout
     assert "Prefix caching would have computed" in done.stdout
     document = json.loads(out.read_text())
     assert {"model", "reuse", "dtype", "threads", "rounds", "outputs"} <= set(document)
@@ -100,6 +103,8 @@ def test_live_rounds(tokendance: Run, tmp_path: Path, model: str) -> None:
         "float32",
         1,
     )
+    assert document["correction"] == "edges:2+1"
+    assert [shadow["tokens"] for shadow in document["shadows"]] == [5]
     assert [one["round"] for one in document["rounds"]] == [1, 2]
     for one in document["rounds"]:
         assert one["agents"] == 2
@@ -164,6 +169,9 @@ def test_a_prompt_that_is_too_long_harms_nobody(
         (["run", "--json", "/no/such/folder/x.json"], "cannot be written"),
         (["run", "--reuse", "prefix", "--correction", "all"], "--reuse collective"),
         (["run", "--correction", "none", "--first-k", "2", "--model", "MODEL"], "first_k"),
+        (["run", "--correction", "hkvd", "--model", "MODEL"], "'hkvd'"),
+        (["run", "--correction", "target:0.01", "--model", "MODEL"], "tokendance calibrate"),
+        (["run", "--fidelity-target", "0.01", "--model", "MODEL"], "tokendance calibrate"),
         (["models", "--prepare", "no/such-model"], "no/such-model"),
     ],
 )

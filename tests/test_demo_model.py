@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import greedy
 from tokendance import LLM, Prompt, SamplingParams
-from tokendance.bench.fidelity import measure_fidelity, reference_answers
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.fidelity.measure import measure_fidelity, reference_answers
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.rounds.trace import example_trace

@@ -20,7 +20,7 @@ from serving import serving
 from tokendance import LLM
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.request import Request
-from tokendance.engine.shadow import ShadowReport
+from tokendance.fidelity.shadow import ShadowReport
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.server.jobs import Job
@@ -130,10 +130,8 @@ def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
         Asked(request.prompt.token_ids.tolist(), list(request.generated), request.num_cached)
         for request in requests
     ]
-    del llm.engine.shadows.pending[SHADOWS:]
-    shadows: list[ShadowReport] = []
-    while (report := llm.check_shadow()) is not None:
-        shadows.append(report)
+    reports = [llm.check_shadow() for _ in range(SHADOWS)]
+    shadows = [report for report in reports if report is not None]
     return Town(
         json.loads(ended.stdout.splitlines()[-1]),
         [asked[first : first + agents] for first in range(0, len(asked), agents)],

@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "models": {"rounds", "attention"},
     "collector": {"rounds", "store"},
     "engine": {"rounds", "attention", "store", "models", "collector"},
+    # What measures wants a model with an engine around it (llm), and texts (bench).
+    "fidelity": {"rounds", "store", "models", "collector", "engine", "llm", "outputs", "bench"},
 }
 
 

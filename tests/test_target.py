@@ -1,4 +1,4 @@
-"""Fidelity targets: the table, the choice, and what the engine makes of it. And shadows."""
+"""Fidelity targets: the table, the choice, and what the engine makes of it."""
 
 import json
 from collections.abc import Callable
@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from test_exactness import KEEP, logprobs, random_ids, random_round
-from tokendance import LLM, Part, Prompt, SamplingParams, private, shared
-from tokendance.bench.calibrate import TINY, calibrate
+from tokendance import LLM, Part, Prompt, shared
 from tokendance.collector.correction import NO_CORRECTION, CorrectionPolicy, Edges, Reuse
-from tokendance.collector.target import Cell, FidelityTable, FidelityTarget, Measured
-from tokendance.commands.calibrate import run_calibration, write_table
+from tokendance.commands.calibrate import calibrate, run_calibration, write_table
 from tokendance.config import EngineConfig
 from tokendance.errors import ConfigError
-from tokendance.models.calibration import table_path
+from tokendance.fidelity.calibrate import TINY
+from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
+from tokendance.fidelity.target import FidelityTarget
 from tokendance.models.loader import load_model
 from tokendance.rounds.segments import as_token_ids, build_prompt, make_salt
 
@@ -219,68 +219,6 @@ def test_calibration_writes_a_table_that_a_target_can_use(
         LLM(folder, dtype="bfloat16", fidelity_target=0.1, kv_budget="16MiB")
     with pytest.raises(ConfigError, match="collective"):
         LLM(folder, dtype="float32", fidelity_target=0.1, reuse="prefix", kv_budget="16MiB")
-
-
-def test_shadows_report_what_a_comparison_by_hand_finds(make_llm: MakeLLM, tiny: object) -> None:
-    prompts = random_round(14, agents=4)
-    base = make_llm()
-    config = EngineConfig(correction=Edges(1, 0), store=base.engine.config.store, shadow=1.0)
-    llm = LLM.from_loaded(tiny, config)  # type: ignore[arg-type]
-    result = llm.run_round(prompts, KEEP)
-    used = llm.engine.store.pool.num_free
-    reports = []
-    while (report := llm.check_shadow()) is not None:
-        reports.append(report)
-    assert llm.engine.store.pool.num_free == used  # nothing is left behind
-    assert len(reports) == 3  # the master computed its own
-    for report in reports:
-        index = [output.agent for output in result.outputs].index(report.agent)
-        output = result.outputs[index]
-        params = SamplingParams(
-            max_tokens=8, forced_tokens=output.token_ids, keep_logprobs=True, ignore_eos=True
-        )
-        exact = make_llm("none").generate([prompts[index]], params)[0]
-        expected = torch.stack(exact.logprobs)
-        kl = (expected.exp() * (expected - torch.stack(output.logprobs))).sum(-1)
-        assert report.tokens == 8
-        assert report.kl_next == pytest.approx(float(kl[0]), abs=1e-4)
-        assert report.kl == pytest.approx(float(kl.mean()), abs=1e-4)
-    assert max(report.kl for report in reports) > 1e-3
-
-
-def test_a_silent_mirror_has_a_shadow_too(make_llm: MakeLLM, tiny: object) -> None:
-    prompts = random_round(16, agents=3)
-    store = make_llm().engine.config.store
-    plain = LLM.from_loaded(tiny, EngineConfig(store=store))  # type: ignore[arg-type]
-    tokens = {o.token_ids[0] for o in plain.run_round(prompts, KEEP).outputs}
-    llm = LLM.from_loaded(tiny, EngineConfig(store=store, shadow=1.0))  # type: ignore[arg-type]
-    ends = SamplingParams(max_tokens=8, stop_token_ids=tuple(tokens))
-    assert all(output.token_ids == () for output in llm.run_round(prompts, ends).outputs)
-    reports = [llm.check_shadow(), llm.check_shadow()]
-    assert all(report is not None and report.tokens == 1 for report in reports)
-    assert llm.check_shadow() is None
-
-
-def test_shadows_take_a_share_and_never_more_than_fit(make_llm: MakeLLM, tiny: object) -> None:
-    rng = np.random.default_rng(0)
-    store = make_llm().engine.config.store
-    llm = LLM.from_loaded(tiny, EngineConfig(store=store, shadow=0.5))  # type: ignore[arg-type]
-    quiet = SamplingParams(max_tokens=2, ignore_eos=True)
-    for _ in range(30):
-        block = shared(random_ids(rng, 12))
-        prompts = [Prompt([private(random_ids(rng, 5 + i)), block], agent=str(i)) for i in range(5)]
-        outputs = llm.run_round(prompts, quiet).outputs
-        assert all(output.logprobs == () for output in outputs)
-    shadows = llm.engine.shadows
-    assert len(shadows.pending) == 32
-    assert 30 < len(shadows.pending) + shadows.num_dropped < 90  # of 120 mirrors
-    assert make_llm().check_shadow() is None
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_is_a_share(share: float) -> None:
-    with pytest.raises(ConfigError, match="shadow"):
-        EngineConfig(shadow=share)
 
 
 @pytest.mark.parametrize("kl", [0.0, -1.0, float("nan")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tokendance import LLM, SamplingParams
-from tokendance.bench.fidelity import measure_fidelity, measure_recall, reference_answers
+from tokendance.bench.suites.fidelity import measure_recall
 from tokendance.bench.workload import (
     Order,
     RoundTexts,
@@ -20,6 +20,7 @@ from tokendance.bench.workload import (
 )
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import ConfigError, TraceError
+from tokendance.fidelity.measure import measure_fidelity, reference_answers
 from tokendance.models.loader import LoadedModel, load_model
 
 # The tiny model's tokens are bytes, and blocks must hold a name and a fact. Other knobs are small.

@@ -99,7 +99,7 @@ class EngineConfig:
         max_batch_tokens: most tokens of one forward pass; longer work is cut into chunks.
         store: memory.
         shadow: share of mirrors that are kept to be computed exactly in idle time; see
-            `engine.shadow`.
+            `fidelity.shadow`.
         attention: what computes it; "auto" takes the fastest that serves the model, device and
             dtype. "triton" is for GPUs and never chosen by itself, since it has not run on one
             yet; "reference" is slow on purpose.

@@ -2,6 +2,7 @@
 
 import itertools
 import secrets
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 
 from tokendance.collector.correction import CorrectionPolicy, read_correction
-from tokendance.collector.target import FidelityTarget
 from tokendance.config import (
     AttentionName,
     EngineConfig,
@@ -24,10 +24,11 @@ from tokendance.engine.engine import Engine, RoundRecord
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
-from tokendance.engine.shadow import ShadowReport, compare, exact_request
 from tokendance.engine.tiers import Tiers
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
-from tokendance.models.calibration import table_path
+from tokendance.fidelity.shadow import ShadowReport, Shadows
+from tokendance.fidelity.table import table_path
+from tokendance.fidelity.target import FidelityTarget
 from tokendance.models.encoder import PromptEncoder
 from tokendance.models.identity import identity_of
 from tokendance.models.loader import (
@@ -57,6 +58,7 @@ class LLM:
         model: the loaded model.
         engine: the loop under it, for callers that add and step by themselves.
         encoder: text to token ids and back.
+        shadows: mirrors that are kept to be computed again.
         tiers: memory and disk, where sessions last; None without a store.
     """
 
@@ -164,6 +166,7 @@ class LLM:
             model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
         )
         self.engine = Engine(model, config, self.encoder.decode, memory)
+        self.shadows = Shadows(config.shadow)
         self.tiers: Tiers | None = None
 
     def open_store(
@@ -309,15 +312,19 @@ class LLM:
         With `shadow=P`, a share P of mirrors waits for this after each round. It costs a whole
         prompt, so call it when there is nothing else to do.
         """
-        if not self.engine.shadows.pending:
+        request = self.shadows.next_request(self.engine.new_round_id())
+        if request is None:
             return None
-        shadow = self.engine.shadows.pending.pop()
-        request = exact_request(shadow, self.engine.new_round_id())
-        self._run([request], None)
+        try:
+            self._run([request], None)
+        except BaseException:
+            self.shadows.put_back(request)
+            raise
         self.engine.pop_round(request.round_id)
+        report = self.shadows.finish(request)
         if request.error is not None:
             raise request.error
-        return compare(shadow, tuple(request.logprobs))
+        return report
 
     def make_request(
         self,
@@ -385,6 +392,7 @@ class LLM:
             stop_ids=self.model.stop_ids,
         )
         request.error = error
+        self.shadows.draw(request)
         return request
 
     def _pair(
@@ -405,6 +413,7 @@ class LLM:
         try:
             while any(request.finish_reason is None for request in requests):
                 self.engine.step()
+                self.shadows.after_step(time.perf_counter(), requests)
                 if self.tiers is not None:
                     self.tiers.write_ahead(requests)
                 if progress is not None:

@@ -192,7 +192,7 @@ def _leftovers(server: Server, runner: uvicorn.Server) -> list[str]:
             "jobs in the window": 0 if worker._window.due_s() is None else 1,
             "announced requests": worker._window.num_expected,
             "records of rounds": len(engine._rounds),
-            "shadows": len(engine.shadows.pending),
+            "shadows": server.llm.shadows.num_pending,
             "pages held by requests": engine.store.pool.num_held(Holder.REQUEST),
             "HTTP requests": len(runner.server_state.tasks),
             "connections": len(runner.server_state.connections),

@@ -1,1 +1,1 @@
-"""Measurements: workloads, fidelity, and the figures of docs/benchmarks.md."""
+"""Measurements: workloads, and the figures of docs/benchmarks.md."""

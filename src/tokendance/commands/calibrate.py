@@ -7,12 +7,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tokendance.bench.calibrate import TINY, CalibrationSize, calibrate
-from tokendance.bench.suite import Size
-from tokendance.collector.target import FidelityTable
+from tokendance.bench.suite import LiveTable, Size
 from tokendance.errors import ConfigError
-from tokendance.models.calibration import table_path
-from tokendance.models.loader import dtype_name, load_model
+from tokendance.fidelity.calibrate import CORRECTIONS, TINY, CalibrationSize, measure_cells
+from tokendance.fidelity.table import Cell, FidelityTable, table_path
+from tokendance.models.loader import LoadedModel, dtype_name, load_model
 
 
 def run_calibration(
@@ -43,6 +42,28 @@ def run_calibration(
         console.print("A tiny run measures next to nothing, so the table is not written.")
     else:
         write_table(table, console)
+
+
+def calibrate(
+    model: LoadedModel, size: CalibrationSize, seed: int, console: Console
+) -> FidelityTable:
+    """Measure the table of a model, printing each cell."""
+    columns = {"in_order": "in order", "num_before": "before", "num_blocks": "blocks"}
+    columns |= {f"{first}+{last}": f"{first}+{last}" for first, last in CORRECTIONS}
+    table = LiveTable(console, "KL after correcting the first + last tokens of each block", columns)
+    cells: list[Cell] = []
+    with console.status("") as status:
+        for cell in measure_cells(model, size, seed, status.update):
+            cells.append(cell)
+            table.add(
+                {
+                    "in_order": "yes" if cell.in_order else "no",
+                    "num_before": cell.num_before,
+                    "num_blocks": cell.num_blocks,
+                    **{f"{part.first}+{part.last}": part.kl for part in cell.measured},
+                }
+            )
+    return FidelityTable(model.name, dtype_name(model.dtype), tuple(cells))
 
 
 def write_table(table: FidelityTable, console: Console) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokendance.engine.shadow import ShadowReport
+from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.outputs import RoundResult, RoundStats
@@ -54,8 +54,9 @@ def print_table(done: Sequence[DoneRound], console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("\nround", *_COLUMNS):
         table.add_column(name, justify="right", no_wrap=True)
-    for one in done:
-        table.add_row(str(one.number), *(show(one.result.stats) for show in _COLUMNS.values()))
+    for done_round in done:
+        stats = done_round.result.stats
+        table.add_row(str(done_round.number), *(show(stats) for show in _COLUMNS.values()))
     console.print()
     console.print(table)
     console.print()
@@ -63,8 +64,8 @@ def print_table(done: Sequence[DoneRound], console: Console) -> None:
 
 def print_summary(done: Sequence[DoneRound], llm: LLM, console: Console) -> None:
     """Print what was computed, and what prefix caching would have computed."""
-    prompt = sum(one.result.stats.prompt_tokens for one in done)
-    computed, prefix = _computed(done), sum(one.prefix_tokens for one in done)
+    prompt = sum(done_round.result.stats.prompt_tokens for done_round in done)
+    computed, prefix = _computed(done), _prefix_caching(done)
     console.print(
         f"Of {prompt:,} prompt tokens {computed:,} were computed ({reuse_name(llm)}). "
         f"Prefix caching would have computed {prefix:,} for the same rounds, "
@@ -72,15 +73,19 @@ def print_summary(done: Sequence[DoneRound], llm: LLM, console: Console) -> None
     )
     later = done[1:]
     if _computed(later):
-        prefix = sum(one.prefix_tokens for one in later)
+        computed, prefix = _computed(later), _prefix_caching(later)
         console.print(
             f"Without the first round, in which nobody has heard anybody yet: {prefix:,} against "
-            f"{_computed(later):,}, {prefix / _computed(later):.1f} times as many."
+            f"{computed:,}, {prefix / computed:.1f} times as many."
         )
 
 
 def _computed(done: Sequence[DoneRound]) -> int:
-    return sum(one.result.stats.computed_tokens for one in done)
+    return sum(done_round.result.stats.computed_tokens for done_round in done)
+
+
+def _prefix_caching(done: Sequence[DoneRound]) -> int:
+    return sum(done_round.prefix_tokens for done_round in done)
 
 
 def print_shadows(reports: Sequence[ShadowReport], num_dropped: int, console: Console) -> None:
@@ -88,13 +93,14 @@ def print_shadows(reports: Sequence[ShadowReport], num_dropped: int, console: Co
     if not reports:
         console.print("No mirror was drawn to be computed again.")
         return
-    mean = statistics.mean
+    kl = [report.kl for report in reports]
+    kl_next = statistics.mean(report.kl_next for report in reports)
+    top1 = statistics.mean(report.top1 for report in reports)
     dropped = f" ({num_dropped} more had to give way)" if num_dropped else ""
     console.print(
         f"{len(reports)} mirrors were computed again, exactly{dropped}: KL divergence of the next "
-        f"token {mean(one.kl_next for one in reports):.4f}, over the answers' first tokens "
-        f"{mean(one.kl for one in reports):.4f} (worst {max(one.kl for one in reports):.4f}); "
-        f"the same token first in {mean(one.top1 for one in reports):.1%}."
+        f"token {kl_next:.4f}, over the answers' first tokens {statistics.mean(kl):.4f} "
+        f"(worst {max(kl):.4f}); the same token first in {top1:.1%}."
     )
 
 
@@ -110,34 +116,23 @@ def document(
         "threads": torch.get_num_threads(),
         "rounds": [
             {
-                "round": one.number,
-                "agents": one.result.stats.agents,
-                "prompt_tokens": one.result.stats.prompt_tokens,
-                "computed_tokens": one.result.stats.computed_tokens,
-                "reused_tokens": one.result.stats.reused_tokens,
-                "corrected_tokens": one.result.stats.corrected_tokens,
-                "generated_tokens": one.result.stats.generated_tokens,
-                "prefix_caching_tokens": one.prefix_tokens,
-                "prefill_s": one.result.stats.prefill_s,
-                "decode_s": one.result.stats.decode_s,
-                "kv_bytes": {
-                    "dense": one.result.stats.kv_bytes.dense,
-                    "resident": one.result.stats.kv_bytes.resident,
-                },
+                "round": done_round.number,
+                **asdict(done_round.result.stats),
+                "prefix_caching_tokens": done_round.prefix_tokens,
             }
-            for one in done
+            for done_round in done
         ],
-        "shadows": [asdict(one) for one in shadows],
+        "shadows": [asdict(report) for report in shadows],
         "outputs": [
             {
-                "round": one.number,
+                "round": done_round.number,
                 "agent": output.agent,
                 "text": output.text,
                 "token_ids": list(output.token_ids),
                 "error": None if output.error is None else str(output.error),
             }
-            for one in done
-            for output in one.result.outputs
+            for done_round in done
+            for output in done_round.result.outputs
         ],
     }
 

@@ -24,8 +24,8 @@ from tokendance.commands.report import (
 from tokendance.config import ReuseMode, check_writable, format_bytes
 from tokendance.conversation import Agent
 from tokendance.engine.sampling import SamplingParams
-from tokendance.engine.shadow import ShadowReport
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
+from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.outputs import NotStoredError, RoundResult
@@ -118,7 +118,7 @@ def run_trace(settings: RunSettings, console: Console) -> None:
             print_table(done, console)
             print_summary(done, llm, console)
             if settings.shadow > 0:
-                print_shadows(shadows, llm.engine.shadows.num_dropped, console)
+                print_shadows(shadows, llm.shadows.num_dropped, console)
         if settings.json_file is not None:
             text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
             settings.json_file.write_text(text + "\n")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tokendance.engine.request import Request
-from tokendance.engine.shadow import ShadowReport
+from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.server.jobs import Job

@@ -1,7 +1,7 @@
 """The fidelity suite: what reuse costs in the answers, and what correction buys back.
 
 Every mode is compared with `none` in its own dtype, over the agents that reuse something
-(`bench/fidelity.py`). The frontier, KL against corrected tokens, is measured in float32: bfloat16
+(`fidelity/measure.py`). The frontier, KL against corrected tokens, is measured in float32: bfloat16
 rounds so coarsely that its own noise, which is what its row `all` shows, hides the differences.
 """
 
@@ -10,17 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
-from tokendance.bench.fidelity import (
-    Fidelity,
-    Reference,
-    measure_fidelity,
-    measure_recall,
-    pass_through_int8,
-    recall_share,
-    reference_answers,
-)
 from tokendance.bench.plots import plot_frontier
 from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
 from tokendance.bench.workload import (
@@ -37,9 +29,14 @@ from tokendance.collector.correction import (
     read_correction,
 )
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
+from tokendance.engine.sampling import SamplingParams
+from tokendance.fidelity.measure import Fidelity, Reference, measure_fidelity, reference_answers
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.store.kv_file import compress_rows, decompress_rows
+from tokendance.store.pages import Holder
 
+RECALL_TOKENS = 6  # the word that is asked for comes first
 COLUMNS = {
     "dtype": "dtype",
     "order": "order",
@@ -244,49 +241,100 @@ def _rows(
     for kind in kinds:
         config = EngineConfig(kind.mode, kind.correction, store=plan.store(model))
         llm = LLM.from_loaded(model, config)
-        found: dict[Order, list[tuple[Fidelity, dict[str, bool]]]] = {order: [] for order in orders}
+        fidelity: dict[Order, list[Fidelity]] = {order: [] for order in orders}
+        recall: dict[Order, list[float | None]] = {order: [] for order in orders}
+        recall_none: dict[Order, list[float | None]] = {order: [] for order in orders}
         for index in range(len(texts)):
             for order in orders:
-                one = exact[order][index]
+                expected = exact[order][index]
+                workload = expected.workload
                 # The orders of a workload have it in common.
-                one.workload.warm(llm, keep=not kind.int8)
+                workload.warm(llm, keep=not kind.int8)
                 if kind.int8:
                     pass_through_int8(llm)
-                fidelity = measure_fidelity(llm, one.workload.prompts(), one.answers)
-                found[order].append((fidelity, measure_recall(llm, one.workload)))
+                measured = measure_fidelity(llm, workload.prompts(), expected.answers)
+                answered = measure_recall(llm, workload)
+                fidelity[order].append(measured)
+                recall[order].append(recall_share(answered, measured.agents))
+                recall_none[order].append(recall_share(expected.recall, measured.agents))
         for order in orders:
             yield {
                 "order": order,
                 "mode": kind.mode,
                 "correction": kind.label,
-                **_summary([fidelity for fidelity, _ in found[order]]),
-                "recall": _mean(recall_share(said, f.agents) for f, said in found[order]),
-                "recall_none": _mean(
-                    recall_share(one.recall, f.agents)
-                    for one, (f, _) in zip(exact[order], found[order], strict=True)
-                ),
+                **_summary(fidelity[order]),
+                "recall": _mean(recall[order]),
+                "recall_none": _mean(recall_none[order]),
             }
 
 
-def _summary(found: Sequence[Fidelity]) -> Row:
-    """Means over workloads, and the spread of what matters most."""
-    kl = [one.kl_continuation for one in found]
+# -- what it measures besides -----------------------------------------------------------------
+
+
+def pass_through_int8(llm: LLM) -> None:
+    """Put all KV that an engine has stored through compression and back, as a cold store does."""
+    engine = llm.engine
+    pool = engine.store.pool
+    pages = np.flatnonzero(pool.num_refs(pool.all_pages(), Holder.INDEX))
+    size = pool.page_size
+    slots = (pages[:, None] * size + np.arange(size)).reshape(-1)
+    slots = slots[engine.store.slot_ready[slots]].astype(np.int32)
+    memory = engine.runner.memory
+    rows = memory.read(slots, engine.store.slot_position[slots])
+    memory.write(slots, decompress_rows(rows.positions, compress_rows(rows)))
+
+
+def measure_recall(llm: LLM, workload: RoundWorkload) -> dict[str, bool]:
+    """Ask each agent what another one said.
+
+    Right after `measure_fidelity` on the same engine the questions follow on the KV that the
+    agents read there, and little is computed.
+
+    Returns:
+        For each agent that has a question, whether its greedy answer has the word asked for.
+
+    Raises:
+        TokenDanceError: if a prompt cannot be run.
+    """
+    prompts = workload.question_prompts(llm)
+    if not prompts:
+        return {}
+    result = llm.run_round(prompts, SamplingParams(max_tokens=RECALL_TOKENS))
+    result.raise_for_errors()
     return {
-        "corrected": statistics.mean(one.corrected for one in found),
-        "corrected_share": statistics.mean(one.corrected_share for one in found),
-        "kl_next": statistics.mean(one.kl_next for one in found),
-        "kl": statistics.mean(kl),
-        "kl_min": min(kl),
-        "kl_max": max(kl),
-        "top1": statistics.mean(one.top1 for one in found),
-        "identical": statistics.mean(one.identical for one in found),
-        "mirrors": sum(len(one.agents) for one in found),
+        output.agent: question.answered_by(output.text)
+        for output, question in zip(result.outputs, workload.questions, strict=True)
     }
 
 
-def _mean(values: Iterator[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
+def recall_share(answered: dict[str, bool], agents: Sequence[str]) -> float | None:
+    """Share of right answers among these agents; None if none of them was asked."""
+    asked = [answered[name] for name in agents if name in answered]
+    return statistics.mean(asked) if asked else None
+
+
+# -- figures ----------------------------------------------------------------------------------
+
+
+def _summary(measured: Sequence[Fidelity]) -> Row:
+    """Means over workloads, and the spread of what matters most."""
+    kl = [fidelity.kl_continuation for fidelity in measured]
+    return {
+        "corrected": statistics.mean(fidelity.corrected for fidelity in measured),
+        "corrected_share": statistics.mean(fidelity.corrected_share for fidelity in measured),
+        "kl_next": statistics.mean(fidelity.kl_next for fidelity in measured),
+        "kl": statistics.mean(kl),
+        "kl_min": min(kl),
+        "kl_max": max(kl),
+        "top1": statistics.mean(fidelity.top1 for fidelity in measured),
+        "identical": statistics.mean(fidelity.identical for fidelity in measured),
+        "mirrors": sum(len(fidelity.agents) for fidelity in measured),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return statistics.mean(numbers) if numbers else None
 
 
 def _headline(rows: Sequence[Row]) -> dict[str, float | None]:

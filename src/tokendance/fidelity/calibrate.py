@@ -6,24 +6,20 @@ the worst counts. Cells of one private length read the same texts, so each priva
 once for a correction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.status import Status
-
-from tokendance.bench.fidelity import measure_fidelity, reference_answers
-from tokendance.bench.suite import LiveTable
 from tokendance.bench.workload import Order, WorkloadSpec, write_texts
 from tokendance.collector.correction import Edges
-from tokendance.collector.target import Cell, FidelityTable, Measured
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.runner import KVMemory
+from tokendance.fidelity.measure import measure_fidelity, reference_answers
+from tokendance.fidelity.table import Cell, Measured
 from tokendance.llm import LLM
-from tokendance.models.loader import LoadedModel, dtype_name
+from tokendance.models.loader import LoadedModel
 
 # (first, last) tokens of each block, from the cheapest to the dearest.
-_CORRECTIONS = ((0, 0), (0, 1), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1))
+CORRECTIONS = ((0, 0), (0, 1), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1))
 _ANSWER_TOKENS = 24
 
 
@@ -57,30 +53,21 @@ class _Kind:
 TINY = CalibrationSize((60,), (3,), readers=3, workloads=1, block_tokens=20)
 
 
-def calibrate(
-    model: LoadedModel, size: CalibrationSize, seed: int, console: Console
-) -> FidelityTable:
-    """Measure all cells, printing each; cells that the model's context cannot hold are left out."""
-    columns = {"in_order": "in order", "num_before": "before", "num_blocks": "blocks"}
-    columns |= {f"{first}+{last}": f"{first}+{last}" for first, last in _CORRECTIONS}
-    table = LiveTable(console, "KL after correcting the first + last tokens of each block", columns)
-    cells: list[Cell] = []
+def measure_cells(
+    model: LoadedModel, size: CalibrationSize, seed: int, on_status: Callable[[str], None]
+) -> Iterator[Cell]:
+    """Measure all cells of a model's table; those that its context cannot hold are left out.
+
+    Args:
+        model: to measure.
+        size: how much of it.
+        seed: of texts, lengths and orders.
+        on_status: told what is being done, in a few words.
+    """
     for private in size.private_tokens:
         kinds = _kinds(model, size, private)
-        if not kinds:
-            continue
-        with console.status("") as status:
-            for cell in _measure(model, size, private, kinds, seed, status):
-                cells.append(cell)
-                table.add(
-                    {
-                        "in_order": "yes" if cell.in_order else "no",
-                        "num_before": cell.num_before,
-                        "num_blocks": cell.num_blocks,
-                        **{f"{one.first}+{one.last}": one.kl for one in cell.measured},
-                    }
-                )
-    return FidelityTable(model.name, dtype_name(model.dtype), tuple(cells))
+        if kinds:
+            yield from _measure(model, size, private, kinds, seed, on_status)
 
 
 def _kinds(model: LoadedModel, size: CalibrationSize, private: int) -> list[_Kind]:
@@ -102,7 +89,7 @@ def _measure(
     private: int,
     kinds: Sequence[_Kind],
     seed: int,
-    status: Status,
+    on_status: Callable[[str], None],
 ) -> list[Cell]:
     """Measure the cells of one private length: they have texts and private parts in common."""
     most = max(kind.blocks for kind in kinds)
@@ -113,7 +100,7 @@ def _measure(
     num_before = 0
     for number in range(size.workloads):
         what = f"{private} private tokens, workload {number + 1} of {size.workloads}"
-        status.update(f"{what}: texts and full computation ...")
+        on_status(f"{what}: texts and full computation ...")
         exact = LLM.from_loaded(model, EngineConfig("none", store=store), memory)
         spec = WorkloadSpec(
             max(most, size.readers), size.block_tokens, (private // 4, private), seed=seed + number
@@ -126,14 +113,14 @@ def _measure(
         }
         for prompt in rounds[kinds[0]].prompts():  # all before the first block is private
             num_before = max(num_before, exact.encoder.encode(prompt).shared_segments()[0][0])
-        for first, last in _CORRECTIONS:
-            status.update(f"{what}: {first} + {last} corrected ...")
+        for first, last in CORRECTIONS:
+            on_status(f"{what}: {first} + {last} corrected ...")
             config = EngineConfig("collective", Edges(first, last), store=store)
             llm = LLM.from_loaded(model, config, memory)
             for kind, workload in rounds.items():
                 workload.warm(llm, keep=True)
-                found = measure_fidelity(llm, workload.prompts(), references[kind])
-                kl = max(worst[kind].get((first, last), 0.0), found.kl_continuation)
+                fidelity = measure_fidelity(llm, workload.prompts(), references[kind])
+                kl = max(worst[kind].get((first, last), 0.0), fidelity.kl_continuation)
                 worst[kind][first, last] = kl
     return [
         Cell(

@@ -1,4 +1,4 @@
-"""A fidelity target: how much to correct each reuse, by what is known of it before the pass.
+"""The fidelity table of a model: how far reuse strays from full computation after a correction.
 
 How far a reused run strays depends on whether the request has its blocks in the owner's order, on
 how much text differs before them, and on how many there are. `tokendance calibrate` measures that
@@ -8,22 +8,23 @@ for a model, cell by cell:
     yes        250                   4              (0, 0) 0.004   (2, 1) 0.0011   (8, 1) 0.0007
     no         1000                  16             (0, 0) 0.21    (2, 1) 0.12     (8, 1) 0.09
 
-A target picks the cheapest correction that met it in the smallest cell that covers the reuse.
-Where none did, or the reuse lies outside what was measured, the request computes. What is measured
-is a mean over agents and tokens: a single agent may be farther away.
+Tables lie in the cache folder, beside converted checkpoints, one for each model and dtype.
 """
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tokendance.collector.correction import NO_CORRECTION, Edges, Mask, Reuse
+from tokendance.collector.correction import Reuse
 from tokendance.errors import ConfigError
-from tokendance.rounds.segments import Segment
+from tokendance.models.demo import cache_folder
 
-FORMAT = 1
+_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class FidelityTable:
 
     def to_json(self) -> str:
         """Write it down."""
-        return json.dumps({"format": FORMAT} | asdict(self), indent=1)
+        return json.dumps({"format": _FORMAT} | asdict(self), indent=1)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -103,8 +104,8 @@ class FidelityTable:
         except ValueError as error:
             raise ConfigError(f"The table {path} is not JSON: {error}. {again}") from error
         try:
-            if document["format"] != FORMAT:
-                raise ValueError(f"its format is {document['format']!r}, not {FORMAT}")
+            if document["format"] != _FORMAT:
+                raise ValueError(f"its format is {document['format']!r}, not {_FORMAT}")
             cells = tuple(_read_cell(cell) for cell in document["cells"])
             return cls(str(document["model"]), str(document["dtype"]), cells)
         except (KeyError, TypeError, ValueError) as error:
@@ -117,73 +118,23 @@ def _read_cell(cell: Mapping[str, Any]) -> Cell:
         int(cell["num_before"]),
         int(cell["num_blocks"]),
         tuple(
-            Measured(int(one["first"]), int(one["last"]), float(one["kl"]))
-            for one in cell["measured"]
+            Measured(int(measured["first"]), int(measured["last"]), float(measured["kl"]))
+            for measured in cell["measured"]
         ),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class FidelityTarget:
-    """A correction policy that keeps the KL divergence of each reuse below a target.
+def table_path(model: str, dtype: str) -> Path:
+    """Path of a model's table.
 
-    That is a mean over agents and tokens, as measured: one of them may be farther away.
+    The name holds what is harmless of the model's name, and a digest of all of it, so that no
+    name leads out of the folder and no two share a file.
 
-    Attributes:
-        kl: nats per token of the answer.
-        table: what corrections achieve.
+    Args:
+        model: as the user gave it.
+        dtype: as the command line spells it.
     """
-
-    kl: float
-    table: FidelityTable
-
-    def __post_init__(self) -> None:
-        if not self.kl > 0:
-            raise ConfigError(f"The fidelity target is {self.kl}. Give a KL divergence above 0.")
-
-    @classmethod
-    def read(cls, kl: str, path: Path) -> Self:
-        """Make a target from the number in its spec and a table on disk.
-
-        Raises:
-            ConfigError: if either cannot be used.
-        """
-        try:
-            number = float(kl)
-        except ValueError as error:
-            raise ConfigError(
-                f"The fidelity target is {kl!r}. Give a KL divergence, as in target:0.01."
-            ) from error
-        return cls(number, FidelityTable.read(path))
-
-    @property
-    def spec(self) -> str:
-        """As "target:0.01"."""
-        return f"target:{self.kl}"
-
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
-        """Choose by the cheapest correction that met the target; None where none did."""
-        edges = self.edges_for(reuse)
-        return None if edges is None else edges.choose(reuse, segment)
-
-    def layout(self, segment: Segment) -> Mask:
-        """Store apart what the largest reuse in order corrects for which there is a correction.
-
-        A mirror that corrects as much reads the run as one piece, the others read pieces of it.
-        """
-        in_order = (cell for cell in self.table.cells if cell.in_order)
-        by_size = sorted(in_order, key=Cell.size, reverse=True)
-        edges = next(filter(None, map(self._cheapest, by_size)), NO_CORRECTION)
-        return edges.layout(segment)
-
-    def edges_for(self, reuse: Reuse) -> Edges | None:
-        """The correction that a reuse gets; None if its request has to compute."""
-        covering = [cell for cell in self.table.cells if cell.covers(reuse)]
-        return self._cheapest(min(covering, key=Cell.size)) if covering else None
-
-    def _cheapest(self, cell: Cell) -> Edges | None:
-        good = [measured for measured in cell.measured if measured.kl <= self.kl]
-        if not good:
-            return None
-        cheapest = min(good, key=lambda measured: (measured.first + measured.last, measured.kl))
-        return Edges(cheapest.first, cheapest.last)
+    name = os.path.realpath(model) if os.path.isdir(model) else model
+    readable = re.sub(r"[^A-Za-z0-9-]+", "-", Path(name).name)[:40]
+    digest = hashlib.blake2b(name.encode(), digest_size=6).hexdigest()
+    return cache_folder() / "fidelity" / f"{readable}-{dtype}-{digest}.json"

@@ -11,20 +11,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.bench.workload import RoundWorkload
-from tokendance.engine.sampling import SamplingParams, compare_logprobs
+from tokendance.engine.sampling import SamplingParams
+from tokendance.fidelity.compare import compare_logprobs
 from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import Segment
-from tokendance.store.kv_file import compress_rows, decompress_rows
-from tokendance.store.pages import Holder
-
-RECALL_TOKENS = 6  # the word that is asked for comes first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,12 +109,13 @@ def measure_fidelity(
     result.raise_for_errors()
     kl, same, corrected, share, names = [], [], [], [], []
     shared = [llm.encoder.encode(prompt).shared_segments() for prompt in prompts]
-    mirrors = _mirrors(shared, result.outputs)
-    for index in mirrors:
+    for index in _mirrors(shared, result.outputs):
         output = result.outputs[index]
-        one_kl, one_same = compare_logprobs(reference[index].logprobs, torch.stack(output.logprobs))
-        kl.append(one_kl)
-        same.append(one_same)
+        kl_of_tokens, same_tokens = compare_logprobs(
+            reference[index].logprobs, torch.stack(output.logprobs)
+        )
+        kl.append(kl_of_tokens)
+        same.append(same_tokens)
         corrected.append(output.corrected_tokens)
         num_shared = sum(len(segment) for _, segment in shared[index])
         share.append(output.corrected_tokens / max(1, num_shared))
@@ -135,53 +131,11 @@ def measure_fidelity(
     )
 
 
-def pass_through_int8(llm: LLM) -> None:
-    """Put all KV that an engine has stored through compression and back, as a cold store does."""
-    engine = llm.engine
-    pool = engine.store.pool
-    pages = np.flatnonzero(pool.num_refs(pool.all_pages(), Holder.INDEX))
-    size = pool.page_size
-    slots = (pages[:, None] * size + np.arange(size)).reshape(-1)
-    slots = slots[engine.store.slot_ready[slots]].astype(np.int32)
-    memory = engine.runner.memory
-    rows = memory.read(slots, engine.store.slot_position[slots])
-    memory.write(slots, decompress_rows(rows.positions, compress_rows(rows)))
-
-
-def measure_recall(llm: LLM, workload: RoundWorkload) -> dict[str, bool]:
-    """Ask each agent what another one said.
-
-    Right after `measure_fidelity` on the same engine the questions follow on the KV that the
-    agents read there, and little is computed.
-
-    Returns:
-        For each agent that has a question, whether its greedy answer has the word asked for.
-
-    Raises:
-        TokenDanceError: if a prompt cannot be run.
-    """
-    prompts = workload.question_prompts(llm)
-    if not prompts:
-        return {}
-    result = llm.run_round(prompts, SamplingParams(max_tokens=RECALL_TOKENS))
-    result.raise_for_errors()
-    return {
-        output.agent: question.answered_by(output.text)
-        for output, question in zip(result.outputs, workload.questions, strict=True)
-    }
-
-
-def recall_share(answered: dict[str, bool], agents: Sequence[str]) -> float | None:
-    """Share of right answers among these agents; None if none of them was asked."""
-    asked = [answered[name] for name in agents if name in answered]
-    return statistics.mean(asked) if asked else None
-
-
 def _mirrors(shared: Sequence[list[tuple[int, Segment]]], outputs: Sequence[Output]) -> list[int]:
-    """Places of the agents that reused shared tokens, or corrected them; all if there are none."""
-    found = []
+    """Indices of the agents that reused shared tokens, or corrected them; all if none did."""
+    mirrors = []
     for index, (segments, output) in enumerate(zip(shared, outputs, strict=True)):
         beginning = segments[0][0] if segments else output.prompt_tokens
         if output.corrected_tokens or output.reused_tokens > beginning:
-            found.append(index)
-    return found or list(range(len(outputs)))
+            mirrors.append(index)
+    return mirrors or list(range(len(outputs)))

@@ -1,0 +1,79 @@
+"""A fidelity target: how much to correct each reuse, by what has been measured of the model.
+
+A target picks the cheapest correction that met it in the smallest cell of the model's table that
+covers the reuse. Where none did, or the reuse lies outside what was measured, the request computes.
+What is measured is a mean over agents and tokens: a single agent may be farther away.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from tokendance.collector.correction import NO_CORRECTION, Edges, Mask, Reuse
+from tokendance.errors import ConfigError
+from tokendance.fidelity.table import Cell, FidelityTable
+from tokendance.rounds.segments import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityTarget:
+    """A correction policy that keeps the KL divergence of each reuse below a target.
+
+    Attributes:
+        kl: nats per token of the answer.
+        table: what corrections achieve.
+    """
+
+    kl: float
+    table: FidelityTable
+
+    def __post_init__(self) -> None:
+        if not self.kl > 0:
+            raise ConfigError(f"The fidelity target is {self.kl}. Give a KL divergence above 0.")
+
+    @classmethod
+    def read(cls, kl: str, path: Path) -> Self:
+        """Make a target from the number in its spec and a table on disk.
+
+        Raises:
+            ConfigError: if either cannot be used.
+        """
+        try:
+            number = float(kl)
+        except ValueError as error:
+            raise ConfigError(
+                f"The fidelity target is {kl!r}. Give a KL divergence, as in target:0.01."
+            ) from error
+        return cls(number, FidelityTable.read(path))
+
+    @property
+    def spec(self) -> str:
+        """As "target:0.01"."""
+        return f"target:{self.kl}"
+
+    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+        """Choose by the cheapest correction that met the target; None where none did."""
+        edges = self.edges_for(reuse)
+        return None if edges is None else edges.choose(reuse, segment)
+
+    def layout(self, segment: Segment) -> Mask:
+        """Store apart what the largest reuse in order corrects for which there is a correction.
+
+        A mirror that corrects as much reads the run as one piece, the others read pieces of it.
+        """
+        in_order = (cell for cell in self.table.cells if cell.in_order)
+        by_size = sorted(in_order, key=Cell.size, reverse=True)
+        edges = next(filter(None, map(self._cheapest, by_size)), NO_CORRECTION)
+        return edges.layout(segment)
+
+    def edges_for(self, reuse: Reuse) -> Edges | None:
+        """The correction that a reuse gets; None if its request has to compute."""
+        covering = [cell for cell in self.table.cells if cell.covers(reuse)]
+        return self._cheapest(min(covering, key=Cell.size)) if covering else None
+
+    def _cheapest(self, cell: Cell) -> Edges | None:
+        good = [measured for measured in cell.measured if measured.kl <= self.kl]
+        if not good:
+            return None
+        cheapest = min(good, key=lambda measured: (measured.first + measured.last, measured.kl))
+        return Edges(cheapest.first, cheapest.last)
