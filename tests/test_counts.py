@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import pytest
+from tokendance.collector.placement import FRESH_END
 
 from tokendance import LLM, Agent, Part, Prompt, RoundResult, SamplingParams, private, shared
 from tokendance.collector.owners import Start, in_order, order_starts
-from tokendance.collector.placement import FRESH_END
 from tokendance.rounds.segments import SegmentHash
 from tokendance.store.entries import RoundId
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokendance.collector.placement import FRESH_END
 from torch import Tensor
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tokendance import LLM, Agent, Prompt, SamplingParams, private, shared
 from tokendance.collector.correction import Edges
-from tokendance.collector.placement import FRESH_END
 from tokendance.config import EngineConfig, StoreConfig, parse_bytes
 from tokendance.engine.scheduler import Scheduled
 from tokendance.errors import (

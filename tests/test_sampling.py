@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokendance.engine.sampling import choose_tokens, text_up_to_stop
 from torch import Tensor
 
 from tokendance import SamplingParams
-from tokendance.engine.sampling import choose_tokens, text_up_to_stop
 
 
 def plainly(logits: Tensor, params: SamplingParams, uniform: float) -> tuple[int, float]:

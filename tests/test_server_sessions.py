@@ -19,7 +19,6 @@ from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import Loader, try_to_save
 from tokendance.server.protocol import RoundRequest
 from tokendance.server.sessions import Sessions
-from tokendance.server.worker import Worker
 from tokendance.session import Session
 from tokendance.store.records import SessionKey
 

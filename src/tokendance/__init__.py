@@ -1,9 +1,9 @@
 """TokenDance: rounds of LLM agents that share the KV cache of what they all read."""
 
 from tokendance.conversation import Agent
-from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Part, Prompt, private, shared, strip_separator
 from tokendance.session import Session
 

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import RoundError
 from tokendance.outputs import Output
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids
 from tokendance.store.records import SpokenCache

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tokendance.build import make_loop
 from tokendance.collector.correction import CorrectionPolicy, read_correction
 from tokendance.config import (
     AttentionName,
@@ -20,12 +21,12 @@ from tokendance.config import (
     parse_bytes,
 )
 from tokendance.conversation import Agent, Conversation
-from tokendance.engine.engine import Engine, RoundRecord
-from tokendance.engine.request import Request
-from tokendance.engine.runner import KVMemory
-from tokendance.engine.sampling import SamplingParams
+from tokendance.engine.figures import RoundFigures
+from tokendance.engine.request import Request, make_output
 from tokendance.engine.tiers import Tiers
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
+from tokendance.executor.kv_pool import KVPool
+from tokendance.executor.step import Executor
 from tokendance.fidelity.shadow import ShadowReport, Shadows
 from tokendance.fidelity.table import table_path
 from tokendance.fidelity.target import FidelityTarget
@@ -38,7 +39,8 @@ from tokendance.models.loader import (
     dtype_name,
     load_model,
 )
-from tokendance.outputs import KVBytes, Output, Progress, RoundResult, RoundStats
+from tokendance.outputs import Output, Progress, RoundResult
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Session
@@ -148,25 +150,42 @@ class LLM:
 
     @classmethod
     def from_loaded(
-        cls, model: LoadedModel, config: EngineConfig, memory: KVMemory | None = None
+        cls,
+        model: LoadedModel,
+        config: EngineConfig,
+        *,
+        pool: KVPool | None = None,
+        executor: Executor | None = None,
     ) -> "LLM":
         """Put an engine around a model that is loaded already; several may share one model.
 
-        Those that are never used at the same time may take turns on one `memory` too.
+        Args:
+            model: to run.
+            config: of the loop and the memory.
+            pool: KV memory to use; those that are never used at the same time may take turns on it.
+            executor: to use in place of one that runs the model.
         """
         llm = cls.__new__(cls)
-        llm._start(model, config, memory)
+        llm._start(model, config, pool=pool, executor=executor)
         return llm
 
     def _start(
-        self, model: LoadedModel, config: EngineConfig, memory: KVMemory | None = None
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        *,
+        pool: KVPool | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.model = model
         self.encoder = PromptEncoder(
             model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
         )
-        self.engine = Engine(model, config, self.encoder.decode, memory)
+        self.engine = make_loop(model, config, self.encoder, pool=pool, executor=executor)
+        self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)
+        self.engine.observe(self._figures)
         self.shadows = Shadows(config.shadow)
+        self.engine.attach(self.shadows)
         self.tiers: Tiers | None = None
 
     def open_store(
@@ -216,7 +235,6 @@ class LLM:
         ]
         if requests:
             self._run(requests, None)
-            self.engine.pop_round(round_id)
         return [make_output(request) for request in requests]
 
     def run_round(
@@ -260,10 +278,14 @@ class LLM:
         ]
         for request in requests:
             request.session = session
-        self._run(requests, progress)
-        record = self.engine.pop_round(round_id)
+        self._figures.watch(round_id, time.perf_counter())
+        try:
+            self._run(requests, progress)
+        except BaseException:
+            self._figures.forget(round_id)
+            raise
         outputs = tuple(make_output(request) for request in requests)
-        return RoundResult(outputs, self._stats(record))
+        return RoundResult(outputs, self._figures.take(round_id))
 
     def session(
         self,
@@ -320,7 +342,6 @@ class LLM:
         except BaseException:
             self.shadows.put_back(request)
             raise
-        self.engine.pop_round(request.round_id)
         report = self.shadows.finish(request)
         if request.error is not None:
             raise request.error
@@ -348,7 +369,7 @@ class LLM:
             prompt.agent or name,
             round_id,
             in_round=in_round,
-            exact=prompt.reuse == "exact",
+            isolated=prompt.reuse == "exact",
         )
         request.error = error or request.error
         return request
@@ -361,7 +382,7 @@ class LLM:
         round_id: RoundId,
         *,
         in_round: bool = True,
-        exact: bool = False,
+        isolated: bool = False,
     ) -> Request:
         """Make a request of an encoded prompt; one that cannot be run has its `error` set."""
         error: TokenDanceError | None = None
@@ -387,7 +408,7 @@ class LLM:
             params,
             max_new_tokens=min(wanted, max(1, max_context - len(encoded))),
             in_round=in_round,
-            exact=exact,
+            isolated=isolated,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=self.model.stop_ids,
         )
@@ -412,10 +433,7 @@ class LLM:
         self.engine.add(requests)
         try:
             while any(request.finish_reason is None for request in requests):
-                self.engine.step()
-                self.shadows.after_step(time.perf_counter(), requests)
-                if self.tiers is not None:
-                    self.tiers.write_ahead(requests)
+                self.engine.tick()
                 if progress is not None:
                     _report(requests, progress)
         except BaseException:
@@ -424,51 +442,7 @@ class LLM:
             for session in {request.session for request in requests}:
                 if self.tiers is not None and session is not None:
                     self.tiers.give_up(session)
-            for round_id in {request.round_id for request in requests}:
-                self.engine.pop_round(round_id)
             raise
-
-    def _stats(self, record: RoundRecord) -> RoundStats:
-        done = [request for request in record.requests if request.error is None]
-        first = max((r.first_token_s for r in done if r.first_token_s), default=record.started_s)
-        last = max((r.finished_s for r in done if r.finished_s), default=first)
-        outputs = [make_output(request) for request in done]
-        tokens = sum(len(r.prompt) + len(r.generated) for r in done)
-        return RoundStats(
-            agents=len(done),
-            prompt_tokens=sum(output.prompt_tokens for output in outputs),
-            computed_tokens=sum(output.computed_tokens for output in outputs),
-            reused_tokens=sum(output.reused_tokens for output in outputs),
-            corrected_tokens=sum(output.corrected_tokens for output in outputs),
-            generated_tokens=sum(len(output.token_ids) for output in outputs),
-            prefill_s=first - record.started_s,
-            decode_s=last - first,
-            kv_bytes=KVBytes(
-                dense=tokens * self.engine.kv_bytes_per_token,
-                resident=record.resident_pages * self.engine.page_bytes,
-            ),
-        )
-
-
-def make_output(request: Request) -> Output:
-    """Turn a finished request into what the caller gets."""
-    failed = request.error is not None
-    length = 0 if failed else len(request.prompt)
-    reused = 0 if failed else request.num_cached
-    return Output(
-        agent=request.agent,
-        text=request.text or "",
-        token_ids=tuple(request.generated),
-        finish_reason=request.finish_reason or "error",
-        error=request.error,
-        prompt_token_ids=request.prompt.token_ids[:length],
-        prompt_tokens=length,
-        computed_tokens=length - reused,
-        reused_tokens=reused,
-        corrected_tokens=0 if failed else request.num_corrected,
-        stopped_by_text=request.stopped_by_text,
-        logprobs=tuple(request.logprobs) if request.params.keep_logprobs else (),
-    )
 
 
 def _report(requests: Sequence[Request], progress: Progress) -> None:

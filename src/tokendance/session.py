@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from tokendance.conversation import Agent, Asked, Conversation
-from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.tiers import Restored, Restoring, Tiers
 from tokendance.errors import StoreError
 from tokendance.outputs import NotStoredError, Output, Progress, RoundResult
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.store.records import SessionKey, StoredSession
 

@@ -11,11 +11,11 @@ from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, 
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec
 from tokendance.collector.correction import NO_CORRECTION
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
-from tokendance.engine.runner import KVMemory
-from tokendance.engine.sampling import SamplingParams
+from tokendance.executor.kv_pool import KVPool
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, checkpoint_source
 from tokendance.outputs import RoundResult
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 
 DTYPES = ("bfloat16", "float32")
@@ -35,7 +35,7 @@ def make_engines(
     """
     num_pages = -(-num_tokens // PAGE_SIZE)
     budget = num_pages * PAGE_SIZE * model.shape.kv_bytes_per_token(model.dtype)
-    memory = KVMemory.allocate(model, num_pages * PAGE_SIZE) if one_memory else None
+    memory = KVPool(model, num_pages * PAGE_SIZE) if one_memory else None
     store = StoreConfig(budget)
     configs = {str(mode): EngineConfig(mode, store=store) for mode in modes}
     configs["floor"] = EngineConfig("collective", NO_CORRECTION, store=store)

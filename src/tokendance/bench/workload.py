@@ -20,9 +20,9 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
-from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.rounds.trace import TraceAgent, example_trace, read_trace

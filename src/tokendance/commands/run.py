@@ -23,13 +23,13 @@ from tokendance.commands.report import (
 )
 from tokendance.config import ReuseMode, check_writable, format_bytes
 from tokendance.conversation import Agent
-from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.outputs import NotStoredError, RoundResult
 from tokendance.outputs import Progress as ReportProgress
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
 

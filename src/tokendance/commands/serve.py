@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from tokendance.config import ReuseMode, format_bytes
-from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
+from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
 from tokendance.server.logs import LogFormat, configure
 from tokendance.server.process import limit_arenas, objects_frozen

@@ -44,6 +44,8 @@ class Request:
         seed: of its random numbers.
         stop_ids: tokens that end it.
         constraint: what its answer has to look like.
+        is_shadowed: whether it was drawn to be compared with exact computation; see
+            `fidelity.shadow`, which writes it.
         num_distributions: of so many first tokens the whole distribution is kept.
         arrived_s: clock time; when it was added, if not said otherwise.
         error: what is wrong with it; whoever ends it writes, too.
@@ -81,6 +83,7 @@ class Request:
     seed: int = 0
     stop_ids: Collection[int] = frozenset()
     constraint: Constraint | None = None
+    is_shadowed: bool = False
     num_distributions: int = 0
     arrived_s: float | None = None
     error: TokenDanceError | None = None

@@ -86,7 +86,9 @@ class Scheduler:
             request = self.waiting[0]
             rules = self._rules(request)
             # Reading KV of others keeps their pages; computing all of it may need fewer.
-            if self._admit(request, rules) or (not self.running and self._admit(request, alone(rules))):
+            if self._admit(request, rules) or (
+                not self.running and self._admit(request, alone(rules))
+            ):
                 self.running.append(request)
                 admitted.append(request)
             elif self.running or self._store.loading:
@@ -193,7 +195,9 @@ class Scheduler:
             return []
         is_bad = np.zeros(self._store.num_slots, np.bool_)
         is_bad[bad] = True
-        readers = [request for request in self.running if is_bad[_allocation(request).reads()].any()]
+        readers = [
+            request for request in self.running if is_bad[_allocation(request).reads()].any()
+        ]
         restarted: list[Request] = []
         for request in reversed(readers):  # so that they stand in the queue as they ran
             restarted += self.restart(request)

@@ -81,9 +81,7 @@ def _describe(
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     distributions: list[FloatArray | None] = [None] * len(rows)
     wanting = [
-        row
-        for row, one in enumerate(rows)
-        if one.distribution or one.top_logprobs is not None
+        row for row, one in enumerate(rows) if one.distribution or one.top_logprobs is not None
     ]
     if not wanting:
         return logprobs, distributions

@@ -91,7 +91,9 @@ class TorchExecutor:
         stacked = query[0].reshape(kv_heads, -1, rows, size)  # (KVH, G, T, D)
         return self._attend(layer, stacked, key[0], value[0], scale)
 
-    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         """Attend in one layer; query (KVH, G, T, D), key and value (KVH, T, D)."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         return self._backend.attend(layer, query, key, value, keys, values, scale)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tokendance.bench.workload import Order, WorkloadSpec, write_texts
 from tokendance.collector.correction import Edges
 from tokendance.config import EngineConfig, StoreConfig
-from tokendance.engine.runner import KVMemory
+from tokendance.executor.kv_pool import KVPool
 from tokendance.fidelity.measure import measure_fidelity, reference_answers
 from tokendance.fidelity.table import Cell, Measured
 from tokendance.llm import LLM
@@ -95,7 +95,7 @@ def _measure(
     most = max(kind.blocks for kind in kinds)
     num_tokens = (size.readers + most) * (private + most * (size.block_tokens + 30) + 400)
     store = StoreConfig(num_tokens * model.shape.kv_bytes_per_token(model.dtype))
-    memory = KVMemory.allocate(model, num_tokens)
+    memory = KVPool(model, num_tokens)
     worst: dict[_Kind, dict[tuple[int, int], float]] = {kind: {} for kind in kinds}
     num_before = 0
     for number in range(size.workloads):

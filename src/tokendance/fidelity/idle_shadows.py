@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 
-from tokendance.engine.engine import Engine
+from tokendance.engine.loop import EngineLoop
 from tokendance.engine.request import Request
 from tokendance.fidelity.shadow import ShadowReport, Shadows
 
@@ -19,7 +19,7 @@ class IdleShadows:
     """
 
     def __init__(
-        self, shadows: Shadows, engine: Engine, on_report: Callable[[ShadowReport], None]
+        self, shadows: Shadows, engine: EngineLoop, on_report: Callable[[ShadowReport], None]
     ) -> None:
         """Compute `shadows` by `engine`, and tell `on_report` how far each mirror was."""
         self._shadows = shadows
@@ -40,7 +40,6 @@ class IdleShadows:
         running = self._running
         if running is not None and running.finish_reason is not None:
             self._running = None
-            self._engine.pop_round(running.round_id)
             report = self._shadows.finish(running)
             if report is not None:
                 self._on_report(report)
@@ -65,7 +64,6 @@ class IdleShadows:
         if self._running is not None:
             self._shadows.put_back(self._running)
             self._engine.abort(self._running)
-            self._engine.pop_round(self._running.round_id)
             self._running = None
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendance.engine.sampling import SamplingParams
 from tokendance.fidelity.compare import compare_logprobs
 from tokendance.llm import LLM
 from tokendance.outputs import Output
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import Segment
 

@@ -10,15 +10,17 @@ whole, with the same answer forced, so that both distributions can be compared t
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokendance.engine.request import Request
-from tokendance.engine.sampling import SamplingParams
+from tokendance.executor.step import FloatArray
 from tokendance.fidelity.compare import compare_logprobs
+from tokendance.params import SamplingParams
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId
 
@@ -36,13 +38,13 @@ class _Mirror:
         agent: whose it is.
         prompt: what it read.
         tokens: the beginning of its answer, with the token that ended it if it is that short.
-        logprobs: float32 (vocabulary,) for each of them.
+        distributions: float32 (vocabulary,), log-probabilities at each of them.
     """
 
     agent: str
     prompt: EncodedPrompt
     tokens: tuple[int, ...]
-    logprobs: tuple[Tensor, ...]
+    distributions: tuple[FloatArray, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,9 @@ class Shadows:
 
     def draw(self, request: Request) -> None:
         """Decide whether a new request's first distributions are kept, if it may be a mirror."""
-        if request.in_round and not request.exact and self._random.random() < self._share:
-            request.num_shadowed = SHADOW_TOKENS
+        if request.in_round and not request.isolated and self._random.random() < self._share:
+            request.is_shadowed = True
+            request.num_distributions = max(request.num_distributions, SHADOW_TOKENS)
 
     def after_step(self, now: float, requests: Iterable[Request]) -> None:
         """Take over requests that are done, were drawn, and have read KV of another context.
@@ -101,9 +104,10 @@ class Shadows:
         """
         del now
         for request in requests:
-            if request.num_shadowed and request.finish_reason is not None:
-                request.num_shadowed = 0  # it may come again
-                if request.error is None and request.num_exact < len(request.prompt):
+            if request.is_shadowed and request.finish_reason is not None:
+                request.is_shadowed = False  # it may come again
+                plan = request.plan
+                if request.error is None and plan and plan.num_exact < len(request.prompt):
                     self._keep(request)
 
     def due_s(self) -> None:
@@ -126,8 +130,8 @@ class Shadows:
             SamplingParams(num_tokens, forced_tokens=mirror.tokens, keep_logprobs=True),
             max_new_tokens=num_tokens,
             in_round=False,
-            exact=True,
-            leaves=False,
+            isolated=True,
+            publishes=False,
         )
         self._computed[request] = mirror
         return request
@@ -137,7 +141,7 @@ class Shadows:
         mirror = self._computed.pop(request)
         if request.error is not None:
             return None
-        kl, same = compare_logprobs(torch.stack(request.logprobs), torch.stack(mirror.logprobs))
+        kl, same = compare_logprobs(_stack(request.distributions), _stack(mirror.distributions))
         return ShadowReport(
             mirror.agent, len(mirror.tokens), float(kl[0]), float(kl.mean()), float(same.mean())
         )
@@ -147,9 +151,10 @@ class Shadows:
         self._pending.append(self._computed.pop(request))
 
     def _keep(self, request: Request) -> None:
-        tokens = tuple(request.shadow_tokens)
-        logprobs = tuple(request.logprobs[: len(tokens)])
-        mirror = _Mirror(request.agent, request.prompt, tokens, logprobs)
+        ended = [] if request.end_token is None else [request.end_token]
+        tokens = (*request.generated, *ended)[:SHADOW_TOKENS]
+        distributions = tuple(request.distributions[: len(tokens)])
+        mirror = _Mirror(request.agent, request.prompt, tokens, distributions)
         if len(self._pending) < MAX_PENDING:
             self._pending.append(mirror)
             return
@@ -158,3 +163,7 @@ class Shadows:
         index = self._random.randrange(MAX_PENDING + self.num_dropped)
         if index < MAX_PENDING:
             self._pending[index] = mirror
+
+
+def _stack(distributions: Sequence[FloatArray]) -> Tensor:
+    return torch.from_numpy(np.stack(distributions))

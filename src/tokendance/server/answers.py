@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from tokenizers.decoders import DecodeStream
 
-from tokendance.engine.sampling import TokenLogprobs
+from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
+from tokendance.server.engine_thread import EngineThread
 from tokendance.server.jobs import Event, Finished, Job, NewTokens
-from tokendance.server.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ async def deltas(
 
 
 @contextmanager
-def taken_back(worker: Worker, jobs: Sequence[Job]) -> Iterator[None]:
+def taken_back(worker: EngineThread, jobs: Sequence[Job]) -> Iterator[None]:
     """Take jobs back when the one who waits for them has gone; no matter to those that are done."""
     try:
         yield

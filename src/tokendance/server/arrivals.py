@@ -108,7 +108,9 @@ class Arrivals:
     def _is_loading(self, named: NamedRound) -> bool:
         return any(chat in self._loader for chat in named.chats)
 
-    def take(self, now: float, *, all_now: bool = False) -> list[tuple[list[Job], NamedRound | None]]:
+    def take(
+        self, now: float, *, all_now: bool = False
+    ) -> list[tuple[list[Job], NamedRound | None]]:
         """Hand over the rounds that begin now, each with its name, if it has one.
 
         Args:

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokendance.engine.sampling import SamplingParams
 from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import SEPARATOR, Prompt
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.errors import ApiError, bad_request

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 
-from tokendance.engine.sampling import TokenLogprobs
+from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.server.answers import Delta
 from tokendance.server.chat import constraint_of, encode_chat, is_marked

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 
-from tokendance.engine.sampling import TokenLogprobs
 from tokendance.errors import InputError
+from tokendance.executor.step import TokenLogprobs
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt, strip_separator

@@ -171,7 +171,9 @@ class Dispatcher:
             return self.loader.pause_s
         if self._is_stopping:
             return 0.0
-        due = [due_s for due_s in (self.arrivals.due_s(), self._engine.due_s()) if due_s is not None]
+        due = [
+            due_s for due_s in (self.arrivals.due_s(), self._engine.due_s()) if due_s is not None
+        ]
         return max(0.0, min(due) - now) if due else None
 
     def _publish(self) -> None:

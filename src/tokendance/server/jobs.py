@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tokendance.engine.request import Request
-from tokendance.engine.sampling import TokenLogprobs
+from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.segments import Salt
 from tokendance.server.kept_chats import KeptChat

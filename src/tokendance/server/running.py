@@ -15,17 +15,18 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from tokendance.engine.sampling import SamplingParams, TokenLogprobs
+from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
+from tokendance.params import SamplingParams
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta, Listener, deltas, taken_back
 from tokendance.server.chat import sampling_params
+from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.grammar import GrammarConstraint
 from tokendance.server.jobs import Event, Job, RoundKey
 from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsupported
 from tokendance.server.state import Server
-from tokendance.server.worker import Worker
 from tokendance.store.entries import RoundId
 from tokendance.store.records import SessionKey
 
@@ -213,7 +214,7 @@ class ReleasingStream(StreamingResponse):
     def __init__(
         self,
         events: AsyncIterator[str],
-        worker: Worker,
+        worker: EngineThread,
         jobs: Sequence[Job],
         stack: AsyncExitStack,
     ) -> None:

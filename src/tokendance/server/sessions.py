@@ -31,11 +31,11 @@ from tokendance.errors import RoundError, TokenDanceError
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.segments import Salt
+from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import try_to_save
 from tokendance.server.protocol import RoundRequest
-from tokendance.server.worker import Worker
 from tokendance.session import Session
 from tokendance.store.records import SessionKey
 
@@ -63,7 +63,7 @@ class _Open:
 class Sessions:
     """All open sessions of a server, by tenant and key."""
 
-    def __init__(self, llm: LLM, worker: Worker) -> None:
+    def __init__(self, llm: LLM, worker: EngineThread) -> None:
         """Begin with those on disk."""
         self._llm = llm
         self._worker = worker

@@ -18,13 +18,13 @@ from starlette.types import Scope
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.segments import make_salt
+from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.metrics import Metrics
 from tokendance.server.sessions import Sessions
 from tokendance.server.settings import ServerSettings
 from tokendance.server.tool_calls import ToolFormat, find_tool_format
-from tokendance.server.worker import Worker
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ class Server:
     llm: LLM
     settings: ServerSettings
     metrics: Metrics = field(init=False)
-    worker: Worker = field(init=False)
+    worker: EngineThread = field(init=False)
     sessions: Sessions = field(init=False)
     grammars: Grammars = field(init=False)
     tools: ToolFormat = field(init=False)

@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from tokendance.rounds.segments import ChainHash, PrefixHashes, SegmentHash
 from tokendance.store.entries import (
@@ -144,9 +143,7 @@ class KVStore:
             entry = self._prefix.get((chain, exact))
             if entry is None:
                 page = slots[start:stop].copy()
-                entry = StoredPage(
-                    chain, stop - start, exact, slots=page, pages=self._pages(page)
-                )
+                entry = StoredPage(chain, stop - start, exact, slots=page, pages=self._pages(page))
                 self._prefix[chain, exact] = entry
                 self._add(entry)
                 new.append(entry)

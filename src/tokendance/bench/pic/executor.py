@@ -71,7 +71,9 @@ class PicExecutor(TorchExecutor):
         finally:
             self._blend = None
 
-    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
         if self._blend is None:
             return super()._attend(layer, query, key, value, scale)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
@@ -211,4 +213,3 @@ class BlendPass:
             requests.append(replace(request, first_row=first_row, positions=positions))
             first_row += len(positions)
         return PackedBatch(requests, self._batch.slot_position)
-

@@ -29,10 +29,10 @@ from tokendance.collector.correction import (
     read_correction,
 )
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
-from tokendance.engine.sampling import SamplingParams
 from tokendance.fidelity.measure import Fidelity, Reference, measure_fidelity, reference_answers
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.params import SamplingParams
 from tokendance.store.kv_file import compress_rows, decompress_rows
 from tokendance.store.pages import Holder
 

@@ -42,9 +42,9 @@ from tokendance.bench.suite import (
 from tokendance.bench.suites.storage import TASK
 from tokendance.bench.workload import read_people
 from tokendance.conversation import Agent
-from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import TokenIds
 from tokendance.rounds.trace import TraceAgent

@@ -30,10 +30,10 @@ from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
 from tokendance.bench.workload import read_people
 from tokendance.config import ReuseMode
 from tokendance.conversation import Agent
-from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.outputs import RoundResult
+from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.trace import TraceAgent
 from tokendance.store.records import SessionKey
