@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance.store.compression import (
+from tokendance.disk.compression import (
     CompressedTensor,
     NotFiniteError,
     compress_keys,
     compress_values,
 )
-from tokendance.store.floats import BFLOAT16, KVArray, largest, narrow, widen
+from tokendance.disk.floats import BFLOAT16, KVArray, largest, narrow, widen
 
 DTYPE_LIST: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 DTYPES = pytest.mark.parametrize("dtype", DTYPE_LIST, ids=["float32", "float16", "bfloat16"])

@@ -21,6 +21,8 @@ from serving import HELLO, chat, events, serving
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
@@ -32,9 +34,7 @@ from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
-from tokendance.store.kv_file import KVRows, WrittenFile
 from tokendance.store.pages import Holder
-from tokendance.store.records import SessionKey
 
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."

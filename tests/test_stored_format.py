@@ -9,6 +9,7 @@ format gets files of its own beside them.
 
 import hashlib
 import json
+import sqlite3
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,9 @@ import pytest
 
 from tokendance import LLM, SamplingParams
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.disk.records import CacheRecord, FileId, SessionKey
+from tokendance.disk.store import DiskStore
 from tokendance.models.loader import load_model
-from tokendance.store.disk import DiskStore
-from tokendance.store.records import CacheRecord, FileId, SessionKey
 
 DATA = Path(__file__).parent / "data"
 EXPECTED: dict[str, Any] = json.loads((DATA / "store-1.json").read_text())
@@ -47,7 +48,7 @@ def test_everything_is_read_as_it_was(folder: Path) -> None:
                 "num_prompt": cache.num_prompt,
                 "extents": [
                     [disk.index.file(FileId(file)).name, first, count]
-                    for file, first, count in cache.pieces.tolist()
+                    for file, first, count in cache.extents.tolist()
                 ],
             }
 
@@ -65,8 +66,8 @@ def test_everything_is_read_as_it_was(folder: Path) -> None:
                     "caches": {agent: describe(cache) for agent, cache in session.caches.items()},
                     "segments": [
                         describe(segment.cache)
-                        | {"run": segment.run, "index": segment.place, "rounds": segment.rounds}
-                        for segment in session.copies
+                        | {"run": segment.run, "index": segment.index, "rounds": segment.num_rounds}
+                        for segment in session.segments
                     ],
                 }
             )
@@ -90,13 +91,12 @@ def test_everything_is_read_as_it_was(folder: Path) -> None:
 def test_its_sessions_go_on(
     folder: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with DiskStore(folder, None) as disk:
-        identity = json.loads(
-            disk.index._index.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0]
-        )
+    index = sqlite3.connect(folder / "index.sqlite")
+    (identity,) = index.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()
+    index.close()
     # Another version of torch may draw other weights; which tokens are read and computed depends
     # on none of them.
-    monkeypatch.setattr("tokendance.llm.identity_of", lambda _: identity)
+    monkeypatch.setattr("tokendance.llm.identity_of", lambda _: json.loads(identity))
     model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
     page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
     llm = LLM.from_loaded(model, EngineConfig(store=StoreConfig(2000 * page_bytes, 16)))

@@ -19,6 +19,8 @@ from tokendance.config import (
     default_kv_budget,
     parse_bytes,
 )
+from tokendance.disk.records import SessionKey
+from tokendance.disk.store import DiskStore
 from tokendance.engine.engine import Engine, RoundRecord
 from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory
@@ -34,9 +36,7 @@ from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Agent, Session
-from tokendance.store.disk import DiskStore
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 Progress = Callable[[str, int], None]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokendance.disk.records import SessionKey, StoredSession
 from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.tiers import Restored, Restoring, SpokenCache
 from tokendance.errors import RoundError, StoreError
@@ -29,7 +30,6 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import NotStoredError, Output, RoundResult
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, as_token_ids
-from tokendance.store.records import SessionKey, StoredSession
 
 if TYPE_CHECKING:
     from tokendance.llm import LLM, Progress

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from tokendance.bench.workload import RoundWorkload
+from tokendance.disk.kv_file import compress_rows, decompress_rows
 from tokendance.engine.sampling import SamplingParams, compare_logprobs
 from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import Segment
-from tokendance.store.kv_file import compress_rows, decompress_rows
 from tokendance.store.pages import Holder
 
 RECALL_TOKENS = 6  # the word that is asked for comes first

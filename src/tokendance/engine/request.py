@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tokendance.collector.placement import Placement
+from tokendance.disk.records import SessionKey
 from tokendance.engine.constraint import Constraint
 from tokendance.engine.sampling import SamplingParams, TokenLogprobs
 from tokendance.errors import TokenDanceError
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
 
 
 @dataclass(slots=True, eq=False)

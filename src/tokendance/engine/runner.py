@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
 from tokendance.config import format_bytes
+from tokendance.disk.kv_file import KVRows
 from tokendance.engine.blend import CHECK_LAYER, BlendPass
 from tokendance.engine.scheduler import Scheduled
 from tokendance.errors import ConfigError, StoreError
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
-from tokendance.store.kv_file import KVRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

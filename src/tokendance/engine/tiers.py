@@ -6,10 +6,10 @@ forgets. A round adds a file of what several agents read (its runs), and files o
 tokens; what earlier rounds wrote is referred to again:
 
     agent's tokens   [ own, round 1 ][ run, round 1 ][ own ][ run, round 2 ][ own, round 2 ]
-    pieces            file 7, 0-310   file 3, 0-980   7, 310-   file 9, ...   file 12, ...
+    extents            file 7, 0-310   file 3, 0-980   7, 310-   file 9, ...   file 12, ...
 
 Rows of a file lie in the order of their slots. When they come back they take slots in the same
-order, so attention reads the same pieces of memory as before.
+order, so attention reads the same extents of memory as before.
 """
 
 import logging
@@ -21,23 +21,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tokendance.disk.kv_file import KVRows, WrittenFile, file_bytes
+from tokendance.disk.records import (
+    CacheRecord,
+    Extents,
+    FileId,
+    SegmentRecord,
+    SessionKey,
+    StoredSession,
+)
+from tokendance.disk.store import DiskStore
 from tokendance.engine.engine import Engine
 from tokendance.engine.request import Request
 from tokendance.engine.write_ahead import WriteAhead
 from tokendance.errors import CorruptFileError, StoreError
 from tokendance.rounds.segments import Salt, TokenIds, hash_segment
-from tokendance.store.disk import DiskStore
 from tokendance.store.entries import PrefixBlock, RoundId, SegmentCopy, Slots, exact_length
-from tokendance.store.kv_file import KVRows, WrittenFile, file_bytes
 from tokendance.store.pages import Holder
-from tokendance.store.records import (
-    CacheRecord,
-    CopyRecord,
-    FileId,
-    Pieces,
-    SessionKey,
-    StoredSession,
-)
 from tokendance.store.slot_files import SlotFiles
 
 log = logging.getLogger("tokendance.store")
@@ -153,7 +153,7 @@ class Tiers:
             unnamed = self._ahead.num_bytes + sum(one.num_bytes for one in written.values())
             self.disk.make_room(new_bytes + unnamed, key)
             room = self.disk.budget - self.disk.num_bytes - unnamed
-            keep = {FileId(file) for one in only_on_disk.values() for file in one.pieces[:, 0]}
+            keep = {FileId(file) for one in only_on_disk.values() for file in one.extents[:, 0]}
             self._forget_sparse(key, *wanted, keep=keep, room=room - new_bytes)
             # Anew: what made room may have had something of it.
             for group in self._groups(written, *wanted):
@@ -173,7 +173,7 @@ class Tiers:
                 round_number=round_number,
                 state=state,
                 caches=records | only_on_disk,
-                copies=self._copy_records(copies),
+                segments=self._copy_records(copies),
                 files=written,
                 ttl_s=ttl_s,
             )
@@ -332,12 +332,12 @@ class Tiers:
 
     def _copy_records(
         self, copies: Sequence[tuple[TokenIds, SegmentCopy]]
-    ) -> tuple[CopyRecord, ...]:
+    ) -> tuple[SegmentRecord, ...]:
         records = []
         for segment, copy in copies:
             cache = self._record(SpokenCache(segment, 0), copy.slots, ())
             if len(cache.token_ids) == len(segment):  # else the budget has cut it
-                records.append(CopyRecord(cache, copy.run, copy.index, len(copy.rounds)))
+                records.append(SegmentRecord(cache, copy.run, copy.index, len(copy.rounds)))
         return tuple(records)
 
     def _groups(
@@ -382,13 +382,13 @@ class Tiers:
         self, cache: SpokenCache, slots: Slots, blocks: Sequence[PrefixBlock]
     ) -> CacheRecord:
         """Where a cache is on disk, up to the first token that is not."""
-        pieces = self._files.pieces_of(slots)
-        length = int(pieces[:, 2].sum())
+        extents = self._files.extents_of(slots)
+        length = int(extents[:, 2].sum())
         return CacheRecord(
             cache.token_ids[:length],
             min(exact_length(blocks), length),
             min(cache.num_prompt, length),
-            pieces,
+            extents,
         )
 
     # -- disk to memory -----------------------------------------------------------------------
@@ -467,15 +467,15 @@ class Tiers:
 
     def _missing(self, session: StoredSession, salt: Salt) -> list[FileId]:
         """Files that memory lacks, in the order in which agents have their tokens."""
-        wanted: list[Pieces] = [copy.cache.pieces for copy in self._unlisted(session, salt)]
+        wanted: list[Extents] = [copy.cache.extents for copy in self._unlisted(session, salt)]
         for cache in session.caches.values():
             _, matched = self._match(cache.token_ids, salt)
-            wanted.append(cache.pieces[np.cumsum(cache.pieces[:, 2]) > len(matched)])
-        pieces = np.concatenate([np.empty((0, 3), np.int64), *wanted])
+            wanted.append(cache.extents[np.cumsum(cache.extents[:, 2]) > len(matched)])
+        extents = np.concatenate([np.empty((0, 3), np.int64), *wanted])
         return [
             file
-            for file in dict.fromkeys(FileId(int(file)) for file in pieces[:, 0])
-            if not self._files.in_memory(file, pieces[pieces[:, 0] == file])
+            for file in dict.fromkeys(FileId(int(file)) for file in extents[:, 0])
+            if not self._files.in_memory(file, extents[extents[:, 0] == file])
         ]
 
     def _pays(self, files: Iterable[WrittenFile]) -> bool:
@@ -508,34 +508,34 @@ class Tiers:
         left = 0
         for cache in session.caches.values():
             _, matched = self._match(cache.token_ids, salt)
-            every = np.concatenate([matched, self._files.slots_of(cache.pieces, len(matched))])
+            every = np.concatenate([matched, self._files.slots_of(cache.extents, len(matched))])
             for length in {min(cache.num_prompt, len(every)), len(every)}:
                 store.put_prefix(
                     cache.token_ids[:length], every[:length], salt, min(cache.num_exact, length)
                 )
             self._mark(self._match(cache.token_ids[: len(every)], salt)[0])
             left += len(cache.token_ids) - len(every)
-        runs: dict[int, list[CopyRecord]] = {}
+        runs: dict[int, list[SegmentRecord]] = {}
         for copy in self._unlisted(session, salt):
             runs.setdefault(copy.run, []).append(copy)
         for run in runs.values():
-            self._list_run(sorted(run, key=lambda copy: copy.place), salt)
+            self._list_run(sorted(run, key=lambda copy: copy.index), salt)
         return left
 
-    def _unlisted(self, session: StoredSession, salt: Salt) -> list[CopyRecord]:
+    def _unlisted(self, session: StoredSession, salt: Salt) -> list[SegmentRecord]:
         """Copies of segments of which memory has none."""
         store = self._engine.store
         return [
             copy
-            for copy in session.copies
+            for copy in session.segments
             if not store.all_copies(hash_segment(copy.cache.token_ids, salt))
         ]
 
-    def _list_run(self, run: Sequence[CopyRecord], salt: Salt) -> None:
+    def _list_run(self, run: Sequence[SegmentRecord], salt: Salt) -> None:
         known = [
             (copy, slots)
             for copy in run
-            if len(slots := self._files.slots_of(copy.cache.pieces)) == len(copy.cache.token_ids)
+            if len(slots := self._files.slots_of(copy.cache.extents)) == len(copy.cache.token_ids)
         ]
         entries = self._engine.store.put_run(
             [(hash_segment(copy.cache.token_ids, salt), slots) for copy, slots in known]
@@ -544,7 +544,7 @@ class Tiers:
             assert isinstance(entry, SegmentCopy)
             entry.sound = True
             # Rounds of another process: below all numbers that rounds have here.
-            entry.rounds = {RoundId(-2 - place) for place in range(copy.rounds)}
+            entry.rounds = {RoundId(-2 - place) for place in range(copy.num_rounds)}
 
 
 def _read_ahead(

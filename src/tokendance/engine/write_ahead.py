@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.store.disk import DiskStore
+from tokendance.disk.kv_file import KVRows, WrittenFile, file_bytes
+from tokendance.disk.records import FileId, SessionKey
+from tokendance.disk.store import DiskStore
 from tokendance.store.entries import RoundId, Slots
-from tokendance.store.kv_file import KVRows, WrittenFile, file_bytes
 from tokendance.store.kv_store import KVStore
-from tokendance.store.records import FileId, SessionKey
 
 log = logging.getLogger("tokendance.store")
 

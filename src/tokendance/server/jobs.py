@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
 from tokendance.engine.sampling import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.segments import Salt
-from tokendance.store.records import SessionKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ has ended, and reads it again when a later round comes and memory has lost it.
 import logging
 from collections import OrderedDict, defaultdict
 
+from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
 from tokendance.engine.tiers import Restoring, SpokenCache, Tiers
 from tokendance.errors import TokenDanceError
 from tokendance.rounds.segments import EncodedPrompt, Salt
-from tokendance.store.records import SessionKey
 
 log = logging.getLogger("tokendance.server")
 

@@ -7,9 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from tokendance.disk.records import SessionKey
 from tokendance.engine.tiers import Restoring
 from tokendance.errors import AbortedError, StoreError, TokenDanceError
-from tokendance.store.records import SessionKey
 
 log = logging.getLogger("tokendance.server")
 

@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from tokendance.disk.records import SessionKey
 from tokendance.engine.sampling import SamplingParams, TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.segments import EncodedPrompt
@@ -27,7 +28,6 @@ from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsup
 from tokendance.server.state import Server
 from tokendance.server.worker import Worker
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
 
 Result = TypeVar("Result")
 

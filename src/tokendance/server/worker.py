@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
 from tokendance.errors import AbortedError, TokenDanceError
 from tokendance.llm import LLM, make_output
@@ -36,7 +37,6 @@ from tokendance.server.reading import Readings
 from tokendance.server.window import Window
 from tokendance.session import Session
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
 
 Result = TypeVar("Result")
 

@@ -9,10 +9,10 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
+from tokendance.disk.records import Extents, FileId
 from tokendance.store.entries import Slots
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
-from tokendance.store.records import FileId, Pieces
 
 _NO_FILE = -1
 
@@ -55,7 +55,7 @@ class SlotFiles:
         same: npt.NDArray[np.bool_] = self._stamp[slots] == self._store.slot_stamp[slots]
         return same
 
-    def pieces_of(self, slots: Slots) -> Pieces:
+    def extents_of(self, slots: Slots) -> Extents:
         """Where slots are on disk, in their order, up to the first that is not."""
         missing = np.flatnonzero(~self.written(slots))
         length = int(missing[0]) if len(missing) else len(slots)
@@ -65,11 +65,11 @@ class SlotFiles:
         counts = np.diff(np.append(firsts, length))
         return np.stack([files[firsts], rows[firsts], counts], axis=1).astype(np.int64)
 
-    def slots_of(self, pieces: Pieces, skip: int = 0) -> Slots:
+    def slots_of(self, extents: Extents, skip: int = 0) -> Slots:
         """Slots of a cache's tokens from number `skip` on, up to the first that memory lacks."""
         slots = [np.empty(0, np.int32)]
         done = 0
-        for file, first, count in pieces.tolist():
+        for file, first, count in extents.tolist():
             past = max(0, min(count, skip - done))
             known = self._slots.get(FileId(file), slots[0])
             rows = known[first + past : first + count]
@@ -80,12 +80,12 @@ class SlotFiles:
                 break
         return np.concatenate(slots)
 
-    def in_memory(self, file: FileId, pieces: Pieces) -> bool:
-        """Whether memory has all rows of a file that these pieces of it name."""
+    def in_memory(self, file: FileId, extents: Extents) -> bool:
+        """Whether memory has all rows of a file that these extents of it name."""
         slots = self._slots.get(file)
         if slots is None:
             return False
-        rows = np.concatenate([np.arange(first, first + count) for _, first, count in pieces])
+        rows = np.concatenate([np.arange(first, first + count) for _, first, count in extents])
         return bool(rows.max() < len(slots) and self._alive(file, slots[rows]).all())
 
     def sparse(self, needed: npt.NDArray[np.bool_], least_share: float) -> list[FileId]:

@@ -41,6 +41,7 @@ from tokendance.bench.suite import (
 )
 from tokendance.bench.suites.storage import TASK
 from tokendance.bench.workload import read_people
+from tokendance.disk.kv_file import KVRows, WrittenFile, read_rows, write_rows
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
@@ -48,7 +49,6 @@ from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import TokenIds
 from tokendance.rounds.trace import TraceAgent
 from tokendance.session import Agent, Session
-from tokendance.store.kv_file import KVRows, WrittenFile, read_rows, write_rows
 from tokendance.store.pages import Holder
 
 _COLUMNS = {

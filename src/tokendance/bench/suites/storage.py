@@ -29,6 +29,7 @@ from tokendance.bench.plots import draw_lines
 from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
 from tokendance.bench.workload import read_people
 from tokendance.config import ReuseMode
+from tokendance.disk.records import SessionKey
 from tokendance.engine.sampling import SamplingParams
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
@@ -36,7 +37,6 @@ from tokendance.outputs import RoundResult
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.trace import TraceAgent
 from tokendance.session import Agent
-from tokendance.store.records import SessionKey
 
 REPLAYED: tuple[ReuseMode, ...] = ("prefix", "pic-batched")
 TASK = "Answer the others in one sentence. What will you do now?"

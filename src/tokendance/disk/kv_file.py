@@ -6,12 +6,12 @@ A file holds rows, one token each, that are never changed once they are written:
     keys.0 ...     (KVH, n, D), a tensor per layer
     values.0 ...   likewise
 
-or, where it was asked for, compressed to a byte per number (store/compression.py):
+or, where it was asked for, compressed to a byte per number (disk/compression.py):
 
     keys.0.codes, keys.0.scales, keys.0.centers, values.0.codes, values.0.scales, ...
     like           empty, of the dtype of what was compressed
 
-bfloat16 travels as uint16. The checksum of a file is kept by whoever knows it (`store/disk.py`),
+bfloat16 travels as uint16. The checksum of a file is kept by whoever knows it (`disk/store.py`),
 not in the file, so a file that was put in another's place is found, too.
 """
 
@@ -29,8 +29,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from tokendance.errors import CorruptFileError, StoreError
-from tokendance.store.compression import (
+from tokendance.disk.compression import (
     CHUNK_TOKENS,
     CompressedLayer,
     CompressedTensor,
@@ -38,7 +37,8 @@ from tokendance.store.compression import (
     compress_keys,
     compress_values,
 )
-from tokendance.store.floats import DTYPES
+from tokendance.disk.floats import DTYPES
+from tokendance.errors import CorruptFileError, StoreError
 
 _CHECKSUM_BYTES = 16
 _TEMPORARY = ".tmp"

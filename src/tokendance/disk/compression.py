@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.store.floats import DTYPES, KVArray, largest, narrow, widen
+from tokendance.disk.floats import DTYPES, KVArray, largest, narrow, widen
 
 CHUNK_TOKENS = 128
 
