@@ -594,7 +594,7 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
     roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of a round that all clients have left, in a server that nobody asks."""
-    monkeypatch.setattr("tokendance.engine.write_ahead._ABANDONED_S", 0.3)
+    monkeypatch.setattr("tokendance.tier.background._ABANDONED_S", 0.3)
     llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
     llm.open_store(tmp_path / "store")
     files = tmp_path / "store" / "kv"
@@ -605,7 +605,7 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
         wait_until(lambda: server.num_open == 0 and not llm.engine.has_work)
         wait_until(lambda: not any(files.iterdir()))
         assert llm.tiers is not None
-        assert llm.tiers.write_ahead_due_s is None
+        assert llm.tiers.due_s() is None
     llm.close()
 
 

@@ -244,10 +244,10 @@ def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) ->
     assert llm.tiers is not None
     session = llm.session("town", PEOPLE, params=SamplingParams(max_tokens=30, ignore_eos=True))
     run(session, 1)
-    write_ahead, engine = llm.tiers.write_ahead, llm.engine
+    after_step, engine = llm.tiers.after_step, llm.engine
     unready: list[int] = []
 
-    def interfere(requests: Collection[Request]) -> None:
+    def interfere(now: float, requests: Collection[Request]) -> None:
         if not unready and all(request.is_decoding for request in requests):
             mirror = next(request for request in requests if request.reads_copies)
             object.__setattr__(engine.config, "max_batch_tokens", 12)
@@ -260,9 +260,9 @@ def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) ->
                 mirror.prompt.token_ids, mirror.prompt.salt, exact=False
             )
             unready.append(int(np.count_nonzero(~engine.store.slot_ready[slots])))
-        write_ahead(requests)
+        after_step(now, requests)
 
-    llm.tiers.write_ahead = interfere  # type: ignore[method-assign]
+    llm.tiers.after_step = interfere  # type: ignore[method-assign]
     run(session, 1)
     while engine.has_work:
         engine.step()

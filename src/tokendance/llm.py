@@ -2,6 +2,7 @@
 
 import itertools
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ from tokendance.engine.request import Request
 from tokendance.engine.runner import KVMemory
 from tokendance.engine.sampling import SamplingParams
 from tokendance.engine.shadow import ShadowReport, compare, exact_request
-from tokendance.engine.tiers import Tiers
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
 from tokendance.models.calibration import table_path
 from tokendance.models.encoder import PromptEncoder
@@ -37,6 +37,7 @@ from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Agent, Session
 from tokendance.store.entries import RoundId
+from tokendance.tier.tier import DiskTier
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 Progress = Callable[[str, int], None]
@@ -164,7 +165,7 @@ class LLM:
             model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
         )
         self.engine = Engine(model, config, self.encoder.decode, memory)
-        self.tiers: Tiers | None = None
+        self.tiers: DiskTier | None = None
 
     def open_store(
         self, folder: Path, budget: int | str | None = None, *, int8: bool = False
@@ -185,7 +186,14 @@ class LLM:
             compressed=int8,
             **_given(budget=None if budget is None else parse_bytes(budget)),
         )
-        self.tiers = Tiers(self.engine, disk)
+        engine = self.engine
+        self.tiers = DiskTier(
+            engine.store,
+            engine.runner.memory,
+            disk,
+            bytes_per_token=engine.kv_bytes_per_token,
+            seconds_per_token=lambda: engine.seconds_per_token,
+        )
 
     def generate(
         self,
@@ -397,7 +405,7 @@ class LLM:
             while any(request.finish_reason is None for request in requests):
                 self.engine.step()
                 if self.tiers is not None:
-                    self.tiers.write_ahead(requests)
+                    self.tiers.after_step(time.perf_counter(), requests)
                 if progress is not None:
                     _report(requests, progress)
         except BaseException:

@@ -24,12 +24,13 @@ import numpy as np
 
 from tokendance.disk.records import SessionKey, StoredSession
 from tokendance.engine.sampling import SamplingParams
-from tokendance.engine.tiers import Restored, Restoring, SpokenCache
 from tokendance.errors import RoundError, StoreError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import NotStoredError, Output, RoundResult
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, as_token_ids
+from tokendance.tier.caches import SessionSnapshot, SpokenCache
+from tokendance.tier.loader import Restored, Restoring
 
 if TYPE_CHECKING:
     from tokendance.llm import LLM, Progress
@@ -257,7 +258,7 @@ class Session:
         return self._tiers.restore(stored, self._encoder.salt, always=always)
 
     def restoring(self) -> Restoring | None:
-        """The same in steps between which the engine may go on; see `Tiers.restoring`."""
+        """The same in steps between which the engine may go on; see `DiskTier.restoring`."""
         if self._tiers is None or (stored := self._stored()) is None:
             return None
         return self._tiers.restoring(stored, self._encoder.salt)
@@ -272,13 +273,15 @@ class Session:
         if self._tiers is None or self.key is None:
             return
         self._tiers.save(
-            self.key,
-            round_number=self.round,
-            state=json.dumps(self._state()).encode(),
-            caches={name: member.cache for name, member in self._members.items()},
-            heard=[as_token_ids(part.content) for part in self._blocks()],  # type: ignore[arg-type]
-            salt=self._encoder.salt,
-            ttl_s=self.ttl_s,
+            SessionSnapshot(
+                self.key,
+                round=self.round,
+                state=json.dumps(self._state()).encode(),
+                caches={name: member.cache for name, member in self._members.items()},
+                shared_segments=[as_token_ids(part.content) for part in self._blocks()],  # type: ignore[arg-type]
+                salt=self._encoder.salt,
+                ttl_s=self.ttl_s,
+            )
         )
 
     def _blocks(self) -> list[Part]:

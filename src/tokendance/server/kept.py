@@ -9,9 +9,11 @@ from collections import OrderedDict, defaultdict
 
 from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
-from tokendance.engine.tiers import Restoring, SpokenCache, Tiers
 from tokendance.errors import TokenDanceError
 from tokendance.rounds.segments import EncodedPrompt, Salt
+from tokendance.tier.caches import SessionSnapshot, SpokenCache
+from tokendance.tier.loader import Restoring
+from tokendance.tier.tier import DiskTier
 
 log = logging.getLogger("tokendance.server")
 
@@ -27,7 +29,7 @@ _Said = dict[str, tuple[EncodedPrompt, SpokenCache]]
 class KeptSessions:
     """Sessions of chat requests. All methods are called on the engine's thread."""
 
-    def __init__(self, tiers: Tiers | None) -> None:
+    def __init__(self, tiers: DiskTier | None) -> None:
         """Keep them in a store; without one nothing is kept."""
         self._tiers = tiers
         self._said: defaultdict[str, OrderedDict[SessionKey, _Said]] = defaultdict(OrderedDict)
@@ -59,7 +61,7 @@ class KeptSessions:
         said = self._said[key.tenant].get(key)
         if self._tiers is None or said is None:
             return
-        heard = {
+        shared_segments = {
             segment.hash: segment.token_ids
             for prompt, _ in said.values()
             for _, segment in prompt.shared_segments()
@@ -73,14 +75,15 @@ class KeptSessions:
                 if agent not in said
             ]
             caches = dict(before[max(0, len(said) + len(before) - _MAX_AGENTS) :])
-            self._tiers.save(
+            snapshot = SessionSnapshot(
                 key,
-                round_number=1 + (stored.round if stored is not None else 0),
+                round=1 + (stored.round if stored is not None else 0),
                 state=b"",
                 caches=caches | {agent: cache for agent, (_, cache) in said.items()},
-                heard=heard.values(),
+                shared_segments=shared_segments.values(),
                 salt=next(iter(said.values()))[0].salt,
             )
+            self._tiers.save(snapshot, stored)
         except TokenDanceError as error:
             log.warning("A session is not on disk; it goes on in memory: %s", error)
         except Exception:  # whoever has asked is answered all the same

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokendance.disk.records import SessionKey
-from tokendance.engine.tiers import Restoring
 from tokendance.errors import AbortedError, StoreError, TokenDanceError
+from tokendance.tier.loader import Restoring
 
 log = logging.getLogger("tokendance.server")
 

@@ -269,7 +269,7 @@ class Worker:
                 if self._llm.engine.has_work:
                     self._llm.engine.step()
                 if self._llm.tiers is not None:
-                    self._llm.tiers.write_ahead(self._live.keys())
+                    self._llm.tiers.after_step(time.perf_counter(), self._live.keys())
                 self._reading.go_on()
                 self._publish()
         except BaseException as error:
@@ -301,8 +301,8 @@ class Worker:
         timeout: float | None = 0.0
         tiers = self._llm.tiers
         if not self._llm.engine.can_compute:
-            ahead_s = tiers.write_ahead_due_s if tiers is not None else None
-            due_s = (self._window.due_s(), self._shadows.due_s(), ahead_s, *self._named_due())
+            tier_s = tiers.due_s() if tiers is not None else None
+            due_s = (self._window.due_s(), self._shadows.due_s(), tier_s, *self._named_due())
             due = [time_ for time_ in due_s if time_ is not None]
             timeout = max(0.0, min(due) - time.perf_counter()) if due else None
             if self._stopping:
