@@ -5,18 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance.errors import CacheError, ConfigError
-from tokendance.store.compression import (
+from tokendance.disk.compression import (
     CompressedTensor,
+    NotFiniteError,
     compress_keys,
-    compress_layer,
     compress_values,
 )
-from tokendance.store.dense import LayerKV
-from tokendance.store.floats import BFLOAT16, KVArray, largest, narrow, widen
+from tokendance.disk.floats import BFLOAT16, KVArray, largest, narrow, widen
 
 DTYPE_LIST: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 DTYPES = pytest.mark.parametrize("dtype", DTYPE_LIST, ids=["float32", "float16", "bfloat16"])
@@ -38,6 +37,11 @@ def tensors(draw: st.DrawFn) -> KVArray:
     numbers += random.standard_normal(shape[1:]) * 10.0 ** draw(exponents)
     numbers[:, random.random(shape[1:]) < 0.2] = draw(st.sampled_from([0.0, limit, -limit, 1.5]))
     return narrow(np.clip(numbers, -limit, limit).astype(np.float32), dtype)
+
+
+def stored_bytes(compressed: CompressedTensor) -> int:
+    centers = 0 if compressed.centers is None else compressed.centers.nbytes
+    return compressed.codes.nbytes + compressed.scales.nbytes + centers
 
 
 def assert_near(numbers: KVArray, found: CompressedTensor) -> None:
@@ -65,32 +69,25 @@ def test_no_number_is_farther_off_than_half_a_scale(numbers: KVArray, chunk_toke
     assert np.array_equal(numbers, before)
     tokens, heads, size = numbers.shape
     chunks = -(-tokens // chunk_tokens)
-    assert keys.num_bytes == tokens * heads * size + 8 * chunks * heads * size
-    assert values.num_bytes == tokens * heads * (size + 4)
-    assert keys.dense_bytes == values.dense_bytes == numbers.nbytes
+    assert stored_bytes(keys) == tokens * heads * size + 8 * chunks * heads * size
+    assert stored_bytes(values) == tokens * heads * (size + 4)
 
 
 @DTYPES
 def test_ratio_is_as_documented(dtype: np.dtype[Any]) -> None:
-    layer = LayerKV(*(np.zeros((1024, 3, 64), dtype) for _ in range(2)))
-    found = compress_layer(layer)
+    numbers = np.zeros((1024, 3, 64), dtype)
     wanted = dtype.itemsize / (1 + 1 / 16)  # 1.88 or 3.76
-    assert found.keys.dense_bytes / found.keys.num_bytes == wanted
-    assert found.values.dense_bytes / found.values.num_bytes == wanted
-    assert found.num_bytes == found.keys.num_bytes + found.values.num_bytes
-    assert found.dense_bytes == layer.num_bytes
+    for compress in KINDS:
+        assert numbers.nbytes / stored_bytes(compress(numbers)) == wanted
 
 
 @DTYPES
 def test_a_layer_comes_back(dtype: np.dtype[Any]) -> None:
     random = np.random.default_rng(1)
     numbers = random.standard_normal((2, 100, 2, 16)).astype(np.float32)
-    layer = LayerKV(*narrow(numbers, dtype))
-    back = compress_layer(layer).decompress()
-    np.testing.assert_allclose(widen(back.keys), widen(layer.keys), atol=0.03)
-    np.testing.assert_allclose(widen(back.values), widen(layer.values), atol=0.03)
-    assert np.array_equal(compress_keys(layer.keys).decompress(), back.keys)
-    assert np.array_equal(compress_values(layer.values).decompress(), back.values)
+    for compress, tensor in zip(KINDS, narrow(numbers, dtype), strict=True):
+        back = compress(tensor).decompress()
+        np.testing.assert_allclose(widen(back), widen(tensor), atol=0.03)
 
 
 @DTYPES
@@ -115,7 +112,7 @@ def test_nothing_is_compressed_to_nothing(
     dtype: np.dtype[Any], compress: Callable[[KVArray], CompressedTensor]
 ) -> None:
     found = compress(np.zeros((0, 2, 4), dtype))
-    assert found.num_bytes == 0
+    assert stored_bytes(found) == 0
     assert found.decompress().shape == (0, 2, 4)
     assert found.decompress().dtype == dtype
 
@@ -154,14 +151,29 @@ def test_what_is_not_finite_is_refused(
 ) -> None:
     numbers = np.zeros((10, 2, 4), np.float32)
     numbers[3, 1, 2] = number
-    with pytest.raises(CacheError, match="1 of the 80 numbers"):
+    with pytest.raises(NotFiniteError, match="1 of the 80 numbers"):
         compress(narrow(numbers, dtype))
 
 
 def test_what_is_no_kv_is_refused() -> None:
-    with pytest.raises(CacheError, match="kv_heads, head_dim"):
+    with pytest.raises(ValueError, match="kv_heads, head_dim"):
         compress_keys(np.zeros((3, 4), np.float32))
-    with pytest.raises(CacheError, match="Give them as one of"):
+    with pytest.raises(ValueError, match="float64"):
         compress_values(np.zeros((3, 1, 4), np.float64))
-    with pytest.raises(ConfigError, match="chunk_tokens"):
+    with pytest.raises(ValueError, match="chunk_tokens"):
         compress_keys(np.zeros((3, 1, 4), np.float32), 0)
+
+
+def test_bfloat16_is_rounded_to_even() -> None:
+    random = np.random.default_rng(4)
+    bits = random.integers(0, 2**32, 20000, np.uint32)
+    bits[:5000] = (bits[:5000] & 0xFFFF0000) | 0x8000  # the middle between two
+    numbers = bits.view(np.float32)
+    expected = torch.from_numpy(numbers.copy()).bfloat16().view(torch.uint16).numpy()
+    found = narrow(numbers, BFLOAT16)
+    nan = np.isnan(numbers)
+    assert np.array_equal(found[~nan], expected[~nan])
+    assert np.isnan(widen(found[nan])).all()
+    halves = np.arange(2**16, dtype=np.uint16)
+    kept = narrow(widen(halves), BFLOAT16) == halves
+    assert (kept | np.isnan(widen(halves))).all()

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from tokendance.cli import app as command_line
+from tokendance.disk.kv_file import KVRows, WrittenFile, checksum_of
+from tokendance.disk.records import CacheRecord, FileId, SessionKey
+from tokendance.disk.schema import storage_errors
+from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError, InputError, StoreError
-from tokendance.store.disk import DiskStore
-from tokendance.store.index import told
-from tokendance.store.kv_file import KVRows, WrittenFile, checksum_of
-from tokendance.store.records import CacheRecord, FileId, SessionKey
 
 IDENTITY = {"weights": "abc", "dtype": "float32", "shape": "2 layers"}
 TOWN = SessionKey("", "town")
@@ -41,9 +41,9 @@ def is_same(one: KVRows, other: KVRows) -> bool:
 
 
 def cache_of(files: list[tuple[FileId, int]]) -> CacheRecord:
-    pieces = np.array([(file, 0, count) for file, count in files], np.int64).reshape(-1, 3)
+    extents = np.array([(file, 0, count) for file, count in files], np.int64).reshape(-1, 3)
     total = sum(count for _, count in files)
-    return CacheRecord(np.arange(total, dtype=np.int32), total, total, pieces)
+    return CacheRecord(np.arange(total, dtype=np.int32), total, total, extents)
 
 
 def save(store: DiskStore, key: SessionKey, number: int, seeds: dict[str, list[int]]) -> None:
@@ -70,8 +70,8 @@ def test_what_is_written_is_read(store: DiskStore) -> None:
     assert found is not None
     assert (found.round, found.state, list(found.caches)) == (1, b"1", ["ann", "bob"])
     for agent, seeds in {"ann": [1, 2], "bob": [1, 3]}.items():
-        pieces = found.caches[agent].pieces
-        for (file, _, _), seed in zip(pieces.tolist(), seeds, strict=True):
+        extents = found.caches[agent].extents
+        for (file, _, _), seed in zip(extents.tolist(), seeds, strict=True):
             assert is_same(store.read(store.index.file(FileId(file))), rows_of(seed))
     usage = store.index.usage(TOWN)
     assert (usage.files, usage.stored_rows, usage.dense_rows) == (3, 60, 80)
@@ -190,7 +190,7 @@ def test_a_flipped_byte_is_found_and_named(store: DiskStore) -> None:
     # Only what it touches is gone.
     session = store.session(TOWN)
     assert session is not None
-    store.forget_file(FileId(int(session.caches["bob"].pieces[1, 0])))
+    store.forget_file(FileId(int(session.caches["bob"].extents[1, 0])))
     session = store.session(TOWN)
     assert session is not None
     assert [len(cache.token_ids) for cache in session.caches.values()] == [40, 20]
@@ -220,7 +220,7 @@ def test_a_flipped_byte_in_the_index_is_found_or_harmless(tmp_path: Path) -> Non
                     assert (found.round, found.state) == (expected.round, expected.state)
                     for agent, cache in found.caches.items():
                         assert np.array_equal(cache.token_ids, expected.caches[agent].token_ids)
-                        assert np.array_equal(cache.pieces, expected.caches[agent].pieces)
+                        assert np.array_equal(cache.extents, expected.caches[agent].extents)
                 else:
                     num_found += 1
         except StoreError:
@@ -297,13 +297,13 @@ def test_a_full_disk_harms_nothing(store: DiskStore, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fsync", real)
     store.check_integrity()
     # The index, too.
-    (pages,) = store.index._index.execute("PRAGMA page_count").fetchone()
-    store.index._index.execute(f"PRAGMA max_page_count = {pages}")
+    (pages,) = store.index._database.execute("PRAGMA page_count").fetchone()
+    store.index._database.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreError, match="full"):
         store.commit(
             SessionKey("", "long"), round_number=1, state=bytes(100_000), caches={}, files={}
         )
-    store.index._index.execute("PRAGMA max_page_count = 100000")
+    store.index._database.execute("PRAGMA max_page_count = 100000")
     assert store.index.session_keys() == [TOWN]
     save(store, TOWN, 2, {"ann": [1, 2]})
     store.check_integrity()
@@ -312,7 +312,7 @@ def test_a_full_disk_harms_nothing(store: DiskStore, monkeypatch: pytest.MonkeyP
 def test_who_only_looks_at_the_index_does_no_harm(store: DiskStore) -> None:
     """A backup that reads it while a round is stored: that round is not, and all others are."""
     save(store, TOWN, 1, {"ann": [1]})
-    store.index._index.execute("PRAGMA busy_timeout = 50")
+    store.index._database.execute("PRAGMA busy_timeout = 50")
     other = sqlite3.connect(store.index.path, isolation_level=None)
     other.execute("BEGIN")
     other.execute("SELECT count(*) FROM sessions").fetchone()
@@ -332,8 +332,8 @@ def test_what_sqlite_takes_back_by_itself_is_told_as_it_is(store: DiskStore) -> 
     save(store, TOWN, 1, {"ann": [1]})
 
     def fail() -> None:
-        with told(store.index.path), store.index._changing() as (index, _):
-            index.execute("ROLLBACK")  # as it does when the disk is full
+        with storage_errors(store.index.path), store.index._changing():
+            store.index._database.execute("ROLLBACK")  # as it does when the disk is full
             raise sqlite3.OperationalError("database or disk is full")
 
     with pytest.raises(StoreError, match="full"):
@@ -431,7 +431,7 @@ def test_killed_at_any_moment_it_holds_what_it_reported(tmp_path: Path) -> None:
                 if session is None:
                     continue
                 assert session.state == b"%d" % found
-                file = FileId(int(session.caches["ann"].pieces[0, 0]))
+                file = FileId(int(session.caches["ann"].extents[0, 0]))
                 assert is_same(store.read(store.index.file(file)), rows_of(found))
     assert min(reported.values()) > 10  # it did get to write
 

@@ -21,6 +21,8 @@ from serving import HELLO, chat, events, serving
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
@@ -32,9 +34,7 @@ from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
 from tokendance.server.window import Window
-from tokendance.store.kv_file import KVRows, WrittenFile
 from tokendance.store.pages import Holder
-from tokendance.store.records import SessionKey
 
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."
@@ -594,7 +594,7 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
     roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of a round that all clients have left, in a server that nobody asks."""
-    monkeypatch.setattr("tokendance.engine.write_ahead._ABANDONED_S", 0.3)
+    monkeypatch.setattr("tokendance.tier.background._ABANDONED_S", 0.3)
     llm = LLM.from_loaded(roomy, EngineConfig(store=StoreConfig(2**24)))
     llm.open_store(tmp_path / "store")
     files = tmp_path / "store" / "kv"
@@ -605,7 +605,7 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
         wait_until(lambda: server.num_open == 0 and not llm.engine.has_work)
         wait_until(lambda: not any(files.iterdir()))
         assert llm.tiers is not None
-        assert llm.tiers.write_ahead_due_s is None
+        assert llm.tiers.due_s() is None
     llm.close()
 
 

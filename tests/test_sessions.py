@@ -22,13 +22,13 @@ from hypothesis.stateful import (
 
 from tokendance import LLM, Agent, SamplingParams, Session
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.disk.records import FileId, SessionKey
+from tokendance.disk.store import DiskStore
 from tokendance.engine.request import Request
 from tokendance.errors import StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.outputs import NotStoredError, RoundResult
-from tokendance.store.disk import DiskStore
-from tokendance.store.kv_file import KVRows, WrittenFile
-from tokendance.store.records import FileId, SessionKey
 
 ANSWER = SamplingParams(max_tokens=10, ignore_eos=True)
 PEOPLE = [Agent(name, f"I am {name}, and my number is {name * 3}.") for name in ("Ann", "Bo", "Cy")]
@@ -244,10 +244,10 @@ def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) ->
     assert llm.tiers is not None
     session = llm.session("town", PEOPLE, params=SamplingParams(max_tokens=30, ignore_eos=True))
     run(session, 1)
-    write_ahead, engine = llm.tiers.write_ahead, llm.engine
+    after_step, engine = llm.tiers.after_step, llm.engine
     unready: list[int] = []
 
-    def interfere(requests: Collection[Request]) -> None:
+    def interfere(now: float, requests: Collection[Request]) -> None:
         if not unready and all(request.is_decoding for request in requests):
             mirror = next(request for request in requests if request.reads_copies)
             object.__setattr__(engine.config, "max_batch_tokens", 12)
@@ -260,9 +260,9 @@ def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) ->
                 mirror.prompt.token_ids, mirror.prompt.salt, exact=False
             )
             unready.append(int(np.count_nonzero(~engine.store.slot_ready[slots])))
-        write_ahead(requests)
+        after_step(now, requests)
 
-    llm.tiers.write_ahead = interfere  # type: ignore[method-assign]
+    llm.tiers.after_step = interfere  # type: ignore[method-assign]
     run(session, 1)
     while engine.has_work:
         engine.step()
@@ -354,8 +354,8 @@ def rows_in_need(disk: DiskStore, key: SessionKey) -> dict[FileId, int]:
     stored = disk.session(key)
     assert stored is not None
     rows: dict[FileId, set[int]] = {}
-    for cache in (*stored.caches.values(), *(copy.cache for copy in stored.copies)):
-        for file, first, count in cache.pieces.tolist():
+    for cache in (*stored.caches.values(), *(segment.cache for segment in stored.segments)):
+        for file, first, count in cache.extents.tolist():
             rows.setdefault(FileId(file), set()).update(range(first, first + count))
     return {file: len(found) for file, found in rows.items()}
 

@@ -8,8 +8,7 @@
     ├── InputError
     │   ├── PromptError           one prompt is empty, too long, or refused by the template
     │   ├── RoundError            the round as a whole is wrong: empty, a name twice
-    │   ├── TraceError            a line of a trace cannot be read
-    │   └── CacheError            KV from elsewhere does not fit: arrays, or what is said of them
+    │   └── TraceError            a line of a trace cannot be read
     ├── StoreError                a folder of sessions that cannot be used
     │   ├── CorruptFileError      a file in it is not what was written
     │   └── NotStoredError        a round was answered, and is not on disk (in outputs.py)
@@ -60,10 +59,6 @@ class RoundError(InputError):
 
 class TraceError(InputError):
     """A line of a trace cannot be read."""
-
-
-class CacheError(InputError):
-    """KV that was not made here does not fit: its arrays, or what is said of them."""
 
 
 class StoreError(TokenDanceError):

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokendance.config import format_bytes
+from tokendance.disk.records import FileId, SessionKey
+from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError, StoreError
-from tokendance.store.disk import DiskStore
-from tokendance.store.records import FileId, SessionKey
 
 
 def list_sessions(folder: Path, console: Console) -> None:
@@ -66,7 +66,7 @@ def show_session(folder: Path, name: str, console: Console) -> None:
         for agent, cache in session.caches.items():
             own = sum(
                 int(count)
-                for file, _, count in cache.pieces
+                for file, _, count in cache.extents
                 if len(readers[FileId(int(file))][1]) == 1
             )
             agents.add_row(

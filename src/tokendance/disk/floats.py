@@ -45,11 +45,6 @@ def narrow(numbers: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> KVArray:
     return rounded
 
 
-def bits_of(numbers: KVArray) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """View numbers as unsigned integers, so that equal means equal in every bit."""
-    return numbers.view(np.uint32 if numbers.dtype.itemsize == 4 else np.uint16)
-
-
 def largest(dtype: np.dtype[Any]) -> float:
     """The largest finite number of one of `DTYPES`."""
     return _LARGEST_BFLOAT16 if dtype == BFLOAT16 else float(np.finfo(dtype).max)

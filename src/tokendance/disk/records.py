@@ -12,8 +12,8 @@ from tokendance.rounds.segments import TokenIds
 
 MAX_NAME = 256
 FileId = NewType("FileId", int)
-# (n, 3): file, first row, number of rows; in the order of the tokens.
-Pieces = npt.NDArray[np.int64]
+Extents = npt.NDArray[np.int64]
+"""Ranges of files, (n, 3): file, first row, number of rows; in the order of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +67,30 @@ class CacheRecord:
         num_exact: length of the beginning that is what the model computes for these very tokens.
         num_prompt: length of the prompt, which is known by itself, too: an answer may be told
             otherwise than it was generated.
-        pieces: where the KV of these tokens is.
+        extents: where the KV of these tokens is.
     """
 
     token_ids: TokenIds
     num_exact: int
     num_prompt: int
-    pieces: Pieces
+    extents: Extents
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CopyRecord:
-    """What is stored of a copy of a shared segment, for agents who hear it again elsewhere.
+class SegmentRecord:
+    """What is stored of a shared segment, for agents whose next prompts have it elsewhere.
 
     Attributes:
         cache: its tokens; never exact for anybody.
-        run: those of one number were computed in one context.
-        place: among the segments of its run.
-        rounds: in which it has been reused.
+        run: segments of one number were computed in one context.
+        index: among the segments of its run.
+        num_rounds: in which it has been reused.
     """
 
     cache: CacheRecord
     run: int
-    place: int
-    rounds: int
+    index: int
+    num_rounds: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +102,7 @@ class StoredSession:
         round: number of its next round.
         state: what it needs to go on, as its owner wrote it.
         caches: by agent.
-        copies: of shared segments that it has heard.
+        segments: that its agents share.
         used_s: seconds since 1970 when it was last written.
         ttl_s: seconds after which it may be removed; None: never by itself.
     """
@@ -111,7 +111,7 @@ class StoredSession:
     round: int
     state: bytes
     caches: Mapping[str, CacheRecord]
-    copies: tuple[CopyRecord, ...]
+    segments: tuple[SegmentRecord, ...]
     used_s: float
     ttl_s: float | None
 

@@ -2,8 +2,8 @@
 
     folder/
       lock            held by the one process that has the store open
-      index.sqlite    sessions, their caches, and files with their checksums (store/index.py)
-      kv/             files of KV rows (store/kv_file.py), named at random
+      index.sqlite    sessions, their caches, and files with their checksums (disk/index.py)
+      kv/             files of KV rows (disk/kv_file.py), named at random
 
 A round becomes durable in two steps. Files are written under temporary names, flushed, renamed, and
 their folder is flushed; then one transaction names them in the index. A file that is on disk and
@@ -21,17 +21,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from tokendance.errors import CorruptFileError, StoreError
-from tokendance.store.index import SessionIndex, told
-from tokendance.store.kv_file import KVRows, WrittenFile, flush_folder, read_rows, write_rows
-from tokendance.store.records import (
+from tokendance.disk.index import SessionIndex
+from tokendance.disk.kv_file import KVRows, WrittenFile, flush_folder, read_rows, write_rows
+from tokendance.disk.records import (
     CacheRecord,
-    CopyRecord,
     FileId,
     Problem,
+    SegmentRecord,
     SessionKey,
     StoredSession,
 )
+from tokendance.disk.schema import storage_errors
+from tokendance.errors import CorruptFileError, StoreError
 
 NO_BUDGET = 2**63 - 1
 
@@ -76,7 +77,7 @@ class DiskStore:
         self.compressed = compressed
         self._files = folder / "kv"
         self._clock = clock
-        with told(folder):
+        with storage_errors(folder):
             self._prepare_folder(may_make=identity is not None)
             self._lock = _take_lock(folder / "lock")
             try:
@@ -167,7 +168,7 @@ class DiskStore:
         state: bytes,
         caches: Mapping[str, CacheRecord],
         files: Mapping[FileId, WrittenFile],
-        copies: tuple[CopyRecord, ...] = (),
+        segments: tuple[SegmentRecord, ...] = (),
         ttl_s: float | None = None,
     ) -> None:
         """Make a session durable as it is now, in place of what it was.
@@ -178,16 +179,16 @@ class DiskStore:
             state: what it needs to go on.
             caches: by agent.
             files: written since the last time.
-            copies: of shared segments.
+            segments: that its agents share.
             ttl_s: see `StoredSession`.
 
         Raises:
             StoreError: if the index cannot be written; the session is then as it was before.
         """
         if files:
-            with told(self._files):
+            with storage_errors(self._files):
                 flush_folder(self._files)
-        session = StoredSession(key, round_number, state, caches, copies, self._clock(), ttl_s)
+        session = StoredSession(key, round_number, state, caches, segments, self._clock(), ttl_s)
         self._unlink(self.index.put(session, files))
 
     def remove(self, key: SessionKey) -> bool:

@@ -6,12 +6,12 @@ A file holds rows, one token each, that are never changed once they are written:
     keys.0 ...     (KVH, n, D), a tensor per layer
     values.0 ...   likewise
 
-or, where it was asked for, compressed to a byte per number (store/compression.py):
+or, where it was asked for, compressed to a byte per number (disk/compression.py):
 
     keys.0.codes, keys.0.scales, keys.0.centers, values.0.codes, values.0.scales, ...
     like           empty, of the dtype of what was compressed
 
-bfloat16 travels as uint16. The checksum of a file is kept by whoever knows it (`store/disk.py`),
+bfloat16 travels as uint16. The checksum of a file is kept by whoever knows it (`disk/store.py`),
 not in the file, so a file that was put in another's place is found, too.
 """
 
@@ -29,15 +29,16 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from tokendance.errors import CacheError, CorruptFileError, StoreError
-from tokendance.store.compression import (
+from tokendance.disk.compression import (
     CHUNK_TOKENS,
     CompressedLayer,
     CompressedTensor,
+    NotFiniteError,
     compress_keys,
     compress_values,
 )
-from tokendance.store.floats import DTYPES
+from tokendance.disk.floats import DTYPES
+from tokendance.errors import CorruptFileError, StoreError
 
 _CHECKSUM_BYTES = 16
 _TEMPORARY = ".tmp"
@@ -88,7 +89,7 @@ def compress_rows(rows: KVRows) -> list[CompressedLayer]:
     """Compress each layer's keys and values to a byte per number.
 
     Raises:
-        CacheError: for numbers that are not finite.
+        NotFiniteError: for numbers that are NaN or infinite.
     """
     return [
         CompressedLayer(compress_keys(keys.swapaxes(0, 1)), compress_values(values.swapaxes(0, 1)))
@@ -98,11 +99,10 @@ def compress_rows(rows: KVRows) -> list[CompressedLayer]:
 
 def decompress_rows(positions: npt.NDArray[np.int32], layers: Sequence[CompressedLayer]) -> KVRows:
     """Make rows of what `compress_rows` made of them, as near as a byte per number is."""
-    found = [layer.decompress() for layer in layers]
     return KVRows(
         positions,
-        np.stack([layer.keys.swapaxes(0, 1) for layer in found]),
-        np.stack([layer.values.swapaxes(0, 1) for layer in found]),
+        np.stack([layer.keys.decompress().swapaxes(0, 1) for layer in layers]),
+        np.stack([layer.values.decompress().swapaxes(0, 1) for layer in layers]),
     )
 
 
@@ -124,7 +124,7 @@ def write_rows(folder: Path, rows: KVRows, *, compressed: bool = False) -> Writt
     """
     tensors = _plain_tensors(rows)
     if compressed:
-        with contextlib.suppress(CacheError):
+        with contextlib.suppress(NotFiniteError):
             tensors = _compressed_tensors(rows)
     # safetensors writes an array's memory as it lies, whatever its strides say.
     content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})

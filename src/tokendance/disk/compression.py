@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.errors import CacheError, ConfigError
-from tokendance.store.dense import LayerKV, check_tensor
-from tokendance.store.floats import KVArray, largest, narrow, widen
+from tokendance.disk.floats import DTYPES, KVArray, largest, narrow, widen
 
 CHUNK_TOKENS = 128
 
 _MAX_CODE = 127
+
+
+class NotFiniteError(ValueError):
+    """Numbers are NaN or infinite, which no scale can hold."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,17 +51,6 @@ class CompressedTensor:
     centers: npt.NDArray[np.float32] | None
     chunk_tokens: int
     dtype: np.dtype[Any]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of codes, scales and centers."""
-        centers = 0 if self.centers is None else self.centers.nbytes
-        return self.codes.nbytes + self.scales.nbytes + centers
-
-    @property
-    def dense_bytes(self) -> int:
-        """What it took before."""
-        return self.codes.size * self.dtype.itemsize
 
     def decompress(self) -> KVArray:
         """Return (n, KVH, D) in the original dtype.
@@ -89,25 +80,6 @@ class CompressedLayer:
     keys: CompressedTensor
     values: CompressedTensor
 
-    @property
-    def num_bytes(self) -> int:
-        """Of both."""
-        return self.keys.num_bytes + self.values.num_bytes
-
-    @property
-    def dense_bytes(self) -> int:
-        """What both took before."""
-        return self.keys.dense_bytes + self.values.dense_bytes
-
-    def decompress(self) -> LayerKV:
-        """Return the layer in its original dtype; see `CompressedTensor.decompress`."""
-        return LayerKV(self.keys.decompress(), self.values.decompress())
-
-
-def compress_layer(layer: LayerKV, chunk_tokens: int = CHUNK_TOKENS) -> CompressedLayer:
-    """Compress keys and values; see `compress_keys` and `compress_values`."""
-    return CompressedLayer(compress_keys(layer.keys, chunk_tokens), compress_values(layer.values))
-
 
 def compress_keys(keys: KVArray, chunk_tokens: int = CHUNK_TOKENS) -> CompressedTensor:
     """Compress keys, each channel of each chunk of tokens by itself.
@@ -120,11 +92,11 @@ def compress_keys(keys: KVArray, chunk_tokens: int = CHUNK_TOKENS) -> Compressed
         chunk_tokens: fewer are nearer and take more.
 
     Raises:
-        CacheError: for another shape or dtype, and for numbers that are not finite.
-        ConfigError: for a chunk of no tokens.
+        NotFiniteError: for numbers that are NaN or infinite.
+        ValueError: for another shape or dtype, and for a chunk of no tokens.
     """
     if chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens is {chunk_tokens}. Give at least 1.")
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, and has to be at least 1.")
     work = _checked("keys", keys)
     starts = np.arange(0, len(keys), chunk_tokens)
     highest = np.maximum.reduceat(work, starts, axis=0)
@@ -145,7 +117,8 @@ def compress_values(values: KVArray) -> CompressedTensor:
         values: (n, KVH, D), not changed; n may be 0.
 
     Raises:
-        CacheError: for another shape or dtype, and for numbers that are not finite.
+        NotFiniteError: for numbers that are NaN or infinite.
+        ValueError: for another shape or dtype.
     """
     work = _checked("values", values)
     reach = np.abs(work).max(axis=2, keepdims=True)
@@ -159,14 +132,15 @@ def _work_dtype(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
 
 def _checked(name: str, numbers: KVArray) -> npt.NDArray[Any]:
     """Return a copy to work on; refuse what cannot be compressed."""
-    check_tensor(name, numbers)
+    if numbers.ndim != 3 or 0 in numbers.shape[1:] or numbers.dtype not in DTYPES:
+        raise ValueError(
+            f"The {name} are {numbers.dtype} {numbers.shape}, and have to be "
+            f"(tokens, kv_heads, head_dim) in one of: {', '.join(DTYPES.values())}."
+        )
     work = widen(numbers).astype(_work_dtype(numbers.dtype))
     if not np.isfinite(work).all():
         count = int(np.count_nonzero(~np.isfinite(work)))
-        raise CacheError(
-            f"{count} of the {work.size} numbers of the {name} are NaN or infinite, which no scale "
-            "can hold. Compute this KV again, or keep it as it is."
-        )
+        raise NotFiniteError(f"{count} of the {work.size} numbers of the {name} are not finite.")
     return work
 
 

@@ -1,0 +1,265 @@
+"""The index of a store: which sessions it has, where their caches are, and the files of KV.
+
+It is an SQLite file. What its tables are is in `schema.py`, and how a session becomes rows of them
+in `rows.py`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from tokendance.disk.kv_file import WrittenFile
+from tokendance.disk.records import FileId, Problem, SessionKey, StoredSession, StoreUsage
+from tokendance.disk.rows import cut_caches, read_session, session_id, write_session
+from tokendance.disk.schema import open_database, storage_errors, transaction
+from tokendance.errors import CorruptFileError
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _raises_store_errors(method: _Method) -> _Method:
+    """Run a method of the index inside `storage_errors`."""
+
+    @functools.wraps(method)
+    def wrapper(self: "SessionIndex", *args: Any, **named: Any) -> Any:
+        with storage_errors(self.path):
+            return method(self, *args, **named)
+
+    return cast(_Method, wrapper)
+
+
+class SessionIndex:
+    """Sessions, caches and files of one store; see the module.
+
+    All methods raise a `StoreError` if the index cannot be read or written.
+
+    Attributes:
+        path: of the index.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, str] | None, *, has_files: bool) -> None:
+        """Open an index, or make one.
+
+        Args:
+            path: of the index.
+            identity: see `DiskStore`.
+            has_files: whether there are files that it should name.
+
+        Raises:
+            StoreError: if it is damaged, of a newer version, or of another model.
+        """
+        self.path = path
+        with storage_errors(path):
+            self._database = open_database(path, identity, has_files=has_files)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._database.close()
+
+    # -- looking ------------------------------------------------------------------------------
+
+    @property
+    @_raises_store_errors
+    def num_bytes(self) -> int:
+        """Bytes of all KV files."""
+        (total,) = self._database.execute("SELECT total(num_bytes) FROM files").fetchone()
+        return int(total)
+
+    @property
+    @_raises_store_errors
+    def row_bytes(self) -> float:
+        """Bytes of a token's KV, on average over all files."""
+        num_bytes, num_rows = self._database.execute(
+            "SELECT total(num_bytes), total(num_rows) FROM files"
+        ).fetchone()
+        return float(num_bytes) / float(num_rows) if num_rows else 0.0
+
+    @_raises_store_errors
+    def session_keys(self) -> list[SessionKey]:
+        """All sessions, those used last first."""
+        rows = self._database.execute("SELECT tenant, name FROM sessions ORDER BY used_s DESC")
+        return [SessionKey(*row) for row in rows]
+
+    @_raises_store_errors
+    def keys_with_kv(self) -> list[SessionKey]:
+        """Sessions that have KV, those used longest ago first."""
+        rows = self._database.execute(
+            "SELECT tenant, name FROM sessions WHERE id IN (SELECT session FROM caches)"
+            " ORDER BY used_s"
+        )
+        return [SessionKey(*row) for row in rows]
+
+    @_raises_store_errors
+    def session(self, key: SessionKey) -> StoredSession | None:
+        """A session, or None if there is none of that name. Caches that are damaged are left out.
+
+        Raises:
+            CorruptFileError: if its state is damaged.
+        """
+        return read_session(self._database, key)
+
+    @_raises_store_errors
+    def usage(self, key: SessionKey) -> StoreUsage:
+        """What a session takes; files that it shares with others count whole."""
+        session = self.session(key)
+        caches = session.caches.values() if session is not None else ()
+        dense_rows = sum(len(cache.token_ids) for cache in caches)
+        num_files, num_rows, num_bytes = self._database.execute(
+            "SELECT count(*), total(num_rows), total(num_bytes) FROM files WHERE id IN"
+            " (SELECT file FROM refs JOIN caches ON cache = caches.id"
+            "  JOIN sessions ON session = sessions.id WHERE tenant = ? AND sessions.name = ?)",
+            (key.tenant, key.name),
+        ).fetchone()
+        return StoreUsage(int(num_files), int(num_rows), dense_rows, int(num_bytes))
+
+    @_raises_store_errors
+    def readers(self, key: SessionKey) -> dict[FileId, tuple[int, list[str]]]:
+        """For each file of a session its rows, and the agents whose caches refer to it."""
+        readers: dict[FileId, tuple[int, list[str]]] = {}
+        for file, num_rows, agent in self._database.execute(
+            "SELECT files.id, num_rows, agent FROM files JOIN refs ON file = files.id"
+            " JOIN caches ON cache = caches.id JOIN sessions ON session = sessions.id"
+            " WHERE tenant = ? AND sessions.name = ? AND run IS NULL"
+            " ORDER BY files.id, caches.id",
+            (key.tenant, key.name),
+        ):
+            readers.setdefault(FileId(file), (num_rows, []))[1].append(agent)
+        return readers
+
+    @_raises_store_errors
+    def file_ids(self) -> set[FileId]:
+        """All files that the index names."""
+        return {FileId(file) for (file,) in self._database.execute("SELECT id FROM files")}
+
+    @_raises_store_errors
+    def own_files(self, key: SessionKey) -> set[FileId]:
+        """Files that this session, and no other, refers to."""
+        rows = self._database.execute(
+            "SELECT DISTINCT file FROM refs JOIN caches ON cache = caches.id WHERE session = ?1"
+            " AND NOT EXISTS (SELECT 1 FROM refs AS others JOIN caches AS theirs"
+            "  ON others.cache = theirs.id WHERE others.file = refs.file AND theirs.session <> ?1)",
+            (session_id(self._database, key),),
+        )
+        return {FileId(file) for (file,) in rows}
+
+    @_raises_store_errors
+    def file(self, file: FileId) -> WrittenFile:
+        """What the index says of a file.
+
+        Raises:
+            CorruptFileError: if there is none.
+        """
+        row = self._database.execute(
+            "SELECT name, num_rows, num_bytes, checksum FROM files WHERE id = ?", (file,)
+        ).fetchone()
+        if row is None:
+            raise CorruptFileError(f"The store has no file {file}. What it held is computed again.")
+        return WrittenFile(*row)
+
+    @_raises_store_errors
+    def damage(self) -> list[Problem]:
+        """What of sessions and caches is not as it was written."""
+        problems: list[Problem] = []
+        for key in self.session_keys():
+            try:
+                session = self.session(key)
+            except CorruptFileError as error:
+                problems.append(Problem(str(error)))
+                continue
+            agents = self._database.execute(
+                "SELECT agent FROM caches WHERE session = ? AND run IS NULL",
+                (session_id(self._database, key),),
+            )
+            problems += [
+                Problem(
+                    f"What the index says of {agent!r} in the session {key.name!r} is damaged. Its "
+                    "KV is computed again."
+                )
+                for (agent,) in agents
+                if session is not None and agent not in session.caches
+            ]
+        return problems
+
+    # -- changing: each returns the names of files that nothing refers to any more ----------------
+
+    @_raises_store_errors
+    def put(self, session: StoredSession, files: Mapping[FileId, WrittenFile]) -> list[str]:
+        """Name new files, and put a session in place of what it was."""
+        with self._changing() as removed:
+            self._database.executemany(
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?)",
+                [
+                    (file, written.name, written.num_rows, written.num_bytes, written.checksum)
+                    for file, written in files.items()
+                ],
+            )
+            write_session(self._database, session)
+        return removed
+
+    @_raises_store_errors
+    def remove(self, key: SessionKey) -> tuple[bool, list[str]]:
+        """Remove a session; also say whether there was one."""
+        with self._changing() as removed:
+            cursor = self._database.execute(
+                "DELETE FROM sessions WHERE tenant = ? AND name = ?", (key.tenant, key.name)
+            )
+        return cursor.rowcount > 0, removed
+
+    @_raises_store_errors
+    def drop_kv(self, key: SessionKey) -> list[str]:
+        """Remove a session's caches."""
+        with self._changing() as removed:
+            number = session_id(self._database, key)
+            self._database.execute("DELETE FROM caches WHERE session = ?", (number,))
+        return removed
+
+    @_raises_store_errors
+    def forget_file(self, file: FileId) -> list[str]:
+        """Take a file out: caches keep what stands before their first token that is in it."""
+        with self._changing() as removed:
+            cut_caches(self._database, file)
+        return removed
+
+    @_raises_store_errors
+    def expired(self, now_s: float) -> list[SessionKey]:
+        """Sessions that have outlived their time."""
+        rows = self._database.execute(
+            "SELECT tenant, name FROM sessions WHERE ttl_s IS NOT NULL AND used_s + ttl_s < ?",
+            (now_s,),
+        )
+        return [SessionKey(*row) for row in rows.fetchall()]
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[str]]:
+        """A transaction that ends by removing files which no cache refers to any more.
+
+        Yields:
+            Their names, which are there when the transaction has ended.
+        """
+        unused = "FROM files WHERE id NOT IN (SELECT file FROM refs)"
+        removed: list[str] = []
+        with transaction(self._database):
+            yield removed
+            removed += [name for (name,) in self._database.execute(f"SELECT name {unused}")]
+            self._database.execute(f"DELETE {unused}")
+
+    # -- checking -----------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Assert that caches, their extents and files agree."""
+        for key in self.session_keys():
+            session = self.session(key)
+            assert session is not None
+            for cache in (*session.caches.values(), *(one.cache for one in session.segments)):
+                assert int(cache.extents[:, 2].sum()) == len(cache.token_ids)
+                assert 0 <= cache.num_exact <= len(cache.token_ids)
+                assert 0 <= cache.num_prompt <= len(cache.token_ids)
+                for file, first, count in cache.extents.tolist():
+                    assert first >= 0
+                    assert first + count <= self.file(file).num_rows
+        (unused,) = self._database.execute(
+            "SELECT count(*) FROM files WHERE id NOT IN (SELECT file FROM refs)"
+        ).fetchone()
+        assert unused == 0

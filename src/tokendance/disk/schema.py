@@ -1,0 +1,181 @@
+"""The tables of a store's index, and what has to hold before any of them is read.
+
+An index is opened only if it is whole, of a version that this code reads, and of the model whose KV
+the caller makes. Every change of it is one transaction, flushed before it returns.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokendance.errors import StoreError
+
+VERSION = 1
+
+# How long a change waits for another program that reads the index, and the engine with it.
+_LOCKED_S = 5.0
+
+# The names in it are those of format 1: `pieces` are extents, `place` is an index in a run.
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    state BLOB NOT NULL,
+    used_s REAL NOT NULL,
+    ttl_s REAL,
+    checksum BLOB NOT NULL,
+    UNIQUE (tenant, name)
+);
+CREATE TABLE caches (
+    id INTEGER PRIMARY KEY,
+    session INTEGER NOT NULL REFERENCES sessions (id) ON DELETE CASCADE,
+    agent TEXT NOT NULL,
+    token_ids BLOB NOT NULL,
+    num_exact INTEGER NOT NULL,
+    num_prompt INTEGER NOT NULL,
+    pieces BLOB NOT NULL,
+    run INTEGER,
+    place INTEGER,
+    rounds INTEGER,
+    checksum BLOB NOT NULL
+);
+CREATE INDEX caches_by_session ON caches (session);
+CREATE TABLE files (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    num_rows INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    checksum BLOB NOT NULL
+);
+CREATE TABLE refs (
+    cache INTEGER NOT NULL REFERENCES caches (id) ON DELETE CASCADE,
+    file INTEGER NOT NULL REFERENCES files (id),
+    PRIMARY KEY (cache, file)
+) WITHOUT ROWID;
+CREATE INDEX refs_by_file ON refs (file);
+"""
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk and SQLite raise about `path` into a `StoreError` with a plain message."""
+    try:
+        yield
+    except (sqlite3.Error, UnicodeDecodeError, LookupError) as error:
+        if "full" in str(error):
+            raise StoreError(
+                f"The disk of {path} is full. What was stored before is unharmed; make room."
+            ) from error
+        if "locked" in str(error):
+            raise StoreError(
+                f"{path} is being read by another program, which has to end first. What was stored "
+                "before is unharmed."
+            ) from error
+        raise StoreError(
+            f"{path} is damaged ({error}). Put a copy of it back, or use another folder."
+        ) from error
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be used: {error.strerror}. Give --store a folder that can be."
+        ) from error
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """Make all changes of a block, or none of them."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:  # SQLite may have ended it, as when the disk is full
+            database.execute("ROLLBACK")
+        raise
+
+
+def open_database(
+    path: Path, identity: Mapping[str, str] | None, *, has_files: bool
+) -> sqlite3.Connection:
+    """Open the index of a store, or make one where there is none.
+
+    Args:
+        path: of the index.
+        identity: see `DiskStore`.
+        has_files: whether the store has files of KV, which an index that is new would not name.
+
+    Raises:
+        StoreError: if the index is empty but should not be, of a newer version, or of another
+            model.
+        sqlite3.Error: if it is damaged; `storage_errors` makes a sentence of it.
+    """
+    if not path.exists():  # so that nobody else can read it from its first byte on
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    database = sqlite3.connect(
+        path, isolation_level=None, check_same_thread=False, timeout=_LOCKED_S
+    )
+    try:
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA foreign_keys = ON")
+        if not database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            # It is new, or its maker ended before the first transaction did.
+            if has_files:
+                raise StoreError(
+                    f"{path} is empty, and there are files of KV that it should name. Put a copy "
+                    "of it back, or remove the folder."
+                )
+            _create_tables(database, identity or {})
+        _check_whole(database, path)
+        _check_meta(dict(database.execute("SELECT key, value FROM meta")), path.parent, identity)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _create_tables(database: sqlite3.Connection, identity: Mapping[str, str]) -> None:
+    meta = {"version": str(VERSION), "identity": json.dumps(dict(identity))}
+    with transaction(database):
+        for statement in filter(str.strip, _SCHEMA.split(";")):
+            database.execute(statement)
+        database.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+
+
+def _check_whole(database: sqlite3.Connection, path: Path) -> None:
+    """Raise `sqlite3.DatabaseError` if a page is damaged, or the file has lost its end."""
+    (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
+    ((num_pages,), (page_bytes,)) = (
+        database.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
+    )
+    if verdict == "ok" and path.stat().st_size != num_pages * page_bytes:
+        verdict = "a part of it is missing"
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+
+
+def _check_meta(meta: Mapping[str, str], folder: Path, identity: Mapping[str, str] | None) -> None:
+    """Refuse an index of a newer version, or of another model; None for `identity` is any model."""
+    try:
+        version, stored = int(meta["version"]), dict(json.loads(meta["identity"]))
+    except (KeyError, ValueError, TypeError):
+        raise sqlite3.DatabaseError("it does not say what it is") from None
+    if version > VERSION:
+        raise StoreError(
+            f"{folder} was written by a newer version of TokenDance (format {version}, and this "
+            f"one reads up to {VERSION}). Use that version, or another folder."
+        )
+    if identity is None:
+        return
+    different = sorted(
+        name for name in {*stored, *identity} if stored.get(name) != identity.get(name)
+    )
+    if different:
+        raise StoreError(
+            f"{folder} holds KV of another model: {', '.join(different)} differ "
+            f"({stored.get('shape')}, {stored.get('dtype')} there). Give --store another folder."
+        )

@@ -1,0 +1,194 @@
+"""KV of rounds that are under way, written in the background while they decode.
+
+A prompt's KV does not change once it is computed, so most of what a round leaves can be on disk
+before it ends. Such files have no name in the index until the session is saved: if that does not
+happen they are removed, by this process or by the next that opens the store.
+"""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tokendance.disk.kv_file import KVRows, WrittenFile, file_bytes
+from tokendance.disk.records import FileId, SessionKey
+from tokendance.disk.store import DiskStore
+from tokendance.engine.request import Request
+from tokendance.errors import StoreError
+from tokendance.store.entries import RoundId, Slots
+from tokendance.store.kv_store import KVStore
+from tokendance.tier.caches import match_computed
+from tokendance.tier.memory import RowMemory
+from tokendance.tier.slot_files import SlotFiles
+
+log = logging.getLogger("tokendance.store")
+
+# Files that are being written at one time: each holds a copy of its rows.
+_MAX_UNDER_WAY = 2
+# Longer than the time between a round's last token and its save.
+_ABANDONED_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Slots whose rows make a file, and the stamps that they had."""
+
+    slots: Slots
+    stamps: npt.NDArray[np.int64]
+
+    def is_unchanged(self, store: KVStore) -> bool:
+        return bool((store.slot_stamp[self.slots] == self.stamps).all())
+
+
+@dataclass(slots=True)
+class _Round:
+    """What of a round is written in the background.
+
+    Attributes:
+        round_id: of the round.
+        seen_s: when a request of it was last seen.
+        left: groups that are not being written yet.
+        begun: groups that are, or are written.
+        num_bytes: most bytes of them.
+    """
+
+    round_id: RoundId
+    seen_s: float
+    left: list[_Group]
+    begun: list[tuple[_Group, "Future[tuple[FileId, WrittenFile]]"]] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BackgroundWriter:
+    """Writes files on a thread of its own; all methods are called on the engine's.
+
+    Attributes:
+        store: the index of what `memory` holds.
+        memory: to read rows from.
+        disk: to write to.
+        files: what of memory is on disk.
+        row_bytes: of a token in a file that is not compressed.
+    """
+
+    store: KVStore
+    memory: RowMemory
+    disk: DiskStore
+    files: SlotFiles
+    row_bytes: int
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "store"))
+    _rounds: dict[SessionKey, _Round] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Most bytes of files that have no name yet."""
+        return sum(round_.num_bytes for round_ in self._rounds.values())
+
+    def due_s(self) -> float | None:
+        """When `after_step` has something to remove if nothing else happens; None for never."""
+        seen_s = [round_.seen_s for round_ in self._rounds.values()]
+        return min(seen_s) + _ABANDONED_S if seen_s else None
+
+    def after_step(self, now: float, requests: Collection[Request]) -> None:
+        """Begin to write the next file of each round all of which decodes.
+
+        Args:
+            now: seconds, on any clock that is the same for all calls.
+            requests: of rounds that are under way; those without a session are passed over.
+        """
+        rounds: dict[SessionKey, list[Request]] = {}
+        for request in requests:
+            if request.session is not None:
+                rounds.setdefault(request.session, []).append(request)
+        self._drop_abandoned(now, rounds)
+        for key, together in rounds.items():
+            if not all(request.is_decoding or request.finish_reason for request in together):
+                continue
+            round_id = together[0].round_id
+            try:
+                if key not in self._rounds or self._rounds[key].round_id != round_id:
+                    self._begin(now, key, together)
+                self._write_next(key)
+            except StoreError as error:  # the round goes on, and whoever saves it is told
+                log.warning("KV cannot be written in the background: %s", error)
+                self.drop(key)
+                self._rounds[key] = _Round(round_id, now, [])
+
+    def _drop_abandoned(self, now: float, seen: Mapping[SessionKey, object]) -> None:
+        """Remove what rounds have left that are over and were not saved."""
+        for key, round_ in list(self._rounds.items()):
+            if key in seen:
+                round_.seen_s = now
+            elif now - round_.seen_s >= _ABANDONED_S:
+                self.drop(key)
+
+    def _begin(self, now: float, key: SessionKey, together: Sequence[Request]) -> None:
+        """Plan the files of a round, and make room for them."""
+        prompts = [request.prompt for request in together if request.error is None]
+        caches = [match_computed(self.store, one.token_ids, one.salt)[1] for one in prompts]
+        self.files.forget_all_but(self.disk.index.file_ids())
+        groups = self.files.unwritten(caches, ())
+        self.drop(key)
+        stamps = self.store.slot_stamp
+        left = [_Group(slots, stamps[slots]) for slots in groups]
+        self._rounds[key] = _Round(together[0].round_id, now, left)
+        num_bytes = sum(map(len, groups)) * self.row_bytes
+        self.disk.make_room(num_bytes + self.num_bytes, key)
+
+    def _write_next(self, key: SessionKey) -> None:
+        """Begin to write the next group of a session's round, if the thread is free for it."""
+        jobs = [job for round_ in self._rounds.values() for _, job in round_.begun]
+        if sum(not job.done() for job in jobs) >= _MAX_UNDER_WAY:
+            return
+        round_ = self._rounds[key]
+        while round_.left and not round_.left[0].is_unchanged(self.store):
+            del round_.left[0]
+        if not round_.left:
+            return
+        slots = round_.left[0].slots
+        room = self.disk.budget - self.disk.num_bytes - self.num_bytes
+        rows: KVRows | None = None
+        if len(slots) * self.row_bytes <= room:
+            rows = self.memory.read(slots, self.store.slot_position[slots])
+        if rows is None or file_bytes(rows) > room:
+            round_.left.clear()  # what is begun may still be collected
+            return
+        round_.begun.append((round_.left.pop(0), self._thread.submit(self.disk.write, rows)))
+        round_.num_bytes += file_bytes(rows)
+
+    def collect(self, key: SessionKey) -> list[tuple[FileId, WrittenFile, Slots]]:
+        """Hand over what a session's round has written, with the slots that still hold it.
+
+        What could not be written, or was not begun yet, is left to whoever saves the session.
+        """
+        if key not in self._rounds:
+            return []
+        begun = [(group, job) for group, job in self._rounds[key].begun if not job.cancel()]
+        wait([job for _, job in begun])
+        del self._rounds[key]
+        collected: list[tuple[FileId, WrittenFile, Slots]] = []
+        for group, job in begun:
+            if (error := job.exception()) is not None:
+                log.warning("KV could not be written in the background: %s", error)
+                continue
+            file, written = job.result()
+            if group.is_unchanged(self.store):
+                collected.append((file, written, group.slots))
+            else:
+                self.disk.discard([written])
+        return collected
+
+    def drop(self, key: SessionKey) -> None:
+        """Remove what a session's round has written."""
+        self.disk.discard([written for _, written, _ in self.collect(key)])
+
+    def close(self) -> None:
+        """Remove what nobody has collected, and end the thread."""
+        try:
+            for key in list(self._rounds):
+                self.drop(key)
+        finally:
+            self._thread.shutdown()

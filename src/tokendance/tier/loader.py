@@ -1,0 +1,208 @@
+"""From disk to memory: what memory lacks of a session is read before its next round."""
+
+import logging
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.disk.records import Extents, FileId, SegmentRecord, StoredSession
+from tokendance.disk.store import DiskStore
+from tokendance.errors import CorruptFileError
+from tokendance.rounds.segments import Salt, hash_segment
+from tokendance.store.entries import RoundId, SegmentCopy
+from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import Holder, PageIds
+from tokendance.tier.caches import match_computed
+from tokendance.tier.cost import ReadCost
+from tokendance.tier.memory import RowMemory
+from tokendance.tier.slot_files import SlotFiles
+
+log = logging.getLogger("tokendance.store")
+
+_NUM_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was read of a session.
+
+    Attributes:
+        rows: tokens whose KV was read.
+        num_bytes: of the files.
+        computed: tokens that are left to compute again.
+        problems: what was wrong with files, a sentence each.
+    """
+
+    rows: int
+    num_bytes: int
+    computed: int
+    problems: tuple[str, ...]
+
+
+# A file's rows, and the seconds that reading them took.
+_Read = Future[tuple[KVRows, float]]
+Restoring = Generator[_Read, None, Restored]
+"""A session that is being read: it yields a file, and is to go on when that file is there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loader:
+    """Reads files into memory, and publishes what they hold as if it had been computed.
+
+    Attributes:
+        store: the index of what `memory` holds.
+        memory: to write rows into.
+        disk: to read from.
+        files: what of memory is on disk.
+        cost: of reading; what is read tells it how fast that is.
+    """
+
+    store: KVStore
+    memory: RowMemory
+    disk: DiskStore
+    files: SlotFiles
+    cost: ReadCost
+
+    def restoring(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restoring:
+        """See `DiskTier.restoring`."""
+        problems: list[str] = []
+        missing: dict[FileId, WrittenFile] = {}
+        for file in self._missing(session, salt):
+            try:
+                missing[file] = self.disk.index.file(file)
+            except CorruptFileError as error:
+                problems.append(str(error))
+        if not (always or self.cost.pays(missing.values())):
+            return Restored(0, 0, sum(one.num_rows for one in missing.values()), ())
+        num_rows = num_bytes = 0
+        seconds = 0.0
+        damaged: list[FileId] = []
+        reader = object()
+        with ThreadPoolExecutor(_NUM_THREADS, "store") as threads:
+            held = self.store.loading.setdefault(reader, [])
+            try:
+                for file, reading in _read_ahead(self.disk, missing, threads):
+                    yield reading
+                    while not reading.done():
+                        yield reading
+                    try:
+                        rows, read_s = reading.result()
+                    except CorruptFileError as error:
+                        log.warning("%s", error)
+                        problems.append(str(error))
+                        damaged.append(file)
+                        continue
+                    start = time.perf_counter()
+                    pages = self._load(file, rows)
+                    if pages is None:
+                        break
+                    held.append(pages)
+                    seconds += read_s / _NUM_THREADS + time.perf_counter() - start
+                    num_rows += len(rows)
+                    num_bytes += missing[file].num_bytes
+                num_lacking = self._publish(session, salt)
+            finally:
+                del self.store.loading[reader]
+                for pages in held:
+                    self.store.pool.release(pages, Holder.REQUEST)
+        for file in damaged:
+            self.disk.forget_file(file)
+        if num_bytes:
+            self.cost.note_read(num_bytes, seconds)
+        return Restored(num_rows, num_bytes, num_lacking, tuple(problems))
+
+    def _missing(self, session: StoredSession, salt: Salt) -> list[FileId]:
+        """Files that memory lacks, in the order in which agents have their tokens."""
+        wanted: list[Extents] = [one.cache.extents for one in self._unpublished(session, salt)]
+        for cache in session.caches.values():
+            _, slots = match_computed(self.store, cache.token_ids, salt)
+            wanted.append(cache.extents[np.cumsum(cache.extents[:, 2]) > len(slots)])
+        extents = np.concatenate([np.empty((0, 3), np.int64), *wanted])
+        return [
+            file
+            for file in map(FileId, dict.fromkeys(extents[:, 0].tolist()))
+            if not self.files.in_memory(file, extents[extents[:, 0] == file])
+        ]
+
+    def _load(self, file: FileId, rows: KVRows) -> PageIds | None:
+        """Put a file's rows into memory; return the pages, held, or None if there is no room."""
+        positions = rows.positions.astype(np.int64)
+        if not self.store.make_room(self.store.num_pages([positions])):
+            return None
+        (slots,), pages = self.store.take_slots([positions])
+        try:
+            self.memory.write(slots, rows)
+        except BaseException:
+            self.store.pool.release(pages, Holder.REQUEST)
+            raise
+        self.store.slot_ready[slots] = True
+        self.files.note(file, slots)
+        return pages
+
+    # -- publishing ---------------------------------------------------------------------------
+
+    def _publish(self, session: StoredSession, salt: Salt) -> int:
+        """Publish what memory has of a session; return how many tokens it lacks."""
+        num_lacking = 0
+        for cache in session.caches.values():
+            _, slots = match_computed(self.store, cache.token_ids, salt)
+            slots = np.concatenate([slots, self.files.slots_of(cache.extents, len(slots))])
+            # The prompt by itself, too: an answer may be told otherwise than it was generated.
+            for length in {min(cache.num_prompt, len(slots)), len(slots)}:
+                num_exact = min(cache.num_exact, length)
+                self.store.put_prefix(cache.token_ids[:length], slots[:length], salt, num_exact)
+            blocks, _ = match_computed(self.store, cache.token_ids[: len(slots)], salt)
+            self.files.mark_on_disk(blocks)
+            num_lacking += len(cache.token_ids) - len(slots)
+        self.cost.tell(self.store.order)
+        runs: dict[int, list[SegmentRecord]] = {}
+        for segment in self._unpublished(session, salt):
+            runs.setdefault(segment.run, []).append(segment)
+        for run in runs.values():
+            self._publish_run(sorted(run, key=lambda segment: segment.index), salt)
+        return num_lacking
+
+    def _unpublished(self, session: StoredSession, salt: Salt) -> list[SegmentRecord]:
+        """Shared segments of which the store has no copy."""
+        return [
+            segment
+            for segment in session.segments
+            if not self.store.all_copies(hash_segment(segment.cache.token_ids, salt))
+        ]
+
+    def _publish_run(self, run: Sequence[SegmentRecord], salt: Salt) -> None:
+        in_memory = [
+            (segment, slots)
+            for segment in run
+            if len(slots := self.files.slots_of(segment.cache.extents))
+            == len(segment.cache.token_ids)
+        ]
+        entries = self.store.put_run(
+            [(hash_segment(segment.cache.token_ids, salt), slots) for segment, slots in in_memory]
+        )
+        for (segment, _), entry in zip(in_memory, entries, strict=True):
+            assert isinstance(entry, SegmentCopy)
+            entry.sound = True
+            # Rounds of another process: their numbers are below all that rounds have here.
+            entry.rounds = {RoundId(-2 - number) for number in range(segment.num_rounds)}
+
+
+def _read_ahead(
+    disk: DiskStore, files: Mapping[FileId, WrittenFile], threads: ThreadPoolExecutor
+) -> Iterator[tuple[FileId, _Read]]:
+    """Read files in their order, a few ahead of whoever takes them."""
+
+    def read(file: WrittenFile) -> tuple[KVRows, float]:
+        start = time.perf_counter()
+        return disk.read(file), time.perf_counter() - start
+
+    waiting: list[tuple[FileId, _Read]] = []
+    for file, written in files.items():
+        waiting.append((file, threads.submit(read, written)))
+        if len(waiting) > _NUM_THREADS:
+            yield waiting.pop(0)
+    yield from waiting

@@ -1,0 +1,126 @@
+"""The tier as sessions and the engine's loop see it."""
+
+from collections.abc import Callable, Collection
+from concurrent.futures import wait
+
+from tokendance.disk.records import SessionKey, StoredSession
+from tokendance.disk.store import DiskStore
+from tokendance.engine.request import Request
+from tokendance.rounds.segments import Salt
+from tokendance.store.kv_store import KVStore
+from tokendance.tier.background import BackgroundWriter
+from tokendance.tier.caches import SessionSnapshot
+from tokendance.tier.cost import ReadCost
+from tokendance.tier.loader import Loader, Restored, Restoring
+from tokendance.tier.memory import RowMemory
+from tokendance.tier.saver import Saver
+from tokendance.tier.slot_files import SlotFiles
+
+_POSITION_BYTES = 4  # which a file has for each row, besides its KV
+
+
+class DiskTier:
+    """Moves KV of sessions between memory and a disk store.
+
+    It hangs on the engine's loop, which calls `after_step` and `due_s`. Every method is called on
+    the engine's thread, between two steps.
+
+    Attributes:
+        disk: the store.
+        bytes_on_disk: of KV, when it was last looked at; may be read on any thread.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        memory: RowMemory,
+        disk: DiskStore,
+        *,
+        bytes_per_token: int,
+        seconds_per_token: Callable[[], float | None],
+    ) -> None:
+        """Write what is computed to `disk`.
+
+        Args:
+            store: the index of what memory holds.
+            memory: holds keys and values.
+            disk: the store on disk; `close` closes it.
+            bytes_per_token: of KV in memory.
+            seconds_per_token: what computing a token takes now; None while nobody knows.
+        """
+        self.disk = disk
+        self.bytes_on_disk = disk.num_bytes
+        files = SlotFiles(store)
+        cost = ReadCost(bytes_per_token, seconds_per_token)
+        row_bytes = bytes_per_token + _POSITION_BYTES
+        self._background = BackgroundWriter(store, memory, disk, files, row_bytes)
+        self._saver = Saver(store, memory, disk, files, self._background, cost, row_bytes)
+        self._loader = Loader(store, memory, disk, files, cost)
+        self._files = files
+
+    def save(self, snapshot: SessionSnapshot, stored: StoredSession | None = None) -> None:
+        """Make a session durable as it is now; KV that does not fit the budget is left out.
+
+        Args:
+            snapshot: the session.
+            stored: what is on disk of it, if the caller has just read it; else it is read here.
+
+        Raises:
+            StoreError: if the disk cannot be written; what was durable before still is.
+        """
+        self._saver.save(snapshot, stored)
+        self.bytes_on_disk = self.disk.num_bytes
+
+    def restore(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restored:
+        """Read what memory lacks of a session's KV, as far as there is room, and if it pays.
+
+        A file that is damaged is taken out of the store, and what it held is computed again.
+
+        Args:
+            session: as it is stored.
+            salt: of its prompts.
+            always: read it even if computing it would be quicker.
+        """
+        steps = self.restoring(session, salt, always=always)
+        while True:
+            try:
+                wait([next(steps)])
+            except StopIteration as end:
+                restored: Restored = end.value
+                return restored
+
+    def restoring(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restoring:
+        """Do what `restore` does, in steps between which the engine may go on.
+
+        Yields:
+            A file that is being read: a step before it is there does nothing.
+        """
+        return self._loader.restoring(session, salt, always=always)
+
+    def after_step(self, now: float, requests: Collection[Request]) -> None:
+        """Begin to write what rounds of sessions have read, while they decode.
+
+        The engine's loop calls it after each step, and at `due_s`; a call hands at most one file of
+        each round to another thread. What is written has no name until `save` gives it one, and is
+        gone if nobody does.
+
+        Args:
+            now: seconds, on the loop's clock.
+            requests: of rounds that are under way; those without a session are passed over.
+        """
+        self._background.after_step(now, requests)
+
+    def due_s(self) -> float | None:
+        """When, on the clock of `after_step`, it has something to remove; None for never."""
+        return self._background.due_s()
+
+    def give_up(self, key: SessionKey) -> None:
+        """Remove what `after_step` has written of a session whose round will not be saved."""
+        self._background.drop(key)
+
+    def close(self) -> None:
+        """Close the store; files that have no name in it are removed."""
+        try:
+            self._background.close()
+        finally:
+            self.disk.close()
