@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from tokendance.cli import app as command_line
-from tokendance.disk.kv_file import KVRows, WrittenFile, checksum_of
+from tokendance.store.kv_rows import KVRows
+from tokendance.disk.kv_file import WrittenFile, checksum_of
 from tokendance.disk.records import CacheRecord, FileId, SessionKey
 from tokendance.disk.schema import storage_errors
 from tokendance.disk.store import DiskStore

@@ -21,7 +21,8 @@ from serving import HELLO, chat, events, serving
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
-from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.store.kv_rows import KVRows
+from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, StoreError

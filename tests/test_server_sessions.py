@@ -20,7 +20,7 @@ from tokendance.server.loading import Loader, try_to_save
 from tokendance.server.protocol import RoundRequest
 from tokendance.server.sessions import Sessions
 from tokendance.session import Session
-from tokendance.store.records import SessionKey
+from tokendance.disk.records import SessionKey
 
 SALT = Salt(b"")
 

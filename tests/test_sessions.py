@@ -22,7 +22,8 @@ from hypothesis.stateful import (
 
 from tokendance import LLM, Agent, SamplingParams, Session
 from tokendance.config import EngineConfig, StoreConfig
-from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.store.kv_rows import KVRows
+from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId, SessionKey
 from tokendance.disk.store import DiskStore
 from tokendance.engine.request import Request

@@ -27,7 +27,7 @@ from tokendance.outputs import Output
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids
-from tokendance.store.records import SpokenCache
+from tokendance.tier.caches import SpokenCache
 
 
 class TextEncoder(Protocol):

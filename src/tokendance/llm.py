@@ -21,9 +21,10 @@ from tokendance.config import (
     parse_bytes,
 )
 from tokendance.conversation import Agent, Conversation
+from tokendance.disk.records import SessionKey
+from tokendance.disk.store import DiskStore
 from tokendance.engine.figures import RoundFigures
 from tokendance.engine.request import Request, make_output
-from tokendance.engine.tiers import Tiers
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import Executor
@@ -44,9 +45,8 @@ from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Session
-from tokendance.store.disk import DiskStore
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
+from tokendance.tier.tier import DiskTier
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 
@@ -186,7 +186,7 @@ class LLM:
         self.engine.observe(self._figures)
         self.shadows = Shadows(config.shadow)
         self.engine.attach(self.shadows)
-        self.tiers: Tiers | None = None
+        self.tiers: DiskTier | None = None
 
     def open_store(
         self, folder: Path, budget: int | str | None = None, *, int8: bool = False
@@ -207,7 +207,14 @@ class LLM:
             compressed=int8,
             **_given(budget=None if budget is None else parse_bytes(budget)),
         )
-        self.tiers = Tiers(self.engine, disk)
+        self.tiers = DiskTier(
+            self.engine.store,
+            self.engine.executor,
+            disk,
+            bytes_per_token=self.engine.kv_bytes_per_token,
+            seconds_per_token=self.engine.seconds_per_token,
+        )
+        self.engine.attach(self.tiers)
 
     def generate(
         self,
@@ -325,6 +332,7 @@ class LLM:
     def close(self) -> None:
         """Let others use the store. An LLM without one needs no closing."""
         if self.tiers is not None:
+            self.engine.detach(self.tiers)
             self.tiers.close()
             self.tiers = None
 

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from tokendance.conversation import Agent, Asked, Conversation
-from tokendance.engine.tiers import Restored, Restoring, Tiers
+from tokendance.disk.records import SessionKey, StoredSession
 from tokendance.errors import StoreError
 from tokendance.outputs import NotStoredError, Output, Progress, RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
-from tokendance.store.records import SessionKey, StoredSession
+from tokendance.tier.caches import SessionSnapshot
+from tokendance.tier.loader import Restored, Restoring
+from tokendance.tier.tier import DiskTier
 
 
 class RoundRunner(Protocol):
@@ -48,7 +50,7 @@ class Session:
         run_round: RoundRunner,
         *,
         key: SessionKey | None = None,
-        tier: Tiers | None = None,
+        tier: DiskTier | None = None,
         ttl_s: float | None = None,
     ) -> None:
         """Have a conversation answered and stored; `load` goes on with what is stored already.
@@ -189,7 +191,7 @@ class Session:
         return self._tier.restore(stored, self._conversation.encoder.salt, always=always)
 
     def restoring(self) -> Restoring | None:
-        """The same in steps between which the engine may go on; see `Tiers.restoring`."""
+        """The same in steps between which the engine may go on; see `DiskTier.restoring`."""
         if self._tier is None or (stored := self._stored()) is None:
             return None
         return self._tier.restoring(stored, self._conversation.encoder.salt)
@@ -208,11 +210,13 @@ class Session:
         if self._tier is None or self.key is None:
             return
         self._tier.save(
-            self.key,
-            round_number=self.round,
-            state=json.dumps(self._conversation.state()).encode(),
-            caches=self._conversation.caches,
-            heard=self._conversation.remembered_blocks(),
-            salt=self._conversation.encoder.salt,
-            ttl_s=self.ttl_s,
+            SessionSnapshot(
+                self.key,
+                round=self.round,
+                state=json.dumps(self._conversation.state()).encode(),
+                caches=self._conversation.caches,
+                shared_segments=self._conversation.remembered_blocks(),
+                salt=self._conversation.encoder.salt,
+                ttl_s=self.ttl_s,
+            )
         )

@@ -39,33 +39,11 @@ from tokendance.disk.compression import (
 )
 from tokendance.disk.floats import DTYPES
 from tokendance.errors import CorruptFileError, StoreError
+from tokendance.store.kv_rows import KVRows
 
 _CHECKSUM_BYTES = 16
 _TEMPORARY = ".tmp"
 _SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KVRows:
-    """KV of some tokens, apart from any memory.
-
-    Attributes:
-        positions: int32 (n,).
-        keys: (L, KVH, n, D); uint16 holds bfloat16.
-        values: likewise.
-    """
-
-    positions: npt.NDArray[np.int32]
-    keys: npt.NDArray[Any]
-    values: npt.NDArray[Any]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of keys, values and positions."""
-        return int(self.keys.nbytes + self.values.nbytes + self.positions.nbytes)
 
 
 @dataclass(frozen=True, slots=True)

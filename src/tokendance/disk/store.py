@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tokendance.disk.index import SessionIndex
-from tokendance.disk.kv_file import KVRows, WrittenFile, flush_folder, read_rows, write_rows
+from tokendance.disk.kv_file import WrittenFile, flush_folder, read_rows, write_rows
 from tokendance.disk.records import (
     CacheRecord,
     FileId,
@@ -33,6 +33,7 @@ from tokendance.disk.records import (
 )
 from tokendance.disk.schema import storage_errors
 from tokendance.errors import CorruptFileError, StoreError
+from tokendance.store.kv_rows import KVRows
 
 NO_BUDGET = 2**63 - 1
 

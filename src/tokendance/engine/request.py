@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from tokendance.collector.plan import RequestPlan
+from tokendance.disk.records import SessionKey
 from tokendance.engine.allocator import Allocation
 from tokendance.engine.constraint import Constraint
 from tokendance.errors import TokenDanceError
@@ -18,7 +19,6 @@ from tokendance.outputs import Output
 from tokendance.params import SamplingParams
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
 
 RequestId = NewType("RequestId", int)
 

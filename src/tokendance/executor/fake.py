@@ -17,7 +17,7 @@ from tokendance.executor.step import (
     StepOutput,
     TokenLogprobs,
 )
-from tokendance.store.kv_file import KVRows
+from tokendance.store.kv_rows import KVRows
 
 _EMPTY = -1
 # A distribution that is all but certain.

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokendance.config import format_bytes
 from tokendance.errors import ConfigError, StoreError
 from tokendance.models.loader import LoadedModel
-from tokendance.store.kv_file import KVRows
+from tokendance.store.kv_rows import KVRows
 
 
 class KVPool:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.store.kv_file import KVRows
+from tokendance.store.kv_rows import KVRows
 
 IntArray = npt.NDArray[np.int64]
 SlotArray = npt.NDArray[np.int32]

@@ -13,7 +13,7 @@ from tokendance.executor.sampler import sample
 from tokendance.executor.step import SlotArray, StepInput, StepOutput
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
-from tokendance.store.kv_file import KVRows
+from tokendance.store.kv_rows import KVRows
 
 
 class TorchExecutor:

@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.server.engine_thread import EngineThread
-from tokendance.server.jobs import Event, Finished, Job, NewTokens
+from tokendance.server.jobs import Done, Event, Job, NewTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ async def deltas(
         if isinstance(event, NewTokens):
             text = streams[index].add(event.token_ids) if spelt else ""
             yield Delta(index, text, event.token_ids, event.logprobs)
-        elif isinstance(event, Finished):
+        elif isinstance(event, Done):
             left -= 1
             text = streams[index].finish(event.output.text) if spelt else ""
             yield Delta(index, text, output=event.output)

@@ -17,12 +17,16 @@ from tokendance.engine.loop import EngineLoop
 from tokendance.engine.request import Request, RequestId, make_output
 from tokendance.errors import AbortedError
 from tokendance.fidelity.idle_shadows import IdleShadows
+from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import Salt
 from tokendance.server.arrivals import Arrivals
 from tokendance.server.jobs import Done, Job, NewTokens, RoundKey
 from tokendance.server.loading import Loader, try_to_save
+from tokendance.server.metrics import Metrics
+from tokendance.server.settings import ServerSettings
+from tokendance.server.window import ArrivalWindow
 from tokendance.store.entries import RoundId
 
 log = logging.getLogger("tokendance.server")
@@ -242,3 +246,15 @@ def refuse(jobs: Iterable[Job], why: str = "The engine has stopped.") -> None:
         job.request.finish_reason = "error"
         with contextlib.suppress(Exception):
             job.on_event(Done(make_output(job.request)))
+
+
+def make_dispatcher(llm: LLM, metrics: Metrics, settings: ServerSettings) -> Dispatcher:
+    """Put a dispatcher over the engine of an LLM, which nobody else may use then."""
+    llm.engine.observe(metrics)
+    shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
+    llm.engine.attach(shadows)
+    loader = Loader()
+    window: ArrivalWindow[Job] = ArrivalWindow(settings.window_s, settings.window_share)
+    arrivals = Arrivals(window, loader, settings.round_wait_s)
+    discovery = DiscoveryConfig(recent_s=settings.recent_s)
+    return Dispatcher(llm.engine, arrivals, loader, shadows, discovery)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llguidance
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from tokendance.models.loader import LoadedModel
 from tokendance.server.errors import bad_request
@@ -109,16 +109,16 @@ class GrammarConstraint:
         """Begin at the grammar's beginning."""
         self._matcher = matcher
         self._model = model
-        self._device = model.device
-        self._only_end = torch.ones(model.shape.vocab_size, dtype=torch.bool)
+        self._only_end = np.ones(model.shape.vocab_size, np.bool_)
         self._only_end[sorted(model.stop_ids)] = False
 
-    def forbidden(self) -> Tensor:
+    def forbidden(self) -> npt.NDArray[np.bool_]:
         """Tokens that may not come next: bool (vocabulary,)."""
         if self._matcher.is_stopped():
-            return self._only_end.to(self._device)
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
-        return (allowed[: len(self._only_end)] == 0).to(self._device)
+            return self._only_end
+        allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)
+        forbidden: npt.NDArray[np.bool_] = allowed[: len(self._only_end)] == 0
+        return forbidden
 
     def failure(self) -> str | None:
         """Why the grammar cannot be followed any further, if it cannot."""

@@ -4,10 +4,12 @@ The client keeps what was said; the server keeps the KV of it on disk, when a ro
 has ended, and reads it again when a later round comes and memory has lost it.
 """
 
+from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
-from tokendance.engine.tiers import Restoring, Tiers
 from tokendance.rounds.segments import EncodedPrompt, Salt
-from tokendance.store.records import SessionKey, SpokenCache
+from tokendance.tier.caches import SessionSnapshot, SpokenCache
+from tokendance.tier.loader import Restoring
+from tokendance.tier.tier import DiskTier
 
 _MAX_AGENTS = 512
 
@@ -19,7 +21,7 @@ class KeptChat:
         key: under which it is stored.
     """
 
-    def __init__(self, key: SessionKey, salt: Salt, tier: Tiers) -> None:
+    def __init__(self, key: SessionKey, salt: Salt, tier: DiskTier) -> None:
         """Begin with nothing said.
 
         Args:
@@ -66,11 +68,12 @@ class KeptChat:
             if agent not in self._spoken
         }
         caches |= {agent: cache for agent, (_, cache) in self._spoken.items()}
-        self._tier.save(
+        snapshot = SessionSnapshot(
             self.key,
-            round_number=1 + (stored.round if stored is not None else 0),
+            round=1 + (stored.round if stored is not None else 0),
             state=b"",
             caches=dict(list(caches.items())[-_MAX_AGENTS:]),
-            heard=shared.values(),
+            shared_segments=list(shared.values()),
             salt=self._salt,
         )
+        self._tier.save(snapshot, stored)

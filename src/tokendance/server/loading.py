@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tokendance.engine.tiers import Restoring
+from tokendance.disk.records import SessionKey
 from tokendance.errors import AbortedError, StoreError, TokenDanceError
-from tokendance.store.records import SessionKey
+from tokendance.tier.loader import Restoring
 
 log = logging.getLogger("tokendance.server")
 

@@ -111,7 +111,7 @@ def _token_figures(state: dict[str, Any]) -> dict[str, Any]:
         requests = [job.request for job in state["jobs"]]
         figures["answers"] = len(requests)
         figures["prompt_tokens"] = sum(len(request.prompt) for request in requests)
-        figures["reused_tokens"] = sum(request.num_cached for request in requests)
+        figures["reused_tokens"] = sum(request.num_reused for request in requests)
         figures["answer_tokens"] = sum(len(request.generated) for request in requests)
         reasons = {request.finish_reason or "unfinished" for request in requests}
         figures["ended_by"] = "+".join(sorted(reasons))

@@ -4,12 +4,9 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tokendance.engine.request import Request
+from tokendance.engine.events import Event, Finished, RoundStarted
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
-from tokendance.outputs import Output
-from tokendance.server.jobs import Job
-from tokendance.store.pages import Holder
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
@@ -18,7 +15,7 @@ _AGENTS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of their own."""
+    """Counters and histograms of one server, in a registry of their own; they observe its engine."""
 
     def __init__(self, llm: LLM) -> None:
         """Describe an engine."""
@@ -54,23 +51,23 @@ class Metrics:
         self._per_token = histogram(
             "inter_token_seconds", "Between tokens of an answer, on average.", _SECONDS
         )
-        scheduler = llm.engine.scheduler
-        pool = llm.engine.store.pool
-        self._gauge("running_requests", "Being computed.", lambda: len(scheduler.running))
-        self._gauge("waiting_requests", "In the queue.", lambda: len(scheduler.waiting))
-        page_bytes = llm.engine.page_bytes
+        engine, page_bytes = llm.engine, llm.engine.page_bytes
+        self._gauge("running_requests", "Being computed.", lambda: engine.status().num_running)
+        self._gauge("waiting_requests", "In the queue.", lambda: engine.status().num_waiting)
         self._gauge(
             "kv_bytes_resident",
             "KV that running requests hold, room for their answers included.",
-            lambda: pool.num_held(Holder.REQUEST) * page_bytes,
+            lambda: engine.status().resident_pages * page_bytes,
         )
         self._gauge(
             "kv_bytes_stored",
             "KV that can be found again; what running requests hold of it is resident, too.",
-            lambda: pool.num_held(Holder.INDEX) * page_bytes,
+            lambda: engine.status().stored_pages * page_bytes,
         )
         self._gauge(
-            "kv_bytes_budget", "Most KV that there can be.", lambda: pool.num_pages * page_bytes
+            "kv_bytes_budget",
+            "Most KV that there can be.",
+            lambda: engine.status().num_pages * page_bytes,
         )
         self._gauge(
             "kv_bytes_on_disk",
@@ -99,12 +96,15 @@ class Metrics:
         self._shadow_kl.observe(report.kl)
         self._shadow_top1.observe(report.top1)
 
-    def begin_round(self, agents: int) -> None:
-        """Count a round."""
-        self._agents.observe(agents)
+    def on_event(self, event: Event) -> None:
+        """Count what the engine tells; see `EngineObserver`."""
+        if isinstance(event, RoundStarted):
+            self._agents.observe(event.num_requests)
+        elif isinstance(event, Finished):
+            self._count(event)
 
-    def finish(self, job: Job, request: Request, output: Output) -> None:
-        """Count a request that is done."""
+    def _count(self, event: Finished) -> None:
+        output = event.output
         self._requests.labels(output.finish_reason).inc()
         if output.error is not None:
             return
@@ -113,14 +113,14 @@ class Metrics:
         self._reused.inc(output.reused_tokens)
         self._corrected.inc(output.corrected_tokens)
         self._generated.inc(len(output.token_ids))
-        if request.first_token_s is None or request.finished_s is None:
+        if event.first_token_s is None:
             return
         mode = "none"
         if output.reused_tokens:
-            mode = self._mode if request.reads_copies else "prefix"
-        self._first_token.labels(mode).observe(request.first_token_s - job.arrived_s)
+            mode = self._mode if event.reused_segments else "prefix"
+        self._first_token.labels(mode).observe(event.first_token_s - event.arrived_s)
         if len(output.token_ids) > 1:
-            between = (request.finished_s - request.first_token_s) / (len(output.token_ids) - 1)
+            between = (event.time_s - event.first_token_s) / (len(output.token_ids) - 1)
             self._per_token.labels(mode).observe(between)
 
     def text(self) -> bytes:

@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from tokendance.disk.records import SessionKey
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.params import SamplingParams
@@ -28,7 +29,6 @@ from tokendance.server.jobs import Event, Job, RoundKey
 from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsupported
 from tokendance.server.state import Server
 from tokendance.store.entries import RoundId
-from tokendance.store.records import SessionKey
 
 Result = TypeVar("Result")
 

@@ -27,6 +27,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from tokendance.conversation import Agent, Conversation
+from tokendance.disk.records import SessionKey
 from tokendance.errors import RoundError, TokenDanceError
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
@@ -37,7 +38,6 @@ from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import try_to_save
 from tokendance.server.protocol import RoundRequest
 from tokendance.session import Session
-from tokendance.store.records import SessionKey
 
 log = logging.getLogger("tokendance.server")
 

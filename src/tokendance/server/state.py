@@ -18,6 +18,7 @@ from starlette.types import Scope
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.segments import make_salt
+from tokendance.server.dispatcher import make_dispatcher
 from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
@@ -67,14 +68,7 @@ class Server:
         self._encoder = self.llm.encoder.with_salt(make_salt())
         self.grammars = Grammars(self.llm.model)
         self.tools = find_tool_format(self._encoder)
-        self.worker = Worker(
-            self.llm,
-            self.metrics,
-            window_s=self.settings.window_s,
-            window_share=self.settings.window_share,
-            round_wait_s=self.settings.round_wait_s,
-            recent_s=self.settings.recent_s,
-        )
+        self.worker = EngineThread(make_dispatcher(self.llm, self.metrics, self.settings))
         self.sessions = Sessions(self.llm, self.worker)
 
     @property

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.disk.kv_file import KVRows, WrittenFile, file_bytes
+from tokendance.disk.kv_file import WrittenFile, file_bytes
 from tokendance.disk.records import FileId, SessionKey
 from tokendance.disk.store import DiskStore
 from tokendance.engine.request import Request
 from tokendance.errors import StoreError
 from tokendance.store.entries import RoundId, Slots
+from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
 from tokendance.tier.caches import match_computed
 from tokendance.tier.memory import RowMemory
@@ -128,7 +129,7 @@ class BackgroundWriter:
     def _begin(self, now: float, key: SessionKey, together: Sequence[Request]) -> None:
         """Plan the files of a round, and make room for them."""
         prompts = [request.prompt for request in together if request.error is None]
-        caches = [match_computed(self.store, one.token_ids, one.salt)[1] for one in prompts]
+        caches = [match_computed(self.store, one.prefix_hashes)[1] for one in prompts]
         self.files.forget_all_but(self.disk.index.file_ids())
         groups = self.files.unwritten(caches, ())
         self.drop(key)
@@ -152,7 +153,7 @@ class BackgroundWriter:
         room = self.disk.budget - self.disk.num_bytes - self.num_bytes
         rows: KVRows | None = None
         if len(slots) * self.row_bytes <= room:
-            rows = self.memory.read(slots, self.store.slot_position[slots])
+            rows = self.memory.read_kv(slots)
         if rows is None or file_bytes(rows) > room:
             round_.left.clear()  # what is begun may still be collected
             return

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokendance.disk.records import SessionKey
-from tokendance.rounds.segments import Salt, TokenIds
-from tokendance.store.entries import PrefixBlock, Slots
-from tokendance.store.kv_store import KVStore
+from tokendance.rounds.segments import PrefixHashes, Salt, TokenIds
+from tokendance.store.entries import Slots, StoredPage
+from tokendance.store.kv_store import KVStore, slots_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,14 +52,13 @@ class SessionSnapshot:
     ttl_s: float | None = None
 
 
-def match_computed(
-    store: KVStore, token_ids: TokenIds, salt: Salt
-) -> tuple[list[PrefixBlock], Slots]:
-    """Find what memory has of a cache, up to the first token whose KV is still to be computed."""
-    blocks, slots = store.match_prefix(token_ids, salt, exact=False)
+def match_computed(store: KVStore, text: PrefixHashes) -> tuple[list[StoredPage], Slots]:
+    """Find what memory has of a text, up to the first token whose KV is still to be computed."""
+    pages = store.match_prefix(text, exact=False)
+    slots = slots_of(pages)
     is_ready = store.slot_ready[slots]
     if is_ready.all():
-        return blocks, slots
+        return pages, slots
     slots = slots[: int(np.argmin(is_ready))]
-    ends = np.cumsum([len(block.slots) for block in blocks])
-    return blocks[: int(np.searchsorted(ends, len(slots), side="right"))], slots
+    ends = np.cumsum([page.num_tokens for page in pages])
+    return pages[: int(np.searchsorted(ends, len(slots), side="right"))], slots

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import Extents, FileId, SegmentRecord, StoredSession
 from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError
-from tokendance.rounds.segments import Salt, hash_segment
-from tokendance.store.entries import RoundId, SegmentCopy
+from tokendance.rounds.segments import PrefixHashes, Salt, hash_segment
+from tokendance.store.entries import RoundId, Slots
+from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
 from tokendance.tier.caches import match_computed
@@ -119,7 +120,7 @@ class Loader:
         """Files that memory lacks, in the order in which agents have their tokens."""
         wanted: list[Extents] = [one.cache.extents for one in self._unpublished(session, salt)]
         for cache in session.caches.values():
-            _, slots = match_computed(self.store, cache.token_ids, salt)
+            _, slots = match_computed(self.store, PrefixHashes(cache.token_ids, salt))
             wanted.append(cache.extents[np.cumsum(cache.extents[:, 2]) > len(slots)])
         extents = np.concatenate([np.empty((0, 3), np.int64), *wanted])
         return [
@@ -130,12 +131,11 @@ class Loader:
 
     def _load(self, file: FileId, rows: KVRows) -> PageIds | None:
         """Put a file's rows into memory; return the pages, held, or None if there is no room."""
-        positions = rows.positions.astype(np.int64)
-        if not self.store.make_room(self.store.num_pages([positions])):
+        if not self.store.make_room(self.store.num_pages([len(rows)])):
             return None
-        (slots,), pages = self.store.take_slots([positions])
+        (slots,), pages = self.store.take_slots([len(rows)])
         try:
-            self.memory.write(slots, rows)
+            self.memory.write_kv(slots, rows)
         except BaseException:
             self.store.pool.release(pages, Holder.REQUEST)
             raise
@@ -149,14 +149,15 @@ class Loader:
         """Publish what memory has of a session; return how many tokens it lacks."""
         num_lacking = 0
         for cache in session.caches.values():
-            _, slots = match_computed(self.store, cache.token_ids, salt)
+            text = PrefixHashes(cache.token_ids, salt)
+            _, slots = match_computed(self.store, text)
             slots = np.concatenate([slots, self.files.slots_of(cache.extents, len(slots))])
             # The prompt by itself, too: an answer may be told otherwise than it was generated.
             for length in {min(cache.num_prompt, len(slots)), len(slots)}:
                 num_exact = min(cache.num_exact, length)
-                self.store.put_prefix(cache.token_ids[:length], slots[:length], salt, num_exact)
-            blocks, _ = match_computed(self.store, cache.token_ids[: len(slots)], salt)
-            self.files.mark_on_disk(blocks)
+                self.store.publish_prefix(text, slots[:length], num_exact)
+            pages, _ = match_computed(self.store, PrefixHashes(cache.token_ids[: len(slots)], salt))
+            self.files.mark_on_disk(pages)
             num_lacking += len(cache.token_ids) - len(slots)
         self.cost.tell(self.store.order)
         runs: dict[int, list[SegmentRecord]] = {}
@@ -171,7 +172,7 @@ class Loader:
         return [
             segment
             for segment in session.segments
-            if not self.store.all_copies(hash_segment(segment.cache.token_ids, salt))
+            if not self.store.all_cached(hash_segment(segment.cache.token_ids, salt))
         ]
 
     def _publish_run(self, run: Sequence[SegmentRecord], salt: Salt) -> None:
@@ -181,14 +182,20 @@ class Loader:
             if len(slots := self.files.slots_of(segment.cache.extents))
             == len(segment.cache.token_ids)
         ]
-        entries = self.store.put_run(
-            [(hash_segment(segment.cache.token_ids, salt), slots) for segment, slots in in_memory]
+        entries = self.store.publish_run(
+            [
+                (hash_segment(segment.cache.token_ids, salt), self._position(slots), slots)
+                for segment, slots in in_memory
+            ]
         )
         for (segment, _), entry in zip(in_memory, entries, strict=True):
-            assert isinstance(entry, SegmentCopy)
-            entry.sound = True
+            entry.verified = True
             # Rounds of another process: their numbers are below all that rounds have here.
             entry.rounds = {RoundId(-2 - number) for number in range(segment.num_rounds)}
+
+    def _position(self, slots: Slots) -> int:
+        """Position that the first of some slots has in the prompt of who computed it."""
+        return int(self.memory.read_kv(slots[:1]).positions[0])
 
 
 def _read_ahead(

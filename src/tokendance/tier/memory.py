@@ -2,22 +2,21 @@
 
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from tokendance.disk.kv_file import KVRows
 from tokendance.store.entries import Slots
+from tokendance.store.kv_rows import KVRows
 
 
 class RowMemory(Protocol):
-    """Memory whose slots can be copied out and in; `engine.runner.KVMemory` is one."""
+    """Memory whose slots can be copied out and in; every executor is one."""
 
-    def read(self, slots: Slots, positions: npt.NDArray[np.int32]) -> KVRows:
-        """Copy the KV of slots, whose keys were rotated at these positions, out of memory."""
+    def read_kv(self, slots: Slots) -> KVRows:
+        """Copy the KV of slots out of memory, with the positions of its keys."""
+        ...
 
-    def write(self, slots: Slots, rows: KVRows) -> None:
+    def write_kv(self, slots: Slots, rows: KVRows) -> None:
         """Copy rows into slots.
 
         Raises:
             StoreError: if they are of another shape or dtype.
         """
+        ...

@@ -15,8 +15,8 @@ from tokendance.disk.records import (
 )
 from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError
-from tokendance.rounds.segments import TokenIds, hash_segment
-from tokendance.store.entries import PrefixBlock, SegmentCopy, Slots, exact_length
+from tokendance.rounds.segments import PrefixHashes, TokenIds, hash_segment
+from tokendance.store.entries import Slots, StoredPage, StoredSegment, exact_length
 from tokendance.store.kv_store import KVStore
 from tokendance.tier.background import BackgroundWriter
 from tokendance.tier.caches import SessionSnapshot, SpokenCache, match_computed
@@ -54,14 +54,14 @@ class Saver:
         """See `DiskTier.save`."""
         key = snapshot.key
         in_memory = {
-            agent: match_computed(self.store, cache.token_ids, snapshot.salt)
+            agent: match_computed(self.store, PrefixHashes(cache.token_ids, snapshot.salt))
             for agent, cache in snapshot.caches.items()
         }
         evicted = self._evicted(snapshot, stored, in_memory)
         for agent in evicted:
             del in_memory[agent]
         caches = [slots for _, slots in in_memory.values()]
-        segments = self._choose_copies(snapshot, caches)
+        segments = self._choose_segments(snapshot, caches)
         written: dict[FileId, WrittenFile] = {}
         for file, written_file, slots in self.background.collect(key):
             written[file] = written_file
@@ -70,8 +70,8 @@ class Saver:
             needed_files = {FileId(file) for one in evicted.values() for file in one.extents[:, 0]}
             self._write(key, caches, [copy.slots for _, copy in segments], needed_files, written)
             records = {
-                agent: self._record(snapshot.caches[agent], slots, exact_length(blocks))
-                for agent, (blocks, slots) in in_memory.items()
+                agent: self._record(snapshot.caches[agent], slots, exact_length(pages))
+                for agent, (pages, slots) in in_memory.items()
             }
             self.disk.commit(
                 key,
@@ -86,15 +86,15 @@ class Saver:
             self.files.forget(written)
             self.disk.discard(written.values())
             raise
-        for blocks, _ in in_memory.values():
-            self.files.mark_on_disk(blocks)
+        for pages, _ in in_memory.values():
+            self.files.mark_on_disk(pages)
         self.cost.tell(self.store.order)
 
     def _evicted(
         self,
         snapshot: SessionSnapshot,
         stored: StoredSession | None,
-        in_memory: Mapping[str, tuple[Sequence[PrefixBlock], Slots]],
+        in_memory: Mapping[str, tuple[Sequence[StoredPage], Slots]],
     ) -> dict[str, CacheRecord]:
         """Records of caches of which disk has more than memory: of agents not in the round."""
         if stored is None:
@@ -113,18 +113,18 @@ class Saver:
             )
         }
 
-    def _choose_copies(
+    def _choose_segments(
         self, snapshot: SessionSnapshot, caches: Iterable[Slots]
-    ) -> list[tuple[TokenIds, SegmentCopy]]:
+    ) -> list[tuple[TokenIds, StoredSegment]]:
         """One copy of each shared segment: that of which caches read most, else the newest."""
         is_read = np.zeros(len(self.store.slot_ready), np.bool_)
         for slots in caches:
             is_read[slots] = True
-        chosen: list[tuple[TokenIds, SegmentCopy]] = []
+        chosen: list[tuple[TokenIds, StoredSegment]] = []
         for token_ids in snapshot.shared_segments:
             copies = [
                 copy
-                for copy in reversed(self.store.all_copies(hash_segment(token_ids, snapshot.salt)))
+                for copy in reversed(self.store.all_cached(hash_segment(token_ids, snapshot.salt)))
                 if self.store.slot_ready[copy.slots].all()
             ]
             if copies:
@@ -159,7 +159,7 @@ class Saver:
         self._forget_sparse(key, [*caches, *segments], needed_files, room - new_bytes)
         # Asked anew: the files that made room may have held something of it.
         for slots in self._unwritten(caches, segments, written):
-            rows = self.memory.read(slots, self.store.slot_position[slots])
+            rows = self.memory.read_kv(slots)
             if file_bytes(rows) > room:
                 continue  # and is computed again
             file, written_file = self.disk.write(rows)
@@ -209,7 +209,7 @@ class Saver:
         )
 
     def _segment_records(
-        self, segments: Sequence[tuple[TokenIds, SegmentCopy]]
+        self, segments: Sequence[tuple[TokenIds, StoredSegment]]
     ) -> tuple[SegmentRecord, ...]:
         records = []
         for token_ids, copy in segments:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.disk.records import Extents, FileId
-from tokendance.store.entries import PrefixBlock, Slots
+from tokendance.store.entries import Slots, StoredPage
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
 
@@ -120,11 +120,11 @@ class SlotFiles:
             if count < least_share * len(self._slots[FileId(file)])
         ]
 
-    def mark_on_disk(self, blocks: Sequence[PrefixBlock]) -> None:
-        """Tell the order of eviction which blocks of a prompt could be read again."""
-        for block in reversed(blocks):
-            if self.is_written(block.slots).all():
-                self._store.order.mark_on_disk(block)
+    def mark_on_disk(self, pages: Sequence[StoredPage]) -> None:
+        """Tell the order of eviction which pages of a prompt could be read again."""
+        for page in reversed(pages):
+            if self.is_written(page.slots).all():
+                self._store.order.mark_on_disk(page)
 
     # -- from files to slots ------------------------------------------------------------------
 

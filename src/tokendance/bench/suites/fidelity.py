@@ -29,11 +29,11 @@ from tokendance.collector.correction import (
     read_correction,
 )
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
+from tokendance.disk.kv_file import compress_rows, decompress_rows
 from tokendance.fidelity.measure import Fidelity, Reference, measure_fidelity, reference_answers
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.params import SamplingParams
-from tokendance.store.kv_file import compress_rows, decompress_rows
 from tokendance.store.pages import Holder
 
 RECALL_TOKENS = 6  # the word that is asked for comes first

@@ -42,6 +42,7 @@ from tokendance.bench.suite import (
 from tokendance.bench.suites.storage import TASK
 from tokendance.bench.workload import read_people
 from tokendance.conversation import Agent
+from tokendance.disk.kv_file import WrittenFile, read_rows, write_rows
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.params import SamplingParams
@@ -49,7 +50,7 @@ from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import TokenIds
 from tokendance.rounds.trace import TraceAgent
 from tokendance.session import Session
-from tokendance.store.kv_file import KVRows, WrittenFile, read_rows, write_rows
+from tokendance.store.kv_rows import KVRows
 from tokendance.store.pages import Holder
 
 _COLUMNS = {

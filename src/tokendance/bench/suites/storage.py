@@ -30,13 +30,13 @@ from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
 from tokendance.bench.workload import read_people
 from tokendance.config import ReuseMode
 from tokendance.conversation import Agent
+from tokendance.disk.records import SessionKey
 from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.trace import TraceAgent
-from tokendance.store.records import SessionKey
 
 REPLAYED: tuple[ReuseMode, ...] = ("prefix", "pic-batched")
 TASK = "Answer the others in one sentence. What will you do now?"
