@@ -202,6 +202,6 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
     for llm in made:
         llm.engine.check_integrity()
         assert not llm.engine.has_work
-        llm.engine.store.clear()
+        llm.kv_store.clear()
         llm.engine.check_integrity()
-        assert llm.engine.store.pool.num_free == llm.engine.store.pool.num_pages
+        assert llm.kv_store.pool.num_free == llm.kv_store.pool.num_pages

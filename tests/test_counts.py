@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import pytest
-from tokendance.collector.placement import FRESH_END
 
 from tokendance import LLM, Agent, Part, Prompt, RoundResult, SamplingParams, private, shared
 from tokendance.collector.owners import Start, in_order, order_starts
+from tokendance.collector.plan import FRESH_END
 from tokendance.rounds.segments import SegmentHash
 from tokendance.store.entries import RoundId
 
@@ -114,8 +114,8 @@ def test_what_all_are_asked_is_computed_by_one_of_the_round(make_llm: MakeLLM) -
         requests = [llm.make_request(one, ONE, round_id, "") for one in prompts]
         engine.add(requests)
         while engine.has_work:
-            engine.step()
-        return [len(one.prompt) - one.num_cached for one in requests]
+            engine.tick()
+        return [len(one.prompt) - one.num_reused for one in requests]
 
     first, second = engine.new_round_id(), engine.new_round_id()
     assert ask([0, 1], first) == [45, 5 + 4 + 1]
@@ -158,15 +158,14 @@ def test_late_agents_reuse_what_the_round_computed(make_llm: MakeLLM) -> None:
     early = [llm.make_request(prompt(n, *blocks), params, round_id, "") for n in range(2)]
     engine.add(early)
     for _ in range(3):
-        engine.step()
+        engine.tick()
     late = llm.make_request(prompt(2, *blocks), params, round_id, "")
     engine.add([late])
     while engine.has_work:
-        engine.step()
+        engine.tick()
         engine.check_integrity()
-    assert len(late.prompt) - late.num_cached == 7 + 12 + 3
+    assert len(late.prompt) - late.num_reused == 7 + 12 + 3
     assert [len(r.generated) for r in (*early, late)] == [6, 6, 6]
-    assert len(engine.pop_round(round_id).requests) == 3
 
 
 def test_a_segment_twice_in_one_prompt(make_llm: MakeLLM) -> None:

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from tokendance.cli import app as command_line
-from tokendance.store.kv_rows import KVRows
 from tokendance.disk.kv_file import WrittenFile, checksum_of
 from tokendance.disk.records import CacheRecord, FileId, SessionKey
 from tokendance.disk.schema import storage_errors
 from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError, InputError, StoreError
+from tokendance.store.kv_rows import KVRows
 
 IDENTITY = {"weights": "abc", "dtype": "float32", "shape": "2 layers"}
 TOWN = SessionKey("", "town")

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokendance.collector.placement import FRESH_END
 from torch import Tensor
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from tokendance import LLM, Agent, Prompt, SamplingParams, private, shared
 from tokendance.collector.correction import Edges
+from tokendance.collector.plan import FRESH_END
 from tokendance.config import EngineConfig, StoreConfig, parse_bytes
-from tokendance.engine.scheduler import Scheduled
 from tokendance.errors import (
     AbortedError,
     ConfigError,
@@ -24,6 +23,8 @@ from tokendance.errors import (
     TraceError,
     UnsupportedModelError,
 )
+from tokendance.executor.step import StepInput
+from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.models.support import why_unsupported
 from tokendance.rounds.trace import read_trace
@@ -41,12 +42,17 @@ def round_of(own: Sequence[int], blocks: int = 3) -> list[Prompt]:
     ]
 
 
-def spoil(step: Sequence[Scheduled], logits: Tensor) -> Tensor:
-    """Put NaN into the logits of whoever has the bad token."""
+def executor_of(llm: LLM) -> TorchExecutor:
+    assert isinstance(llm.executor, TorchExecutor)
+    return llm.executor
+
+
+def spoil(step: StepInput, logits: Tensor) -> Tensor:
+    """Put NaN into the logits of whoever has the bad token at the end of its prompt."""
     logits = logits.clone()
-    wanting = [item.request for item in step if item.wants_logits]
+    wanting = [request for request in step.requests if request.sampling is not None]
     for row, request in enumerate(wanting):
-        if BAD in request.prompt.token_ids:
+        if BAD in request.token_ids:
             logits[row] = float("nan")
     return logits
 
@@ -55,7 +61,7 @@ def test_nan_fails_one_request_and_its_readers_begin_anew(make_llm: MakeLLM) -> 
     own = [BAD, 101, 102, 103]
     alone = make_llm().run_round(round_of(own)[1:], PARAMS)
     llm = make_llm()
-    llm.engine.runner.on_logits = spoil
+    executor_of(llm).on_logits = spoil
     result = llm.run_round(round_of(own), PARAMS)
     assert isinstance(result.outputs[0].error, NumericsError)
     assert [o.error for o in result.outputs[1:]] == [None] * 3
@@ -63,7 +69,7 @@ def test_nan_fails_one_request_and_its_readers_begin_anew(make_llm: MakeLLM) -> 
     assert [o.token_ids for o in result.outputs[1:]] == [o.token_ids for o in alone.outputs]
     assert result.stats.agents == 3
     bad = llm.encoder.encode(round_of(own)[0])
-    assert llm.engine.store.match_prefix(bad.token_ids, bad.salt, exact=False)[0] == []
+    assert llm.kv_store.match_prefix(bad.prefix_hashes, exact=False) == []
 
 
 def test_real_nan_in_kv_is_not_handed_on(
@@ -97,13 +103,13 @@ def test_aborted_requests_leave_the_others(make_llm: MakeLLM, steps: int, victim
     requests = [llm.make_request(p, PARAMS, round_id, "") for p in prompts]
     engine.add(requests)
     for _ in range(steps):
-        engine.step()
+        engine.tick()
         engine.check_integrity()
     engine.abort(requests[victim])
     engine.abort(requests[victim])  # twice does no harm
     engine.check_integrity()
     while engine.has_work:
-        engine.step()
+        engine.tick()
         engine.check_integrity()
     assert isinstance(requests[victim].error, AbortedError)
     others = [r for i, r in enumerate(requests) if i != victim]
@@ -130,14 +136,15 @@ def test_an_interrupt_inside_the_model_leaves_no_unwritten_kv(
     llm = make_llm()
     prompts = round_of([100, 101, 102])
     exact = make_llm().run_round(prompts, PARAMS)
-    attend = llm.engine.runner.attend
+    executor = executor_of(llm)
+    attend = executor.attend
 
     def interrupted(layer: int, *arguments: Any) -> Tensor:
         if layer == 2:
             raise KeyboardInterrupt
         return attend(layer, *arguments)
 
-    monkeypatch.setattr(llm.engine.runner, "attend", interrupted)
+    monkeypatch.setattr(executor, "attend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.run_round(prompts, PARAMS)
     monkeypatch.undo()
@@ -150,7 +157,7 @@ def test_an_interrupt_inside_the_model_leaves_no_unwritten_kv(
 def test_a_bad_mirror_does_not_wipe_sound_runs(make_llm: MakeLLM) -> None:
     llm = make_llm()
     llm.run_round(round_of([100, 101]), PARAMS)
-    llm.engine.runner.on_logits = spoil
+    executor_of(llm).on_logits = spoil
     result = llm.run_round(round_of([BAD, 102]), PARAMS)
     assert isinstance(result.outputs[0].error, NumericsError)
     assert result.outputs[1].computed_tokens == 5 + 2 * 4 + FRESH_END  # the third block is in it

@@ -127,7 +127,7 @@ def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
     llm.engine.check_integrity()
     assert len(requests) == agents * ROUNDS
     asked = [
-        Asked(request.prompt.token_ids.tolist(), list(request.generated), request.num_cached)
+        Asked(request.prompt.token_ids.tolist(), list(request.generated), request.num_reused)
         for request in requests
     ]
     reports = [llm.check_shadow() for _ in range(SHADOWS)]

@@ -9,10 +9,31 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokendance.engine.sampling import choose_tokens, text_up_to_stop
 from torch import Tensor
 
 from tokendance import SamplingParams
+from tokendance.engine.stops import text_up_to_stop
+from tokendance.executor.sampler import sample
+from tokendance.executor.step import SamplingRow
+
+
+def choose_tokens(
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[random.Random]
+) -> list[int]:
+    """Draw from rows in which -inf marks what is forbidden."""
+    rows = [
+        SamplingRow(
+            one.temperature,
+            one.top_k,
+            one.top_p,
+            generator.random(),
+            forbidden=row.isneginf().numpy(),
+        )
+        for row, one, generator in zip(logits, params, generators, strict=True)
+    ]
+    output = sample(logits.clamp(min=-100.0), rows)
+    assert all(output.is_finite)
+    return list(output.token_ids)
 
 
 def plainly(logits: Tensor, params: SamplingParams, uniform: float) -> tuple[int, float]:

@@ -21,7 +21,6 @@ from serving import HELLO, chat, events, serving
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.config import EngineConfig, StoreConfig
-from tokendance.store.kv_rows import KVRows
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
@@ -34,8 +33,8 @@ from tokendance.server.logs import JsonFormatter
 from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
-from tokendance.server.window import Window
-from tokendance.store.pages import Holder
+from tokendance.server.window import ArrivalWindow
+from tokendance.store.kv_rows import KVRows
 
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."
@@ -416,7 +415,7 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
             assert not any(one.done() for one in waiting)
             responses = [chat(client, third, **asked), *(one.result() for one in waiting)]
         assert sorted(cached(response) > 40 for response in responses) == [False, True, True]
-        assert not server.worker._named
+        assert not server.worker._dispatcher.arrivals.num_named
         # One that goes away before its round begins leaves nothing behind.
         with pytest.raises(httpx.ReadTimeout):
             client.post(
@@ -425,9 +424,9 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
                 timeout=0.3,
             )
         deadline = time.monotonic() + 20
-        while server.worker._named and time.monotonic() < deadline:
+        while server.worker._dispatcher.arrivals.num_named and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not server.worker._named
+        assert not server.worker._dispatcher.arrivals.num_named
         assert server.num_open == 0
         # Nor does it count when it asks again.
         asked = {"round": {"id": "r3", "size": 3}}
@@ -642,7 +641,7 @@ def test_others_are_answered_while_a_session_is_read(
 
         llm.tiers.disk.read = wait_and_read  # type: ignore[method-assign]
         asked = own.submit(ask, client, 1)
-        wait_until(lambda: any(llm.engine.store.loading.values()))
+        wait_until(lambda: any(llm.kv_store.loading.values()))
         assert chat(client).status_code == 200
         asyncio.run(server.worker.call(llm.engine.check_integrity))
         assert not asked.done()
@@ -662,7 +661,7 @@ def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
     assert llm.tiers is not None
     with serving(llm) as (client, _):
         assert ask_session(client, "ab", "one").status_code == 200
-        llm.engine.store.clear()
+        llm.kv_store.clear()
 
         def fail(_: WrittenFile) -> KVRows:
             raise MemoryError
@@ -687,10 +686,10 @@ def test_an_engine_that_fails_answers_all(roomy: LoadedModel, where: str) -> Non
     with serving(llm, round_wait_s=0.5) as (client, server):
         assert chat(client).status_code == 200
         if where == "discovery":
-            for one in server.worker._discoveries.values():
+            for one in server.worker._dispatcher._discoveries.values():
                 one.segment = fail  # type: ignore[method-assign,assignment]
         else:
-            name = "add" if where == "adding" else "step"
+            name = "add" if where == "adding" else "tick"
             setattr(llm.engine, name, fail)
         with ThreadPoolExecutor(4) as pool:
             asked = [
@@ -735,7 +734,7 @@ def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Pa
         client.timeout = httpx.Timeout(0.1)
         with pytest.raises(httpx.ReadTimeout):
             ask(client, "d", id="3")
-        wait_until(lambda: not server.worker._named)
+        wait_until(lambda: not server.worker._dispatcher.arrivals.num_named)
         assert {key.name for key in llm.tiers.disk.index.session_keys()} == {"a", "b", "c"}
     llm.close()
 
@@ -1004,13 +1003,14 @@ def test_its_pages_are_free_within_one_step(
     """Requests that run when a step begins, and the step before which the server learns of it."""
     llm = make_llm(num_pages=2000, model=roomy)
     engine = llm.engine
-    step, running = engine.step, list[set[Request]]()
+    tick, running = engine.tick, list[set[Request]]()
     taken_back: dict[Request, int] = {}
 
-    def counted_step() -> list[Request]:
+    def counted_tick(now: float | None = None) -> None:
         engine.check_integrity()
-        running.append(set(engine.scheduler.running))
-        return step()
+        if engine.has_work:
+            running.append(set(engine._engine.scheduler.running))
+        tick(now)
 
     with serving(llm, default_max_tokens=3900) as (client, server):
         cancel = server.worker.cancel
@@ -1021,7 +1021,7 @@ def test_its_pages_are_free_within_one_step(
                 taken_back.setdefault(job.request, len(running))
             cancel(given)
 
-        engine.step = counted_step  # type: ignore[method-assign]
+        engine.tick = counted_tick  # type: ignore[method-assign]
         server.worker.cancel = noted_cancel  # type: ignore[method-assign]
 
         def begin(text: str) -> HTTPConnection:
@@ -1044,10 +1044,10 @@ def test_its_pages_are_free_within_one_step(
         wait_until(lambda: len(running) > first + 3)
         # The step of that number may have begun at that very moment; no later one has it.
         assert all(one == {stays} for one in running[first + 1 :])
-        assert leaves.placement is None
+        assert leaves.allocation is None
         neighbour.close()
         wait_until(lambda: not server.num_open and not engine.has_work)
-    assert engine.store.pool.num_held(Holder.REQUEST) == 0
+    assert engine.status().resident_pages == 0
 
 
 def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
@@ -1062,7 +1062,7 @@ def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
             def fail() -> None:
                 raise RuntimeError("out of order")
 
-            llm.engine.step = fail  # type: ignore[assignment, method-assign]
+            llm.engine.tick = fail  # type: ignore[assignment, method-assign]
             assert chat(client).status_code == 503
             assert waiting.result().status_code == 503
         assert chat(client).status_code == 503
@@ -1099,7 +1099,7 @@ def test_many_at_once_are_all_answered(make_llm: Callable[..., LLM]) -> None:
 
 
 def test_the_window() -> None:
-    window: Window[str] = Window(gap_s=0.004, share=0.05, lone_s=1.0)
+    window: ArrivalWindow[str] = ArrivalWindow(gap_s=0.004, share=0.05, lone_s=1.0)
     assert window.due_s() is None
     window.add("a", 10.0)
     assert window.take(10.003) == []
@@ -1159,7 +1159,7 @@ def test_a_session_has_not_heard_a_round_that_the_server_broke_off(
     body = {"model": "tiny", "session": "town", "agents": LONG_ROUND}
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(client.post, "/v1/rounds", json=body)
-        wait_until(lambda: len(server.worker._live) == len(LONG_ROUND))
+        wait_until(lambda: len(server.worker._dispatcher._live) == len(LONG_ROUND))
         server.worker.hurry()
         agents = answer.result().json()["agents"]
     assert [one["error"]["message"] for one in agents] == ["The server is stopping."] * 2

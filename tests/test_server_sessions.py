@@ -8,19 +8,21 @@ from typing import Any, cast
 
 import pytest
 
-from tokendance.engine.tiers import Restored, Restoring
+from tokendance.disk.records import SessionKey
 from tokendance.errors import AbortedError, StoreError, TokenDanceError
 from tokendance.llm import LLM
 from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.segments import Salt
 from tokendance.server import sessions
+from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import Loader, try_to_save
 from tokendance.server.protocol import RoundRequest
 from tokendance.server.sessions import Sessions
 from tokendance.session import Session
-from tokendance.disk.records import SessionKey
+from tokendance.tier.caches import SessionSnapshot
+from tokendance.tier.loader import Restored, Restoring
 
 SALT = Salt(b"")
 
@@ -126,8 +128,8 @@ class FakeTier:
         self.saved: list[str] = []
         self.disk = SimpleNamespace(session=lambda _: None)
 
-    def save(self, key: SessionKey, **_: object) -> None:
-        self.saved.append(key.name)
+    def save(self, snapshot: SessionSnapshot, _: object = None) -> None:
+        self.saved.append(snapshot.key.name)
 
 
 class FakeEncoder:
@@ -149,7 +151,7 @@ def opened(tier: FakeTier, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sessions, "_MAX_SESSIONS", 3)
     model = SimpleNamespace(shape=SimpleNamespace(max_context=100))
     llm = SimpleNamespace(tiers=tier, model=model, run_round=None)
-    return Sessions(cast(LLM, llm), cast(Worker, worker))
+    return Sessions(cast(LLM, llm), cast(EngineThread, worker))
 
 
 def body(session: str) -> RoundRequest:

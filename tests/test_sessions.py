@@ -22,7 +22,6 @@ from hypothesis.stateful import (
 
 from tokendance import LLM, Agent, SamplingParams, Session
 from tokendance.config import EngineConfig, StoreConfig
-from tokendance.store.kv_rows import KVRows
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId, SessionKey
 from tokendance.disk.store import DiskStore
@@ -30,6 +29,7 @@ from tokendance.engine.request import Request
 from tokendance.errors import StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.outputs import NotStoredError, RoundResult
+from tokendance.store.kv_rows import KVRows
 
 ANSWER = SamplingParams(max_tokens=10, ignore_eos=True)
 PEOPLE = [Agent(name, f"I am {name}, and my number is {name * 3}.") for name in ("Ann", "Bo", "Cy")]
@@ -86,7 +86,7 @@ def test_what_was_evicted_is_read_again(roomy: LoadedModel, tmp_path: Path) -> N
     llm = open_llm(roomy, tmp_path / "store")
     session = llm.session("town", PEOPLE, params=ANSWER)
     parts = run(session, 2)
-    llm.engine.store.clear()
+    llm.kv_store.clear()
     parts += run(session, 1)
     assert words(parts) == words(whole)
     assert computed(parts) == computed(whole)
@@ -99,7 +99,7 @@ def test_without_kv_a_session_says_the_same(roomy: LoadedModel, tmp_path: Path) 
     first = run(llm.session("town", PEOPLE, params=ANSWER), 2)
     assert llm.tiers is not None
     llm.tiers.disk.drop_kv(SessionKey("", "town"))
-    llm.engine.store.clear()
+    llm.kv_store.clear()
     (third,) = run(llm.session("town", params=ANSWER), 1)
     assert len(third.outputs) == 3
     assert third.stats.computed_tokens > first[1].stats.computed_tokens
@@ -250,29 +250,29 @@ def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) ->
 
     def interfere(now: float, requests: Collection[Request]) -> None:
         if not unready and all(request.is_decoding for request in requests):
-            mirror = next(request for request in requests if request.reads_copies)
-            object.__setattr__(engine.config, "max_batch_tokens", 12)
+            mirror = next(
+                request for request in requests if request.plan is not None and request.plan.uses
+            )
+            engine._engine.scheduler._max_num_batched_tokens = 12
             other = Request(
                 "other", engine.new_round_id(), mirror.prompt, ANSWER, 10, in_round=False
             )
             engine.add([other])
-            engine.step()
-            _, slots = engine.store.match_prefix(
-                mirror.prompt.token_ids, mirror.prompt.salt, exact=False
-            )
-            unready.append(int(np.count_nonzero(~engine.store.slot_ready[slots])))
+            engine.tick()
+            slots = llm.kv_store.match_slots(mirror.prompt.prefix_hashes)
+            unready.append(int(np.count_nonzero(~llm.kv_store.slot_ready[slots])))
         after_step(now, requests)
 
     llm.tiers.after_step = interfere  # type: ignore[method-assign]
     run(session, 1)
     while engine.has_work:
-        engine.step()
+        engine.tick()
     assert unready[0] > 0
     readers = llm.tiers.disk.index.readers(SessionKey("", "town"))
     for file in readers:
         rows = llm.tiers.disk.read(llm.tiers.disk.index.file(file))
         slots = llm.tiers._files.slots_of(np.array([[file, 0, len(rows)]], np.int64))
-        now = engine.runner.memory.read(slots, engine.store.slot_position[slots])
+        now = llm.executor.read_kv(slots)
         assert np.array_equal(now.keys, rows.keys[:, :, : len(slots)])
     llm.close()
 
@@ -396,7 +396,7 @@ def test_what_memory_has_evicted_stays_on_disk(roomy: LoadedModel, tmp_path: Pat
     assert llm.tiers is not None
     disk, key = llm.tiers.disk, SessionKey("", "town")
     before = disk.index.readers(key)
-    llm.engine.store.clear()
+    llm.kv_store.clear()
     session.save()
     assert disk.index.readers(key) == before
     disk.check_integrity()
@@ -417,9 +417,9 @@ def test_what_is_read_again_in_part_has_one_place_on_disk(
     assert llm.tiers is not None
     disk, key = llm.tiers.disk, SessionKey("", "town")
     before = disk.index.usage(key)
-    entries = list(llm.engine.store.order.in_turn())
+    entries = list(llm.kv_store.order.in_turn())
     for entry in entries[: int(share * len(entries))]:
-        llm.engine.store.drop(entry)
+        llm.kv_store.drop(entry)
     restored = session.restore(always=True)
     assert restored is not None
     assert restored.rows > 0
@@ -481,7 +481,7 @@ class Towns(RuleBasedStateMachine):
 
     @rule()
     def evict(self) -> None:
-        self.llm.engine.store.clear()
+        self.llm.kv_store.clear()
 
     @rule()
     def restart(self) -> None:

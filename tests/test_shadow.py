@@ -30,11 +30,11 @@ def test_shadows_report_what_a_comparison_by_hand_finds(
     prompts = random_round(14, agents=4)
     llm = shadowed(make_llm, tiny)
     result = llm.run_round(prompts, KEEP)
-    used = llm.engine.store.pool.num_free
+    used = llm.kv_store.pool.num_free
     reports = []
     while (report := llm.check_shadow()) is not None:
         reports.append(report)
-    assert llm.engine.store.pool.num_free == used  # nothing is left behind
+    assert llm.kv_store.pool.num_free == used  # nothing is left behind
     assert len(reports) == 3  # the master computed its own
     for report in reports:
         index = [output.agent for output in result.outputs].index(report.agent)
@@ -85,11 +85,11 @@ def test_an_interrupted_shadow_waits_again(
     llm.run_round(random_round(19, agents=2), KEEP)
     assert llm.shadows.num_pending == 1
 
-    def interrupt() -> list[Request]:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine, "step", interrupt)
+        patch.setattr(llm.engine, "tick", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.check_shadow()
     assert llm.shadows.num_pending == 1
@@ -105,6 +105,7 @@ class Loop:
         self.llm = llm
         self.reports: list[ShadowReport] = []
         self.idle = IdleShadows(llm.shadows, llm.engine, self.reports.append)
+        llm.engine.attach(self.idle)
         self.live: list[Request] = []
         self.now = 100.0
 
@@ -115,10 +116,7 @@ class Loop:
 
     def tick(self) -> None:
         self.now += 1.0
-        if self.llm.engine.has_work:
-            self.llm.engine.step()
-        self.llm.shadows.after_step(self.now, self.live)
-        self.idle.after_step(self.now, self.live)
+        self.llm.engine.tick(self.now)
         self.live = [request for request in self.live if request.finish_reason is None]
 
 

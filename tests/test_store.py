@@ -156,7 +156,7 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, steps: int) -> None:
         for _ in range(steps):
             if self.llm.engine.has_work:
-                self.llm.engine.step()
+                self.llm.engine.tick()
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 10**6))
@@ -171,15 +171,15 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(500):
             if not self.llm.engine.has_work:
                 break
-            self.llm.engine.step()
+            self.llm.engine.tick()
             self.llm.engine.check_integrity()
         assert not self.llm.engine.has_work, "a request never finished"
         for request in self.live:
             assert request.finish_reason in ("length", "error")
             if request.finish_reason == "length":
                 assert len(request.generated) == request.max_new_tokens
-        self.llm.engine.store.clear()
-        assert self.llm.engine.store.pool.num_free == 40
+        self.llm.kv_store.clear()
+        assert self.llm.kv_store.pool.num_free == 40
 
 
 def test_books_balance_whatever_happens(tiny: LoadedModel) -> None:

@@ -1,5 +1,6 @@
 """Putting an engine together: a store, memory, an executor and what decides, by the settings."""
 
+from dataclasses import dataclass
 from functools import partial
 
 from tokendance.attention.backends import make_backend
@@ -7,6 +8,7 @@ from tokendance.collector.planner import Planner
 from tokendance.config import EngineConfig
 from tokendance.engine.engine import Engine, EngineParts
 from tokendance.engine.loop import EngineLoop
+from tokendance.engine.scheduling import DecodingFirst, SchedulingPolicy
 from tokendance.errors import ConfigError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import Executor
@@ -16,14 +18,29 @@ from tokendance.models.loader import LoadedModel
 from tokendance.store.kv_store import KVStore
 
 
-def make_loop(
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """An engine with what it was made of.
+
+    Attributes:
+        loop: drives it.
+        store: what it knows of KV, and where that lies.
+        executor: holds the KV.
+    """
+
+    loop: EngineLoop
+    store: KVStore
+    executor: Executor
+
+
+def assemble(
     model: LoadedModel,
     config: EngineConfig,
     encoder: PromptEncoder,
     *,
     pool: KVPool | None = None,
     executor: Executor | None = None,
-) -> EngineLoop:
+) -> Assembly:
     """Make an engine, and the loop that drives it.
 
     Args:
@@ -46,10 +63,11 @@ def make_loop(
         )
     num_pages = min(num_pages, (2**31 - 1) // page_size)  # slots are int32
     store = KVStore(num_pages, page_size, config.store.max_reuse_rounds)
+    planner, policy, executor_class = _of_mode(config, store)
     if executor is None:
-        parts = _make_parts(model, config, store, pool or KVPool(model, num_pages * page_size))
-    else:
-        parts = EngineParts(_make_planner(config, store), executor)
+        pool = pool or KVPool(model, num_pages * page_size)
+        executor = executor_class(model, pool, partial(make_backend, name=config.attention))
+    parts = EngineParts(planner, executor, policy)
     engine = Engine(
         store,
         parts,
@@ -57,24 +75,23 @@ def make_loop(
         max_num_batched_tokens=config.max_batch_tokens,
         kv_bytes_per_token=kv_bytes_per_token,
     )
-    return EngineLoop(engine, config, kv_bytes_per_token)
+    loop = EngineLoop(engine, config, kv_bytes_per_token)
+    return Assembly(loop, store, executor)
 
 
-def _make_parts(
-    model: LoadedModel, config: EngineConfig, store: KVStore, pool: KVPool
-) -> EngineParts:
-    backend = partial(make_backend, name=config.attention)
+def _of_mode(
+    config: EngineConfig, store: KVStore
+) -> tuple[Planner, SchedulingPolicy, type[TorchExecutor]]:
+    """What decides and what runs, by the mode of reuse."""
     if config.takes_copies:
         from tokendance.bench import pic  # the baseline is loaded where it is asked for
 
-        return pic.make_parts(model, pool, backend, store, batched=config.reuse == "pic-batched")
-    return EngineParts(_make_planner(config, store), TorchExecutor(model, pool, backend))
-
-
-def _make_planner(config: EngineConfig, store: KVStore) -> Planner:
-    return Planner(
+        policy = pic.WholePrompts() if config.reuse == "pic-batched" else pic.OnePromptAtATime()
+        return pic.PicPlanner(store), policy, pic.PicExecutor
+    planner = Planner(
         store,
         config.correction,
         prefix=config.reuse != "none",
         segments=config.reuses_segments,
     )
+    return planner, DecodingFirst(), TorchExecutor

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokendance.build import make_loop
+from tokendance.build import assemble
 from tokendance.collector.correction import CorrectionPolicy, read_correction
 from tokendance.config import (
     AttentionName,
@@ -60,6 +60,8 @@ class LLM:
         model: the loaded model.
         engine: the loop under it, for callers that add and step by themselves.
         encoder: text to token ids and back.
+        kv_store: what the engine knows of KV, and where that lies.
+        executor: holds the KV.
         shadows: mirrors that are kept to be computed again.
         tiers: memory and disk, where sessions last; None without a store.
     """
@@ -181,7 +183,8 @@ class LLM:
         self.encoder = PromptEncoder(
             model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
         )
-        self.engine = make_loop(model, config, self.encoder, pool=pool, executor=executor)
+        made = assemble(model, config, self.encoder, pool=pool, executor=executor)
+        self.engine, self.kv_store, self.executor = made.loop, made.store, made.executor
         self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)
         self.engine.observe(self._figures)
         self.shadows = Shadows(config.shadow)
@@ -208,8 +211,8 @@ class LLM:
             **_given(budget=None if budget is None else parse_bytes(budget)),
         )
         self.tiers = DiskTier(
-            self.engine.store,
-            self.engine.executor,
+            self.kv_store,
+            self.executor,
             disk,
             bytes_per_token=self.engine.kv_bytes_per_token,
             seconds_per_token=self.engine.seconds_per_token,

@@ -26,9 +26,9 @@ from serving import listening
 from soak.load import Target
 from tokendance import LLM
 from tokendance.config import EngineConfig, StoreConfig
+from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
 from tokendance.server.state import Server
-from tokendance.store.pages import Holder
 
 _CONTEXT = 1024
 _NUM_PAGES = 2000
@@ -96,8 +96,9 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
         _errors_noted(watch),
     ):
         # Memory for KV is mapped where it is first written, which would look like growth.
-        llm.engine.runner.memory.keys.zero_()
-        llm.engine.runner.memory.values.zero_()
+        assert isinstance(llm.executor, TorchExecutor)
+        llm.executor.pool.keys.zero_()
+        llm.executor.pool.values.zero_()
         target = Target(
             port,
             _KEYS[:-1],
@@ -185,15 +186,12 @@ def _leftovers(server: Server, runner: uvicorn.Server) -> list[str]:
     def found() -> dict[str, int]:
         return {
             "open requests": server.num_open,
-            "running requests": len(engine.scheduler.running),
-            "waiting requests": len(engine.scheduler.waiting),
-            "jobs": len(worker._live),
-            "named rounds": len(worker._named),
-            "jobs in the window": 0 if worker._window.due_s() is None else 1,
-            "announced requests": worker._window.num_expected,
-            "records of rounds": len(engine._rounds),
+            "running requests": engine.status().num_running,
+            "waiting requests": engine.status().num_waiting,
+            **worker._dispatcher.counts,
+            "rounds": engine.status().num_rounds,
             "shadows": server.llm.shadows.num_pending,
-            "pages held by requests": engine.store.pool.num_held(Holder.REQUEST),
+            "pages held by requests": engine.status().resident_pages,
             "HTTP requests": len(runner.server_state.tasks),
             "connections": len(runner.server_state.connections),
         }
@@ -249,8 +247,7 @@ def _errors_noted(watch: Watch) -> Iterator[None]:
 
 def _remembered_mib(server: Server) -> float:
     """What discovery remembers: in ten minutes it fills up to its bound, for each tenant."""
-    discoveries = list(server.worker._discoveries.values())
-    return sum(one.num_bytes for one in discoveries) / 2**20
+    return server.worker._dispatcher.remembered_bytes / 2**20
 
 
 _COUNTS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

@@ -12,6 +12,7 @@ from tokendance.bench.workload import RoundWorkload, WorkloadSpec
 from tokendance.collector.correction import NO_CORRECTION
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.executor.kv_pool import KVPool
+from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, checkpoint_source
 from tokendance.outputs import RoundResult
@@ -35,11 +36,17 @@ def make_engines(
     """
     num_pages = -(-num_tokens // PAGE_SIZE)
     budget = num_pages * PAGE_SIZE * model.shape.kv_bytes_per_token(model.dtype)
-    memory = KVPool(model, num_pages * PAGE_SIZE) if one_memory else None
+    pool = KVPool(model, num_pages * PAGE_SIZE) if one_memory else None
     store = StoreConfig(budget)
     configs = {str(mode): EngineConfig(mode, store=store) for mode in modes}
     configs["floor"] = EngineConfig("collective", NO_CORRECTION, store=store)
-    return {name: LLM.from_loaded(model, config, memory) for name, config in configs.items()}
+    return {name: LLM.from_loaded(model, config, pool=pool) for name, config in configs.items()}
+
+
+def pool_of(llm: LLM) -> KVPool:
+    """The KV memory of an engine that runs on torch."""
+    assert isinstance(llm.executor, TorchExecutor)
+    return llm.executor.pool
 
 
 def answer_params(num_tokens: int) -> SamplingParams:

@@ -24,7 +24,7 @@ from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Part, Prompt, private, shared
-from tokendance.rounds.segments import EncodedPrompt
+from tokendance.rounds.segments import EncodedPrompt, PrefixHashes
 from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
 from tokendance.store.entries import Entry
 
@@ -286,14 +286,14 @@ class RoundWorkload:
             keep: what it has of them already; not for engines that share their KV memory with
                 others, who write over it.
         """
-        store = llm.engine.store
+        store = llm.kv_store
         encoded = self.encoded(llm)
         beginnings = [prompt.segments[0].token_ids for prompt in encoded]
         known: set[Entry] = set()
         if keep:
             for beginning in beginnings:
-                blocks, _ = store.match_prefix(beginning, encoded[0].salt, exact=True)
-                known.update(blocks)
+                text = PrefixHashes(beginning, encoded[0].salt)
+                known.update(store.match_prefix(text, exact=True))
         store.clear(keep=known)
         llm.generate([one.tolist() for one in beginnings], SamplingParams(max_tokens=1))
 

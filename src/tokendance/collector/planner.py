@@ -47,7 +47,7 @@ class Planner:
     def rules(
         self, *, in_round: bool, isolated: bool, publishes: bool, owns_order: bool
     ) -> ReuseRules:
-        """What a request may take and leave; the arguments are those of `engine.request.Request`."""
+        """What a request may take and leave; the arguments are a request's (`engine.request`)."""
         return ReuseRules(
             prefix=self._prefix and not isolated,
             segments=self._segments and in_round and not isolated,

@@ -70,7 +70,7 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
             store_int8=options.store_int8,
         )
         llm.generate("warm up", SamplingParams(max_tokens=1))
-        llm.engine.store.clear()
+        llm.engine.forget()
     configure(options.log_format)
     app = create_app(llm, settings)
     config = uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Allocation: the slots of a plan. What it reads is held, what it computes gets pages of its own."""
+"""Allocation: slots for a plan. What it reads is held, what it computes gets pages of its own."""
 
 from dataclasses import dataclass, field
 
@@ -52,7 +52,7 @@ class Allocator:
         return self._store.num_pages(map(len, plan.parts))
 
     def can_allocate(self, plan: RequestPlan) -> bool:
-        """Say whether there is room, with eviction; holds until the store changes. Changes nothing."""
+        """Say whether there is room, by eviction if need be; holds until the store changes."""
         return self._store.can_make_room(self.num_pages(plan), self._kept(plan))
 
     def allocate(self, plan: RequestPlan, prompt: EncodedPrompt, round_id: RoundId) -> Allocation:
@@ -109,7 +109,7 @@ class Allocator:
                 copied_from[use.positions][roles == Role.COPIED] = source[roles == Role.COPIED]
 
     def _kept(self, plan: RequestPlan) -> PageIds:
-        """Pages that a plan reads, runs as a whole; they must not be evicted to make room for it."""
+        """Pages that a plan reads, runs as a whole; they must not be evicted for its own sake."""
         slots: npt.NDArray[np.int32] = np.full(len(plan.roles), NO_SLOT, np.int32)
         self._find(plan, slots, np.empty(0, np.int32))
         read = pages_of(slots[slots != NO_SLOT], self._store.page_size)

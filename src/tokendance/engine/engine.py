@@ -22,7 +22,7 @@ from tokendance.engine.events import (
 )
 from tokendance.engine.request import Request, RequestId, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
-from tokendance.engine.scheduling import DecodingFirst, SchedulingPolicy
+from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.engine.stops import text_up_to_stop
 from tokendance.errors import (
     AbortedError,
@@ -56,7 +56,7 @@ class EngineParts:
 
     planner: Planner
     executor: Executor
-    policy: SchedulingPolicy = DecodingFirst()
+    policy: SchedulingPolicy
 
 
 @dataclass(slots=True)

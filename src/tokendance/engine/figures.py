@@ -13,7 +13,7 @@ class _Watched:
 
     Attributes:
         started_s: clock time at which it was added.
-        finished: its requests that are done and have not failed.
+        finished: its requests that are done.
         resident_pages: most pages that its requests held at one time.
     """
 
@@ -43,16 +43,16 @@ class RoundFigures:
                 pages = event.resident_pages[round_id]
                 watched.resident_pages = max(watched.resident_pages, pages)
         elif isinstance(event, Finished) and event.round_id in self._watched:
-            if event.output.error is None:
-                self._watched[event.round_id].finished.append(event)
+            self._watched[event.round_id].finished.append(event)
 
     def take(self, round_id: RoundId) -> RoundStats:
         """Hand over the figures of a round whose requests are all done, and forget it."""
         watched = self._watched.pop(round_id)
-        outputs = [event.output for event in watched.finished]
-        first_tokens = [e.first_token_s for e in watched.finished if e.first_token_s is not None]
+        answered = [event for event in watched.finished if event.output.error is None]
+        outputs = [event.output for event in answered]
+        first_tokens = [e.first_token_s for e in answered if e.first_token_s is not None]
         first_s = max(first_tokens, default=watched.started_s)
-        last_s = max((event.time_s for event in watched.finished), default=first_s)
+        last_s = max((event.time_s for event in answered), default=first_s)
         num_tokens = sum(output.prompt_tokens + len(output.token_ids) for output in outputs)
         return RoundStats(
             agents=len(outputs),

@@ -16,11 +16,9 @@ from tokendance.engine.engine import Engine
 from tokendance.engine.events import EngineObserver, Event
 from tokendance.engine.request import Request
 from tokendance.errors import EngineError, StepError
-from tokendance.executor.step import Executor
 from tokendance.rounds.discovery import Heard
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt
 from tokendance.store.entries import RoundId
-from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
 
 log = logging.getLogger("tokendance.engine")
@@ -156,16 +154,6 @@ class EngineLoop:
             attachment.after_step(now, requests)
 
     # -- KV -------------------------------------------------------------------------------------
-
-    @property
-    def store(self) -> KVStore:
-        """Pages and indexes, for what moves KV in and out."""
-        return self._engine.store
-
-    @property
-    def executor(self) -> Executor:
-        """Holds the KV, for what moves it in and out."""
-        return self._engine.executor
 
     def seconds_per_token(self) -> float | None:
         """Of the last large pass over prompts; None before there was one."""

@@ -95,13 +95,13 @@ def _measure(
     most = max(kind.blocks for kind in kinds)
     num_tokens = (size.readers + most) * (private + most * (size.block_tokens + 30) + 400)
     store = StoreConfig(num_tokens * model.shape.kv_bytes_per_token(model.dtype))
-    memory = KVPool(model, num_tokens)
+    pool = KVPool(model, num_tokens)
     worst: dict[_Kind, dict[tuple[int, int], float]] = {kind: {} for kind in kinds}
     num_before = 0
     for number in range(size.workloads):
         what = f"{private} private tokens, workload {number + 1} of {size.workloads}"
         on_status(f"{what}: texts and full computation ...")
-        exact = LLM.from_loaded(model, EngineConfig("none", store=store), memory)
+        exact = LLM.from_loaded(model, EngineConfig("none", store=store), pool=pool)
         spec = WorkloadSpec(
             max(most, size.readers), size.block_tokens, (private // 4, private), seed=seed + number
         )
@@ -116,7 +116,7 @@ def _measure(
         for first, last in CORRECTIONS:
             on_status(f"{what}: {first} + {last} corrected ...")
             config = EngineConfig("collective", Edges(first, last), store=store)
-            llm = LLM.from_loaded(model, config, memory)
+            llm = LLM.from_loaded(model, config, pool=pool)
             for kind, workload in rounds.items():
                 workload.warm(llm, keep=True)
                 fidelity = measure_fidelity(llm, workload.prompts(), references[kind])

@@ -67,7 +67,7 @@ class PrefixHashes:
         self._hashes: dict[tuple[int, int], ChainHash] = {}  # by page size and length
 
     def of(self, length: int, page_size: int) -> ChainHash:
-        """Hash the first `length` tokens (1 or more) in pages of `page_size`; the last may be short."""
+        """Hash the first `length` tokens, at least one, in pages of `page_size`."""
         known = self._hashes.get((page_size, length))
         if known is not None:
             return known

@@ -15,7 +15,7 @@ _AGENTS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of their own; they observe its engine."""
+    """Counters and histograms of one server, which observes its engine."""
 
     def __init__(self, llm: LLM) -> None:
         """Describe an engine."""

@@ -53,8 +53,9 @@ class PicExecutor(TorchExecutor):
         """
         if model.shape.num_layers < MIN_LAYERS:
             raise ConfigError(
-                "reuse 'pic' and 'pic-batched' compare keys of the second layer and drop rows after "
-                f"it, and {model.name} has {model.shape.num_layers} layers. Use another reuse."
+                "reuse 'pic' and 'pic-batched' compare keys of the second layer and drop rows "
+                f"after it, and {model.name} has {model.shape.num_layers} layers. "
+                "Use another reuse."
             )
         super().__init__(model, pool, backend)
         self._blend: BlendPass | None = None  # while a pass runs in which requests copy KV

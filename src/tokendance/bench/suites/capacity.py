@@ -28,6 +28,7 @@ from tokendance.bench.vllm import VLLMConfig, count_blocks
 from tokendance.bench.workload import RoundWorkload, generate_workload
 from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.errors import ConfigError
+from tokendance.executor.fake import FakeExecutor
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, load_model
 
@@ -181,22 +182,22 @@ def _seconds(llm: LLM, workload: RoundWorkload) -> float:
 def _most_in_budget(model: LoadedModel, mode: ReuseMode, workload: RoundWorkload) -> int:
     """The most agents of a workload that are admitted together."""
     config = EngineConfig(mode, store=StoreConfig(BUDGET_BYTES))
-    llm = LLM.from_loaded(model, config)
+    num_slots = BUDGET_BYTES // model.shape.kv_bytes_per_token(model.dtype)
+    llm = LLM.from_loaded(model, config, executor=FakeExecutor(num_slots, model.shape.vocab_size))
 
     def fits(size: int) -> bool:
         engine = llm.engine
-        engine.store.clear()
+        engine.forget()
         round_id = engine.new_round_id()
         requests = [
             llm.make_request(prompt, answer_params(ANSWER_TOKENS), round_id, str(index))
             for index, prompt in enumerate(workload.head(size).prompts())
         ]
         engine.add(requests)
-        refused = engine.scheduler.admit()
-        all_in = not refused and not engine.scheduler.waiting
+        engine.tick()
+        all_in = engine.status().num_waiting == 0 and all(one.error is None for one in requests)
         for request in requests:
             engine.abort(request)
-        engine.pop_round(round_id)
         return all_in
 
     return _bisect(fits, 0, len(workload.views) + 1)

@@ -148,22 +148,22 @@ class _Decoding:
     def __init__(self, llm: LLM, prompts: list[Prompt], num_steps: int) -> None:
         """Compute the prompts."""
         self._engine = llm.engine
-        self._engine.store.clear()
-        self._round = self._engine.new_round_id()
+        self._engine.forget()
+        round_id = self._engine.new_round_id()
         params = answer_params(num_steps + _AHEAD_TOKENS)
         self._requests: list[Request] = [
-            llm.make_request(prompt, params, self._round, str(index))
+            llm.make_request(prompt, params, round_id, str(index))
             for index, prompt in enumerate(prompts)
         ]
         self._engine.add(self._requests)
         while any(request.first_token_s is None for request in self._requests):
-            self._engine.step()
+            self._engine.tick()
 
     def step(self) -> float:
         """Seconds of one step that makes a token for every agent."""
         before = self._num_generated()
         start = time.perf_counter()
-        self._engine.step()
+        self._engine.tick()
         seconds = time.perf_counter() - start
         assert self._num_generated() - before == len(self._requests), "an agent is done too early"
         return seconds
@@ -175,7 +175,6 @@ class _Decoding:
         """Take the requests back."""
         for request in self._requests:
             self._engine.abort(request)
-        self._engine.pop_round(self._round)
 
 
 def _in_turn(engines: Mapping[str, LLM], prompts: list[Prompt], num_steps: int) -> list[_Steps]:

@@ -273,15 +273,13 @@ def _rows(
 
 def pass_through_int8(llm: LLM) -> None:
     """Put all KV that an engine has stored through compression and back, as a cold store does."""
-    engine = llm.engine
-    pool = engine.store.pool
+    pool = llm.kv_store.pool
     pages = np.flatnonzero(pool.num_refs(pool.all_pages(), Holder.INDEX))
     size = pool.page_size
     slots = (pages[:, None] * size + np.arange(size)).reshape(-1)
-    slots = slots[engine.store.slot_ready[slots]].astype(np.int32)
-    memory = engine.runner.memory
-    rows = memory.read(slots, engine.store.slot_position[slots])
-    memory.write(slots, decompress_rows(rows.positions, compress_rows(rows)))
+    slots = slots[llm.kv_store.slot_ready[slots]].astype(np.int32)
+    rows = llm.executor.read_kv(slots)
+    llm.executor.write_kv(slots, decompress_rows(rows.positions, compress_rows(rows)))
 
 
 def measure_recall(llm: LLM, workload: RoundWorkload) -> dict[str, bool]:

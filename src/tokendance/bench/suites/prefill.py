@@ -247,7 +247,7 @@ def _time(arm: _Arm, round_: _Round) -> float:
 
 def _time_plain_pass(arm: _Arm, llm: LLM, workload: RoundWorkload) -> float:
     """Seconds of S + N t tokens without anybody's context: the run alone, and each task alone."""
-    llm.engine.store.clear()
+    llm.engine.forget()
     encoded = workload.encoded(llm)
     run = np.concatenate([part.token_ids for part in encoded[0].segments if part.shared])
     prompts = [run.tolist(), *(prompt.segments[-1].token_ids.tolist() for prompt in encoded)]

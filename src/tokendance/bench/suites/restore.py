@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from tokendance.bench.arms import answer_params, make_engines
+from tokendance.bench.arms import answer_params, make_engines, pool_of
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.suite import (
     BenchSettings,
@@ -47,7 +47,7 @@ from tokendance.llm import LLM
 from tokendance.models.loader import load_model
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
-from tokendance.rounds.segments import TokenIds
+from tokendance.rounds.segments import PrefixHashes, TokenIds
 from tokendance.rounds.trace import TraceAgent
 from tokendance.session import Session
 from tokendance.store.kv_rows import KVRows
@@ -144,7 +144,7 @@ def _talk(
     for output in result.outputs:
         said = np.array(output.token_ids, np.int32)
         tokens = np.concatenate([output.prompt_token_ids, said])
-        _, slots = llm.engine.store.match_prefix(tokens, llm.encoder.salt, exact=False)
+        slots = llm.kv_store.match_slots(PrefixHashes(tokens, llm.encoder.salt))
         assert len(tokens) - len(slots) <= 1, "the store has lost a part of an agent's cache"
         # The last token is computed, as its logits are wanted.
         caches.append(_Stored(tokens[: len(slots) + 1], slots))
@@ -164,7 +164,8 @@ class _Bench:
         self._llm, self._dense, self._caches, self._last = llm, dense, caches, last
         self._folder = folder
         self._files: list[WrittenFile] = []
-        self._positions = llm.engine.store.slot_position.copy()
+        self._pool = pool_of(llm)
+        self._positions = self._pool.slot_position.copy()
         self.read_mib: dict[tuple[str, str], float] = {}
 
     # -- from memory --------------------------------------------------------------------------
@@ -177,9 +178,9 @@ class _Bench:
         """Make a dense cache for each agent, then write it into the engine."""
 
         def work() -> None:
-            with _listed(self._dense, self._caches) as taken:
+            with _published(self._dense, self._caches) as taken:
                 for one, slots in zip(self._caches, taken, strict=True):
-                    self._dense.engine.runner.memory.write(slots, self._make_dense(one))
+                    self._dense.executor.write_kv(slots, self._make_dense(one))
             _next_tokens(self._dense, self._caches)
 
         return self._apart(work)
@@ -188,11 +189,12 @@ class _Bench:
         """Write each agent's cache into the engine, a layer at a time."""
 
         def work() -> None:
-            source, target = self._llm.engine.runner.memory, self._dense.engine.runner.memory
-            with _listed(self._dense, self._caches) as taken:
+            source, target = self._pool, pool_of(self._dense)
+            with _published(self._dense, self._caches) as taken:
                 for one, slots in zip(self._caches, taken, strict=True):
                     old = torch.from_numpy(one.slots.astype(np.int64))
                     new = torch.from_numpy(slots.astype(np.int64))
+                    target.slot_position[slots] = np.arange(len(slots))
                     offsets = np.arange(len(one.slots)) - self._positions[one.slots]
                     for layer, kind in enumerate(self._llm.model.layers):
                         tables = kind.rope.tables(offsets, source.keys.device)
@@ -206,15 +208,15 @@ class _Bench:
 
     def _apart(self, work: Callable[[], None]) -> float:
         """Time something on the dense engine, which begins and ends empty."""
-        self._dense.engine.store.clear()
+        self._dense.engine.forget()
         seconds = _seconds(work)
-        self._dense.engine.store.clear()
+        self._dense.engine.forget()
         return seconds
 
     def _make_dense(self, one: _Stored) -> KVRows:
         """A whole dense cache, its keys rotated to the agent's positions."""
         positions = np.arange(len(one.slots), dtype=np.int32)
-        rows = self._llm.engine.runner.memory.read(one.slots, positions)
+        rows = replace(self._llm.executor.read_kv(one.slots), positions=positions)
         offsets = positions - self._positions[one.slots]
         dtype = self._llm.model.dtype
         for layer, kind in enumerate(self._llm.model.layers):
@@ -236,9 +238,9 @@ class _Bench:
         _drop_from_cache(self._folder)
 
         def work() -> None:
-            with _listed(self._dense, self._caches) as taken:
+            with _published(self._dense, self._caches) as taken:
                 for file, slots in zip(self._files, taken, strict=True):
-                    self._dense.engine.runner.memory.write(slots, read_rows(self._folder, file))
+                    self._dense.executor.write_kv(slots, read_rows(self._folder, file))
             _next_tokens(self._dense, self._caches)
 
         return self._apart(work)
@@ -263,7 +265,7 @@ class _Bench:
     def _forget(self) -> None:
         """As after a restart: nothing in memory, and no file in the system's cache."""
         assert self._llm.tiers is not None
-        self._llm.engine.store.clear()
+        self._llm.engine.forget()
         _drop_from_cache(self._llm.tiers.disk.folder / "kv")
 
     def _read_session(self, source: str) -> Session:
@@ -306,16 +308,16 @@ def _next_tokens(llm: LLM, caches: Sequence[_Stored]) -> None:
 
 
 @contextmanager
-def _listed(llm: LLM, caches: Sequence[_Stored]) -> Iterator[list[npt.NDArray[np.int32]]]:
-    """Take slots for a dense cache of each agent; at the end they are listed as computed."""
-    store = llm.engine.store
-    positions = [np.arange(len(one.slots)) for one in caches]
-    assert store.make_room(store.num_pages(positions)), "the engine is too small"
-    taken, pages = store.take_slots(positions)
+def _published(llm: LLM, caches: Sequence[_Stored]) -> Iterator[list[npt.NDArray[np.int32]]]:
+    """Take slots for a dense cache of each agent; at the end they are published as computed."""
+    store = llm.kv_store
+    sizes = [len(one.slots) for one in caches]
+    assert store.make_room(store.num_pages(sizes)), "the engine is too small"
+    taken, pages = store.take_slots(sizes)
     yield taken
     for one, slots in zip(caches, taken, strict=True):
         store.slot_ready[slots] = True
-        store.put_prefix(one.token_ids[:-1], slots, llm.encoder.salt, len(slots))
+        store.publish_prefix(PrefixHashes(one.token_ids, llm.encoder.salt), slots, len(slots))
     store.pool.release(pages, Holder.REQUEST)
 
 

@@ -240,7 +240,7 @@ def _rounds(
     tokens: dict[tuple[str, int], tuple[int, int]] = {}
 
     def by_library() -> float:
-        library.engine.store.clear()
+        library.engine.forget()
         for number in range(plan.rounds):
             prompts = [
                 Prompt(_messages(said, number, agent), agent=said[0].names[agent])
@@ -303,7 +303,7 @@ def _lone(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) ->
         client.become_unknown()
         return client.ask([next(theirs)], plan.answer_tokens)[0]
 
-    library.engine.store.clear()
+    library.engine.forget()
     found = in_turn({_LIBRARY: by_library, _HTTP: by_http}, plan.lone_turns)
     return _pair("lone", 1, found, {})
 

@@ -36,6 +36,7 @@ from tokendance.models.loader import load_model
 from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
+from tokendance.rounds.segments import PrefixHashes
 from tokendance.rounds.trace import TraceAgent
 
 REPLAYED: tuple[ReuseMode, ...] = ("prefix", "pic-batched")
@@ -166,7 +167,7 @@ def _measure(llm: LLM, played: _Played) -> Row:
         count = len(output.token_ids) - (output.finish_reason != "stop")
         answer = np.array(output.token_ids[:count], np.int32)
         tokens = np.concatenate([encoded.token_ids, answer])
-        _, slots = llm.engine.store.match_prefix(tokens, encoded.salt, exact=False)
+        slots = llm.kv_store.match_slots(PrefixHashes(tokens, encoded.salt))
         assert len(slots) == len(tokens), "the store has lost a part of an agent's cache"
         caches.append(slots)
         shared.append(
