@@ -69,7 +69,7 @@ class Saver:
         try:
             needed_files = {FileId(file) for one in evicted.values() for file in one.extents[:, 0]}
             self._write(key, caches, [copy.slots for _, copy in segments], needed_files, written)
-            records = {
+            records = evicted | {
                 agent: self._record(snapshot.caches[agent], slots, exact_length(pages))
                 for agent, (pages, slots) in in_memory.items()
             }
@@ -77,7 +77,7 @@ class Saver:
                 key,
                 round_number=snapshot.round,
                 state=snapshot.state,
-                caches=records | evicted,
+                caches={agent: records[agent] for agent in snapshot.caches},
                 segments=self._segment_records(segments),
                 files=written,
                 ttl_s=snapshot.ttl_s,
