@@ -56,7 +56,6 @@ class DiskTier:
         self._background = BackgroundWriter(store, memory, disk, files, row_bytes)
         self._saver = Saver(store, memory, disk, files, self._background, cost, row_bytes)
         self._loader = Loader(store, memory, disk, files, cost)
-        self._files = files
 
     def save(self, snapshot: SessionSnapshot, stored: StoredSession | None = None) -> None:
         """Make a session durable as it is now; KV that does not fit the budget is left out.
