@@ -14,7 +14,7 @@ from tokendance.collector.correction import Edges
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import BudgetError
 from tokendance.models.loader import LoadedModel
-from tokendance.rounds.segments import make_salt
+from tokendance.rounds.segments import PrefixHashes, make_salt
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds, PagePool
 
@@ -121,20 +121,21 @@ def test_pool_is_that_of_plain_sets(steps: list[tuple[str, Holder, set[int]]]) -
         )
 
 
+def hashes_of(text: int) -> PrefixHashes:
+    """A text of one token, many times over."""
+    return PrefixHashes(np.full(99, text, np.int32), make_salt("s"))
+
+
 def put(store: KVStore, text: int, num_tokens: int) -> PageIds:
-    """Put a prompt of one token, many times over, into the index; return its pages, held."""
-    token_ids = np.full(num_tokens, text, np.int32)
-    (slots,), pages = store.take_slots([np.arange(num_tokens)])
-    store.put_prefix(token_ids, slots, make_salt("s"), num_tokens)
+    """Publish the beginning of a text; return its pages, held."""
+    (slots,), pages = store.take_slots([num_tokens])
+    store.publish_prefix(hashes_of(text), slots, num_tokens)
     return pages
 
 
 def lengths(store: KVStore, *texts: int) -> list[int]:
-    """How many tokens of each prompt are known."""
-    return [
-        len(store.match_prefix(np.full(99, text, np.int32), make_salt("s"), exact=True)[1])
-        for text in texts
-    ]
+    """How many tokens of each text are known."""
+    return [len(store.match_slots(hashes_of(text))) for text in texts]
 
 
 def test_room_is_made_from_the_end_of_what_was_used_longest_ago() -> None:
@@ -145,7 +146,7 @@ def test_room_is_made_from_the_end_of_what_was_used_longest_ago() -> None:
     assert store.make_room(2)
     assert lengths(store, 1, 2, 3) == [4, 12, 12]
     assert store.pool.num_free == 2
-    store.touch(store.match_prefix(np.full(4, 1, np.int32), make_salt("s"), exact=True)[0])
+    store.touch(store.match_prefix(hashes_of(1), exact=True))
     assert store.make_room(4)
     assert lengths(store, 1, 2, 3) == [4, 4, 12]
     assert store.make_room(9)

@@ -9,14 +9,21 @@ import numpy.typing as npt
 import pytest
 
 from tokendance import SamplingParams
-from tokendance.disk.kv_file import KVRows, WrittenFile
+from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId, SessionKey, StoredSession
 from tokendance.disk.store import DiskStore
 from tokendance.engine.request import Request
-from tokendance.rounds.segments import TokenIds, as_token_ids, build_prompt, make_salt
-from tokendance.server.kept import KeptSessions
+from tokendance.rounds.segments import (
+    PrefixHashes,
+    TokenIds,
+    as_token_ids,
+    build_prompt,
+    make_salt,
+)
+from tokendance.server.kept_chats import KeptChat
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.eviction import EvictionOrder
+from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
@@ -37,14 +44,16 @@ class Arrays:
         random = np.random.default_rng(0)
         shape = (2, LAYERS, HEADS, num_slots, SIZE)
         self.keys, self.values = random.standard_normal(shape).astype(np.float32)
+        self.positions = np.zeros(num_slots, np.int32)
         self.num_reads = 0
 
-    def read(self, slots: Slots, positions: npt.NDArray[np.int32]) -> KVRows:
+    def read_kv(self, slots: Slots) -> KVRows:
         self.num_reads += 1
-        return KVRows(positions, self.keys[:, :, slots], self.values[:, :, slots])
+        return KVRows(self.positions[slots], self.keys[:, :, slots], self.values[:, :, slots])
 
-    def write(self, slots: Slots, rows: KVRows) -> None:
+    def write_kv(self, slots: Slots, rows: KVRows) -> None:
         self.keys[:, :, slots], self.values[:, :, slots] = rows.keys, rows.values
+        self.positions[slots] = rows.positions
 
 
 class Town:
@@ -64,17 +73,19 @@ class Town:
 
     def compute(self, token_ids: TokenIds) -> Slots:
         """Put the KV of a prompt into memory, as far as it is not there; return its slots."""
-        _, known = self.store.match_prefix(token_ids, SALT, exact=True)
-        (slots,), pages = self.store.take_slots([np.arange(len(known), len(token_ids))])
+        text = PrefixHashes(token_ids, SALT)
+        known = self.store.match_slots(text)
+        (slots,), pages = self.store.take_slots([len(token_ids) - len(known)])
         self.store.slot_ready[slots] = True
+        self.memory.positions[slots] = np.arange(len(known), len(token_ids))
         slots = np.concatenate([known, slots])
-        self.store.put_prefix(token_ids, slots, SALT, len(token_ids))
+        self.store.publish_prefix(text, slots, len(token_ids))
         self.store.pool.release(pages, Holder.REQUEST)
         return slots
 
     def kv_of(self, token_ids: TokenIds) -> npt.NDArray[np.float32]:
         """Keys and values that memory has of a prompt, in its order."""
-        _, slots = self.store.match_prefix(token_ids, SALT, exact=True)
+        slots = self.store.match_slots(PrefixHashes(token_ids, SALT))
         return np.stack([self.memory.keys[:, :, slots], self.memory.values[:, :, slots]])
 
     def stored(self, key: SessionKey = TOWN) -> StoredSession:
@@ -180,9 +191,9 @@ def test_a_session_is_read_once_when_it_is_saved(
     assert len(reads) == 1
     town.tier.save(snapshot({"ann": ANN}, 3), session(TOWN))
     assert len(reads) == 1
-    kept = KeptSessions(town.tier)
-    kept.note(TOWN, request_of(ANN))
-    kept.save(TOWN)
+    chat = KeptChat(TOWN, SALT, town.tier)
+    chat.note(request_of(ANN))
+    chat.save()
     assert len(reads) == 2
     assert town.stored().round == 4
 
@@ -296,7 +307,7 @@ def slots(*numbers: int) -> Slots:
 
 def test_slots_and_extents_lead_to_each_other() -> None:
     store = KVStore(num_pages=8, page_size=4, max_reuse_rounds=1)
-    _, pages = store.take_slots([np.arange(24)])
+    _, pages = store.take_slots([24])
     files = SlotFiles(store)
     files.note(FileId(7), slots(0, 1, 2, 3, 8, 9))
     files.note(FileId(3), slots(4, 5))
@@ -314,14 +325,14 @@ def test_slots_and_extents_lead_to_each_other() -> None:
     store.pool.release(pages[2:], Holder.REQUEST)
     assert not files.in_memory(FileId(7), extents[extents[:, 0] == 7])
     assert files.slots_of(extents[2:]).tolist() == [0]
-    store.take_slots([np.arange(4)])
+    store.take_slots([4])
     assert not files.is_written(slots(8, 9)).any()
     assert files.is_written(slots(0, 1, 2, 3)).all()
 
 
 def test_what_is_not_written_is_grouped_by_who_reads_it() -> None:
     store = KVStore(num_pages=8, page_size=4, max_reuse_rounds=1)
-    store.take_slots([np.arange(32)])
+    store.take_slots([32])
     files = SlotFiles(store)
     files.note(FileId(1), slots(0, 1))
     groups = files.unwritten(
@@ -334,7 +345,7 @@ def test_what_is_not_written_is_grouped_by_who_reads_it() -> None:
 
 def test_files_of_which_little_is_needed_are_sparse() -> None:
     store = KVStore(num_pages=8, page_size=4, max_reuse_rounds=1)
-    store.take_slots([np.arange(32)])
+    store.take_slots([32])
     files = SlotFiles(store)
     files.note(FileId(1), slots(0, 1, 2, 3))
     files.note(FileId(2), slots(4, 5, 6, 7))

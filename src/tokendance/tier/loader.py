@@ -157,7 +157,7 @@ class Loader:
             for length in {min(cache.num_prompt, len(slots)), len(slots)}:
                 num_exact = min(cache.num_exact, length)
                 self.store.publish_prefix(text, slots[:length], num_exact)
-            pages, _ = match_computed(self.store, PrefixHashes(cache.token_ids[: len(slots)], salt))
+            pages, _ = match_computed(self.store, text)
             self.files.mark_on_disk(pages)
             num_lacking += len(cache.token_ids) - len(slots)
         self.cost.tell(self.store.order)

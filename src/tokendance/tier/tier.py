@@ -50,7 +50,7 @@ class DiskTier:
         """
         self.disk = disk
         self.bytes_on_disk = disk.num_bytes
-        files = SlotFiles(store)
+        self._files = files = SlotFiles(store)
         cost = ReadCost(bytes_per_token, seconds_per_token)
         row_bytes = bytes_per_token + _POSITION_BYTES
         self._background = BackgroundWriter(store, memory, disk, files, row_bytes)
