@@ -14,7 +14,9 @@ from tokendance.collector.correction import Edges
 from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import BudgetError
 from tokendance.models.loader import LoadedModel
-from tokendance.store.pages import Holder, PagePool
+from tokendance.rounds.segments import PrefixHashes, make_salt
+from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import Holder, PageIds, PagePool
 
 MakeLLM = Callable[..., LLM]
 
@@ -56,6 +58,119 @@ def test_pool_hands_out_each_page_once(actions: list[tuple[bool, int]]) -> None:
             pool.release(held.pop(count % len(held)), Holder.REQUEST)
         pages = [int(page) for one in held for page in one]
         assert len(pages) == len(set(pages)) == 20 - pool.num_free
+
+
+def test_the_first_gap_that_fits_is_taken_else_the_largest() -> None:
+    pool = PagePool(12, 16)
+    pages = pool.allocate(12)
+    pool.release(pages[[1, 3, 4, 6, 7, 8, 10]], Holder.REQUEST)  # gaps of 1, 2, 3 and 1
+    assert pool.num_free == 7
+    assert pool.allocate(2).tolist() == [3, 4]
+    assert pool.allocate(2).tolist() == [6, 7]
+    pool.release(pages[[3, 4]], Holder.REQUEST)  # gaps of 1, 2, 1 and 1
+    assert pool.allocate(4).tolist() == [1, 3, 4, 8]  # of gaps of a size, the first
+    assert pool.allocate(1).tolist() == [10]
+    assert pool.num_free == 0
+
+
+def plain_allocate(free: set[int], count: int) -> list[int]:
+    """Which pages to take, found page by page."""
+    gaps: list[list[int]] = []
+    for page in sorted(free):
+        if gaps and gaps[-1][-1] == page - 1:
+            gaps[-1].append(page)
+        else:
+            gaps.append([page])
+    for gap in gaps:
+        if len(gap) >= count:
+            return gap[:count]
+    taken = [page for gap in sorted(gaps, key=len, reverse=True) for page in gap]
+    return sorted(taken[:count])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["allocate", "retain", "release"]),
+            st.sampled_from(list(Holder)),
+            st.sets(st.integers(0, 14), min_size=1),
+        ),
+        max_size=30,
+    )
+)
+def test_pool_is_that_of_plain_sets(steps: list[tuple[str, Holder, set[int]]]) -> None:
+    pool = PagePool(15, 16)
+    refs = {holder: [0] * 15 for holder in Holder}
+    for action, holder, chosen in steps:
+        free = {page for page in range(15) if not any(refs[one][page] for one in Holder)}
+        if action == "allocate":
+            assert pool.can_allocate(len(chosen)) == (len(chosen) <= len(free))
+            if len(chosen) > len(free):
+                continue
+            pages = plain_allocate(free, len(chosen))
+            assert pool.allocate(len(chosen)).tolist() == pages
+            holder = Holder.REQUEST
+        else:
+            pages = sorted(page for page in chosen if action == "retain" or refs[holder][page])
+            getattr(pool, action)(np.array(pages, np.int32), holder)
+        for page in pages:
+            refs[holder][page] += -1 if action == "release" else 1
+        pool.check_integrity(np.array([refs[one] for one in Holder], np.int32))
+        assert pool.num_free == sum(
+            not any(refs[one][page] for one in Holder) for page in range(15)
+        )
+
+
+def hashes_of(text: int) -> PrefixHashes:
+    """A text of one token, many times over."""
+    return PrefixHashes(np.full(99, text, np.int32), make_salt("s"))
+
+
+def put(store: KVStore, text: int, num_tokens: int) -> PageIds:
+    """Publish the beginning of a text; return its pages, held."""
+    (slots,), pages = store.take_slots([num_tokens])
+    store.publish_prefix(hashes_of(text), slots, num_tokens)
+    return pages
+
+
+def lengths(store: KVStore, *texts: int) -> list[int]:
+    """How many tokens of each text are known."""
+    return [len(store.match_slots(hashes_of(text))) for text in texts]
+
+
+def test_room_is_made_from_the_end_of_what_was_used_longest_ago() -> None:
+    store = KVStore(num_pages=9, page_size=4, max_reuse_rounds=1)
+    for text in (1, 2, 3):
+        store.pool.release(put(store, text, 12), Holder.REQUEST)
+    assert store.pool.num_free == 0
+    assert store.make_room(2)
+    assert lengths(store, 1, 2, 3) == [4, 12, 12]
+    assert store.pool.num_free == 2
+    store.touch(store.match_prefix(hashes_of(1), exact=True))
+    assert store.make_room(4)
+    assert lengths(store, 1, 2, 3) == [4, 4, 12]
+    assert store.make_room(9)
+    assert lengths(store, 1, 2, 3) == [0, 0, 0]
+    assert not store.make_room(10)
+    store.check_integrity([])
+
+
+def test_what_requests_hold_is_left_where_it_is() -> None:
+    store = KVStore(num_pages=9, page_size=4, max_reuse_rounds=1)
+    held = put(store, 1, 12)
+    for text in (2, 3):
+        store.pool.release(put(store, text, 12), Holder.REQUEST)
+    store.pool.release(held[2:], Holder.REQUEST)  # a request holds the first two pages
+    assert store.can_make_room(7, np.empty(0, np.int32))
+    assert store.make_room(3)
+    assert lengths(store, 1, 2, 3) == [8, 4, 12]
+    assert store.make_room(7)
+    assert lengths(store, 1, 2, 3) == [8, 0, 0]
+    assert not store.can_make_room(8, np.empty(0, np.int32))
+    assert not store.make_room(8)
+    assert lengths(store, 1, 2, 3) == [8, 0, 0]  # taking it out would have freed nothing
+    store.pool.release(held[:2], Holder.REQUEST)
+    store.check_integrity([])
 
 
 def test_eviction_makes_room_and_keeps_what_is_read(make_llm: MakeLLM) -> None:

@@ -252,7 +252,8 @@ class SessionIndex:
         for key in self.session_keys():
             session = self.session(key)
             assert session is not None
-            for cache in (*session.caches.values(), *(one.cache for one in session.segments)):
+            of_segments = [segment.cache for segment in session.segments]
+            for cache in (*session.caches.values(), *of_segments):
                 assert int(cache.extents[:, 2].sum()) == len(cache.token_ids)
                 assert 0 <= cache.num_exact <= len(cache.token_ids)
                 assert 0 <= cache.num_prompt <= len(cache.token_ids)

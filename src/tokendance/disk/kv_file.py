@@ -186,7 +186,7 @@ def _compressed_tensors(rows: KVRows) -> dict[str, npt.NDArray[Any]]:
 
 
 def _rows_of(tensors: Mapping[str, npt.NDArray[Any]]) -> KVRows:
-    """Read what one of the two above has made."""
+    """Make rows of a file's tensors, compressed or not."""
     positions = tensors["positions"]
     if "like" not in tensors:
         layers = range((len(tensors) - 1) // 2)

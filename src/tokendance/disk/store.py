@@ -105,8 +105,8 @@ class DiskStore:
 
     def _remove_leftovers(self) -> int:
         """Remove files that no transaction has named; return how many."""
-        known = {self.index.file(file).name for file in self.index.file_ids()}
-        leftovers = [path.name for path in self._files.iterdir() if path.name not in known]
+        named = {self.index.file(file).name for file in self.index.file_ids()}
+        leftovers = [path.name for path in self._files.iterdir() if path.name not in named]
         self._unlink(leftovers)
         return len(leftovers)
 
@@ -241,9 +241,9 @@ class DiskStore:
 
     def check_integrity(self) -> None:
         """Assert that index, files and budget agree."""
-        known = [self.index.file(file) for file in self.index.file_ids()]
-        assert {file.name for file in known} == {path.name for path in self._files.iterdir()}
-        for file in known:
+        named = [self.index.file(file) for file in self.index.file_ids()]
+        assert {file.name for file in named} == {path.name for path in self._files.iterdir()}
+        for file in named:
             assert (self._files / file.name).stat().st_size == file.num_bytes
         assert self.num_bytes <= self.budget
         self.index.check_integrity()

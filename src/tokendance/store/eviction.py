@@ -1,23 +1,70 @@
 """The order in which entries give way: by how long they were not used, and what they cost.
 
 What is on disk, too, comes back for less than what has to be computed again. So there are two
-queues, each with the least recently used first, and the one whose first entry has waited longer,
-weighed by its cost, gives way:
+queues, each with the least recently used first, and of the two first entries the one that has
+waited longer, weighed by its cost, gives way:
 
     to be computed again   waited / 1
     on disk                waited / cost      0 < cost <= 1: reading it, as a share of computing it
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from tokendance.store.entries import Entry
 
 _LEAST_COST = 0.01
 
 
+@dataclass(slots=True, eq=False, repr=False)
+class _Node:
+    """An entry in a queue.
+
+    Attributes:
+        entry: that waits.
+        queue: in which it waits.
+        used: when it was used last.
+        before: its neighbour that was used before it; None at the beginning of the queue.
+        after: likewise after it, at the end.
+    """
+
+    entry: Entry
+    queue: "_Queue"
+    used: int
+    before: "_Node | None" = None
+    after: "_Node | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """Nodes that know their neighbours, so that any of them can be taken out in O(1)."""
+
+    first: _Node | None = None
+    last: _Node | None = None
+
+    def append(self, node: _Node) -> None:
+        """Put a node at the end."""
+        node.queue, node.before, node.after = self, self.last, None
+        if self.last is None:
+            self.first = node
+        else:
+            self.last.after = node
+        self.last = node
+
+    def remove(self, node: _Node) -> None:
+        """Take a node out. It still knows its neighbours, for whoever is walking over it."""
+        if node.before is None:
+            self.first = node.after
+        else:
+            node.before.after = node.after
+        if node.after is None:
+            self.last = node.before
+        else:
+            node.after.before = node.before
+
+
 class EvictionOrder:
-    """All entries of a store, in the order in which they give way.
+    """All entries of a store, in the order in which they give way. Each change takes O(1).
 
     Attributes:
         disk_cost: what it costs to read an entry, as a share of computing it; whoever writes to
@@ -26,17 +73,17 @@ class EvictionOrder:
 
     def __init__(self) -> None:
         """Begin without entries."""
-        self._computed: OrderedDict[Entry, int] = OrderedDict()  # when it was used last
-        self._on_disk: OrderedDict[Entry, int] = OrderedDict()
+        self._nodes: dict[Entry, _Node] = {}
+        self._computed = _Queue()
+        self._on_disk = _Queue()
         self._now = 0
         self.disk_cost = 1.0
 
     def __contains__(self, entry: Entry) -> bool:
-        return entry in self._computed or entry in self._on_disk
+        return entry in self._nodes
 
     def __iter__(self) -> Iterator[Entry]:
-        yield from self._on_disk
-        yield from self._computed
+        return iter(self._nodes)
 
     def begin_use(self) -> None:
         """Let time go on; what is added and used until the next call is used at once."""
@@ -44,37 +91,44 @@ class EvictionOrder:
 
     def add(self, entry: Entry) -> None:
         """Take a new entry, used now."""
-        self._computed[entry] = self._now
+        node = self._nodes[entry] = _Node(entry, self._computed, self._now)
+        self._computed.append(node)
 
     def use(self, entry: Entry) -> None:
         """Note that an entry is used now."""
-        queue = self._on_disk if entry in self._on_disk else self._computed
-        queue[entry] = self._now
-        queue.move_to_end(entry)
+        node = self._nodes[entry]
+        node.used = self._now
+        node.queue.remove(node)
+        node.queue.append(node)
 
     def mark_on_disk(self, entry: Entry) -> None:
         """Note that an entry could be read again."""
-        used = self._computed.pop(entry, None)
-        if used is not None:
+        node = self._nodes.get(entry)
+        if node is not None and node.queue is self._computed:
             # A session is marked just after it was used, so the queue stays sorted.
-            self._on_disk[entry] = used
+            self._computed.remove(node)
+            self._on_disk.append(node)
 
     def discard(self, entry: Entry) -> None:
-        """Forget an entry."""
-        self._computed.pop(entry, None)
-        self._on_disk.pop(entry, None)
+        """Forget an entry; nothing happens if it is not there."""
+        node = self._nodes.pop(entry, None)
+        if node is not None:
+            node.queue.remove(node)
 
     def in_turn(self) -> Iterator[Entry]:
-        """All entries of now, the one that gives way first before all others."""
+        """All entries, the one that gives way first before all others.
+
+        The entry that was yielded last may be discarded; after any other change begin anew.
+        """
         cost = min(1.0, max(_LEAST_COST, self.disk_cost))
-        on_disk, computed = list(self._on_disk.items()), list(self._computed.items())
-        i = j = 0
-        while i < len(on_disk) or j < len(computed):
-            waited_disk = (self._now - on_disk[i][1]) / cost if i < len(on_disk) else -1.0
-            waited = self._now - computed[j][1] if j < len(computed) else -1.0
-            if waited_disk >= waited:
-                yield on_disk[i][0]
-                i += 1
+        on_disk, computed = self._on_disk.first, self._computed.first
+        while on_disk is not None or computed is not None:
+            if computed is None or (
+                on_disk is not None
+                and (self._now - on_disk.used) / cost >= self._now - computed.used
+            ):
+                assert on_disk is not None
+                entry, on_disk = on_disk.entry, on_disk.after
             else:
-                yield computed[j][0]
-                j += 1
+                entry, computed = computed.entry, computed.after
+            yield entry

@@ -22,12 +22,18 @@ class PagePool:
 
     A page is free when nobody holds it. Pages are handed out side by side where possible, since
     attention reads neighbouring pages as one matrix without a copy.
+
+    Attributes:
+        num_pages: of the pool.
+        page_size: tokens of a page.
+        num_free: pages that nobody holds.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         """Make a pool of `num_pages` free pages of `page_size` tokens each."""
         self.num_pages = num_pages
         self.page_size = page_size
+        self.num_free = num_pages
         self._refs = np.zeros((len(Holder), num_pages), np.int32)
 
     def num_held(self, holder: Holder) -> int:
@@ -37,11 +43,6 @@ class PagePool:
     def all_pages(self) -> PageIds:
         """Every page."""
         return np.arange(self.num_pages, dtype=np.int32)
-
-    @property
-    def num_free(self) -> int:
-        """Pages that nobody holds."""
-        return int(np.count_nonzero(~self._refs.any(axis=0)))
 
     def num_refs(self, pages: PageIds, holder: Holder) -> npt.NDArray[np.int32]:
         """References by `holder` to each of `pages`."""
@@ -56,7 +57,7 @@ class PagePool:
         """Take `count` free pages for a request, ascending, side by side where possible.
 
         The first gap that is large enough wins; where there is none, the largest gaps are used up
-        first, so that the pieces stay few. Call only after `can_allocate(count)`.
+        first, so that there are few of them. Call only after `can_allocate(count)`.
         """
         assert self.can_allocate(count), "allocate() without can_allocate()"
         free = ~self._refs.any(axis=0)
@@ -67,27 +68,34 @@ class PagePool:
             first = starts[fits[0]]
             pages = np.arange(first, first + count, dtype=np.int32)
         else:
-            pieces: list[npt.NDArray[np.int64]] = []
+            ranges: list[npt.NDArray[np.int64]] = []
             missing = count
             for gap in np.argsort(-sizes, kind="stable"):
                 take = min(missing, int(sizes[gap]))
-                pieces.append(np.arange(starts[gap], starts[gap] + take))
+                ranges.append(np.arange(starts[gap], starts[gap] + take))
                 missing -= take
                 if missing == 0:
                     break
-            pages = np.sort(np.concatenate(pieces)).astype(np.int32)
+            pages = np.sort(np.concatenate(ranges)).astype(np.int32)
         self.retain(pages, Holder.REQUEST)
         return pages
 
     def retain(self, pages: PageIds, holder: Holder) -> None:
         """Add one reference to each of `pages`, which are distinct."""
+        self.num_free -= self._count_free(pages)
         self._refs[holder][pages] += 1
 
     def release(self, pages: PageIds, holder: Holder) -> None:
         """Drop one reference from each of `pages`, which are distinct."""
+        assert (self._refs[holder][pages] > 0).all(), "a page was released twice"
         self._refs[holder][pages] -= 1
-        assert (self._refs[holder][pages] >= 0).all(), "a page was released twice"
+        self.num_free += self._count_free(pages)
+
+    def _count_free(self, pages: PageIds) -> int:
+        """How many of `pages` nobody holds."""
+        return len(pages) - int(np.count_nonzero(self._refs[:, pages].any(axis=0)))
 
     def check_integrity(self, expected: npt.NDArray[np.int32]) -> None:
         """Assert that the counts equal `expected`, int32 of shape (holders, pages)."""
         assert np.array_equal(self._refs, expected), "reference counts are out of balance"
+        assert self.num_free == self._count_free(self.all_pages()), "free pages are miscounted"

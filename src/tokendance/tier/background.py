@@ -80,8 +80,10 @@ class BackgroundWriter:
     disk: DiskStore
     files: SlotFiles
     row_bytes: int
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "store"))
-    _rounds: dict[SessionKey, _Round] = field(default_factory=dict)
+    _thread: ThreadPoolExecutor = field(
+        init=False, default_factory=lambda: ThreadPoolExecutor(1, "store")
+    )
+    _rounds: dict[SessionKey, _Round] = field(init=False, default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -129,7 +131,7 @@ class BackgroundWriter:
     def _begin(self, now: float, key: SessionKey, together: Sequence[Request]) -> None:
         """Plan the files of a round, and make room for them."""
         prompts = [request.prompt for request in together if request.error is None]
-        caches = [match_computed(self.store, one.prefix_hashes)[1] for one in prompts]
+        caches = [match_computed(self.store, prompt.prefix_hashes)[1] for prompt in prompts]
         self.files.forget_all_but(self.disk.index.file_ids())
         groups = self.files.unwritten(caches, ())
         self.drop(key)

@@ -72,13 +72,13 @@ class Loader:
         """See `DiskTier.restoring`."""
         problems: list[str] = []
         missing: dict[FileId, WrittenFile] = {}
-        for file in self._missing(session, salt):
+        for file_id in self._missing(session, salt):
             try:
-                missing[file] = self.disk.index.file(file)
+                missing[file_id] = self.disk.index.file(file_id)
             except CorruptFileError as error:
                 problems.append(str(error))
         if not (always or self.cost.pays(missing.values())):
-            return Restored(0, 0, sum(one.num_rows for one in missing.values()), ())
+            return Restored(0, 0, sum(file.num_rows for file in missing.values()), ())
         num_rows = num_bytes = 0
         seconds = 0.0
         damaged: list[FileId] = []
@@ -118,7 +118,8 @@ class Loader:
 
     def _missing(self, session: StoredSession, salt: Salt) -> list[FileId]:
         """Files that memory lacks, in the order in which agents have their tokens."""
-        wanted: list[Extents] = [one.cache.extents for one in self._unpublished(session, salt)]
+        unpublished = self._unpublished(session, salt)
+        wanted: list[Extents] = [segment.cache.extents for segment in unpublished]
         for cache in session.caches.values():
             _, slots = match_computed(self.store, PrefixHashes(cache.token_ids, salt))
             wanted.append(cache.extents[np.cumsum(cache.extents[:, 2]) > len(slots)])
@@ -156,7 +157,7 @@ class Loader:
             for length in {min(cache.num_prompt, len(slots)), len(slots)}:
                 num_exact = min(cache.num_exact, length)
                 self.store.publish_prefix(text, slots[:length], num_exact)
-            pages, _ = match_computed(self.store, PrefixHashes(cache.token_ids[: len(slots)], salt))
+            pages, _ = match_computed(self.store, text)
             self.files.mark_on_disk(pages)
             num_lacking += len(cache.token_ids) - len(slots)
         self.cost.tell(self.store.order)

@@ -67,9 +67,11 @@ class Saver:
             written[file] = written_file
             self.files.note(file, slots)
         try:
-            needed_files = {FileId(file) for one in evicted.values() for file in one.extents[:, 0]}
+            needed_files = {
+                FileId(file) for record in evicted.values() for file in record.extents[:, 0]
+            }
             self._write(key, caches, [copy.slots for _, copy in segments], needed_files, written)
-            records = {
+            records = evicted | {
                 agent: self._record(snapshot.caches[agent], slots, exact_length(pages))
                 for agent, (pages, slots) in in_memory.items()
             }
@@ -77,7 +79,7 @@ class Saver:
                 key,
                 round_number=snapshot.round,
                 state=snapshot.state,
-                caches=records | evicted,
+                caches={agent: records[agent] for agent in snapshot.caches},
                 segments=self._segment_records(segments),
                 files=written,
                 ttl_s=snapshot.ttl_s,
@@ -153,7 +155,8 @@ class Saver:
         """
         new_rows = sum(map(len, self._unwritten(caches, segments, written)))
         new_bytes = new_rows * self.row_bytes
-        unnamed_bytes = self.background.num_bytes + sum(one.num_bytes for one in written.values())
+        unnamed_bytes = self.background.num_bytes
+        unnamed_bytes += sum(file.num_bytes for file in written.values())
         self.disk.make_room(new_bytes + unnamed_bytes, key)
         room = self.disk.budget - self.disk.num_bytes - unnamed_bytes
         self._forget_sparse(key, [*caches, *segments], needed_files, room - new_bytes)

@@ -50,13 +50,12 @@ class DiskTier:
         """
         self.disk = disk
         self.bytes_on_disk = disk.num_bytes
-        files = SlotFiles(store)
+        self._files = files = SlotFiles(store)
         cost = ReadCost(bytes_per_token, seconds_per_token)
         row_bytes = bytes_per_token + _POSITION_BYTES
         self._background = BackgroundWriter(store, memory, disk, files, row_bytes)
         self._saver = Saver(store, memory, disk, files, self._background, cost, row_bytes)
         self._loader = Loader(store, memory, disk, files, cost)
-        self._files = files
 
     def save(self, snapshot: SessionSnapshot, stored: StoredSession | None = None) -> None:
         """Make a session durable as it is now; KV that does not fit the budget is left out.
