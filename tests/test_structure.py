@@ -12,11 +12,25 @@ MAY_IMPORT = {
     "rounds": set(),
     "attention": set(),
     "store": {"rounds"},
+    "disk": {"rounds", "store"},
     "models": {"rounds", "attention"},
     "collector": {"rounds", "store"},
-    "engine": {"rounds", "attention", "store", "models", "collector"},
+    "executor": {"attention", "models", "store"},
+    "engine": {"rounds", "store", "disk", "collector", "executor", "outputs", "params"},
+    "tier": {"rounds", "store", "disk", "engine"},
     # What measures wants a model with an engine around it (llm), and texts (bench).
-    "fidelity": {"rounds", "store", "models", "collector", "engine", "llm", "outputs", "bench"},
+    "fidelity": {
+        "rounds",
+        "store",
+        "models",
+        "collector",
+        "engine",
+        "executor",
+        "llm",
+        "outputs",
+        "params",
+        "bench",
+    },
 }
 
 
