@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # 0 runs its tests on a GPU
@@ -43,9 +45,14 @@ from transformers import (
 
 from tokendance import LLM
 from tokendance.config import ReuseMode
+from tokendance.executor.fake import FakeExecutor, next_token
+from tokendance.executor.step import Executor
+from tokendance.models import hook
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.models.support import ModelShape
 
 VOCAB = 300
+SPECIALS = 3
 TEMPLATE = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
@@ -171,6 +178,45 @@ def tiny(model_folder: Callable[..., Path]) -> LoadedModel:
     return load_model(str(model_folder("llama")), "float32")
 
 
+@pytest.fixture(scope="session")
+def fake() -> LoadedModel:
+    """A tokenizer and a shape, and no model: for a `FakeExecutor`."""
+    hook.register()
+    shape = ModelShape(1, 1, 1, 1, VOCAB, max_context=4096)
+    return LoadedModel(
+        "fake",
+        nn.Identity(),
+        make_tokenizer(),
+        shape,
+        (),
+        torch.float32,
+        torch.device("cpu"),
+        frozenset({2}),
+    )
+
+
+@pytest.fixture
+def make_fake_llm(fake: LoadedModel, make_llm: Callable[..., LLM]) -> Callable[..., LLM]:
+    """Return a function that puts an engine around a `FakeExecutor`, which says no special token.
+
+    Its steps take no time, and what it answers follows from the tokens it reads: see `said`.
+    """
+
+    def make(**settings: Any) -> LLM:
+        num_slots = settings.get("num_pages", 400) * settings.get("page_size", 16)
+        return make_llm(model=fake, executor=FakeExecutor(num_slots, VOCAB, SPECIALS), **settings)
+
+    return make
+
+
+def said(prompt: Sequence[int], count: int) -> list[int]:
+    """What a `FakeExecutor` answers."""
+    answer: list[int] = []
+    while len(answer) < count:
+        answer.append(next_token([*prompt, *answer], VOCAB, SPECIALS))
+    return answer
+
+
 @pytest.fixture
 def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
     """Return a function that puts an engine around the tiny model; checks its books at the end."""
@@ -187,6 +233,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
         page_size: int = 16,
         max_reuse_rounds: int = 16,
         model: LoadedModel = tiny,
+        executor: Executor | None = None,
     ) -> LLM:
         page_bytes = model.shape.kv_bytes_per_token(model.dtype) * page_size
         config = EngineConfig(
@@ -195,7 +242,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
             max_batch_tokens,
             StoreConfig(num_pages * page_bytes, page_size, max_reuse_rounds),
         )
-        made.append(LLM.from_loaded(model, config))
+        made.append(LLM.from_loaded(model, config, executor=executor))
         return made[-1]
 
     yield make
