@@ -44,12 +44,12 @@ from transformers import (
 )
 
 from tokendance import LLM
-from tokendance.config import ReuseMode
 from tokendance.executor.fake import FakeExecutor, next_token
 from tokendance.executor.step import Executor
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.models.support import ModelShape
+from tokendance.options import EngineOptions, ReuseMode
 
 VOCAB = 300
 SPECIALS = 3
@@ -220,15 +220,12 @@ def said(prompt: Sequence[int], count: int) -> list[int]:
 @pytest.fixture
 def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
     """Return a function that puts an engine around the tiny model; checks its books at the end."""
-    from tokendance.collector.correction import read_correction
-    from tokendance.config import EngineConfig, StoreConfig
-
     made: list[LLM] = []
 
     def make(
         reuse: ReuseMode = "collective",
         correction: str = "first:4",
-        max_batch_tokens: int = 4096,
+        max_num_batched_tokens: int = 4096,
         num_pages: int = 400,
         page_size: int = 16,
         max_reuse_rounds: int = 16,
@@ -236,13 +233,15 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
         executor: Executor | None = None,
     ) -> LLM:
         page_bytes = model.shape.kv_bytes_per_token(model.dtype) * page_size
-        config = EngineConfig(
-            reuse,
-            read_correction(correction),
-            max_batch_tokens,
-            StoreConfig(num_pages * page_bytes, page_size, max_reuse_rounds),
+        options = EngineOptions(
+            reuse=reuse,
+            correction=correction if reuse == "collective" else None,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_budget=num_pages * page_bytes,
+            page_size=page_size,
+            max_reuse_rounds=max_reuse_rounds,
         )
-        made.append(LLM.from_loaded(model, config, executor=executor))
+        made.append(LLM.from_loaded(model, options, executor=executor))
         return made[-1]
 
     yield make

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tokendance import cli
 from tokendance.bench import arms
 from tokendance.bench.registry import SUITES
-from tokendance.bench.suite import BenchSettings, between, in_turn, ratio
+from tokendance.bench.settings import BenchOutputs, BenchSettings
+from tokendance.bench.suite import between, in_turn, ratio
 from tokendance.bench.suites.capacity import _Search
-from tokendance.commands.bench import BenchOutputs, run_bench
+from tokendance.commands.bench import run_bench
 from tokendance.errors import ConfigError
+from tokendance.options import EngineOptions
 
 HEADLINES: dict[str, set[str]] = {
     "prefill": {
@@ -63,7 +64,7 @@ def run(
 ) -> dict[str, Any]:
     """Run a suite as the command does; return the JSON of its last line."""
     chosen = BenchSettings(model, "tiny", repeats=1, **settings)
-    run_bench(suite, chosen, outputs, None, Console())  # type: ignore[arg-type]
+    run_bench(suite, chosen, outputs, Console())  # type: ignore[arg-type]
     document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return document
 
@@ -113,8 +114,7 @@ def test_bench_all_writes_a_report(
     run_bench(
         None,
         BenchSettings(model, "tiny", repeats=1),
-        BenchOutputs(None, None, tmp_path / "out"),
-        None,
+        BenchOutputs(out=tmp_path / "out"),
         Console(),
     )
     report = (tmp_path / "out" / "report.md").read_text()
@@ -132,9 +132,8 @@ def test_without_vllm_its_rows_are_left_out_and_that_is_said(
     monkeypatch.setattr(arms, "find_vllm", lambda: None)
     run_bench(
         "decode",
-        BenchSettings(model, "tiny", repeats=1, against_vllm=True),
-        BenchOutputs(None, None, None),
-        None,
+        BenchSettings(model, "tiny", repeats=1, against="vllm"),
+        BenchOutputs(),
         Console(),
     )
     out = capsys.readouterr().out
@@ -156,11 +155,17 @@ def test_outputs_that_do_not_fit_are_refused_before_the_work(
     suite: str | None, outputs: BenchOutputs
 ) -> None:
     with pytest.raises(ConfigError):
-        run_bench(suite, BenchSettings(), outputs, None, Console())  # type: ignore[arg-type]
+        run_bench(suite, BenchSettings(), outputs, Console())  # type: ignore[arg-type]
 
 
-def test_the_command_line_knows_all_suites() -> None:
-    assert get_args(cli.BenchName) == (*SUITES, "all")
+def test_what_has_no_effect_on_a_suite_is_refused() -> None:
+    for suite, settings in (
+        ("attention", BenchSettings(engine=EngineOptions(attention="torch"))),
+        ("decode", BenchSettings(against="vllm", engine=EngineOptions(device="cuda"))),
+        ("storage", BenchSettings(against="vllm")),
+    ):
+        with pytest.raises(ConfigError):
+            run_bench(suite, settings, BenchOutputs(), Console())  # type: ignore[arg-type]
 
 
 def test_runs_in_turn_leave_out_the_warm_up() -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import torch
 
+from tokendance.bench.registry import SUITES
+from tokendance.bench.settings import BenchOutputs, BenchSettings
 from tokendance.cli import main
+from tokendance.commands.settings import RunSettings
+from tokendance.options import EngineOptions
+from tokendance.server.settings import ServerSettings
 
 ROUND: dict[str, Any] = {
     "type": "round",
@@ -172,6 +179,29 @@ def test_a_prompt_that_is_too_long_harms_nobody(
         (["run", "--correction", "hkvd", "--model", "MODEL"], "'hkvd'"),
         (["run", "--correction", "target:0.01", "--model", "MODEL"], "tokendance calibrate"),
         (["run", "--fidelity-target", "0.01", "--model", "MODEL"], "tokendance calibrate"),
+        (["run", "--fidelity-target", "0.1", "--first-k", "2"], "--fidelity-target"),
+        (["run", "--fidelity-target", "0"], "above 0"),
+        (["run", "--shadow", "0.5", "--reuse", "none"], "--shadow"),
+        (["run", "--shadow", "2"], "shadow is 2.0. Give 0 to 1."),
+        (["run", "--store-int8"], "--store"),
+        (["run", "--store", "kv"], "--session"),
+        (["run", "--temperature", "-1"], "temperature"),
+        (["run", "--threads", "0"], "threads"),
+        (["run", "--page-size", "x"], "page-size"),
+        (["run", "--rounds"], "--rounds"),
+        (["run", "--device", "nowhere", "--model", "MODEL"], "nowhere"),
+        (["run", "--max-batch-tokens", "3"], "--max-num-batched-tokens"),
+        (["serve", "--port", "99999"], "port is 99999"),
+        (["serve", "--host", "0.0.0.0"], "--api-key"),
+        (["serve", "--max-body", "big"], "big"),
+        (["serve", "--drain", "nan"], "drain"),
+        (["serve", "--config", "no-such-file.toml"], "no-such-file.toml"),
+        (["bench", "speed"], "speed"),
+        (["bench", "decode", "--repeats", "0"], "repeats"),
+        (["bench", "decode", "--reuse", "none"], "--reuse"),
+        (["calibrate", "no/such-model"], "no/such-model"),
+        (["store", "ls"], "--store"),
+        (["sing"], "sing"),
         (["models", "--prepare", "no/such-model"], "no/such-model"),
     ],
 )
@@ -197,12 +227,138 @@ def test_help_and_models(tokendance: Run, model: str) -> None:
     assert listed.returncode == 0
     assert "smollm2-135m" in listed.stdout
     assert "yes" in listed.stdout
-    text = tokendance("run", "--help").stdout
-    for option in (
-        "--model", "--reuse", "--correction", "--first-k", "--agents", "--rounds", "--max-tokens",
-        "--temperature", "--seed", "--dtype", "--threads", "--kv-budget", "--json",
-    ):  # fmt: skip
-        assert option in text
+
+
+def help_of(command: str, monkeypatch: pytest.MonkeyPatch, tokendance: Run) -> dict[str, str]:
+    """The help of each option of a command, white space evened out."""
+    monkeypatch.setenv("COLUMNS", "10000")  # a line for each
+    text = tokendance(command, "--help").stdout
+    entries = [line.split() for line in text.split("│") if line.strip().startswith("--")]
+    return {name: " ".join(rest) for name, *rest in entries}
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("run", EngineOptions),
+        ("serve", EngineOptions),
+        ("run", RunSettings),
+        ("serve", ServerSettings),
+        ("bench", BenchSettings),
+        ("bench", BenchOutputs),
+    ],
+)
+def test_each_option_is_in_the_help_with_its_text_and_default(
+    command: str, options: Any, monkeypatch: pytest.MonkeyPatch, tokendance: Run
+) -> None:
+    shown = help_of(command, monkeypatch, tokendance)
+    texts = {
+        one.arg_name: one.description for one in docstring_parser.parse(options.__doc__).params
+    }
+    for field in dataclasses.fields(options):
+        text = texts[field.name]
+        assert text, f"{field.name} has no help"
+        if field.name in ("trace", "engine"):  # an argument, and what has a panel of its own
+            continue
+        entry = shown[
+            "--api-key" if field.name == "api_keys" else f"--{field.name.replace('_', '-')}"
+        ]
+        assert " ".join(text.replace("`", "").split()) in entry
+        if field.default is None or field.name == "api_keys":
+            assert "[default" not in entry
+        else:
+            assert entry.endswith(f"[default: {field.default}]")
+
+
+def test_commands_that_run_a_model_take_what_makes_sense_there(
+    monkeypatch: pytest.MonkeyPatch, tokendance: Run
+) -> None:
+    common = {"--device", "--attention", "--max-num-batched-tokens", "--threads"}
+    for command in ("bench", "calibrate"):
+        shown = help_of(command, monkeypatch, tokendance).keys()
+        assert common <= shown
+        assert not {"--reuse", "--kv-budget", "--store", "--engine"} & shown
+    assert "--dtype" in shown
+    for suite in SUITES:
+        assert f"{suite}:" in tokendance("bench", "--help").stdout
+
+
+def test_a_suite_that_takes_no_engine_says_so(tokendance: Run) -> None:
+    suite = ["bench", "attention", "--size", "tiny", "--repeats", "1", "--threads", "1"]
+    done = tokendance(*suite)
+    assert done.returncode == 0, done.stderr
+    assert '"suite": "attention"' in done.stdout
+    done = tokendance(*suite, "--attention", "torch")
+    assert done.returncode == 2
+    assert "--threads only" in done.stderr
+
+
+def test_settings_come_from_the_command_line_the_environment_and_a_file(
+    tokendance: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[tuple[str, EngineOptions, ServerSettings]] = []
+    monkeypatch.setattr(
+        "tokendance.commands.serve.serve", lambda *arguments: served.append(arguments[:3])
+    )
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        'port = 1\nhost = "::1"\nmodel = "file"\ndrain = 2\nwindow-ms = 7.5\nstore-int8 = true\n'
+        'store = "kv"\nkv-budget = "1GiB"\nreuse = "collective"\napi-key = ["a b", "c"]\n'
+    )
+    monkeypatch.setenv("TOKENDANCE_CONFIG", str(file))
+    monkeypatch.setenv("TOKENDANCE_PORT", "2")
+    monkeypatch.setenv("TOKENDANCE_MODEL", "environment")
+    monkeypatch.setenv("TOKENDANCE_CACHE", str(tmp_path))  # is no option
+    options = ["--model", "line", "--max-body", "1KiB", "--first-k", "2", "--no-store-int8"]
+    assert tokendance("serve", *options).returncode == 0
+    model, engine, server = served.pop()
+    assert model == "line"
+    assert (server.port, server.host, server.drain, server.window_ms) == (2, "::1", 2.0, 7.5)
+    assert server.api_keys == ("a b", "c")
+    assert server.max_body_bytes == 1024
+    assert (engine.store, engine.store_int8, engine.first_k) == (Path("kv"), False, 2)
+    assert engine.kv_bytes("cpu") == 2**30
+    monkeypatch.setenv("TOKENDANCE_API_KEYS", "key-1 key-2")
+    monkeypatch.setenv("TOKENDANCE_HOST", "0.0.0.0")
+    assert tokendance("serve").returncode == 0
+    model, engine, server = served.pop()
+    assert (model, server.host, server.api_keys) == ("environment", "0.0.0.0", ("key-1", "key-2"))
+    assert "key-1" not in repr(server)
+    assert "key-1" not in tokendance("serve", "--help").stdout
+    assert tokendance("serve", "--api-key", "x", "--api-key", "y").returncode == 0
+    assert served.pop()[2].api_keys == ("x", "y")
+    for text in ("port = ", "[engine]\nport = 1", "drain = 'x'"):
+        file.write_text(text)
+        done = tokendance("serve")
+        assert done.returncode == 2
+        assert "serve.toml" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_server_that_is_not_installed_is_a_sentence(
+    tokendance: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "tokendance.commands.serve", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = tokendance("serve")
+    assert done.returncode == 2
+    assert "uvicorn" in done.stderr
+    assert "pip install 'tokendance[serve]'" in done.stderr
+
+
+def test_what_the_library_and_the_help_need() -> None:
+    """Help comes without torch, and the library without what the command line is made of."""
+    script = """
+import sys
+sys.modules.update(dict.fromkeys({blocked}))
+{code}
+"""
+    for blocked, code in (
+        (["torch", "transformers"], "from tokendance.cli import app; app(['serve', '--help'])"),
+        (["cyclopts", "attrs", "rich", "pydantic", "fastapi"], "from tokendance import *"),
+    ):
+        text = script.format(blocked=blocked, code=code)
+        subprocess.run([sys.executable, "-c", text], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_the_doctor_names_what_is_there_and_what_is_not(tokendance: Run) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from tokendance.collector.correction import (
     read_correction,
 )
 from tokendance.commands.report import document, reuse_name
-from tokendance.config import EngineConfig
 from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel
 from tokendance.rounds.segments import Segment, as_token_ids, build_prompt, make_salt
@@ -114,8 +114,7 @@ def test_a_beginning_that_is_all_there_is_to_reuse_is_asked_about(
 ) -> None:
     """What a mirror has read stays as far from exact as it was."""
     policy = Switched()
-    store = make_llm().engine.config.store
-    llm = LLM.from_loaded(tiny, EngineConfig(correction=policy, store=store))
+    llm = LLM.from_loaded(tiny, replace(make_llm().engine.options, correction=policy))
     prompts = random_round(18, agents=2, blocks=3)
     mirror = llm.run_round(prompts, KEEP).outputs[1]
     assert mirror.reused_tokens > 0

@@ -11,15 +11,14 @@ from transformers import AutoModelForCausalLM
 from conftest import greedy
 from tokendance import LLM, Prompt, SamplingParams
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.fidelity.measure import measure_fidelity, reference_answers
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.options import EngineOptions
 from tokendance.rounds.trace import example_trace
 from tokendance.server.grammar import Grammars
 
 pytestmark = pytest.mark.demo
-STORE = StoreConfig(2**30)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def exact(model: LoadedModel) -> LLM:
-    return LLM.from_loaded(model, EngineConfig("none", store=STORE))
+    return LLM.from_loaded(model, EngineOptions(reuse="none", kv_budget=2**30))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_gemma_with_its_windows_equals_transformers() -> None:
     """Local layers see 512 tokens, and rotate at another frequency than global ones."""
     gemma = load_model("gemma3-270m", "float32")
     assert {layer.window for layer in gemma.layers} == {512, None}
-    llm = LLM.from_loaded(gemma, EngineConfig("none", store=STORE))
+    llm = LLM.from_loaded(gemma, EngineOptions(reuse="none", kv_budget=2**30))
     plain = AutoModelForCausalLM.from_pretrained(
         demo.checkpoint("gemma3-270m"), dtype=torch.float32
     )
@@ -101,7 +100,7 @@ def test_gemma_with_its_windows_equals_transformers() -> None:
 def test_fidelity_of_a_round(model: LoadedModel, exact: LLM, workload: RoundWorkload) -> None:
     prompts = workload.prompts()
     reference = reference_answers(exact, prompts, 16)
-    llm = LLM.from_loaded(model, EngineConfig("collective", store=STORE))
+    llm = LLM.from_loaded(model, EngineOptions(reuse="collective", kv_budget=2**30))
     workload.warm(llm)
     fidelity = measure_fidelity(llm, prompts, reference)
     assert fidelity.corrected > 0
@@ -112,7 +111,7 @@ def test_fidelity_of_a_round(model: LoadedModel, exact: LLM, workload: RoundWork
 
 
 def test_computed_tokens_are_the_formula(model: LoadedModel, workload: RoundWorkload) -> None:
-    llm = LLM.from_loaded(model, EngineConfig("collective", store=STORE))
+    llm = LLM.from_loaded(model, EngineOptions(reuse="collective", kv_budget=2**30))
     workload.warm(llm)
     result = llm.run_round(workload.prompts(), SamplingParams(max_tokens=1))
     assert result.stats.computed_tokens == pytest.approx(workload.formula(llm, k=4), rel=0.05)

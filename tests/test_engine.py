@@ -12,8 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from conftest import SPECIALS, VOCAB, said
 from tokendance import LLM, Prompt, SamplingParams, private, shared
-from tokendance.collector.correction import Edges
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.events import (
     Admitted,
     Event,
@@ -28,6 +26,7 @@ from tokendance.errors import EngineError, StepError
 from tokendance.executor.fake import FakeExecutor
 from tokendance.executor.step import StepInput, StepOutput
 from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions
 
 MakeLLM = Callable[..., LLM]
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -68,7 +67,7 @@ def expected(llm: LLM, prompt: Prompt, count: int = 5) -> list[int]:
 
 def test_what_it_says_follows_from_what_each_reads(make_fake_llm: MakeLLM) -> None:
     for budget in (4096, 50, 7):
-        llm = make_fake_llm(max_batch_tokens=budget)
+        llm = make_fake_llm(max_num_batched_tokens=budget)
         prompts = round_of(4)
         result = llm.run_round(prompts, PARAMS)
         assert [list(o.token_ids) for o in result.outputs] == [expected(llm, p) for p in prompts]
@@ -151,7 +150,7 @@ def test_kv_of_a_failed_pass_is_not_found(make_fake_llm: MakeLLM) -> None:
 
 
 def test_mirrors_that_wait_for_a_failed_owner_begin_anew(make_fake_llm: MakeLLM) -> None:
-    llm = make_fake_llm(max_batch_tokens=30)
+    llm = make_fake_llm(max_num_batched_tokens=30)
     prompts = round_of(3)
     owner, *mirrors = add(llm, prompts)
     llm.engine.tick()
@@ -227,7 +226,7 @@ def test_a_failure_in_one_requests_part_is_its_own(
 
 
 def test_requests_that_wait_for_each_other_are_told(make_fake_llm: MakeLLM) -> None:
-    llm = make_fake_llm(max_batch_tokens=30)
+    llm = make_fake_llm(max_num_batched_tokens=30)
     owner, mirror = add(llm, round_of(2))
     llm.engine.tick()
     # As if the owner read what only the mirror computes.
@@ -340,8 +339,8 @@ class Parrot:
 
 
 def test_a_second_executor_works(fake: LoadedModel) -> None:
-    config = EngineConfig(store=StoreConfig(100 * 16 * 8))
-    llm = LLM.from_loaded(fake, config, executor=Parrot(1600))
+    options = EngineOptions(kv_budget=100 * 16 * 8)
+    llm = LLM.from_loaded(fake, options, executor=Parrot(1600))
     outputs = llm.run_round(round_of(3), PARAMS).outputs
     assert [output.token_ids for output in outputs] == [(100 + n,) * 5 for n in range(3)]
 
@@ -356,9 +355,15 @@ class FakeMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        config = EngineConfig("collective", Edges(2, 1), 48, StoreConfig(40 * 8 * 8, 8, 3))
+        options = EngineOptions(
+            correction="edges:2+1",
+            max_num_batched_tokens=48,
+            kv_budget=40 * 8 * 8,
+            page_size=8,
+            max_reuse_rounds=3,
+        )
         self.executor = FakeExecutor(320, VOCAB, SPECIALS)
-        self.llm = LLM.from_loaded(self.model, config, executor=self.executor)
+        self.llm = LLM.from_loaded(self.model, options, executor=self.executor)
         self.live: list[Request] = []
         self.steps_at_failure = 0
 

@@ -118,7 +118,7 @@ def test_exact_modes_agree_in_chunks_and_over_rounds(
     seed: int, reuse: str, correction: str, budget: int, make_llm: MakeLLM
 ) -> None:
     reference = make_llm(reuse="none")
-    llm = make_llm(reuse=reuse, correction=correction, max_batch_tokens=budget)
+    llm = make_llm(reuse=reuse, correction=correction, max_num_batched_tokens=budget)
     prompts = random_round(seed)
     for _ in range(2):
         exact = reference.run_round(prompts, KEEP)
@@ -148,7 +148,7 @@ def test_the_owner_is_exact_and_mirrors_are_near(make_llm: MakeLLM) -> None:
 def test_chunks_do_not_change_what_is_shared(chunk: int, make_llm: MakeLLM) -> None:
     prompts = random_round(6)
     whole = make_llm().run_round(prompts, KEEP)
-    chunked = make_llm(max_batch_tokens=chunk).run_round(prompts, KEEP)
+    chunked = make_llm(max_num_batched_tokens=chunk).run_round(prompts, KEEP)
     assert chunked.stats.computed_tokens == whole.stats.computed_tokens
     torch.testing.assert_close(logprobs(chunked), logprobs(whole), rtol=0, atol=1e-4)
 
@@ -192,7 +192,7 @@ def test_a_single_row_that_others_read(
     reuse: str, budget: int, prompts: list[list[int]], make_llm: MakeLLM
 ) -> None:
     exact = make_llm(reuse="none").run_round(prompts, KEEP)
-    result = make_llm(reuse=reuse, max_batch_tokens=budget).run_round(prompts, KEEP)
+    result = make_llm(reuse=reuse, max_num_batched_tokens=budget).run_round(prompts, KEEP)
     torch.testing.assert_close(logprobs(result), logprobs(exact), rtol=0, atol=1e-4)
     assert result.stats.reused_tokens > 0
 

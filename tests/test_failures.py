@@ -12,7 +12,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from tokendance import LLM, Agent, Prompt, SamplingParams, private, shared
 from tokendance.collector.correction import Edges
 from tokendance.collector.plan import FRESH_END
-from tokendance.config import EngineConfig, StoreConfig, parse_bytes
+from tokendance.config import parse_bytes
 from tokendance.errors import (
     AbortedError,
     ConfigError,
@@ -27,6 +27,7 @@ from tokendance.executor.step import StepInput
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.models.support import why_unsupported
+from tokendance.options import EngineOptions
 from tokendance.rounds.trace import read_trace
 
 MakeLLM = Callable[..., LLM]
@@ -80,7 +81,7 @@ def test_real_nan_in_kv_is_not_handed_on(
     module.get_input_embeddings().weight.data[BAD] = float("nan")
     for budget in (4096, 30):
         own = [101, BAD, 102, 103]
-        llm = make_llm(model=model, max_batch_tokens=budget)
+        llm = make_llm(model=model, max_num_batched_tokens=budget)
         # The bad agent owns the run: it misses most.
         prompts = round_of(own, blocks=2)
         content = prompts[1].content
@@ -97,7 +98,7 @@ def test_real_nan_in_kv_is_not_handed_on(
 @pytest.mark.parametrize("victim", [0, 2])
 def test_aborted_requests_leave_the_others(make_llm: MakeLLM, steps: int, victim: int) -> None:
     prompts = round_of([100, 101, 102, 103])
-    llm = make_llm(max_batch_tokens=25)
+    llm = make_llm(max_num_batched_tokens=25)
     engine = llm.engine
     round_id = engine.new_round_id()
     requests = [llm.make_request(p, PARAMS, round_id, "") for p in prompts]
@@ -252,9 +253,9 @@ def test_wrong_sampling(settings: dict[str, Any]) -> None:
 
 def test_wrong_settings(tiny: LoadedModel, model_folder: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="sometimes"):
-        EngineConfig("sometimes")  # type: ignore[arg-type]
+        EngineOptions(reuse="sometimes")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="smaller than one page"):
-        LLM.from_loaded(tiny, EngineConfig(store=StoreConfig(10)))
+        LLM.from_loaded(tiny, EngineOptions(kv_budget=10))
     with pytest.raises(ConfigError, match="lots"):
         LLM(str(model_folder("llama")), kv_budget="lots")
     with pytest.raises(ConfigError, match="float8"):
@@ -263,7 +264,7 @@ def test_wrong_settings(tiny: LoadedModel, model_folder: Callable[..., Path]) ->
         LLM(str(model_folder("llama")), correction=Edges(2, 0), first_k=3)
     with pytest.raises(ConfigError, match="first_k"):
         LLM(str(model_folder("llama")), correction="none", first_k=3)
-    with pytest.raises(ConfigError, match="first:-1"):
+    with pytest.raises(ConfigError, match="first_k is -1"):
         LLM(str(model_folder("llama")), first_k=-1)
     with pytest.raises(ConfigError, match="'hkvd'"):
         LLM(str(model_folder("llama")), correction="hkvd")
@@ -276,7 +277,7 @@ def test_an_attention_that_cannot_serve_is_refused(model_folder: Callable[..., P
     with pytest.raises(ConfigError, match="native attention kernel cannot be used"):
         LLM(folder, attention="native", dtype="float16", kv_budget="20MiB")
     with pytest.raises(ConfigError, match="no attention 'fast'"):
-        LLM(folder, attention="fast", kv_budget="20MiB")  # type: ignore[arg-type]
+        LLM(folder, attention="fast", kv_budget="20MiB")
 
 
 @pytest.mark.parametrize(

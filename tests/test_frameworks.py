@@ -18,11 +18,11 @@ import pytest
 from oracle import Oracle, common_beginning
 from serving import serving
 from tokendance import LLM
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.engine.request import Request
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.options import EngineOptions
 from tokendance.server.jobs import Job
 
 CLIENTS = Path(__file__).parent / "frameworks"
@@ -102,7 +102,7 @@ def play(model: LoadedModel) -> Callable[[Case], Town]:
 
 
 def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
-    llm = LLM.from_loaded(model, EngineConfig(store=StoreConfig(2**30), shadow=float(agents == 3)))
+    llm = LLM.from_loaded(model, EngineOptions(kv_budget=2**30, shadow=float(agents == 3)))
     requests: list[Request] = []
     with serving(llm, served_name=demo.ALIAS) as (http, server), pytest.MonkeyPatch.context() as m:
         submit = server.worker.submit

@@ -19,8 +19,8 @@ from schemathesis.checks import (
 
 from serving import serving
 from tokendance import LLM
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions
 
 KEY = {"Authorization": "Bearer secret"}
 OPERATIONS = [
@@ -47,7 +47,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def client(tiny: LoadedModel) -> Iterator[httpx.Client]:
-    llm = LLM.from_loaded(tiny, EngineConfig(store=StoreConfig(2**24)))
+    llm = LLM.from_loaded(tiny, EngineOptions(kv_budget=2**24))
     with serving(llm, api_keys=("secret",), default_max_tokens=4) as (client, server):
         client.headers.update(KEY)
         yield client

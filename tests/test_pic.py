@@ -145,7 +145,7 @@ def test_pic_equals_the_slow_reference(
     make_llm: MakeLLM,
 ) -> None:
     prompts = make_round(seed)
-    llm = make_llm(model=deep, reuse=reuse, max_batch_tokens=budget)
+    llm = make_llm(model=deep, reuse=reuse, max_num_batched_tokens=budget)
     expected = torch.stack(reference(deep, llm, prompts))
     result = llm.run_round(prompts, KEEP)
     found = logprobs(result)[:, 0]
@@ -178,7 +178,7 @@ def test_equal_beginnings_wait_for_whoever_computes_them(
     apart.run_round([first, long], KEEP)
     expected = logprobs(apart.run_round([short], KEEP))[0]
     for budget in (64, 256, 4096):
-        llm = make_llm(model=deep, reuse="pic-batched", max_batch_tokens=budget)
+        llm = make_llm(model=deep, reuse="pic-batched", max_num_batched_tokens=budget)
         together = llm.run_round([first, long, short], KEEP)
         assert together.outputs[2].reused_tokens > 80
         torch.testing.assert_close(logprobs(together)[2], expected, rtol=0, atol=1e-4)
@@ -219,6 +219,4 @@ def test_a_second_round_continues_from_the_copy(deep: LoadedModel, make_llm: Mak
     llm = make_llm(model=deep, reuse="pic")
     llm.run_round(prompts, KEEP)
     again = llm.run_round(prompts, KEEP)
-    assert all(
-        output.computed_tokens <= llm.engine.config.store.page_size for output in again.outputs
-    )
+    assert all(output.computed_tokens <= llm.engine.options.page_size for output in again.outputs)

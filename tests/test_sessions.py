@@ -21,13 +21,13 @@ from hypothesis.stateful import (
 )
 
 from tokendance import LLM, Agent, SamplingParams, Session
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId, SessionKey
 from tokendance.disk.store import DiskStore
 from tokendance.engine.request import Request
 from tokendance.errors import StoreError
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.options import EngineOptions
 from tokendance.outputs import NotStoredError, RoundResult
 from tokendance.store.kv_rows import KVRows
 
@@ -42,7 +42,7 @@ def roomy(model_folder: Callable[..., Path]) -> LoadedModel:
 
 def open_llm(model: LoadedModel, folder: Path | None, pages: int = 2000, **budget: Any) -> LLM:
     page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
-    llm = LLM.from_loaded(model, EngineConfig(store=StoreConfig(pages * page_bytes, 16)))
+    llm = LLM.from_loaded(model, EngineOptions(kv_budget=pages * page_bytes))
     if folder is not None:
         llm.open_store(folder, **budget)
     return llm

@@ -1,6 +1,7 @@
 """Shadows: which mirrors are kept, what comparing them says, and when they are computed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,20 +9,19 @@ import torch
 
 from test_exactness import KEEP, random_ids, random_round
 from tokendance import LLM, Prompt, SamplingParams, private, shared
-from tokendance.collector.correction import Edges
-from tokendance.config import EngineConfig
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError
 from tokendance.fidelity.idle_shadows import IDLE_S, IdleShadows
 from tokendance.fidelity.shadow import MAX_PENDING, ShadowReport
 from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions
 
 MakeLLM = Callable[..., LLM]
 
 
 def shadowed(make_llm: MakeLLM, tiny: LoadedModel, share: float = 1.0) -> LLM:
-    store = make_llm().engine.config.store
-    return LLM.from_loaded(tiny, EngineConfig(correction=Edges(1, 0), store=store, shadow=share))
+    options = replace(make_llm().engine.options, correction="first:1", shadow=share)
+    return LLM.from_loaded(tiny, options)
 
 
 def test_shadows_report_what_a_comparison_by_hand_finds(
@@ -189,4 +189,4 @@ def test_a_loop_that_ends_leaves_no_shadow_behind(make_llm: MakeLLM, tiny: Loade
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_is_a_share(share: float) -> None:
     with pytest.raises(ConfigError, match="shadow"):
-        EngineConfig(shadow=share)
+        EngineOptions(shadow=share)

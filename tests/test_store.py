@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tokendance import LLM, Prompt, SamplingParams, private, shared
-from tokendance.collector.correction import Edges
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import BudgetError
 from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions
 from tokendance.rounds.segments import PrefixHashes, make_salt
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds, PagePool
@@ -238,8 +237,14 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         page_bytes = self.model.shape.kv_bytes_per_token(self.model.dtype) * 8
-        config = EngineConfig("collective", Edges(2, 0), 48, StoreConfig(40 * page_bytes, 8, 3))
-        self.llm = LLM.from_loaded(self.model, config)
+        options = EngineOptions(
+            correction="first:2",
+            max_num_batched_tokens=48,
+            kv_budget=40 * page_bytes,
+            page_size=8,
+            max_reuse_rounds=3,
+        )
+        self.llm = LLM.from_loaded(self.model, options)
         self.live: list[Any] = []
 
     @rule(

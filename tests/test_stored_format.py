@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from tokendance import LLM, SamplingParams
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.disk.records import CacheRecord, FileId, SessionKey
 from tokendance.disk.store import DiskStore
 from tokendance.models.loader import load_model
+from tokendance.options import EngineOptions
 
 DATA = Path(__file__).parent / "data"
 EXPECTED: dict[str, Any] = json.loads((DATA / "store-1.json").read_text())
@@ -99,7 +99,7 @@ def test_its_sessions_go_on(
     monkeypatch.setattr("tokendance.llm.identity_of", lambda _: json.loads(identity))
     model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
     page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
-    llm = LLM.from_loaded(model, EngineConfig(store=StoreConfig(2000 * page_bytes, 16)))
+    llm = LLM.from_loaded(model, EngineOptions(kv_budget=2000 * page_bytes))
     llm.open_store(folder)
     session = llm.session("town", params=SamplingParams(max_tokens=4, ignore_eos=True))
     assert [agent.name for agent in session.agents] == ["Ann", "Bo"]

@@ -7,7 +7,7 @@ import tokendance
 
 PACKAGE = Path(tokendance.__file__).parent
 SEES_SERVER = {"cli.py", "serve.py"}  # the command line, and the suite that measures it
-# A room may import the rooms named after it, and config and errors.
+# A room may import the rooms named after it, and config and errors, which import none.
 MAY_IMPORT = {
     "rounds": set(),
     "attention": set(),
@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": {"rounds", "attention"},
     "collector": {"rounds", "store"},
     "executor": {"attention", "models", "store"},
-    "engine": {"rounds", "store", "disk", "collector", "executor", "outputs", "params"},
+    "engine": {"rounds", "store", "disk", "collector", "executor", "options", "outputs", "params"},
     "tier": {"rounds", "store", "disk", "engine"},
     # What measures wants a model with an engine around it (llm), and texts (bench).
     "fidelity": {
@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "engine",
         "executor",
         "llm",
+        "options",
         "outputs",
         "params",
         "bench",
@@ -54,6 +55,7 @@ def test_rooms_import_only_what_they_may() -> None:
         for path in (PACKAGE / room).rglob("*.py"):
             extra = imported_rooms(path) - allowed - {room, "config", "errors"}
             assert not extra, f"{path.name} in {room} imports {extra}"
+    assert imported_rooms(PACKAGE / "config.py") == {"errors"}
 
 
 def test_scheduler_and_collector_touch_no_tensor() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ from test_exactness import KEEP, logprobs, random_ids, random_round
 from tokendance import LLM, Part, Prompt, shared
 from tokendance.collector.correction import NO_CORRECTION, CorrectionPolicy, Edges, Reuse
 from tokendance.commands.calibrate import calibrate, run_calibration, write_table
-from tokendance.config import EngineConfig
 from tokendance.errors import ConfigError
 from tokendance.fidelity.calibrate import TINY
 from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
 from tokendance.fidelity.target import FidelityTarget
 from tokendance.models.loader import load_model
+from tokendance.options import EngineOptions
 from tokendance.rounds.segments import as_token_ids, build_prompt, make_salt
 
 MakeLLM = Callable[..., LLM]
@@ -128,8 +129,8 @@ def permuted(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def with_policy(make_llm: MakeLLM, tiny: object, policy: CorrectionPolicy) -> LLM:
-    config = EngineConfig(correction=policy, store=make_llm().engine.config.store)
-    return LLM.from_loaded(tiny, config)  # type: ignore[arg-type]
+    options = replace(make_llm().engine.options, correction=policy)
+    return LLM.from_loaded(tiny, options)  # type: ignore[arg-type]
 
 
 def with_target(make_llm: MakeLLM, tiny: object, kl: float, table: FidelityTable) -> LLM:
@@ -199,18 +200,20 @@ def test_calibration_writes_a_table_that_a_target_can_use(
     monkeypatch.setenv("TOKENDANCE_CACHE", str(tmp_path))
     folder = str(model_folder("llama", max_position_embeddings=4096))
     console = Console(quiet=True)
-    run_calibration(folder, "float32", "tiny", 0, None, console)
+    run_calibration(folder, "tiny", 0, EngineOptions(dtype="float32"), console)
     assert not table_path(folder, "float32").exists()  # it would be taken for a measured one
-    write_table(calibrate(load_model(folder, "float32"), TINY, 0, console), console)
+    write_table(
+        calibrate(load_model(folder, "float32"), TINY, 0, EngineOptions(), console), console
+    )
     table = json.loads(table_path(folder, "float32").read_text())
     assert {one["in_order"] for one in table["cells"]} == {True, False}
     for one in table["cells"]:
         assert [m["first"] for m in one["measured"]] == sorted(m["first"] for m in one["measured"])
         assert all(m["kl"] >= 0 for m in one["measured"])
     llm = LLM(folder, dtype="float32", fidelity_target=100.0, kv_budget="16MiB")
-    assert llm.engine.config.correction.spec == "target:100.0"
+    assert llm.correction.spec == "target:100.0"
     same = LLM(folder, dtype="float32", correction="target:100", kv_budget="16MiB")
-    assert same.engine.config.correction == llm.engine.config.correction
+    assert same.correction == llm.correction
     with pytest.raises(ConfigError, match="'near'"):
         LLM(folder, dtype="float32", correction="target:near", kv_budget="16MiB")
     with pytest.raises(ConfigError, match="fidelity_target"):

@@ -18,10 +18,10 @@ from tokendance.bench.workload import (
     recorded_workload,
     write_texts,
 )
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.errors import ConfigError, TraceError
 from tokendance.fidelity.measure import measure_fidelity, reference_answers
 from tokendance.models.loader import LoadedModel, load_model
+from tokendance.options import EngineOptions
 
 # The tiny model's tokens are bytes, and blocks must hold a name and a fact. Other knobs are small.
 SPEC = WorkloadSpec(agents=3, block_tokens=80, private_tokens=(60, 90), seed=3)
@@ -35,7 +35,7 @@ def wide(model_folder: Callable[..., Path]) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def llm(wide: LoadedModel) -> LLM:
-    return LLM.from_loaded(wide, EngineConfig("prefix", store=StoreConfig(2**22)))
+    return LLM.from_loaded(wide, EngineOptions(reuse="prefix", kv_budget=2**22))
 
 
 @pytest.fixture(scope="module")

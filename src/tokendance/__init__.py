@@ -1,11 +1,15 @@
 """TokenDance: rounds of LLM agents that share the KV cache of what they all read."""
 
-from tokendance.conversation import Agent
-from tokendance.llm import LLM
-from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
-from tokendance.params import SamplingParams
-from tokendance.rounds.prompts import Part, Prompt, private, shared, strip_separator
-from tokendance.session import Session
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokendance.conversation import Agent
+    from tokendance.llm import LLM
+    from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
+    from tokendance.params import SamplingParams
+    from tokendance.rounds.prompts import Part, Prompt, private, shared, strip_separator
+    from tokendance.session import Session
 
 __all__ = [
     "LLM",
@@ -24,3 +28,18 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# In which order to look for a name. Importing torch and transformers takes seconds, so the command
+# line imports this package without them, and shows its help at once.
+_MODULES = ("rounds.prompts", "params", "outputs", "conversation", "session", "llm")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(import_module(f"{__name__}.{module}"), name, None)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from tokendance.attention.backends import make_backend
+from tokendance.collector.correction import CorrectionPolicy
 from tokendance.collector.planner import Planner
-from tokendance.config import EngineConfig
 from tokendance.engine.engine import Engine, EngineParts
 from tokendance.engine.loop import EngineLoop
 from tokendance.engine.scheduling import DecodingFirst, SchedulingPolicy
@@ -15,6 +15,7 @@ from tokendance.executor.step import Executor
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.encoder import PromptEncoder
 from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions
 from tokendance.store.kv_store import KVStore
 
 
@@ -35,7 +36,8 @@ class Assembly:
 
 def assemble(
     model: LoadedModel,
-    config: EngineConfig,
+    options: EngineOptions,
+    correction: CorrectionPolicy,
     encoder: PromptEncoder,
     *,
     pool: KVPool | None = None,
@@ -45,7 +47,8 @@ def assemble(
 
     Args:
         model: to run.
-        config: of the loop and the memory.
+        options: of the loop and the memory.
+        correction: the policy that they name.
         encoder: spells answers.
         pool: memory to use in place of its own, as large as the budget says or larger.
         executor: to use in place of one that runs the model; then there is no pool.
@@ -54,44 +57,45 @@ def assemble(
         ConfigError: if the budget does not hold a single page, or cannot be allocated.
     """
     kv_bytes_per_token = model.shape.kv_bytes_per_token(model.dtype)
-    page_size = config.store.page_size
-    num_pages = config.store.kv_budget // (kv_bytes_per_token * page_size)
+    page_size = options.page_size
+    budget = options.kv_bytes(str(model.device))
+    num_pages = budget // (kv_bytes_per_token * page_size)
     if num_pages == 0:
         raise ConfigError(
-            f"The KV budget of {config.store.kv_budget} bytes is smaller than one page "
+            f"The KV budget of {budget} bytes is smaller than one page "
             f"({kv_bytes_per_token * page_size} bytes). Raise kv_budget (--kv-budget)."
         )
     num_pages = min(num_pages, (2**31 - 1) // page_size)  # slots are int32
-    store = KVStore(num_pages, page_size, config.store.max_reuse_rounds)
-    planner, policy, executor_class = _of_mode(config, store)
+    store = KVStore(num_pages, page_size, options.max_reuse_rounds)
+    planner, policy, executor_class = _of_mode(options, correction, store)
     if executor is None:
         pool = pool or KVPool(model, num_pages * page_size)
-        executor = executor_class(model, pool, partial(make_backend, name=config.attention))
+        executor = executor_class(model, pool, partial(make_backend, name=options.attention))
     parts = EngineParts(planner, executor, policy)
     engine = Engine(
         store,
         parts,
         encoder.decode,
-        max_num_batched_tokens=config.max_batch_tokens,
+        max_num_batched_tokens=options.max_num_batched_tokens,
         kv_bytes_per_token=kv_bytes_per_token,
     )
-    loop = EngineLoop(engine, config, kv_bytes_per_token)
+    loop = EngineLoop(engine, options, kv_bytes_per_token)
     return Assembly(loop, store, executor)
 
 
 def _of_mode(
-    config: EngineConfig, store: KVStore
+    options: EngineOptions, correction: CorrectionPolicy, store: KVStore
 ) -> tuple[Planner, SchedulingPolicy, type[TorchExecutor]]:
     """What decides and what runs, by the mode of reuse."""
-    if config.takes_copies:
+    if options.takes_copies:
         from tokendance.bench import pic  # the baseline is loaded where it is asked for
 
-        policy = pic.WholePrompts() if config.reuse == "pic-batched" else pic.OnePromptAtATime()
+        policy = pic.WholePrompts() if options.reuse == "pic-batched" else pic.OnePromptAtATime()
         return pic.PicPlanner(store), policy, pic.PicExecutor
     planner = Planner(
         store,
-        config.correction,
-        prefix=config.reuse != "none",
-        segments=config.reuses_segments,
+        correction,
+        prefix=options.reuse != "none",
+        segments=options.reuses_segments,
     )
     return planner, DecodingFirst(), TorchExecutor

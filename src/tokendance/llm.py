@@ -11,18 +11,11 @@ from typing import Any
 import torch
 
 from tokendance.build import assemble
-from tokendance.collector.correction import CorrectionPolicy, read_correction
-from tokendance.config import (
-    AttentionName,
-    EngineConfig,
-    ReuseMode,
-    StoreConfig,
-    default_kv_budget,
-    parse_bytes,
-)
+from tokendance.collector.correction import CorrectionPolicy
+from tokendance.config import parse_bytes
 from tokendance.conversation import Agent, Conversation
 from tokendance.disk.records import SessionKey
-from tokendance.disk.store import DiskStore
+from tokendance.disk.store import NO_BUDGET, DiskStore
 from tokendance.engine.figures import RoundFigures
 from tokendance.engine.request import Request, make_output
 from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
@@ -40,6 +33,7 @@ from tokendance.models.loader import (
     dtype_name,
     load_model,
 )
+from tokendance.options import EngineOptions
 from tokendance.outputs import Output, Progress, RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
@@ -58,6 +52,7 @@ class LLM:
 
     Attributes:
         model: the loaded model.
+        correction: which tokens of reused segments are computed afresh, with "collective".
         engine: the loop under it, for callers that add and step by themselves.
         encoder: text to token ids and back.
         kv_store: what the engine knows of KV, and where that lies.
@@ -67,94 +62,34 @@ class LLM:
     """
 
     def __init__(
-        self,
-        model: str | Path,
-        *,
-        reuse: ReuseMode = "collective",
-        correction: str | CorrectionPolicy | None = None,
-        first_k: int | None = None,
-        fidelity_target: float | None = None,
-        shadow: float = 0.0,
-        kv_budget: int | str | None = None,
-        dtype: str = "auto",
-        device: str = "cpu",
-        max_batch_tokens: int | None = None,
-        page_size: int | None = None,
-        max_reuse_rounds: int | None = None,
-        attention: AttentionName = "auto",
-        store: str | Path | None = None,
-        store_budget: int | str | None = None,
-        store_int8: bool = False,
+        self, model: str | Path, options: EngineOptions | None = None, **settings: Any
     ) -> None:
         """Load a model and allocate its memory.
 
         Args:
             model: "smollm2-135m", a local folder, or the id of a model on the Hugging Face hub.
-            reuse: "none", "prefix", "pic", "pic-batched" or "collective"; see `EngineConfig`.
-            correction: which tokens of each shared segment a mirror computes afresh: "edges:3+1"
-                (the first 3 and the last, the default), "first:4", "epic", "none", "all",
-                "target:0.01", or a policy of your own.
-            first_k: the same as correction "first:K".
-            fidelity_target: the same as correction "target:KL": a KL divergence (nats per token)
-                from full computation, below which each reuse is corrected by what `tokendance
-                calibrate` has measured.
-            shadow: share of mirrors that `check_shadow()` computes again, exactly.
-            kv_budget: bytes of KV memory, as a number or like "2GiB"; a quarter of the machine's
-                memory if left out, half of what is free on another device.
-            dtype: "auto", "bfloat16", "float16" or "float32".
-            device: as torch names it.
-            max_batch_tokens: most tokens of one forward pass.
-            page_size: tokens per page.
-            max_reuse_rounds: see `StoreConfig`.
-            attention: what computes it; see `EngineConfig`.
-            store: folder in which sessions with a name last; made if it does not exist.
-            store_budget: most bytes of KV in it, as a number or like "10GiB"; without bound if
-                left out.
-            store_int8: write new KV with a byte per number, half of what bfloat16 takes; what it
-                costs is in docs/benchmarks.md.
+            options: see `EngineOptions`; the defaults if left out.
+            **settings: likewise, by name, in place of those in `options`.
 
         Raises:
-            ConfigError: for a setting that cannot be.
+            ConfigError: for a setting that does not exist, or cannot be.
             StoreError: for a folder that cannot be used.
             ModelNotFoundError: if there is no such model.
             UnsupportedModelError: if the arithmetic does not hold for it.
         """
-        correction = _one_correction(correction, first_k, fidelity_target)
-        if correction is not None and reuse != "collective":
-            raise ConfigError(
-                "correction, first_k and fidelity_target go with reuse 'collective', "
-                f"not with {reuse!r}. Leave them out."
-            )
-        if isinstance(correction, str):
-            correction = read_correction(
-                correction,
-                {"target": lambda kl: FidelityTarget.read(kl, _table_of(model, dtype, device))},
-            )
-        memory = StoreConfig(
-            _default_budget(device) if kv_budget is None else parse_bytes(kv_budget),
-            **_given(page_size=page_size, max_reuse_rounds=max_reuse_rounds),
-        )
-        if store is None and (store_budget is not None or store_int8):
-            raise ConfigError(
-                "store_budget and store_int8 go with store. Give a folder, or leave them out."
-            )
-        loaded = load_model(str(model), dtype, device)
-        config = EngineConfig(
-            reuse=reuse,
-            store=memory,
-            shadow=shadow,
-            attention=attention,
-            **_given(correction=correction, max_batch_tokens=max_batch_tokens),
-        )
-        self._start(loaded, config)
-        if store is not None:
-            self.open_store(Path(store), store_budget, int8=store_int8)
+        options = EngineOptions.of(options, **settings)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        dtype = choose_dtype(options.dtype, choose_device(options.device))
+        correction = _read_correction(options, str(model), dtype)  # may fail: before the loading
+        loaded = load_model(str(model), options.dtype, options.device)
+        self._start(loaded, options, correction)
 
     @classmethod
     def from_loaded(
         cls,
         model: LoadedModel,
-        config: EngineConfig,
+        options: EngineOptions | None = None,
         *,
         pool: KVPool | None = None,
         executor: Executor | None = None,
@@ -163,33 +98,45 @@ class LLM:
 
         Args:
             model: to run.
-            config: of the loop and the memory.
+            options: see `EngineOptions`; what they say of loading (`dtype`, `device`, `threads`)
+                has no effect.
             pool: KV memory to use; those that are never used at the same time may take turns on it.
             executor: to use in place of one that runs the model.
         """
+        options = options or EngineOptions()
+        correction = _read_correction(options, model.name, model.dtype)
         llm = cls.__new__(cls)
-        llm._start(model, config, pool=pool, executor=executor)
+        llm._start(model, options, correction, pool=pool, executor=executor)
         return llm
 
     def _start(
         self,
         model: LoadedModel,
-        config: EngineConfig,
+        options: EngineOptions,
+        correction: CorrectionPolicy,
         *,
         pool: KVPool | None = None,
         executor: Executor | None = None,
     ) -> None:
         self.model = model
+        self.correction = correction
         self.encoder = PromptEncoder(
             model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
         )
-        made = assemble(model, config, self.encoder, pool=pool, executor=executor)
+        made = assemble(model, options, correction, self.encoder, pool=pool, executor=executor)
         self.engine, self.kv_store, self.executor = made.loop, made.store, made.executor
         self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)
         self.engine.observe(self._figures)
-        self.shadows = Shadows(config.shadow)
+        self.shadows = Shadows(options.shadow)
         self.engine.attach(self.shadows)
         self.tiers: DiskTier | None = None
+        if options.store is not None:
+            self.open_store(Path(options.store), options.store_budget, int8=options.store_int8)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the KV memory."""
+        return self.kv_store.pool.num_pages * self.engine.page_bytes
 
     def open_store(
         self, folder: Path, budget: int | str | None = None, *, int8: bool = False
@@ -198,8 +145,8 @@ class LLM:
 
         Args:
             folder: made if it does not exist.
-            budget: see `LLM`.
-            int8: likewise.
+            budget: see `store_budget` of `EngineOptions`.
+            int8: see `store_int8` there.
 
         Raises:
             StoreError: if it cannot be used, or holds KV of another model.
@@ -208,7 +155,7 @@ class LLM:
             folder,
             identity_of(self.model),
             compressed=int8,
-            **_given(budget=None if budget is None else parse_bytes(budget)),
+            budget=NO_BUDGET if budget is None else parse_bytes(budget),
         )
         self.tiers = DiskTier(
             self.kv_store,
@@ -468,35 +415,7 @@ def _report(requests: Sequence[Request], progress: Progress) -> None:
         progress("decode", ended)
 
 
-def _one_correction(
-    correction: str | CorrectionPolicy | None, first_k: int | None, fidelity_target: float | None
-) -> str | CorrectionPolicy | None:
-    """The correction, in whichever way it was given; None if it was not."""
-    if first_k is not None:
-        if correction not in (None, "first-k"):
-            raise ConfigError("first_k goes with correction 'first-k', not with another.")
-        correction = f"first:{first_k}"
-    if fidelity_target is not None:
-        if correction is not None:
-            raise ConfigError(
-                "fidelity_target chooses the correction itself. Leave correction and first_k out."
-            )
-        correction = f"target:{fidelity_target}"
-    return correction
-
-
-def _table_of(model: str | Path, dtype: str, device: str) -> Path:
-    """Where the fidelity table of a model lies that has yet to be loaded."""
-    return table_path(str(model), dtype_name(choose_dtype(dtype, choose_device(device))))
-
-
-def _default_budget(device: str) -> int:
-    if device == "cpu":
-        return default_kv_budget()
-    free, _ = torch.get_device_module(device).mem_get_info(device)
-    return int(free) // 2
-
-
-def _given(**settings: Any) -> dict[str, Any]:
-    """Settings that were given; the others keep the default of their configuration class."""
-    return {name: value for name, value in settings.items() if value is not None}
+def _read_correction(options: EngineOptions, model: str, dtype: torch.dtype) -> CorrectionPolicy:
+    """The correction of an engine; a fidelity target goes by what was measured of the model."""
+    table = table_path(model, dtype_name(dtype))
+    return options.read_correction(lambda kl: FidelityTarget.read(kl, table))

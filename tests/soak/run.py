@@ -25,9 +25,9 @@ from conftest import save_model
 from serving import listening
 from soak.load import Target
 from tokendance import LLM
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
+from tokendance.options import EngineOptions
 from tokendance.server.state import Server
 
 _CONTEXT = 1024
@@ -36,7 +36,7 @@ _DISK_BYTES = 64 * 2**20
 _KEYS = ["one", "two", "three", "canary"]
 _SETTINGS: dict[str, Any] = {
     "api_keys": tuple(_KEYS),
-    "max_body_bytes": 200_000,
+    "max_body": 200_000,
     "max_messages": 200,
     # Fewer than a burst: there have to be some who are told to come back.
     "max_open_requests": 96,
@@ -103,7 +103,7 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
             port,
             _KEYS[:-1],
             _KEYS[-1],
-            _SETTINGS["max_body_bytes"],
+            _SETTINGS["max_body"],
             _SETTINGS["max_messages"],
             _CONTEXT,
         )
@@ -135,8 +135,8 @@ def _llm() -> Iterator[LLM]:
         save_model(Path(folder), "llama", max_position_embeddings=_CONTEXT)
         model = load_model(folder, "float32")
         page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
-        memory = StoreConfig(_NUM_PAGES * page_bytes, 16)
-        llm = LLM.from_loaded(model, EngineConfig(store=memory, shadow=0.05))
+        options = EngineOptions(kv_budget=_NUM_PAGES * page_bytes, shadow=0.05)
+        llm = LLM.from_loaded(model, options)
         llm.open_store(Path(folder) / "store", _DISK_BYTES)
         try:
             yield llm

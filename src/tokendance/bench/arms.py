@@ -2,29 +2,40 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from tokendance.bench.suite import BenchSettings
+from tokendance.bench.settings import BenchSettings
 from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec
 from tokendance.collector.correction import NO_CORRECTION
-from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.llm import LLM
-from tokendance.models.loader import LoadedModel, checkpoint_source
+from tokendance.models.loader import LoadedModel, checkpoint_source, load_model
+from tokendance.options import EngineOptions, ReuseMode
 from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 
 DTYPES = ("bfloat16", "float32")
-PAGE_SIZE = StoreConfig(1).page_size
+PAGE_SIZE = EngineOptions().page_size
+
+
+def load(settings: BenchSettings, dtype: str = "bfloat16") -> LoadedModel:
+    """Load the model of a suite, in a dtype that the suite chooses."""
+    return load_model(settings.model, dtype, settings.engine.device)
 
 
 def make_engines(
-    model: LoadedModel, modes: Iterable[ReuseMode], num_tokens: int, *, one_memory: bool = False
+    model: LoadedModel,
+    options: EngineOptions,
+    modes: Iterable[ReuseMode],
+    num_tokens: int,
+    *,
+    one_memory: bool = False,
 ) -> dict[str, LLM]:
     """Make an engine per mode, each with room for `num_tokens`, and one that is called "floor".
 
@@ -37,10 +48,10 @@ def make_engines(
     num_pages = -(-num_tokens // PAGE_SIZE)
     budget = num_pages * PAGE_SIZE * model.shape.kv_bytes_per_token(model.dtype)
     pool = KVPool(model, num_pages * PAGE_SIZE) if one_memory else None
-    store = StoreConfig(budget)
-    configs = {str(mode): EngineConfig(mode, store=store) for mode in modes}
-    configs["floor"] = EngineConfig("collective", NO_CORRECTION, store=store)
-    return {name: LLM.from_loaded(model, config, pool=pool) for name, config in configs.items()}
+    options = replace(options, kv_budget=budget)
+    arms = {str(mode): replace(options, reuse=mode) for mode in modes}
+    arms["floor"] = replace(options, reuse="collective", correction=NO_CORRECTION)
+    return {name: LLM.from_loaded(model, arm, pool=pool) for name, arm in arms.items()}
 
 
 def pool_of(llm: LLM) -> KVPool:
@@ -106,7 +117,7 @@ def started_vllm(
         num_tokens: that its KV memory has room for.
         token_bytes: of the KV of one token in bfloat16.
     """
-    if not settings.against_vllm:
+    if settings.against != "vllm":
         yield None
     elif find_vllm() is None:
         console.print(f"vLLM is left out: it is not installed. {HOW_TO_INSTALL}")

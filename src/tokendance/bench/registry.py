@@ -2,16 +2,14 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol, cast, get_args
+from typing import Protocol, cast, get_args
 
 from rich.console import Console
 
-from tokendance.bench.suite import BenchSettings, SuiteResult
+from tokendance.bench.settings import BenchSettings, SuiteName
+from tokendance.bench.suite import SuiteResult
 from tokendance.errors import ConfigError
 
-SuiteName = Literal[
-    "attention", "plain", "prefill", "decode", "storage", "restore", "capacity", "fidelity", "serve"
-]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokendance.bench.registry import VLLM_SUITES
-from tokendance.bench.suite import BenchSettings, Row, SuiteResult, describe_machine
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import Row, SuiteResult, describe_machine
 
 
 def write_report(results: Sequence[SuiteResult], settings: BenchSettings, folder: Path) -> Path:
@@ -36,7 +37,7 @@ def _command(result: SuiteResult, settings: BenchSettings) -> str:
         command += f" --source {settings.source}"
     if settings.tiny:
         command += " --size tiny"
-    if settings.against_vllm and result.suite in VLLM_SUITES:
+    if settings.against == "vllm" and result.suite in VLLM_SUITES:
         command += " --against vllm"
     return command
 

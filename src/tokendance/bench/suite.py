@@ -1,4 +1,4 @@
-"""What every benchmark suite has in common: settings, a live table, fair turns, a JSON line.
+"""What every benchmark suite has in common: a live table, fair turns, a JSON line.
 
 A suite measures on one machine in one process and returns rows (what was measured) and a headline
 (the few figures that claims are made of). Ratios come from runs in turn: each kind runs once
@@ -13,45 +13,13 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
-from tokendance.models import demo
-
 Row = dict[str, Any]
 Kind = TypeVar("Kind", bound=Hashable)
-Size = Literal["tiny", "full"]
-
-
-@dataclass(frozen=True, slots=True)
-class BenchSettings:
-    """What a user chooses of a suite.
-
-    Attributes:
-        model: as `load_model` takes it.
-        size: "full" is what docs/benchmarks.md shows; "tiny" runs every line in seconds and its
-            figures mean nothing.
-        repeats: counted runs of each kind.
-        seed: of texts, lengths and orders.
-        source: of private texts and what agents say: "town", the example, or the path of a trace
-            with personas.
-        against_vllm: measure vLLM too, where a suite has a place for it.
-    """
-
-    model: str = demo.ALIAS
-    size: Size = "full"
-    repeats: int = 3
-    seed: int = 0
-    source: str | Path = "town"
-    against_vllm: bool = False
-
-    @property
-    def tiny(self) -> bool:
-        """Whether only the shape of the results counts."""
-        return self.size == "tiny"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class VLLMConfig:
         block_size: tokens per KV block, a multiple of 32.
         compiled: whether torch.compile prepares the model. It needs a C++ compiler, and starting
             takes a minute or two longer.
-        max_batch_tokens: tokens of one pass at most.
+        max_num_batched_tokens: tokens of one pass at most.
         max_num_seqs: requests of one pass at most.
     """
 
@@ -66,7 +66,7 @@ class VLLMConfig:
     kv_bytes: int = 2**31
     block_size: int = 32
     compiled: bool = True
-    max_batch_tokens: int = 4096
+    max_num_batched_tokens: int = 4096
     max_num_seqs: int = 256
 
     def engine_arguments(self, model: Path) -> dict[str, object]:
@@ -77,7 +77,7 @@ class VLLMConfig:
             "max_model_len": self.max_context,
             "block_size": self.block_size,
             "kv_cache_memory_bytes": self.kv_bytes,
-            "max_num_batched_tokens": self.max_batch_tokens,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_num_seqs": self.max_num_seqs,
             "enforce_eager": not self.compiled,
             "enable_prefix_caching": True,
@@ -208,7 +208,7 @@ class VLLM:
         self.settings = (
             f"vLLM {self.version}: {config.dtype}, prefix caching, blocks of {config.block_size}, "
             f"{'compiled' if config.compiled else 'eager'}, {config.threads} threads, up to "
-            f"{config.max_batch_tokens} tokens a pass."
+            f"{config.max_num_batched_tokens} tokens a pass."
         )
 
     def __enter__(self) -> Self:

@@ -1,11 +1,10 @@
 """`tokendance bench`: run suites, print their tables, write JSON, plots and the report."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -14,35 +13,19 @@ from tokendance.bench.registry import (
     SUITES,
     VLLM_SUITES,
     SuiteModule,
-    SuiteName,
     load_suite,
 )
 from tokendance.bench.report import write_report
-from tokendance.bench.suite import BenchSettings, SuiteResult
+from tokendance.bench.settings import BenchOutputs, BenchSettings, SuiteName
+from tokendance.bench.suite import SuiteResult
 from tokendance.config import check_writable
 from tokendance.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class BenchOutputs:
-    """Where the results go, besides the screen.
-
-    Attributes:
-        json_file: gets the JSON line.
-        plot_file: gets the plot, as SVG.
-        folder: gets JSON, plots and report of all suites.
-    """
-
-    json_file: Path | None
-    plot_file: Path | None
-    folder: Path | None
 
 
 def run_bench(
     suite: SuiteName | None,
     settings: BenchSettings,
     outputs: BenchOutputs,
-    threads: int | None,
     console: Console,
 ) -> None:
     """Run one suite, or all of them into a folder.
@@ -51,16 +34,15 @@ def run_bench(
         suite: to run; None for all.
         settings: of the suites.
         outputs: see there.
-        threads: of torch; all cores if None.
         console: for tables; the JSON line is printed last, as it is.
 
     Raises:
         TokenDanceError: for a mistake of the user, found before anything is measured.
-        typer.Exit: with code 130 if the user interrupts; suites that are done are written.
+        SystemExit: with code 130 if the user interrupts; suites that are done are written.
     """
     _check(suite, settings, outputs)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if settings.engine.threads is not None:
+        torch.set_num_threads(settings.engine.threads)
     done: list[SuiteResult] = []
     try:
         for name in [suite] if suite is not None else SUITES:
@@ -71,10 +53,10 @@ def run_bench(
             _write(module, done[-1], outputs, console)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(done)} suites; nothing is left running.")
-        raise typer.Exit(130) from None
+        sys.exit(130)
     finally:
-        if outputs.folder is not None and done:
-            report = write_report(done, settings, outputs.folder)
+        if outputs.out is not None and done:
+            report = write_report(done, settings, outputs.out)
             console.print(f"The report is {escape(str(report))}.")
         for result in done:
             print(result.to_json(), flush=True)
@@ -82,29 +64,37 @@ def run_bench(
 
 def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutputs) -> None:
     """Refuse what has no effect or cannot be written, before minutes of work."""
-    if settings.against_vllm and suite is not None and suite not in VLLM_SUITES:
+    if settings.against is not None and suite is not None and suite not in VLLM_SUITES:
         raise ConfigError(
             f"--against goes with {', '.join(VLLM_SUITES)} and all, not with {suite}."
         )
-    if suite is None and outputs.folder is None:
+    engine = settings.engine
+    if suite == "attention" and replace(engine, threads=None) != type(engine)():
+        raise ConfigError(
+            "`bench attention` measures every backend by itself, on the CPU. Of the engine's "
+            "options it takes --threads only."
+        )
+    if settings.against is not None and settings.engine.device != "cpu":
+        raise ConfigError("--against vllm runs on the CPU, so it goes without --device.")
+    if suite is None and outputs.out is None:
         raise ConfigError("`bench all` writes a report. Say where with --out FOLDER.")
-    if suite is None and (outputs.json_file or outputs.plot_file):
+    if suite is None and (outputs.json or outputs.plot):
         raise ConfigError("--json and --plot go with one suite; `bench all` takes --out.")
-    if suite is not None and outputs.folder is not None:
+    if suite is not None and outputs.out is not None:
         raise ConfigError("--out goes with `bench all`; one suite takes --json and --plot.")
-    if (outputs.plot_file or outputs.folder) and find_spec("matplotlib") is None:
+    if (outputs.plot or outputs.out) and find_spec("matplotlib") is None:
         raise ConfigError(NO_MATPLOTLIB)
-    for option, path in (("--json", outputs.json_file), ("--plot", outputs.plot_file)):
+    for option, path in (("--json", outputs.json), ("--plot", outputs.plot)):
         if path is not None:
             check_writable(path, option)
-    if outputs.folder is not None:
+    if outputs.out is not None:
         try:
-            outputs.folder.mkdir(parents=True, exist_ok=True)
+            outputs.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"{outputs.folder} cannot be made: {error.strerror}. Give --out another path."
+                f"{outputs.out} cannot be made: {error.strerror}. Give --out another path."
             ) from error
-        check_writable(outputs.folder / "report.md", "--out")
+        check_writable(outputs.out / "report.md", "--out")
 
 
 def _print_headline(result: SuiteResult, console: Console) -> None:
@@ -118,10 +108,10 @@ def _print_headline(result: SuiteResult, console: Console) -> None:
 def _write(
     suite: SuiteModule, result: SuiteResult, outputs: BenchOutputs, console: Console
 ) -> None:
-    json_file, plot_file = outputs.json_file, outputs.plot_file
-    if outputs.folder is not None:
-        json_file = outputs.folder / f"{result.suite}.json"
-        plot_file = outputs.folder / f"{result.suite}.svg"
+    json_file, plot_file = outputs.json, outputs.plot
+    if outputs.out is not None:
+        json_file = outputs.out / f"{result.suite}.json"
+        plot_file = outputs.out / f"{result.suite}.svg"
     if json_file is not None:
         json_file.write_text(result.to_json() + "\n", encoding="utf-8")
         console.print(f"The figures are in {escape(str(json_file))}.")

@@ -1,39 +1,42 @@
 """`tokendance calibrate`: measure a model, and write its fidelity table into the cache folder."""
 
 import os
+import sys
 
 import torch
-import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tokendance.bench.suite import LiveTable, Size
+from tokendance.bench.settings import Size
+from tokendance.bench.suite import LiveTable
 from tokendance.errors import ConfigError
 from tokendance.fidelity.calibrate import CORRECTIONS, TINY, CalibrationSize, measure_cells
 from tokendance.fidelity.table import Cell, FidelityTable, table_path
 from tokendance.models.loader import LoadedModel, dtype_name, load_model
+from tokendance.options import EngineOptions
 
 
 def run_calibration(
-    name: str, dtype: str, size: Size, seed: int, threads: int | None, console: Console
+    name: str, size: Size, seed: int, options: EngineOptions, console: Console
 ) -> None:
     """Calibrate a model.
 
     Raises:
         TokenDanceError: for a model that cannot be loaded, or a folder that cannot be written.
-        typer.Exit: with code 130 if the user interrupts; nothing is written then.
+        SystemExit: with code 130 if the user interrupts; nothing is written then.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     with console.status(f"Loading {escape(name)} ..."):
-        model = load_model(name, dtype)
+        model = load_model(name, options.dtype, options.device)
     duration = " This takes about half an hour." if size == "full" else ""
     console.print(f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}.{duration}")
     try:
-        table = calibrate(model, TINY if size == "tiny" else CalibrationSize(), seed, console)
+        chosen = TINY if size == "tiny" else CalibrationSize()
+        table = calibrate(model, chosen, seed, options, console)
     except KeyboardInterrupt:
         console.print("Interrupted; nothing was written.")
-        raise typer.Exit(130) from None
+        sys.exit(130)
     if not table.cells:
         raise ConfigError(
             f"The context of {name} ({model.shape.max_context} tokens) is too short to calibrate."
@@ -45,7 +48,7 @@ def run_calibration(
 
 
 def calibrate(
-    model: LoadedModel, size: CalibrationSize, seed: int, console: Console
+    model: LoadedModel, size: CalibrationSize, seed: int, options: EngineOptions, console: Console
 ) -> FidelityTable:
     """Measure the table of a model, printing each cell."""
     columns = {"in_order": "in order", "num_before": "before", "num_blocks": "blocks"}
@@ -53,7 +56,7 @@ def calibrate(
     table = LiveTable(console, "KL after correcting the first + last tokens of each block", columns)
     cells: list[Cell] = []
     with console.status("") as status:
-        for cell in measure_cells(model, size, seed, status.update):
+        for cell in measure_cells(model, size, seed, options, status.update):
             cells.append(cell)
             table.add(
                 {

@@ -110,7 +110,7 @@ def document(
     """Make the document of `--json`."""
     return {
         "model": llm.model.name,
-        "reuse": llm.engine.config.reuse,
+        "reuse": llm.engine.options.reuse,
         "correction": _correction_name(llm),
         "dtype": dtype_name(llm.model.dtype),
         "threads": torch.get_num_threads(),
@@ -140,11 +140,10 @@ def document(
 def reuse_name(llm: LLM) -> str:
     """Say what is reused and corrected."""
     correction = _correction_name(llm)
-    reuse = f"reuse {llm.engine.config.reuse}"
+    reuse = f"reuse {llm.engine.options.reuse}"
     return reuse if correction is None else f"{reuse}, correction {correction}"
 
 
 def _correction_name(llm: LLM) -> str | None:
     """The spec of the correction; None where nothing is corrected."""
-    config = llm.engine.config
-    return config.correction.spec if config.reuse == "collective" else None
+    return llm.correction.spec if llm.engine.options.reuse == "collective" else None

@@ -1,12 +1,10 @@
 """`tokendance run`: live or recorded rounds, with what they cost."""
 
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,20 +19,20 @@ from tokendance.commands.report import (
     print_words,
     reuse_name,
 )
-from tokendance.config import ReuseMode, check_writable, format_bytes
+from tokendance.commands.settings import LIVE_MAX_TOKENS, LIVE_ROUNDS, RunSettings
+from tokendance.config import check_writable, format_bytes
 from tokendance.conversation import Agent
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
+from tokendance.options import EngineOptions
 from tokendance.outputs import NotStoredError, RoundResult
 from tokendance.outputs import Progress as ReportProgress
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
 
-LIVE_ROUNDS = 3
-LIVE_MAX_TOKENS = 64
 FIRST_TASK = "In one sentence, what will you do tomorrow?"
 NEXT_TASK = (
     "You have heard what everybody wants to do. "
@@ -42,64 +40,29 @@ NEXT_TASK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """The options of `tokendance run`; None leaves a choice to the kind of trace."""
-
-    trace: Path | None
-    model: str
-    reuse: ReuseMode
-    correction: str | None
-    first_k: int | None
-    fidelity_target: float | None
-    shadow: float
-    agents: int | None
-    rounds: int | None
-    max_tokens: int | None
-    temperature: float
-    seed: int
-    dtype: str
-    threads: int | None
-    kv_budget: str | None
-    session: str | None
-    store: Path | None
-    store_budget: str | None
-    store_int8: bool
-    json_file: Path | None
-
-
-def run_trace(settings: RunSettings, console: Console) -> None:
+def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -> None:
     """Run a trace, print words and figures, and write the JSON file if one is asked for.
+
+    Args:
+        settings: of the rounds.
+        options: of the engine.
+        console: to print on.
 
     Raises:
         TokenDanceError: for a mistake of the user, or at the end if an agent has failed.
-        typer.Exit: with code 130 if the user interrupts; rounds that are done are still shown.
+        SystemExit: with code 130 if the user interrupts; rounds that are done are still shown.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     trace = _first_agents(read_trace(settings.trace or example_trace()), settings.agents)
-    _check_settings(settings, trace)
+    _check_settings(settings, options, trace)
     with console.status(f"Loading {escape(settings.model)} ..."):
-        llm = LLM(
-            settings.model,
-            reuse=settings.reuse,
-            correction=settings.correction,
-            first_k=settings.first_k,
-            fidelity_target=settings.fidelity_target,
-            shadow=settings.shadow,
-            kv_budget=settings.kv_budget,
-            dtype=settings.dtype,
-            store=settings.store,
-            store_budget=settings.store_budget,
-            store_int8=settings.store_int8,
-        )
+        llm = LLM(settings.model, options)
     console.print(
         f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, {reuse_name(llm)}, "
-        f"KV budget {format_bytes(llm.engine.config.store.kv_budget)}"
+        f"KV budget {format_bytes(llm.kv_bytes)}"
     )
     player = _replay if trace.rounds else _live
-    estimate = PrefixEstimate(llm.engine.config.store.page_size)
+    estimate = PrefixEstimate(options.page_size)
     done: list[DoneRound] = []
     shadows: list[ShadowReport] = []
     try:
@@ -107,22 +70,22 @@ def run_trace(settings: RunSettings, console: Console) -> None:
             prompts = [(o.prompt_token_ids, o.token_ids) for o in result.outputs if not o.error]
             done.append(DoneRound(number, result, estimate.add_round(prompts)))
             print_words(result, console)
-        if settings.shadow > 0:
+        if options.shadow > 0:
             _check_shadows(llm, shadows, console)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
-        raise typer.Exit(130) from None
+        sys.exit(130)
     finally:
         # Rounds that are done are shown and written, whatever became of the next.
         if done:
             print_table(done, console)
             print_summary(done, llm, console)
-            if settings.shadow > 0:
+            if options.shadow > 0:
                 print_shadows(shadows, llm.shadows.num_dropped, console)
-        if settings.json_file is not None:
+        if settings.json is not None:
             text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
-            settings.json_file.write_text(text + "\n")
-            console.print(f"Figures and answers are in {escape(str(settings.json_file))}.")
+            settings.json.write_text(text + "\n")
+            console.print(f"Figures and answers are in {escape(str(settings.json))}.")
     _raise_errors(done)
 
 
@@ -133,24 +96,12 @@ def _check_shadows(llm: LLM, reports: list[ShadowReport], console: Console) -> N
             reports.append(report)
 
 
-def _check_settings(settings: RunSettings, trace: Trace) -> None:
+def _check_settings(settings: RunSettings, options: EngineOptions, trace: Trace) -> None:
     """Refuse options that would have no effect, before the model is loaded.
 
     Raises:
         ConfigError: naming the option.
     """
-    if settings.reuse != "collective" and (settings.correction or settings.first_k is not None):
-        raise ConfigError(
-            f"--correction and --first-k go with --reuse collective, not with {settings.reuse}. "
-            "Leave them out."
-        )
-    if settings.fidelity_target is not None and (
-        settings.reuse != "collective" or settings.correction or settings.first_k is not None
-    ):
-        raise ConfigError(
-            "--fidelity-target chooses the correction, so it goes with --reuse collective and "
-            "without --correction and --first-k."
-        )
     if trace.rounds and settings.temperature > 0:
         raise ConfigError(
             "The answers of recorded rounds are replayed as recorded, so --temperature has no "
@@ -161,7 +112,7 @@ def _check_settings(settings: RunSettings, trace: Trace) -> None:
             f"The trace has {len(trace.rounds)} rounds, and --rounds asks for {settings.rounds}. "
             "Ask for fewer."
         )
-    if (settings.session is None) != (settings.store is None):
+    if (settings.session is None) != (options.store is None):
         raise ConfigError(
             "--session and --store go together: which session, and the folder in which it lasts. "
             "Give both, or none."
@@ -171,8 +122,8 @@ def _check_settings(settings: RunSettings, trace: Trace) -> None:
             "Recorded rounds have all their text in the trace, so there is no session to go on "
             "with. Leave --session and --store out."
         )
-    if settings.json_file is not None:
-        check_writable(settings.json_file, "--json")
+    if settings.json is not None:
+        check_writable(settings.json, "--json")
 
 
 def _first_agents(trace: Trace, count: int | None) -> Trace:

@@ -5,24 +5,20 @@ import logging
 import math
 import os
 import socket
-import tomllib
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import uvicorn
 from rich.console import Console
 from rich.markup import escape
 
-from tokendance.config import ReuseMode, format_bytes
-from tokendance.errors import ConfigError
+from tokendance.config import format_bytes
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
+from tokendance.options import EngineOptions
 from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
-from tokendance.server.logs import LogFormat, configure
+from tokendance.server.logs import configure
 from tokendance.server.process import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
 from tokendance.server.state import Server
@@ -33,45 +29,14 @@ log = logging.getLogger("tokendance.server")
 _TELL_S = 5
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What the model is loaded with, see `LLM`, and how the log looks."""
-
-    model: str
-    reuse: ReuseMode
-    correction: str | None
-    fidelity_target: float | None
-    dtype: str
-    threads: int | None
-    kv_budget: str | None
-    shadow: float
-    log_format: LogFormat
-    store: Path | None
-    store_budget: str | None
-    store_int8: bool
-
-
-def serve(options: EngineOptions, settings: ServerSettings, console: Console) -> None:
+def serve(model: str, options: EngineOptions, settings: ServerSettings, console: Console) -> None:
     """Load the model and serve until interrupted; what is under way is finished first."""
     limit_arenas()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    with console.status(f"Loading {escape(options.model)} ..."):
-        llm = LLM(
-            options.model,
-            reuse=options.reuse,
-            correction=options.correction,
-            fidelity_target=options.fidelity_target,
-            dtype=options.dtype,
-            kv_budget=options.kv_budget,
-            shadow=options.shadow,
-            store=options.store,
-            store_budget=options.store_budget,
-            store_int8=options.store_int8,
-        )
+    with console.status(f"Loading {escape(model)} ..."):
+        llm = LLM(model, options)
         llm.generate("warm up", SamplingParams(max_tokens=1))
         llm.engine.forget()
-    configure(options.log_format)
+    configure(settings.log_format)
     app = create_app(llm, settings)
     config = uvicorn.Config(
         app,
@@ -79,13 +44,12 @@ def serve(options: EngineOptions, settings: ServerSettings, console: Console) ->
         settings.port,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s) + 2 * _TELL_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain) + 2 * _TELL_S,
         server_header=False,
     )
     console.print(
         f"[bold]{escape(app.state.server.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
-        f"{torch.get_num_threads()} threads, KV budget "
-        f"{format_bytes(llm.engine.config.store.kv_budget)}"
+        f"{torch.get_num_threads()} threads, KV budget {format_bytes(llm.kv_bytes)}"
     )
     try:
         with objects_frozen():
@@ -134,7 +98,7 @@ class _DrainingServer(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     def _drain(self) -> None:
-        drain_s = self._served.settings.drain_s
+        drain_s = self._served.settings.drain
         asyncio.get_running_loop().call_later(drain_s, self._end)
         if self._served.num_open:
             log.info(
@@ -149,21 +113,3 @@ class _DrainingServer(uvicorn.Server):
     def _cut_off(self) -> None:
         for connection in self.server_state.connections:
             connection.transport.abort()
-
-
-def read_config(path: Path, known: set[str]) -> dict[str, Any]:
-    """Read a TOML file of options, named as on the command line.
-
-    Raises:
-        ConfigError: if it cannot be read, or names an option that does not exist.
-    """
-    try:
-        found = tomllib.loads(path.read_text())
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. Give --config a TOML file.") from error
-    options = {name.replace("-", "_"): value for name, value in found.items()}
-    for name in options.keys() - known:
-        raise ConfigError(
-            f"{path} sets {name!r}, which is no option of serve. See `tokendance serve --help`."
-        )
-    return options

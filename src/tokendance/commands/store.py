@@ -1,9 +1,9 @@
 """`tokendance store`: what is kept on disk, whether it is whole, and how to be rid of it."""
 
+import sys
 import time
 from pathlib import Path
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -95,7 +95,7 @@ def verify_store(folder: Path, console: Console) -> None:
     """Read every file and compare it with its checksum.
 
     Raises:
-        typer.Exit: with code 1 if something is damaged.
+        SystemExit: with code 1 if something is damaged.
     """
     with DiskStore(folder, None) as disk:
         with console.status("Reading every file ..."):
@@ -109,7 +109,7 @@ def verify_store(folder: Path, console: Console) -> None:
             whose = f" It belongs to {'; '.join(sorted(readers))}." if readers else ""
             console.print(f"[red]{escape(problem.text)}[/red]{escape(whose)}")
         if problems:
-            raise typer.Exit(1)
+            sys.exit(1)
         console.print(f"All of {escape(str(folder))} is as it was written.")
 
 

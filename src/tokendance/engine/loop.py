@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tokendance.config import EngineConfig
 from tokendance.engine.engine import Engine
 from tokendance.engine.events import EngineObserver, Event
 from tokendance.engine.request import Request
 from tokendance.errors import EngineError, StepError
+from tokendance.options import EngineOptions
 from tokendance.rounds.discovery import Heard
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt
 from tokendance.store.entries import RoundId
@@ -66,20 +66,20 @@ class EngineLoop:
     """An engine as all others see it. Not safe for several threads at once.
 
     Attributes:
-        config: it was made with.
+        options: it was made with.
         kv_bytes_per_token: of KV.
         page_bytes: of KV.
     """
 
-    def __init__(self, engine: Engine, config: EngineConfig, kv_bytes_per_token: int) -> None:
+    def __init__(self, engine: Engine, options: EngineOptions, kv_bytes_per_token: int) -> None:
         """Drive an engine."""
         self._engine = engine
         self._attachments: list[Attachment] = []
         self._round_ids = itertools.count()
         self._num_failures = 0  # of forward passes, in a row
-        self.config = config
+        self.options = options
         self.kv_bytes_per_token = kv_bytes_per_token
-        self.page_bytes = kv_bytes_per_token * config.store.page_size
+        self.page_bytes = kv_bytes_per_token * options.page_size
 
     def new_round_id(self) -> RoundId:
         """Return an id for requests that belong together."""

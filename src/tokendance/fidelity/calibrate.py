@@ -7,16 +7,16 @@ once for a correction.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokendance.bench.workload import Order, WorkloadSpec, write_texts
 from tokendance.collector.correction import Edges
-from tokendance.config import EngineConfig, StoreConfig
 from tokendance.executor.kv_pool import KVPool
 from tokendance.fidelity.measure import measure_fidelity, reference_answers
 from tokendance.fidelity.table import Cell, Measured
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions
 
 # (first, last) tokens of each block, from the cheapest to the dearest.
 CORRECTIONS = ((0, 0), (0, 1), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1))
@@ -54,7 +54,11 @@ TINY = CalibrationSize((60,), (3,), readers=3, workloads=1, block_tokens=20)
 
 
 def measure_cells(
-    model: LoadedModel, size: CalibrationSize, seed: int, on_status: Callable[[str], None]
+    model: LoadedModel,
+    size: CalibrationSize,
+    seed: int,
+    options: EngineOptions,
+    on_status: Callable[[str], None],
 ) -> Iterator[Cell]:
     """Measure all cells of a model's table; those that its context cannot hold are left out.
 
@@ -62,12 +66,13 @@ def measure_cells(
         model: to measure.
         size: how much of it.
         seed: of texts, lengths and orders.
+        options: of the engines, but for reuse, correction and memory.
         on_status: told what is being done, in a few words.
     """
     for private in size.private_tokens:
         kinds = _kinds(model, size, private)
         if kinds:
-            yield from _measure(model, size, private, kinds, seed, on_status)
+            yield from _measure(model, size, private, kinds, seed, options, on_status)
 
 
 def _kinds(model: LoadedModel, size: CalibrationSize, private: int) -> list[_Kind]:
@@ -89,19 +94,21 @@ def _measure(
     private: int,
     kinds: Sequence[_Kind],
     seed: int,
+    options: EngineOptions,
     on_status: Callable[[str], None],
 ) -> list[Cell]:
     """Measure the cells of one private length: they have texts and private parts in common."""
     most = max(kind.blocks for kind in kinds)
     num_tokens = (size.readers + most) * (private + most * (size.block_tokens + 30) + 400)
-    store = StoreConfig(num_tokens * model.shape.kv_bytes_per_token(model.dtype))
+    budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
+    options = replace(options, kv_budget=budget)
     pool = KVPool(model, num_tokens)
     worst: dict[_Kind, dict[tuple[int, int], float]] = {kind: {} for kind in kinds}
     num_before = 0
     for number in range(size.workloads):
         what = f"{private} private tokens, workload {number + 1} of {size.workloads}"
         on_status(f"{what}: texts and full computation ...")
-        exact = LLM.from_loaded(model, EngineConfig("none", store=store), pool=pool)
+        exact = LLM.from_loaded(model, replace(options, reuse="none"), pool=pool)
         spec = WorkloadSpec(
             max(most, size.readers), size.block_tokens, (private // 4, private), seed=seed + number
         )
@@ -115,8 +122,8 @@ def _measure(
             num_before = max(num_before, exact.encoder.encode(prompt).shared_segments()[0][0])
         for first, last in CORRECTIONS:
             on_status(f"{what}: {first} + {last} corrected ...")
-            config = EngineConfig("collective", Edges(first, last), store=store)
-            llm = LLM.from_loaded(model, config, pool=pool)
+            corrected = replace(options, correction=Edges(first, last))
+            llm = LLM.from_loaded(model, corrected, pool=pool)
             for kind, workload in rounds.items():
                 workload.warm(llm, keep=True)
                 fidelity = measure_fidelity(llm, workload.prompts(), references[kind])

@@ -41,7 +41,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         drain_s = 0.0  # where the server is told to end at once
         try:
             yield
-            drain_s = settings.drain_s
+            drain_s = settings.drain
         finally:
             giving_back.cancel()
             server.is_draining = True
@@ -59,7 +59,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         tenant_of=server.authenticate,
         max_body_bytes=settings.max_body_bytes,
         max_body_objects=settings.max_body_objects,
-        body_timeout_s=settings.body_timeout_s,
+        body_timeout_s=settings.body_timeout,
     )
     app.add_middleware(RequestLog)
     return app

@@ -110,7 +110,7 @@ class Dispatcher:
         unmarked = [
             (job, known) for job, known in zip(jobs, num_known, strict=True) if not job.marked
         ]
-        if not unmarked or not self._engine.config.reuses_segments:
+        if not unmarked or not self._engine.options.reuses_segments:
             return
         if salt not in self._discoveries:
             self._discoveries[salt] = Discovery(salt, self._discovery)
@@ -254,7 +254,7 @@ def make_dispatcher(llm: LLM, metrics: Metrics, settings: ServerSettings) -> Dis
     shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
     llm.engine.attach(shadows)
     loader = Loader()
-    window: ArrivalWindow[Job] = ArrivalWindow(settings.window_s, settings.window_share)
-    arrivals = Arrivals(window, loader, settings.round_wait_s)
-    discovery = DiscoveryConfig(recent_s=settings.recent_s)
+    window: ArrivalWindow[Job] = ArrivalWindow(settings.window_ms / 1000, settings.window_share)
+    arrivals = Arrivals(window, loader, settings.round_wait)
+    discovery = DiscoveryConfig(recent_s=settings.recent)
     return Dispatcher(llm.engine, arrivals, loader, shadows, discovery)

@@ -34,7 +34,7 @@ class Limits:
         Args:
             app: to protect.
             tenant_of: says who asks, by the head of a request; raises ApiError if nobody may.
-            max_body_bytes: see `ServerSettings`.
+            max_body_bytes: see `max_body` of `ServerSettings`.
             max_body_objects: likewise.
             body_timeout_s: likewise.
         """

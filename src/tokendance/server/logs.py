@@ -9,11 +9,11 @@ import logging
 import re
 import secrets
 import time
-from typing import Any, Literal
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LogFormat = Literal["text", "json"]
+from tokendance.server.settings import LogFormat
 
 log = logging.getLogger("tokendance.server.requests")
 

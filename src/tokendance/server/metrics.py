@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self, llm: LLM) -> None:
         """Describe an engine."""
         self._registry = CollectorRegistry()
-        self._mode = llm.engine.config.reuse
+        self._mode = llm.engine.options.reuse
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"tokendance_{name}", text, registry=self._registry)

@@ -22,7 +22,8 @@ from tokendance.attention.backends import make_backend, native_is_there
 from tokendance.attention.interface import LayerKind, PackedBatch, PackedRequest
 from tokendance.attention.rope import Rope
 from tokendance.bench.plots import draw_lines
-from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult, in_turn, ratio
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio
 from tokendance.config import AttentionName
 
 KV_HEADS, GROUP, HEAD_DIM = 3, 3, 64

@@ -8,13 +8,14 @@ answers included; this is counted by admission, without running.
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from tokendance.bench.arms import (
     answer_params,
+    load,
     make_engines,
     run_checked,
     started_vllm,
@@ -23,14 +24,15 @@ from tokendance.bench.arms import (
     wall_seconds,
 )
 from tokendance.bench.plots import draw_bars
-from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLMConfig, count_blocks
 from tokendance.bench.workload import RoundWorkload, generate_workload
-from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.errors import ConfigError
 from tokendance.executor.fake import FakeExecutor
 from tokendance.llm import LLM
-from tokendance.models.loader import LoadedModel, load_model
+from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions, ReuseMode
 
 MODES: tuple[ReuseMode, ...] = ("prefix", "pic", "pic-batched", "collective")
 ANSWER_TOKENS = 32
@@ -93,7 +95,7 @@ def _bisect(fits: Callable[[int], bool], good: int, bad: int) -> int:
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
-    model = load_model(settings.model, "bfloat16")
+    model = load(settings)
     objective_s, limit, longest = 5.0, 4, 400
     if not settings.tiny:
         # A prompt has its private part, what everybody said, the task, and the answer.
@@ -105,7 +107,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
             )
         objective_s, limit = 15.0, min(60, fitting)
         longest = 1200 + 110 * limit
-    engines = make_engines(model, MODES, limit * longest, one_memory=True)
+    engines = make_engines(model, settings.engine, MODES, limit * longest, one_memory=True)
     token_bytes = model.shape.kv_bytes_per_token(model.dtype)
     with console.status(f"The model writes the blocks of {limit} agents ..."):
         workload = generate_workload(engines["prefix"], timed_spec(settings, limit))
@@ -150,7 +152,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     for mode in MODES:
         search(mode, lambda part, llm=engines[mode]: _seconds(llm, part))  # type: ignore[misc]
 
-    by_memory: dict[str, int] = {mode: _most_in_budget(model, mode, workload) for mode in MODES}
+    by_memory: dict[str, int] = {
+        mode: _most_in_budget(model, settings.engine, mode, workload) for mode in MODES
+    }
     if "vllm" in found:
         by_memory["vllm"] = _most_in_vllm_budget(engines["prefix"], workload, token_bytes)
     for name, agents in by_memory.items():
@@ -179,11 +183,13 @@ def _seconds(llm: LLM, workload: RoundWorkload) -> float:
     return wall_seconds(run_checked(llm, workload.prompts(), ANSWER_TOKENS))
 
 
-def _most_in_budget(model: LoadedModel, mode: ReuseMode, workload: RoundWorkload) -> int:
+def _most_in_budget(
+    model: LoadedModel, options: EngineOptions, mode: ReuseMode, workload: RoundWorkload
+) -> int:
     """The most agents of a workload that are admitted together."""
-    config = EngineConfig(mode, store=StoreConfig(BUDGET_BYTES))
+    options = replace(options, reuse=mode, kv_budget=BUDGET_BYTES)
     num_slots = BUDGET_BYTES // model.shape.kv_bytes_per_token(model.dtype)
-    llm = LLM.from_loaded(model, config, executor=FakeExecutor(num_slots, model.shape.vocab_size))
+    llm = LLM.from_loaded(model, options, executor=FakeExecutor(num_slots, model.shape.vocab_size))
 
     def fits(size: int) -> bool:
         engine = llm.engine

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tokendance.bench.arms import answer_params, make_engines, started_vllm
+from tokendance.bench.arms import answer_params, load, make_engines, started_vllm
 from tokendance.bench.plots import draw_lines
-from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLM
-from tokendance.config import ReuseMode
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
-from tokendance.models.loader import load_model
+from tokendance.options import ReuseMode
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import example_trace, read_trace
 
@@ -65,7 +65,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     sizes = list(TINY_SIZES if settings.tiny else FULL_SIZES)
     num_steps = 4 if settings.tiny else 32
-    model = load_model(settings.model, "bfloat16")
+    model = load(settings)
     notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
     max_context = model.shape.max_context
     for size in [size for size in sizes if size[1] + size[2] + _AHEAD_TOKENS > max_context]:
@@ -78,7 +78,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     room = max(agents * (run + own + 200) for agents, run, own in sizes)
     longest = max(run + own + 200 for _, run, own in sizes)
     # All hold their agents' KV at the same time, so each has memory of its own.
-    engines = make_engines(model, _NAMES, room)
+    engines = make_engines(model, settings.engine, _NAMES, room)
     table = LiveTable(console, "decoding, all agents at once, bfloat16", _COLUMNS)
     rows: list[Row] = []
     token_bytes = model.shape.kv_bytes_per_token(model.dtype)

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from tokendance.bench.arms import load
 from tokendance.bench.plots import plot_frontier
-from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.workload import (
     Order,
     RoundTexts,
@@ -24,15 +26,14 @@ from tokendance.bench.workload import (
 )
 from tokendance.collector.correction import (
     DEFAULT_CORRECTION,
-    NO_CORRECTION,
     CorrectionPolicy,
     read_correction,
 )
-from tokendance.config import EngineConfig, ReuseMode, StoreConfig
 from tokendance.disk.kv_file import compress_rows, decompress_rows
 from tokendance.fidelity.measure import Fidelity, Reference, measure_fidelity, reference_answers
 from tokendance.llm import LLM
-from tokendance.models.loader import LoadedModel, load_model
+from tokendance.models.loader import LoadedModel
+from tokendance.options import EngineOptions, ReuseMode
 from tokendance.params import SamplingParams
 from tokendance.store.pages import Holder
 
@@ -68,26 +69,26 @@ class Kind:
     """One way to reuse.
 
     Attributes:
-        mode: see `EngineConfig`.
-        correction: has no effect but with "collective".
+        mode: see `reuse` of `EngineOptions`.
+        correction: of "collective"; None with the others.
         int8: private parts have been stored in a byte per number.
     """
 
     mode: ReuseMode
-    correction: CorrectionPolicy
+    correction: CorrectionPolicy | None
     int8: bool = False
 
     @property
     def label(self) -> str:
         """The correction as the table shows it."""
-        if self.mode != "collective":
+        if self.correction is None:
             return "-"
         return f"{self.correction.spec}, int8" if self.int8 else self.correction.spec
 
 
 DEFAULT = Kind("collective", DEFAULT_CORRECTION)
 INT8 = Kind("collective", DEFAULT_CORRECTION, int8=True)
-PIC = Kind("pic", NO_CORRECTION)
+PIC = Kind("pic", None)
 _SWEEP = (
     *("none", "first:1", "first:2", "first:4", "first:8", "epic"),
     *("edges:0+1", "edges:2+1", "edges:3+1", "edges:8+1", "all"),
@@ -109,6 +110,7 @@ class _Plan:
         frontier: kinds, measured in float32 in each of `orders`.
         orders: of the blocks.
         half: kinds, measured in bfloat16 in the order "same".
+        engine: what all engines have in common.
     """
 
     spec: WorkloadSpec
@@ -117,12 +119,14 @@ class _Plan:
     frontier: tuple[Kind, ...]
     orders: tuple[Order, ...]
     half: tuple[Kind, ...]
+    engine: EngineOptions
 
-    def store(self, model: LoadedModel) -> StoreConfig:
-        """Memory for a round and the round of questions after it, with nothing evicted."""
+    def options(self, model: LoadedModel) -> EngineOptions:
+        """An engine with memory for a round and the questions after it, with nothing evicted."""
         longest = self.spec.private_tokens[1] + self.spec.agents * (self.spec.block_tokens + 30)
         num_tokens = 3 * self.spec.agents * (longest + 400)
-        return StoreConfig(num_tokens * model.shape.kv_bytes_per_token(model.dtype))
+        budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
+        return replace(self.engine, kv_budget=budget)
 
 
 def _make_plan(settings: BenchSettings) -> _Plan:
@@ -134,6 +138,7 @@ def _make_plan(settings: BenchSettings) -> _Plan:
             frontier=(PIC, DEFAULT, INT8, *_collective("all")),
             orders=("same", "permuted"),
             half=(DEFAULT,),
+            engine=settings.engine,
         )
     return _Plan(
         WorkloadSpec(10, source=settings.source, seed=settings.seed),
@@ -142,6 +147,7 @@ def _make_plan(settings: BenchSettings) -> _Plan:
         frontier=(PIC, *_collective(*_SWEEP), INT8),
         orders=("same", "permuted", "own-first"),
         half=(PIC, *_collective("none", "first:4"), DEFAULT, INT8, *_collective("all")),
+        engine=settings.engine,
     )
 
 
@@ -167,7 +173,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         ("float32", plan.orders, plan.frontier),
         ("bfloat16", ("same",), plan.half),
     ):
-        model = load_model(settings.model, dtype)
+        model = load(settings, dtype)
         if not texts:  # both dtypes read the same
             texts = _write(model, plan)
         for row in _rows(model, plan, texts, orders, kinds):
@@ -196,7 +202,7 @@ def plot(result: SuiteResult, path: Path) -> None:
 
 
 def _write(model: LoadedModel, plan: _Plan) -> list[RoundTexts]:
-    writer = LLM.from_loaded(model, EngineConfig("prefix", store=plan.store(model)))
+    writer = LLM.from_loaded(model, replace(plan.options(model), reuse="prefix"))
     first = plan.spec.seed
     return [
         write_texts(writer, replace(plan.spec, seed=seed))
@@ -228,9 +234,9 @@ def _rows(
 ) -> Iterator[Row]:
     """Measure each kind on all workloads in all orders, in one dtype."""
     exact: dict[Order, list[_Exact]] = {order: [] for order in orders}
-    none = LLM.from_loaded(model, EngineConfig("none", store=plan.store(model)))
+    none = LLM.from_loaded(model, replace(plan.options(model), reuse="none"))
     # The same but for rounding, and the questions come after prompts that it has computed.
-    asked = LLM.from_loaded(model, EngineConfig("prefix", store=plan.store(model)))
+    asked = LLM.from_loaded(model, replace(plan.options(model), reuse="prefix"))
     for text in texts:
         for order in orders:
             workload = text.arrange(order)
@@ -239,8 +245,8 @@ def _rows(
             exact[order].append(_Exact(workload, answers, measure_recall(asked, workload)))
     del none, asked
     for kind in kinds:
-        config = EngineConfig(kind.mode, kind.correction, store=plan.store(model))
-        llm = LLM.from_loaded(model, config)
+        options = replace(plan.options(model), reuse=kind.mode, correction=kind.correction)
+        llm = LLM.from_loaded(model, options)
         fidelity: dict[Order, list[Fidelity]] = {order: [] for order in orders}
         recall: dict[Order, list[float | None]] = {order: [] for order in orders}
         recall_none: dict[Order, list[float | None]] = {order: [] for order in orders}

@@ -14,19 +14,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from tokendance.bench.arms import DTYPES, answer_params, make_engines
+from tokendance.bench.arms import DTYPES, answer_params, load, make_engines
 from tokendance.bench.plots import draw_bars
-from tokendance.bench.suite import (
-    BenchSettings,
-    LiveTable,
-    Row,
-    SuiteResult,
-    in_turn,
-    ratio,
-    spread,
-)
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio, spread
 from tokendance.llm import LLM
-from tokendance.models.loader import checkpoint_source, load_model, quiet
+from tokendance.models.loader import checkpoint_source, quiet
 from tokendance.rounds.trace import example_trace, read_trace
 
 _COLUMNS = {
@@ -47,12 +40,12 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     rows: list[Row] = []
     headline: dict[str, float | None] = {}
     for dtype in DTYPES:
-        model = load_model(settings.model, dtype)
+        model = load(settings, dtype)
         with quiet():
             theirs = AutoModelForCausalLM.from_pretrained(
                 checkpoint_source(settings.model), dtype=model.dtype, attn_implementation="sdpa"
             ).eval()
-        ours = make_engines(model, ["none"], 2 * sum(lengths))["none"]
+        ours = make_engines(model, settings.engine, ["none"], 2 * sum(lengths))["none"]
         prompts = _prompts(ours, lengths)
         times = in_turn(
             {

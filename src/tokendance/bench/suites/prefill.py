@@ -20,6 +20,7 @@ from rich.console import Console
 from tokendance.bench.arms import (
     DTYPES,
     answer_params,
+    load,
     make_engines,
     run_checked,
     started_vllm,
@@ -27,22 +28,13 @@ from tokendance.bench.arms import (
     vllm_round,
 )
 from tokendance.bench.plots import draw_lines
-from tokendance.bench.suite import (
-    BenchSettings,
-    LiveTable,
-    Row,
-    SuiteResult,
-    between,
-    in_turn,
-    ratio,
-    spread,
-)
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult, between, in_turn, ratio, spread
 from tokendance.bench.vllm import VLLM
 from tokendance.bench.workload import RoundWorkload, generate_workload
-from tokendance.config import ReuseMode
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
-from tokendance.models.loader import load_model
+from tokendance.options import ReuseMode
 
 MODES: tuple[ReuseMode, ...] = ("none", "prefix", "pic", "pic-batched", "collective")
 SMALL = (2, 5, 10)  # in turn, several times
@@ -89,7 +81,7 @@ class _Arm:
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
-    models = {dtype: load_model(settings.model, dtype) for dtype in DTYPES}
+    models = {dtype: load(settings, dtype) for dtype in DTYPES}
     small, large, notes = _sizes(settings, models["bfloat16"].shape.max_context)
     table = LiveTable(console, "prefill of a round, private parts cached", _COLUMNS)
     rows: list[Row] = []
@@ -103,7 +95,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
 
     room = small[-1] * _longest(small[-1])
     token_bytes = models["bfloat16"].shape.kv_bytes_per_token(models["bfloat16"].dtype)
-    engines = {dtype: make_engines(model, MODES, room) for dtype, model in models.items()}
+    engines = {
+        dtype: make_engines(model, settings.engine, MODES, room) for dtype, model in models.items()
+    }
     with started_vllm(
         settings,
         console,
@@ -125,7 +119,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         arms = _arms(size, best_dtype)
         used = [dtype for dtype in DTYPES if dtype in {arm.dtype for arm in arms}]
         big = {
-            dtype: make_engines(models[dtype], MODES, size * _longest(size), one_memory=True)
+            dtype: make_engines(
+                models[dtype], settings.engine, MODES, size * _longest(size), one_memory=True
+            )
             for dtype in used
         }
         round_ = _Round.write(settings, size, big, keep=False)

@@ -28,23 +28,15 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from tokendance.bench.arms import answer_params, make_engines, pool_of
+from tokendance.bench.arms import answer_params, load, make_engines, pool_of
 from tokendance.bench.plots import draw_bars
-from tokendance.bench.suite import (
-    BenchSettings,
-    LiveTable,
-    Row,
-    SuiteResult,
-    in_turn,
-    ratio,
-    spread,
-)
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio, spread
 from tokendance.bench.suites.storage import TASK
 from tokendance.bench.workload import read_people
 from tokendance.conversation import Agent
 from tokendance.disk.kv_file import WrittenFile, read_rows, write_rows
 from tokendance.llm import LLM
-from tokendance.models.loader import load_model
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import PrefixHashes, TokenIds
@@ -78,11 +70,11 @@ class _Stored:
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     agents, rounds, max_tokens = (3, 2, 8) if settings.tiny else (25, 4, 40)
-    model = load_model(settings.model, "bfloat16")
+    model = load(settings)
     people = read_people(settings.source)[:agents]
     longest = 1000 if settings.tiny else 600 + rounds * 60 * len(people)
     room = len(people) * longest
-    engines = make_engines(model, ["collective", "prefix"], room)
+    engines = make_engines(model, settings.engine, ["collective", "prefix"], room)
     llm, dense = engines["collective"], engines["prefix"]
     table = LiveTable(console, "from a stored session to all first tokens, bfloat16", _COLUMNS)
     rows: list[Row] = []

@@ -23,20 +23,12 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from tokendance.bench.arms import answer_params, make_engines, run_checked, wall_seconds
+from tokendance.bench.arms import answer_params, load, make_engines, run_checked, wall_seconds
 from tokendance.bench.plots import draw_bars
-from tokendance.bench.suite import (
-    BenchSettings,
-    LiveTable,
-    Row,
-    SuiteResult,
-    in_turn,
-    ratio,
-    spread,
-)
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio, spread
 from tokendance.bench.workload import NEWS, TASK, RoundTexts, WorkloadSpec, write_texts
 from tokendance.llm import LLM
-from tokendance.models.loader import load_model
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.server.app import create_app
 from tokendance.server.background import served
@@ -85,9 +77,11 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     else:
         spec = WorkloadSpec(10, private_tokens=(100, 500), source=settings.source)
         plan = _Plan(spec, rounds=3, answer_tokens=32, burst=128, lone_turns=40)
-    model = load_model(settings.model, "bfloat16")
+    model = load(settings)
     room = _room(plan)
-    library, over_http = (make_engines(model, ["collective"], room)["collective"] for _ in range(2))
+    library, over_http = (
+        make_engines(model, settings.engine, ["collective"], room)["collective"] for _ in range(2)
+    )
     app = create_app(
         over_http,
         ServerSettings(

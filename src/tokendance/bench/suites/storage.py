@@ -24,15 +24,15 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from tokendance.bench.arms import make_engines
+from tokendance.bench.arms import load, make_engines
 from tokendance.bench.plots import draw_lines
-from tokendance.bench.suite import BenchSettings, LiveTable, Row, SuiteResult
+from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.workload import read_people
-from tokendance.config import ReuseMode
 from tokendance.conversation import Agent
 from tokendance.disk.records import SessionKey
 from tokendance.llm import LLM
-from tokendance.models.loader import load_model
+from tokendance.options import ReuseMode
 from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
@@ -88,7 +88,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     small, large = _Town(10, 5, 64), _Town(25, 8, 96)
     if settings.tiny:
         small = large = _Town(3, 2, 8)
-    model = load_model(settings.model, "bfloat16")
+    model = load(settings)
     people = read_people(settings.source)
     longest = 1000 if settings.tiny else model.shape.max_context
     table = LiveTable(console, "KV of agents over rounds, bfloat16", _COLUMNS)
@@ -98,7 +98,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         rows.append(row)
         table.add(row)
 
-    engines = make_engines(model, ["collective", *REPLAYED], small.agents * min(longest, 6000))
+    engines = make_engines(
+        model, settings.engine, ["collective", *REPLAYED], small.agents * min(longest, 6000)
+    )
     played = []
     for number, one in enumerate(_talk(engines["collective"], people, small, settings.seed), 1):
         played.append(one)
@@ -110,7 +112,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
                 | _measure(engines[mode], _replay(engines[mode], one)))  # fmt: skip
     del engines
     people = people[: large.agents]
-    llm = make_engines(model, ["collective"], len(people) * longest)["collective"]
+    llm = make_engines(model, settings.engine, ["collective"], len(people) * longest)["collective"]
     with tempfile.TemporaryDirectory(prefix="tokendance-") as folder:
         llm.open_store(Path(folder) / "store")
         assert llm.tiers is not None

@@ -1,0 +1,63 @@
+"""What a user chooses of the suites. Imported by the command line, so it imports little itself."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tokendance.config import check_range
+from tokendance.options import DEFAULT_MODEL, EngineOptions
+
+SuiteName = Literal[
+    "attention", "plain", "prefill", "decode", "storage", "restore", "capacity", "fidelity", "serve"
+]
+Size = Literal["tiny", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What a user chooses of a suite.
+
+    Attributes:
+        model: an alias, a folder, or a Hugging Face hub id.
+        size: full is what docs/benchmarks.md shows; tiny runs every line in seconds, and its
+            figures mean nothing.
+        repeats: counted runs of each kind in prefill and plain; in fidelity, workloads of other
+            seeds.
+        seed: of texts, lengths and orders.
+        source: of private texts and what agents say, in prefill, capacity and fidelity: town, the
+            example, or a trace with personas.
+        against: measure this engine too, in its own environment (make vllm), where a suite has a
+            place for it.
+        engine: what all engines of a suite have in common; it sets the rest itself.
+    """
+
+    model: str = DEFAULT_MODEL
+    size: Size = "full"
+    repeats: int = 3
+    seed: int = 0
+    source: str = "town"
+    against: Literal["vllm"] | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "repeats")
+
+    @property
+    def tiny(self) -> bool:
+        """Whether only the shape of the results counts."""
+        return self.size == "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOutputs:
+    """Where the results go, besides the screen.
+
+    Attributes:
+        json: write the JSON line to this file.
+        plot: draw the figures into this SVG file.
+        out: folder for JSON, plots and the report of all suites, with `all`.
+    """
+
+    json: Path | None = None
+    plot: Path | None = None
+    out: Path | None = None

@@ -1,0 +1,44 @@
+"""What a user chooses of `tokendance run`. Imported by the command line, so it imports little."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+from tokendance.config import check_range
+from tokendance.options import DEFAULT_MODEL
+
+LIVE_ROUNDS = 3
+LIVE_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """The rounds of `tokendance run`; None leaves a choice to the kind of trace.
+
+    Attributes:
+        trace: personas are run live, recorded rounds are replayed with the recorded answers; the
+            example town if left out.
+        model: an alias, a folder, or a Hugging Face hub id.
+        agents: use the first so many agents of the trace.
+        rounds: rounds to run. Live rounds: 3 if left out; recorded: all.
+        max_tokens: longest answer. Live rounds: 64 if left out; recorded: as long as recorded.
+        temperature: 0 always takes the likeliest token.
+        seed: of the random numbers, with a temperature.
+        session: name of the session, with --store. Each round is on disk when it is shown, and the
+            same name goes on where it stopped, in --rounds more rounds.
+        json: write figures and answers to this file.
+    """
+
+    trace: Path | None = None
+    _: KW_ONLY
+    model: str = DEFAULT_MODEL
+    agents: int | None = None
+    rounds: int | None = None
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    session: str | None = None
+    json: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, "agents", "rounds", "max_tokens")
+        check_range(self, 0, "temperature")
