@@ -8,37 +8,38 @@ from fastapi import Depends, FastAPI, Request, Response
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.server.answers import Delta
+from tokendance.server.auth import tenant_of
 from tokendance.server.chat import constraint_of, encode_chat, is_marked
+from tokendance.server.context import ServerContext
 from tokendance.server.jobs import Job
 from tokendance.server.openapi import ChatAnswer, whole_or_stream
 from tokendance.server.protocol import ChatRequest
 from tokendance.server.running import Ask, answer, read_ask
-from tokendance.server.state import Server
 from tokendance.server.tool_calls import ToolCall
 
 
-def add_chat(app: FastAPI, server: Server) -> None:
+def add_chat(app: FastAPI, context: ServerContext) -> None:
     """Add the route."""
 
     @app.post("/v1/chat/completions", responses=whole_or_stream(ChatAnswer))
     async def chat(
-        body: ChatRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
+        body: ChatRequest, request: Request, tenant: Annotated[str, Depends(tenant_of)]
     ) -> Response:
         """Answer a conversation."""
-        server.check_model(body.model)
-        encoder = server.encoder(tenant)
-        head = server.head("chatcmpl")
+        context.check_model(body.model)
+        encoder = context.encoder(tenant)
+        head = context.head("chatcmpl")
         chunk_head = {**head, "object": "chat.completion.chunk"}
 
         def read() -> Ask:
             prompt = encode_chat(
-                body, encoder, server.tools, server.settings, server.max_characters
+                body, encoder, context.tools, context.settings, context.max_characters
             )
             return read_ask(
-                server,
+                context,
                 body,
                 [prompt],
-                constraint_of(body, server.grammars, server.tools),
+                constraint_of(body, context.grammars, context.tools),
                 marked=is_marked(body),
             )
 
@@ -47,7 +48,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
         ) -> dict[str, Any]:
             choices = []
             for index, (output, job) in enumerate(zip(outputs, jobs, strict=True)):
-                content, calls = _content(server, body, output.text)
+                content, calls = _content(context, body, output.text)
                 message: dict[str, Any] = {"role": "assistant", "content": content}
                 if calls:
                     message["content"] = content or None
@@ -56,7 +57,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                     {
                         "index": index,
                         "message": message,
-                        "logprobs": _chat_logprobs(server, job, output.token_ids, logprobs[index]),
+                        "logprobs": _chat_logprobs(context, job, output.token_ids, logprobs[index]),
                         "finish_reason": "tool_calls" if calls else output.finish_reason,
                     }
                 )
@@ -79,7 +80,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                 if delta.logprobs:
                     job = jobs[delta.index]
                     more["logprobs"] = _chat_logprobs(
-                        server, job, delta.token_ids, list(delta.logprobs)
+                        context, job, delta.token_ids, list(delta.logprobs)
                     )
                 text = delta.text
                 if body.may_call:
@@ -91,7 +92,7 @@ def add_chat(app: FastAPI, server: Server) -> None:
                     return found
                 reason = delta.output.finish_reason
                 if body.may_call:
-                    content, calls = _content(server, body, held[delta.index])
+                    content, calls = _content(context, body, held[delta.index])
                     if content:
                         found.append(chunk(delta.index, {"content": content}))
                     if calls:
@@ -103,21 +104,21 @@ def add_chat(app: FastAPI, server: Server) -> None:
 
             return of
 
-        return await answer(server, tenant, request, body, read, whole, chunks, chunk_head)
+        return await answer(context, tenant, request, body, read, whole, chunks, chunk_head)
 
 
-def _content(server: Server, body: ChatRequest, text: str) -> tuple[str, list[ToolCall]]:
-    return server.tools.split(text) if body.may_call else (text, [])
+def _content(context: ServerContext, body: ChatRequest, text: str) -> tuple[str, list[ToolCall]]:
+    return context.tools.split(text) if body.may_call else (text, [])
 
 
 def _chat_logprobs(
-    server: Server, job: Job, token_ids: Sequence[int], logprobs: list[TokenLogprobs]
+    context: ServerContext, job: Job, token_ids: Sequence[int], logprobs: list[TokenLogprobs]
 ) -> dict[str, Any] | None:
     if job.request.params.top_logprobs is None:
         return None
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = server.token_text(token)
+        text = context.token_text(token)
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
     return {

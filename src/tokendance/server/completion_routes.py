@@ -12,35 +12,36 @@ from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta
+from tokendance.server.auth import tenant_of
 from tokendance.server.chat import check_length
+from tokendance.server.context import ServerContext
 from tokendance.server.errors import bad_request
 from tokendance.server.jobs import Job
 from tokendance.server.openapi import TextAnswer, whole_or_stream
 from tokendance.server.protocol import CompletionRequest
 from tokendance.server.running import Ask, answer, check_choices, read_ask
-from tokendance.server.state import Server
 
 
-def add_completions(app: FastAPI, server: Server) -> None:
+def add_completions(app: FastAPI, context: ServerContext) -> None:
     """Add the route."""
 
     @app.post("/v1/completions", responses=whole_or_stream(TextAnswer))
     async def completions(
-        body: CompletionRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
+        body: CompletionRequest, request: Request, tenant: Annotated[str, Depends(tenant_of)]
     ) -> Response:
         """Go on with texts, or with token ids."""
-        server.check_model(body.model)
-        encoder = server.encoder(tenant)
-        head = {**server.head("cmpl"), "object": "text_completion"}
+        context.check_model(body.model)
+        encoder = context.encoder(tenant)
+        head = {**context.head("cmpl"), "object": "text_completion"}
 
         def read() -> Ask:
             given = _prompts(body)
-            check_choices(server, body, len(given))  # before all of them are read
+            check_choices(context, body, len(given))  # before all of them are read
             for one in given:
                 if isinstance(one, str):
-                    check_length([one], server.max_characters, "prompt")
+                    check_length([one], context.max_characters, "prompt")
             prompts = [_encode(encoder, prompt) for prompt in given]
-            return read_ask(server, body, prompts)
+            return read_ask(context, body, prompts)
 
         def whole(
             jobs: list[Job], outputs: list[Output], logprobs: list[list[TokenLogprobs]]
@@ -50,7 +51,7 @@ def add_completions(app: FastAPI, server: Server) -> None:
                 {
                     "index": index,
                     "text": output.text,
-                    "logprobs": _completion_logprobs(server, output, logprobs[index]),
+                    "logprobs": _completion_logprobs(context, output, logprobs[index]),
                     "finish_reason": output.finish_reason,
                 }
                 for index, output in enumerate(outputs)
@@ -74,7 +75,7 @@ def add_completions(app: FastAPI, server: Server) -> None:
 
             return of
 
-        return await answer(server, tenant, request, body, read, whole, chunks, head)
+        return await answer(context, tenant, request, body, read, whole, chunks, head)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -98,11 +99,11 @@ def _encode(encoder: PromptEncoder, prompt: str | list[int]) -> EncodedPrompt:
 
 
 def _completion_logprobs(
-    server: Server, output: Output, logprobs: list[TokenLogprobs]
+    context: ServerContext, output: Output, logprobs: list[TokenLogprobs]
 ) -> dict[str, Any] | None:
     if not logprobs:
         return None
-    texts = [server.token_text(token) for token in output.token_ids]
+    texts = [context.token_text(token) for token in output.token_ids]
     offsets = [0]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
@@ -110,7 +111,7 @@ def _completion_logprobs(
         "tokens": texts,
         "token_logprobs": [one.logprob for one in logprobs[: len(texts)]],
         "top_logprobs": [
-            {server.token_text(token): value for token, value in one.top}
+            {context.token_text(token): value for token, value in one.top}
             for one in logprobs[: len(texts)]
         ],
         "text_offset": offsets[:-1],

@@ -191,7 +191,7 @@ class DocumentedAPI(FastAPI):
         # What FastAPI says of bodies that do not fit is not what is answered here.
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        open_paths = self.state.server.open_paths
+        open_paths = self.state.context.keys.open_paths
         if open_paths is not None:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():

@@ -29,7 +29,9 @@ from tokendance.outputs import Output
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
+from tokendance.server.auth import tenant_of
 from tokendance.server.chat import as_message, check_length, sampling_params
+from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.jobs import Event, Job
 from tokendance.server.openapi import RoundAnswer, whole_or_stream
@@ -48,42 +50,41 @@ from tokendance.server.running import (
     unless_gone,
     usage_of,
 )
-from tokendance.server.state import Server
 from tokendance.session import Session
 
 
-def add_rounds(app: FastAPI, server: Server) -> None:
+def add_rounds(app: FastAPI, context: ServerContext) -> None:
     """Add the route."""
 
     @app.post("/v1/rounds", responses=whole_or_stream(RoundAnswer))
     async def rounds(
         body: RoundRequest,
         request: Request,
-        tenant: Annotated[str, Depends(server.tenant_of)],
+        tenant: Annotated[str, Depends(tenant_of)],
     ) -> Response:
         """Answer all agents of a round."""
-        server.check_model(body.model)
+        context.check_model(body.model)
         _check_names(body)
         async with AsyncExitStack() as stack:
-            stack.enter_context(server.admitted(tenant, len(body.agents)))
+            stack.enter_context(context.admission.admitted(tenant, len(body.agents)))
             if body.session is None:
-                begun = await _begin(server, body, tenant)
+                begun = await _begin(context, body, tenant)
             else:
                 session = await stack.enter_async_context(
-                    server.sessions.round_of(body, tenant, server.encoder(tenant))
+                    context.sessions.round_of(body, tenant, context.encoder(tenant))
                 )
-                begun = await _begin_in_session(server, body, tenant, session)
+                begun = await _begin_in_session(context, body, tenant, session)
             jobs = list(begun.jobs.values())
             request.state.jobs = jobs
-            server.worker.submit_round(jobs)
-            entries = _entries(server, body, begun)
-            head = {**server.head("round"), "object": "round"}
+            context.worker.submit_round(jobs)
+            entries = _entries(context, body, begun)
+            head = {**context.head("round"), "object": "round"}
             if begun.number is not None:
                 head |= {"session": body.session, "round": begun.number}
             if body.stream:
                 events = _events(head, entries)
-                return ReleasingStream(events, server.worker, jobs, stack.pop_all())
-            with taken_back(server.worker, jobs):
+                return ReleasingStream(events, context.worker, jobs, stack.pop_all())
+            with taken_back(context.worker, jobs):
                 found = await unless_gone(request, _all(entries))
             agents = [found[index] for index in range(len(body.agents))]
             return JSONResponse({**head, "agents": agents})
@@ -115,17 +116,17 @@ class _Begun:
     number: int | None = None
 
 
-async def _begin(server: Server, body: RoundRequest, tenant: str) -> _Begun:
+async def _begin(context: ServerContext, body: RoundRequest, tenant: str) -> _Begun:
     """Read a round that stands for itself."""
     listener = Listener()
 
     def read() -> list[Job | ApiError]:
-        remembering = server.encoder(tenant).remembering()
+        remembering = context.encoder(tenant).remembering()
         found: list[Job | ApiError] = []
         for index, agent in enumerate(body.agents):
             try:
-                prompt = _encode(agent, body.blocks, remembering, server.max_characters)
-                found.append(_make_job(server, agent, prompt, listener.of(index)))
+                prompt = _encode(agent, body.blocks, remembering, context.max_characters)
+                found.append(_make_job(context, agent, prompt, listener.of(index)))
             except ApiError as error:
                 found.append(error)
         return found
@@ -133,14 +134,14 @@ async def _begin(server: Server, body: RoundRequest, tenant: str) -> _Begun:
     async def done(_: dict[int, Output]) -> str | None:
         return None
 
-    asked = await server.in_thread(tenant, read)
+    asked = await context.in_thread(tenant, read)
     jobs = {index: job for index, job in enumerate(asked) if isinstance(job, Job)}
     refused = {index: job for index, job in enumerate(asked) if isinstance(job, ApiError)}
     return _Begun(listener, jobs, refused, done)
 
 
 async def _begin_in_session(
-    server: Server, body: RoundRequest, tenant: str, session: Session
+    context: ServerContext, body: RoundRequest, tenant: str, session: Session
 ) -> _Begun:
     """Read the next round of a session; what is wrong with one agent is wrong with all of it."""
     if body.blocks:
@@ -149,8 +150,8 @@ async def _begin_in_session(
     # Blocks stand in the session's order.
     places = {agent.agent: place for place, agent in enumerate(body.agents)}
     order = [places[agent.name] for agent in session.agents]
-    settings, vocab_size = server.settings, server.llm.model.shape.vocab_size
-    encoder = server.encoder(tenant)
+    settings, vocab_size = context.settings, context.llm.model.shape.vocab_size
+    encoder = context.encoder(tenant)
 
     def read() -> tuple[Asked, list[Job]]:
         tasks = {}
@@ -160,14 +161,14 @@ async def _begin_in_session(
                     f"In a session {agent.agent!r} has a task, and neither messages nor segments.",
                     "agents",
                 )
-            check_length([agent.task, agent.system or ""], server.max_characters)
+            check_length([agent.task, agent.system or ""], context.max_characters)
             tasks[agent.agent] = agent.task
         params = {
             agent.agent: sampling_params(agent, settings, vocab_size) for agent in body.agents
         }
         asked = session.ask(tasks, params)
         jobs = [
-            _make_job(server, body.agents[place], encoder.encode(prompt), listener.of(place))
+            _make_job(context, body.agents[place], encoder.encode(prompt), listener.of(place))
             for place, prompt in zip(order, asked.prompts, strict=True)
         ]
         for job in jobs:
@@ -178,28 +179,28 @@ async def _begin_in_session(
         if any(isinstance(output.error, AbortedError) for output in outputs.values()):
             return "The round was broken off, and the session has not heard it. Ask it again."
         session.hear(asked, [outputs[place] for place in order])
-        error = await server.sessions.save(session)
+        error = await context.sessions.save(session)
         return f"The round is not on disk: {error}" if error is not None else None
 
     try:
-        asked, made = await server.in_thread(tenant, read)
+        asked, made = await context.in_thread(tenant, read)
     except InputError as error:
         raise bad_request(str(error), "agents") from error
-    await server.worker.restore(session)
+    await context.worker.restore(session)
     jobs = dict(zip(order, made, strict=True))
     return _Begun(listener, jobs, {}, done, session.round + 1)
 
 
 def _make_job(
-    server: Server, agent: RoundAgent, prompt: EncodedPrompt, ear: Callable[[Event], None]
+    context: ServerContext, agent: RoundAgent, prompt: EncodedPrompt, ear: Callable[[Event], None]
 ) -> Job:
     for name in ("round", "stream", "stream_options"):
         if getattr(agent, name) is not None:
             raise bad_request(f"{name} goes with the round, not with an agent.", name)
     if (agent.n or 1) > 1:
         raise bad_request("An agent of a round has one answer.", "n")
-    ask = read_ask(server, agent, [prompt], marked=True)
-    (job,) = make_jobs(server, ask, lambda _: ear)
+    ask = read_ask(context, agent, [prompt], marked=True)
+    (job,) = make_jobs(context, ask, lambda _: ear)
     # An error of the engine names the agent, and so does the session that hears its answer.
     job.request.agent = agent.agent
     return job
@@ -258,13 +259,13 @@ def _parts(given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, 
 
 
 async def _entries(
-    server: Server, body: RoundRequest, begun: _Begun
+    context: ServerContext, body: RoundRequest, begun: _Begun
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     """Index and entry of each agent as it ends; first of those that were refused."""
     for index, error in begun.refused.items():
         yield index, {"agent": body.agents[index].agent, **error.body()}
     outputs: dict[int, Output] = {}
-    tokenizer = server.llm.model.tokenizer
+    tokenizer = context.llm.model.tokenizer
     async for delta in deltas(begun.listener, begun.jobs, tokenizer, spelt=False):
         if delta.output is not None:
             outputs[delta.index] = delta.output

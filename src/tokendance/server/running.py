@@ -22,12 +22,12 @@ from tokendance.params import SamplingParams
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta, Listener, deltas, taken_back
 from tokendance.server.chat import sampling_params
+from tokendance.server.context import ServerContext
 from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.grammar import GrammarConstraint
 from tokendance.server.jobs import Event, Job, RoundKey
 from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsupported
-from tokendance.server.state import Server
 from tokendance.store.entries import RoundId
 
 Result = TypeVar("Result")
@@ -51,7 +51,7 @@ class Ask:
 
 
 def read_ask(
-    server: Server,
+    context: ServerContext,
     body: Sampling,
     prompts: list[EncodedPrompt],
     constraint: GrammarConstraint | None = None,
@@ -61,7 +61,7 @@ def read_ask(
     """Read what requests of all kinds have.
 
     Args:
-        server: that is asked.
+        context: of the server.
         body: of the request.
         prompts: that were read of it.
         constraint: of each answer.
@@ -71,9 +71,9 @@ def read_ask(
         ApiError: for what is not supported.
     """
     refuse_unsupported(body)
-    choices = check_choices(server, body, len(prompts))
-    size = server.llm.model.shape.vocab_size
-    params = [sampling_params(body, server.settings, size, choice) for choice in range(choices)]
+    choices = check_choices(context, body, len(prompts))
+    size = context.llm.model.shape.vocab_size
+    params = [sampling_params(body, context.settings, size, choice) for choice in range(choices)]
     given = body.round
     return Ask(
         prompts,
@@ -90,27 +90,29 @@ def read_ask(
     )
 
 
-def check_choices(server: Server, body: Sampling, num_prompts: int) -> int:
+def check_choices(context: ServerContext, body: Sampling, num_prompts: int) -> int:
     """How many answers each prompt of a request shall have.
 
     Raises:
         ApiError: if those are too many for one request.
     """
     choices = body.n or 1
-    if choices * num_prompts > server.settings.max_choices:
+    if choices * num_prompts > context.settings.max_choices:
         raise bad_request(
             f"{num_prompts} prompts with n = {choices} are more than the "
-            f"{server.settings.max_choices} answers that one request may have.",
+            f"{context.settings.max_choices} answers that one request may have.",
             "n",
         )
     return choices
 
 
-def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], None]]) -> list[Job]:
+def make_jobs(
+    context: ServerContext, ask: Ask, ear: Callable[[int], Callable[[Event], None]]
+) -> list[Job]:
     """Make a job for each choice of each prompt.
 
     Args:
-        server: that is asked.
+        context: of the server.
         ask: what was asked.
         ear: gives job number i what it tells its events to.
 
@@ -120,7 +122,7 @@ def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], N
     jobs: list[Job] = []
     for prompt in ask.prompts:
         for params, constraint in zip(ask.params, ask.constraints, strict=True):
-            request = server.llm.request_of(prompt, params, ask.agent, _NO_ROUND)
+            request = context.llm.request_of(prompt, params, ask.agent, _NO_ROUND)
             if request.error is not None:
                 raise bad_request(str(request.error), ask.field, "context_length_exceeded")
             request.constraint = constraint
@@ -130,21 +132,23 @@ def make_jobs(server: Server, ask: Ask, ear: Callable[[int], Callable[[Event], N
     return jobs
 
 
-async def begin(server: Server, tenant: str, read: Callable[[], Ask]) -> tuple[list[Job], Listener]:
+async def begin(
+    context: ServerContext, tenant: str, read: Callable[[], Ask]
+) -> tuple[list[Job], Listener]:
     """Read a request on another thread, while others of its round wait for it, and hand it in."""
-    server.worker.arrive()
+    context.worker.arrive()
     listener = Listener()
     try:
-        ask = await server.in_thread(tenant, read)
-        jobs = make_jobs(server, ask, listener.of)
+        ask = await context.in_thread(tenant, read)
+        jobs = make_jobs(context, ask, listener.of)
         if ask.session is not None:
-            chat = server.sessions.chat(tenant, ask.session, ask.prompts[0].salt)
+            chat = context.sessions.chat(tenant, ask.session, ask.prompts[0].salt)
             for job in jobs:
                 job.session = chat
     except BaseException:
-        server.worker.withdraw()
+        context.worker.withdraw()
         raise
-    server.worker.submit(jobs, announced=True)
+    context.worker.submit(jobs, announced=True)
     return jobs, listener
 
 
@@ -170,7 +174,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def collect(
-    server: Server, jobs: Sequence[Job], listener: Listener
+    context: ServerContext, jobs: Sequence[Job], listener: Listener
 ) -> tuple[list[Output], list[list[TokenLogprobs]]]:
     """Wait for all answers.
 
@@ -180,7 +184,7 @@ async def collect(
     outputs: dict[int, Output] = {}
     logprobs: list[list[TokenLogprobs]] = [[] for _ in jobs]
     numbered = dict(enumerate(jobs))
-    async for delta in deltas(listener, numbered, server.llm.model.tokenizer, spelt=False):
+    async for delta in deltas(listener, numbered, context.llm.model.tokenizer, spelt=False):
         logprobs[delta.index] += delta.logprobs
         if delta.output is not None:
             if delta.output.error is not None:
@@ -243,7 +247,7 @@ class ReleasingStream(StreamingResponse):
 
 
 async def events_of(
-    server: Server,
+    context: ServerContext,
     jobs: Sequence[Job],
     listener: Listener,
     chunks: Callable[[Delta], list[dict[str, Any]]],
@@ -251,7 +255,7 @@ async def events_of(
 ) -> AsyncIterator[str]:
     """Events as the answers grow; an error ends the stream with an event of its own."""
     outputs: dict[int, Output] = {}
-    async for delta in deltas(listener, dict(enumerate(jobs)), server.llm.model.tokenizer):
+    async for delta in deltas(listener, dict(enumerate(jobs)), context.llm.model.tokenizer):
         if delta.output is not None:
             if delta.output.error is not None:
                 yield event(as_api_error(delta.output.error).body())
@@ -265,7 +269,7 @@ async def events_of(
 
 
 async def answer(
-    server: Server,
+    context: ServerContext,
     tenant: str,
     request: Request,
     body: Sampling,
@@ -277,7 +281,7 @@ async def answer(
     """Answer a request at once or as a stream, with its usage.
 
     Args:
-        server: that is asked.
+        context: of the server.
         tenant: who asks.
         request: of HTTP.
         body: says whether it is a stream, and whether that has its usage.
@@ -294,14 +298,14 @@ async def answer(
         return {**chunk_head, "choices": [], **usage(outputs)}
 
     async with AsyncExitStack() as stack:
-        stack.enter_context(server.admitted(tenant))
-        jobs, listener = await begin(server, tenant, read)
+        stack.enter_context(context.admission.admitted(tenant))
+        jobs, listener = await begin(context, tenant, read)
         request.state.jobs = jobs
         if body.stream:
             wanted = body.stream_options is not None and body.stream_options.include_usage
             last = last_chunk if wanted else None
-            found = events_of(server, jobs, listener, chunks(jobs), last)
-            return ReleasingStream(found, server.worker, jobs, stack.pop_all())
-        with taken_back(server.worker, jobs):
-            outputs, logprobs = await unless_gone(request, collect(server, jobs, listener))
+            found = events_of(context, jobs, listener, chunks(jobs), last)
+            return ReleasingStream(found, context.worker, jobs, stack.pop_all())
+        with taken_back(context.worker, jobs):
+            outputs, logprobs = await unless_gone(request, collect(context, jobs, listener))
         return JSONResponse({**whole(jobs, outputs, logprobs), **usage(outputs)})
