@@ -24,7 +24,7 @@ from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
 from tokendance.server.context import ServerContext
 from tokendance.server.logs import LogFormat, configure
-from tokendance.server.process import limit_arenas, objects_frozen
+from tokendance.server.malloc import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
 
 log = logging.getLogger("tokendance.server")

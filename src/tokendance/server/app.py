@@ -21,8 +21,9 @@ from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
-from tokendance.server.openapi import DocumentedAPI, ModelCard, ModelList, Status
-from tokendance.server.process import give_back_memory
+from tokendance.server.malloc import give_back_memory
+from tokendance.server.openapi import DocumentedAPI
+from tokendance.server.responses import ModelCard, ModelList, Status, dump
 from tokendance.server.round_routes import add_rounds
 from tokendance.server.settings import ServerSettings
 
@@ -109,41 +110,41 @@ def _field(place: Sequence[str | int]) -> str | None:
 def _add_operations(app: FastAPI, context: ServerContext) -> None:
     unwell: dict[int | str, dict[str, Any]] = {503: {"model": Status}}
 
+    def status(text: str, *, is_well: bool) -> JSONResponse:
+        return JSONResponse(dump(Status(status=text)), 200 if is_well else 503)
+
     @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> JSONResponse:
         """Whether the engine runs."""
         alive = context.worker.is_alive
-        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+        return status("ok" if alive else "failed", is_well=alive)
 
     @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> JSONResponse:
         """Whether requests are taken."""
-        if context.admission.is_ready:
-            return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready"}, 503)
+        is_ready = context.admission.is_ready
+        return status("ready" if is_ready else "not ready", is_well=is_ready)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(context.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    card = ModelCard(
+        id=context.model_name,
+        object="model",
+        created=context.started_s,
+        owned_by="tokendance",
+        max_model_len=context.llm.model.shape.max_context,
+    )
+
     @app.get("/v1/models", response_model=ModelList)
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         """The one model."""
-        return {"object": "list", "data": [_model_card(context)]}
+        return ModelList(object="list", data=[card])
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard)
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> ModelCard:
         """The one model, by its name."""
         context.check_model(name)
-        return _model_card(context)
-
-
-def _model_card(context: ServerContext) -> dict[str, Any]:
-    return {
-        "id": context.model_name,
-        "object": "model",
-        "created": context.started_s,
-        "owned_by": "tokendance",
-        "max_model_len": context.llm.model.shape.max_context,
-    }
+        return card
