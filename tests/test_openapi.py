@@ -51,7 +51,7 @@ def client(tiny: LoadedModel) -> Iterator[httpx.Client]:
     with serving(llm, api_keys=("secret",), default_max_tokens=4) as (client, server):
         client.headers.update(KEY)
         yield client
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
         assert server.worker.is_alive
     llm.engine.check_integrity()
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,11 @@ from tokendance.errors import ConfigError, ModelNotFoundError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
 from tokendance.server.app import create_app
-from tokendance.server.errors import ApiError
+from tokendance.server.context import ServerContext
 from tokendance.server.jobs import Job
 from tokendance.server.logs import JsonFormatter
 from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
-from tokendance.server.state import Server
 from tokendance.server.window import ArrivalWindow
 from tokendance.store.kv_rows import KVRows
 
@@ -49,7 +48,7 @@ def roomy(model_folder: Callable[..., Path]) -> LoadedModel:
 @pytest.fixture
 def served(
     make_llm: Callable[..., LLM], roomy: LoadedModel
-) -> Iterator[tuple[httpx.Client, Server]]:
+) -> Iterator[tuple[httpx.Client, ServerContext]]:
     llm = make_llm(num_pages=2000, model=roomy)
     with serving(llm, max_body=100_000, max_messages=50) as both:
         yield both
@@ -68,7 +67,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_an_answer_has_openais_shape(served: tuple[httpx.Client, Server]) -> None:
+def test_an_answer_has_openais_shape(served: tuple[httpx.Client, ServerContext]) -> None:
     client, server = served
     document = chat(client).json()
     choice = document["choices"][0]
@@ -85,11 +84,11 @@ def test_an_answer_has_openais_shape(served: tuple[httpx.Client, Server]) -> Non
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
     assert client.get("/health").status_code == client.get("/ready").status_code == 200
     assert 'tokendance_requests_total{reason="length"}' in client.get("/metrics").text
-    assert server.num_open == 0
+    assert server.admission.num_open == 0
 
 
 def test_an_answer_is_what_the_library_gives(
-    served: tuple[httpx.Client, Server], roomy: LoadedModel
+    served: tuple[httpx.Client, ServerContext], roomy: LoadedModel
 ) -> None:
     client, _ = served
     text = chat(client, max_tokens=12, ignore_eos=True).json()["choices"][0]["message"]["content"]
@@ -98,7 +97,7 @@ def test_an_answer_is_what_the_library_gives(
     assert text == expected[0].text
 
 
-def test_a_stream_holds_no_stop_text(served: tuple[httpx.Client, Server]) -> None:
+def test_a_stream_holds_no_stop_text(served: tuple[httpx.Client, ServerContext]) -> None:
     client, server = served
     encoder = server.llm.encoder
     forced = {str(encoder.text_ids(one)[0]): 100.0 for one in "E"}
@@ -112,7 +111,7 @@ def test_a_stream_holds_no_stop_text(served: tuple[httpx.Client, Server]) -> Non
 
 
 @pytest.mark.parametrize("stop", [None, ["e"]])
-def test_a_stream_says_the_same(served: tuple[httpx.Client, Server], stop: Any) -> None:
+def test_a_stream_says_the_same(served: tuple[httpx.Client, ServerContext], stop: Any) -> None:
     client, _ = served
     fields = {"max_tokens": 20, "ignore_eos": True, "stop": stop, "n": 2, "seed": 3}
     fields |= {"temperature": 1}
@@ -130,7 +129,7 @@ def test_a_stream_says_the_same(served: tuple[httpx.Client, Server], stop: Any) 
         assert deltas[-1]["finish_reason"] == expected["finish_reason"]
 
 
-def test_contents_that_clients_send(served: tuple[httpx.Client, Server]) -> None:
+def test_contents_that_clients_send(served: tuple[httpx.Client, ServerContext]) -> None:
     client, _ = served
     conversation: list[dict[str, Any]] = [
         {"role": "developer", "content": "be brief"},
@@ -160,7 +159,7 @@ def test_contents_that_clients_send(served: tuple[httpx.Client, Server]) -> None
     assert lengths[0] - lengths[1] == len("Ann: ") + len("Bob: ")
 
 
-def test_log_probabilities_and_biases(served: tuple[httpx.Client, Server]) -> None:
+def test_log_probabilities_and_biases(served: tuple[httpx.Client, ServerContext]) -> None:
     client, _ = served
     choice = chat(client, logprobs=True, top_logprobs=3).json()["choices"][0]
     content = choice["logprobs"]["content"]
@@ -175,7 +174,7 @@ def test_log_probabilities_and_biases(served: tuple[httpx.Client, Server]) -> No
     assert len(set(tokens)) == 1
 
 
-def test_completions_of_text_and_ids(served: tuple[httpx.Client, Server]) -> None:
+def test_completions_of_text_and_ids(served: tuple[httpx.Client, ServerContext]) -> None:
     client, _ = served
 
     def complete(prompt: Any, **fields: Any) -> dict[str, Any]:
@@ -224,19 +223,19 @@ def test_completions_of_text_and_ids(served: tuple[httpx.Client, Server]) -> Non
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(
-    served: tuple[httpx.Client, Server], fields: dict[str, Any], status: int, param: str
+    served: tuple[httpx.Client, ServerContext], fields: dict[str, Any], status: int, param: str
 ) -> None:
     client, server = served
     response = chat(client, **fields)
     assert response.status_code == status, response.text
     assert response.json()["error"]["param"] == param
     assert response.json()["error"]["message"]
-    assert server.num_open == 0
+    assert server.admission.num_open == 0
     assert chat(client).status_code == 200
 
 
 def test_bodies_that_are_no_request(
-    served: tuple[httpx.Client, Server], make_llm: Callable[..., LLM]
+    served: tuple[httpx.Client, ServerContext], make_llm: Callable[..., LLM]
 ) -> None:
     client, _ = served
     url = "/v1/chat/completions"
@@ -308,7 +307,7 @@ def test_texts_that_no_context_holds_are_not_tokenized(make_llm: Callable[..., L
             assert "characters" in agent["error"]["message"]
 
 
-def test_json_is_sure_to_parse(served: tuple[httpx.Client, Server]) -> None:
+def test_json_is_sure_to_parse(served: tuple[httpx.Client, ServerContext]) -> None:
     client, _ = served
     schema = {
         "type": "object",
@@ -329,7 +328,7 @@ def test_json_is_sure_to_parse(served: tuple[httpx.Client, Server]) -> None:
         assert 0 <= found["count"] <= 99
 
 
-def test_tool_calls_are_sure_to_parse(served: tuple[httpx.Client, Server]) -> None:
+def test_tool_calls_are_sure_to_parse(served: tuple[httpx.Client, ServerContext]) -> None:
     client, _ = served
     parameters = {
         "type": "object",
@@ -428,12 +427,12 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
         while server.worker._dispatcher.arrivals.num_named and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not server.worker._dispatcher.arrivals.num_named
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
         # Nor does it count when it asks again.
         asked = {"round": {"id": "r3", "size": 3}}
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(chat, client, first, **asked)]
-            wait_until(lambda: server.num_open == 1)
+            wait_until(lambda: server.admission.num_open == 1)
             for _ in range(2):
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(
@@ -441,7 +440,7 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
                         json={"model": "tiny", "messages": second, **asked},
                         timeout=0.3,
                     )
-                wait_until(lambda: server.num_open == 1)
+                wait_until(lambda: server.admission.num_open == 1)
             waiting.append(pool.submit(chat, client, second, **asked))
             time.sleep(0.3)
             assert not any(one.done() for one in waiting)
@@ -449,7 +448,7 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
         assert all(response.status_code == 200 for response in responses)
 
 
-def test_a_whole_round_in_one_call(served: tuple[httpx.Client, Server]) -> None:
+def test_a_whole_round_in_one_call(served: tuple[httpx.Client, ServerContext]) -> None:
     client, server = served
     blocks = {"x": NEWS, "y": NEWS[::-1]}
     listed = [{"type": "block", "id": name} for name in blocks]
@@ -483,7 +482,7 @@ def test_a_whole_round_in_one_call(served: tuple[httpx.Client, Server]) -> None:
             assert event["message"] == found[event["index"]]["message"]
     body["agents"] = [agents[0], agents[0]]
     assert client.post("/v1/rounds", json=body).json()["error"]["param"] == "agents"
-    assert server.num_open == 0
+    assert server.admission.num_open == 0
 
 
 def ask_session(client: httpx.Client, names: str, task: str, **fields: Any) -> httpx.Response:
@@ -531,7 +530,7 @@ def test_a_session_remembers_and_lasts(roomy: LoadedModel, tmp_path: Path) -> No
         assert "Say who it is" in refused.json()["error"]["message"]
         refused = ask_session(client, "ab", "x", blocks={"a": "b"})
         assert refused.json()["error"]["param"] == "blocks"
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
     llm.close()
     with serving(llm := start()) as (client, server):
         stream = events(ask_session(client, "bc", "three", stream=True))
@@ -540,13 +539,13 @@ def test_a_session_remembers_and_lasts(roomy: LoadedModel, tmp_path: Path) -> No
         on_disk = re.search(r"\ntokendance_kv_bytes_on_disk (\S+)", client.get("/metrics").text)
         assert on_disk is not None
         assert float(on_disk[1]) > 10_000
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
     llm.engine.check_integrity()
     llm.close()
 
 
 def test_a_round_that_is_refused_leaves_a_session_as_it_was(
-    served: tuple[httpx.Client, Server],
+    served: tuple[httpx.Client, ServerContext],
 ) -> None:
     client, _ = served
     assert ask_session(client, "ab", "one").status_code == 200
@@ -603,7 +602,7 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
         client.timeout = httpx.Timeout(1.0)
         with pytest.raises(httpx.ReadTimeout):
             ask_session(client, "ab", "Speak.", agents=LONG_ROUND)
-        wait_until(lambda: server.num_open == 0 and not llm.engine.has_work)
+        wait_until(lambda: server.admission.num_open == 0 and not llm.engine.has_work)
         wait_until(lambda: not any(files.iterdir()))
         assert llm.tiers is not None
         assert llm.tiers.due_s() is None
@@ -649,7 +648,7 @@ def test_others_are_answered_while_a_session_is_read(
         may_read.set()
         assert asked.result(60).status_code == 200
         assert cached(asked.result()) > 80 if way == "chat" else asked.result().json()["round"] == 2
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
     llm.engine.check_integrity()
     llm.close()
 
@@ -709,7 +708,7 @@ def test_an_engine_that_fails_answers_all(roomy: LoadedModel, where: str) -> Non
             assert codes == [503] * 3
             assert all(failed)
             assert client.get("/health").status_code == 503
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
 
 
 def ask_round(client: httpx.Client) -> httpx.Response:
@@ -846,7 +845,7 @@ def test_shadows_run_while_nobody_waits(roomy: LoadedModel) -> None:
 
 
 def test_a_request_has_an_id_and_a_line(
-    served: tuple[httpx.Client, Server], caplog: pytest.LogCaptureFixture
+    served: tuple[httpx.Client, ServerContext], caplog: pytest.LogCaptureFixture
 ) -> None:
     client, _ = served
     secret = "the secret of the mill"
@@ -915,65 +914,12 @@ def test_what_needs_a_key(make_llm: Callable[..., LLM]) -> None:
         assert client.get("/v1/models").status_code == 401
 
 
-def refused(server: Server, tenant: str, num_agents: int = 1) -> bool:
-    try:
-        with server.admitted(tenant, num_agents):
-            return False
-    except ApiError as error:
-        return error.status == 429
-
-
-def test_a_tenant_leaves_room_for_the_others(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm()
-    settings = ServerSettings(api_keys=("one", "two", "three"), max_open_requests=12)
-    server = Server(llm, settings)
-    server.worker.start()
-    try:
-        with ExitStack() as one, ExitStack() as rest:
-            for _ in range(12 - 2 - 2 - 1):  # half is divided by three, and each keeps its two
-                rest.enter_context(server.admitted("one"))
-            one.enter_context(server.admitted("one"))
-            assert refused(server, "one")
-            for tenant in ("two", "three"):
-                rest.enter_context(server.admitted(tenant))
-                rest.enter_context(server.admitted(tenant))
-                assert refused(server, tenant)
-            one.close()
-            rest.enter_context(server.admitted("three"))  # what one gives back is for all
-            assert server.num_open == 12
-            assert refused(server, "one")
-        assert server.num_open == 0
-    finally:
-        server.worker.stop(5)
-    with pytest.raises(ConfigError, match="max_open_requests"):
-        ServerSettings(api_keys=("one", "two"), max_open_requests=1)
-
-
-def test_a_round_in_one_call_counts_as_its_agents(make_llm: Callable[..., LLM]) -> None:
-    server = Server(make_llm(), ServerSettings(max_open_requests=20))
-    server.worker.start()
-    try:
-        with server.admitted("", 7):
-            assert server.num_open == 7
-            with server.admitted("", 9):
-                assert refused(server, "", 5)
-                with server.admitted("", 4):
-                    assert server.num_open == 20
-        with server.admitted("", 500):  # half of what there is, and may come twice
-            assert server.num_open == 10
-            with server.admitted("", 500):
-                assert refused(server, "")
-        assert server.num_open == 0
-    finally:
-        server.worker.stop(5)
-
-
 def test_too_many_are_told_to_come_back(make_llm: Callable[..., LLM]) -> None:
     llm = make_llm(num_pages=2000)
     with serving(llm, max_open_requests=1, round_wait=0.5) as (client, server):
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(chat, client, round={"id": "r", "size": 2})
-            while server.num_open == 0:
+            while server.admission.num_open == 0:
                 time.sleep(0.01)
             refused = chat(client)
             assert refused.status_code == 429
@@ -991,9 +937,9 @@ def test_a_client_that_goes_away_frees_its_pages(make_llm: Callable[..., LLM]) -
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/chat/completions", json=body | {"stream": False}, timeout=0.05)
         deadline = time.monotonic() + 20
-        while (server.num_open or llm.engine.has_work) and time.monotonic() < deadline:
+        while (server.admission.num_open or llm.engine.has_work) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
         assert not llm.engine.has_work
 
 
@@ -1047,7 +993,7 @@ def test_its_pages_are_free_within_one_step(
         assert all(one == {stays} for one in running[first + 1 :])
         assert leaves.allocation is None
         neighbour.close()
-        wait_until(lambda: not server.num_open and not engine.has_work)
+        wait_until(lambda: not server.admission.num_open and not engine.has_work)
     assert engine.status().resident_pages == 0
 
 
@@ -1056,7 +1002,7 @@ def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
     with serving(llm, round_wait=60.0) as (client, server):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(chat, client, round={"id": "r", "size": 2})
-            while server.num_open == 0:
+            while server.admission.num_open == 0:
                 time.sleep(0.01)
             time.sleep(0.2)
 
@@ -1068,7 +1014,7 @@ def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
             assert waiting.result().status_code == 503
         assert chat(client).status_code == 503
         assert client.get("/health").status_code == 503
-        assert server.num_open == 0
+        assert server.admission.num_open == 0
 
 
 def test_who_no_longer_waits_for_the_engine_harms_nobody(make_llm: Callable[..., LLM]) -> None:
@@ -1137,7 +1083,7 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
 
 def test_the_engine_ends_however_the_server_does(make_llm: Callable[..., LLM]) -> None:
     app = create_app(make_llm(), ServerSettings())
-    worker = app.state.server.worker
+    worker = app.state.context.worker
 
     async def break_off() -> None:
         with suppress(asyncio.CancelledError):
@@ -1151,7 +1097,7 @@ def test_the_engine_ends_however_the_server_does(make_llm: Callable[..., LLM]) -
 
 
 def test_a_session_has_not_heard_a_round_that_the_server_broke_off(
-    served: tuple[httpx.Client, Server],
+    served: tuple[httpx.Client, ServerContext],
 ) -> None:
     client, server = served
     body = {"model": "tiny", "session": "town", "agents": LONG_ROUND}

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import tokendance
+from tokendance import errors
 
 PACKAGE = Path(tokendance.__file__).parent
 SEES_SERVER = {"cli.py", "serve.py"}  # the command line, and the suite that measures it
@@ -65,8 +66,22 @@ def test_scheduler_and_collector_touch_no_tensor() -> None:
 
 
 def test_public_names() -> None:
+    public_errors = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.TokenDanceError)
+    }
     assert set(tokendance.__all__) == {
         "LLM", "Agent", "KVBytes", "Output", "Part", "Prompt", "RoundResult", "RoundStats",
-        "SamplingParams", "Session", "private", "shared", "strip_separator",
+        "SamplingParams", "Session", "private", "shared", "strip_separator", "NotStoredError",
+        *public_errors,
     }  # fmt: skip
     assert all(hasattr(tokendance, name) for name in tokendance.__all__)
+    assert tokendance.StoreError is errors.StoreError
+    for name in [*public_errors, "NotStoredError"]:
+        assert name in (errors.__doc__ or "").split(), f"{name} is not in the tree"
+
+
+def test_sessions_do_not_know_who_runs_their_rounds() -> None:
+    for name in ("session.py", "conversation.py"):
+        assert not imported_rooms(PACKAGE / name) & {"llm", "engine", "executor", "server"}, name

@@ -73,20 +73,20 @@ def test_texts_do_not_depend_on_order_and_overlap(texts: RoundTexts) -> None:
 
 def test_orders(llm: LLM) -> None:
     texts = write_texts(llm, replace(SPEC, agents=4, block_tokens=20))
-    assert [view.heard for view in texts.arrange("same").views] == [(0, 1, 2, 3)] * 4
-    assert [view.heard for view in texts.arrange("own-first").views] == [
+    assert [view.block_indices for view in texts.arrange("same").views] == [(0, 1, 2, 3)] * 4
+    assert [view.block_indices for view in texts.arrange("own-first").views] == [
         (0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 0, 1, 2),
     ]  # fmt: skip
-    permuted = [view.heard for view in texts.arrange("permuted").views]
+    permuted = [view.block_indices for view in texts.arrange("permuted").views]
     assert all(sorted(heard) == [0, 1, 2, 3] for heard in permuted)
     assert len(set(permuted)) > 1
 
 
 def test_overlaps(llm: LLM) -> None:
     texts = write_texts(llm, replace(SPEC, agents=6, block_tokens=20))
-    but_own = [view.heard for view in texts.arrange("same", "all-but-own").views]
+    but_own = [view.block_indices for view in texts.arrange("same", "all-but-own").views]
     assert but_own[2] == (0, 1, 3, 4, 5)
-    ring = [view.heard for view in texts.arrange("same", "neighbours").views]
+    ring = [view.block_indices for view in texts.arrange("same", "neighbours").views]
     assert ring[0] == (1, 2, 4, 5)
     assert ring[3] == (1, 2, 4, 5)
     assert ring[5] == (0, 1, 3, 4)

@@ -5,23 +5,64 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokendance.conversation import Agent
+    from tokendance.errors import (
+        AbortedError,
+        BaselineError,
+        BudgetError,
+        ConfigError,
+        ConstraintError,
+        CorruptFileError,
+        EngineError,
+        InputError,
+        ModelError,
+        ModelNotFoundError,
+        NumericsError,
+        PromptError,
+        RequestError,
+        RoundError,
+        StepError,
+        StoreError,
+        TokenDanceError,
+        TraceError,
+        UnsupportedModelError,
+    )
     from tokendance.llm import LLM
-    from tokendance.outputs import KVBytes, Output, RoundResult, RoundStats
+    from tokendance.outputs import KVBytes, NotStoredError, Output, RoundResult, RoundStats
     from tokendance.params import SamplingParams
     from tokendance.rounds.prompts import Part, Prompt, private, shared, strip_separator
     from tokendance.session import Session
 
 __all__ = [
     "LLM",
+    "AbortedError",
     "Agent",
+    "BaselineError",
+    "BudgetError",
+    "ConfigError",
+    "ConstraintError",
+    "CorruptFileError",
+    "EngineError",
+    "InputError",
     "KVBytes",
+    "ModelError",
+    "ModelNotFoundError",
+    "NotStoredError",
+    "NumericsError",
     "Output",
     "Part",
     "Prompt",
+    "PromptError",
+    "RequestError",
+    "RoundError",
     "RoundResult",
     "RoundStats",
     "SamplingParams",
     "Session",
+    "StepError",
+    "StoreError",
+    "TokenDanceError",
+    "TraceError",
+    "UnsupportedModelError",
     "private",
     "shared",
     "strip_separator",
@@ -31,7 +72,7 @@ __version__ = "0.1.0"
 
 # In which order to look for a name. Importing torch and transformers takes seconds, so the command
 # line imports this package without them, and shows its help at once.
-_MODULES = ("rounds.prompts", "params", "outputs", "conversation", "session", "llm")
+_MODULES = ("errors", "rounds.prompts", "params", "outputs", "conversation", "session", "llm")
 
 
 def __getattr__(name: str) -> Any:

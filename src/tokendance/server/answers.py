@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from tokenizers.decoders import DecodeStream
 
@@ -41,9 +42,9 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def of(self, index: int) -> "_Ear":
-        """What job `index` is given to tell its events to."""
-        return _Ear(self, index)
+    def of(self, index: int) -> Callable[[Event], None]:
+        """What job `index` calls with its events."""
+        return partial(self.put, index)
 
     def put(self, index: int, event: Event) -> None:
         """Take an event; called on the engine's thread."""
@@ -54,15 +55,6 @@ class Listener:
     async def get(self) -> tuple[int, Event]:
         """Wait for the next event of any job."""
         return await self._events.get()
-
-
-@dataclass(frozen=True, slots=True)
-class _Ear:
-    listener: Listener
-    index: int
-
-    def __call__(self, event: Event) -> None:
-        self.listener.put(self.index, event)
 
 
 class TextStream:

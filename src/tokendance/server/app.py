@@ -17,26 +17,27 @@ from tokendance.errors import TokenDanceError
 from tokendance.llm import LLM
 from tokendance.server.chat_routes import add_chat
 from tokendance.server.completion_routes import add_completions
+from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
-from tokendance.server.openapi import DocumentedAPI, ModelCard, ModelList, Status
-from tokendance.server.process import give_back_memory
+from tokendance.server.malloc import give_back_memory
+from tokendance.server.openapi import DocumentedAPI
+from tokendance.server.responses import ModelCard, ModelList, Status, dump
 from tokendance.server.round_routes import add_rounds
 from tokendance.server.settings import ServerSettings
-from tokendance.server.state import Server
 
 _SHAPES = {"str", "int", "float", "bool", "list", "dict"}
 
 
 def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     """Make the ASGI application; it owns the engine from its start to its end."""
-    server = Server(llm, settings)
+    context = ServerContext(llm, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        server.worker.start()
+        context.worker.start()
         giving_back = asyncio.create_task(give_back_memory())
         drain_s = 0.0  # where the server is told to end at once
         try:
@@ -44,19 +45,19 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
             drain_s = settings.drain
         finally:
             giving_back.cancel()
-            server.is_draining = True
-            await anyio.to_thread.run_sync(server.worker.stop, drain_s)
+            context.admission.is_draining = True
+            await anyio.to_thread.run_sync(context.worker.stop, drain_s)
 
     app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
-    app.state.server = server
+    app.state.context = context
     _add_errors(app)
-    _add_operations(app, server)
-    add_chat(app, server)
-    add_completions(app, server)
-    add_rounds(app, server)
+    _add_operations(app, context)
+    add_chat(app, context)
+    add_completions(app, context)
+    add_rounds(app, context)
     app.add_middleware(
         Limits,
-        tenant_of=server.authenticate,
+        tenant_of=context.keys.authenticate,
         max_body_bytes=settings.max_body_bytes,
         max_body_objects=settings.max_body_objects,
         body_timeout_s=settings.body_timeout,
@@ -106,44 +107,44 @@ def _field(place: Sequence[str | int]) -> str | None:
     return ".".join(named) or None
 
 
-def _add_operations(app: FastAPI, server: Server) -> None:
+def _add_operations(app: FastAPI, context: ServerContext) -> None:
     unwell: dict[int | str, dict[str, Any]] = {503: {"model": Status}}
+
+    def status(text: str, *, is_well: bool) -> JSONResponse:
+        return JSONResponse(dump(Status(status=text)), 200 if is_well else 503)
 
     @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> JSONResponse:
         """Whether the engine runs."""
-        alive = server.worker.is_alive
-        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+        alive = context.worker.is_alive
+        return status("ok" if alive else "failed", is_well=alive)
 
     @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> JSONResponse:
         """Whether requests are taken."""
-        if server.worker.is_alive and not server.is_draining:
-            return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready"}, 503)
+        is_ready = context.admission.is_ready
+        return status("ready" if is_ready else "not ready", is_well=is_ready)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    card = ModelCard(
+        id=context.model_name,
+        object="model",
+        created=context.started_s,
+        owned_by="tokendance",
+        max_model_len=context.llm.model.shape.max_context,
+    )
 
     @app.get("/v1/models", response_model=ModelList)
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         """The one model."""
-        return {"object": "list", "data": [_model_card(server)]}
+        return ModelList(object="list", data=[card])
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard)
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> ModelCard:
         """The one model, by its name."""
-        server.check_model(name)
-        return _model_card(server)
-
-
-def _model_card(server: Server) -> dict[str, Any]:
-    return {
-        "id": server.model_name,
-        "object": "model",
-        "created": server.started_s,
-        "owned_by": "tokendance",
-        "max_model_len": server.llm.model.shape.max_context,
-    }
+        context.check_model(name)
+        return card

@@ -1,130 +1,148 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 
 from tokendance.executor.step import TokenLogprobs
-from tokendance.outputs import Output
 from tokendance.server.answers import Delta
+from tokendance.server.auth import tenant_of
 from tokendance.server.chat import constraint_of, encode_chat, is_marked
-from tokendance.server.jobs import Job
-from tokendance.server.openapi import ChatAnswer, whole_or_stream
+from tokendance.server.context import ServerContext
+from tokendance.server.openapi import whole_or_stream
 from tokendance.server.protocol import ChatRequest
-from tokendance.server.running import Ask, answer, read_ask
-from tokendance.server.state import Server
+from tokendance.server.respond import Answer, Ask, Endpoint, finish_reason, read_ask, respond
+from tokendance.server.responses import (
+    AnswerMessage,
+    CalledFunction,
+    CalledTool,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    StreamedTool,
+    Usage,
+)
 from tokendance.server.tool_calls import ToolCall
 
 
-def add_chat(app: FastAPI, server: Server) -> None:
+def add_chat(app: FastAPI, context: ServerContext) -> None:
     """Add the route."""
 
     @app.post("/v1/chat/completions", responses=whole_or_stream(ChatAnswer))
     async def chat(
-        body: ChatRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
+        body: ChatRequest, request: Request, tenant: Annotated[str, Depends(tenant_of)]
     ) -> Response:
         """Answer a conversation."""
-        server.check_model(body.model)
-        encoder = server.encoder(tenant)
-        head = server.head("chatcmpl")
-        chunk_head = {**head, "object": "chat.completion.chunk"}
+        return await respond(ChatEndpoint(context, tenant, body), request)
 
-        def read() -> Ask:
-            prompt = encode_chat(
-                body, encoder, server.tools, server.settings, server.max_characters
-            )
-            return read_ask(
-                server,
-                body,
-                [prompt],
-                constraint_of(body, server.grammars, server.tools),
-                marked=is_marked(body),
-            )
 
-        def whole(
-            jobs: list[Job], outputs: list[Output], logprobs: list[list[TokenLogprobs]]
-        ) -> dict[str, Any]:
-            choices = []
-            for index, (output, job) in enumerate(zip(outputs, jobs, strict=True)):
-                content, calls = _content(server, body, output.text)
-                message: dict[str, Any] = {"role": "assistant", "content": content}
-                if calls:
-                    message["content"] = content or None
-                    message["tool_calls"] = [call.as_openai() for call in calls]
-                choices.append(
-                    {
-                        "index": index,
-                        "message": message,
-                        "logprobs": _chat_logprobs(server, job, output.token_ids, logprobs[index]),
-                        "finish_reason": "tool_calls" if calls else output.finish_reason,
-                    }
+class ChatEndpoint(Endpoint[ChatRequest]):
+    """A conversation that is answered."""
+
+    def __init__(self, context: ServerContext, tenant: str, body: ChatRequest) -> None:
+        """Take a request; see `Endpoint`."""
+        super().__init__(context, tenant, body)
+        self._encoder = context.encoder(tenant)
+        self._head = context.head("chatcmpl")
+        # Of a stream: by answer, text that may become a call and is not sent as text.
+        self._held: dict[int, str] = {}
+
+    def read(self) -> Ask:
+        """Make a prompt of the messages."""
+        context, body = self.context, self.body
+        prompt = encode_chat(
+            body, self._encoder, context.tools, context.settings, context.max_characters
+        )
+        constraint = constraint_of(body, context.grammars, context.tools)
+        return read_ask(context, body, [prompt], constraint, marked=is_marked(body))
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> ChatAnswer:
+        """A message for each answer."""
+        choices = []
+        for index, answer in enumerate(answers):
+            output = answer.output
+            text, calls = self._split(output.text)
+            message = AnswerMessage(role="assistant", content=text)
+            if calls:
+                called = [CalledTool(**_called(call)) for call in calls]
+                message = AnswerMessage(role="assistant", content=text or None, tool_calls=called)
+            choices.append(
+                ChatChoice(
+                    index=index,
+                    message=message,
+                    logprobs=self._logprobs(output.token_ids, answer.logprobs),
+                    finish_reason="tool_calls" if calls else finish_reason(output),
                 )
-            return {**head, "object": "chat.completion", "choices": choices}
+            )
+        return ChatAnswer(**self._head, object="chat.completion", choices=choices, usage=usage)
 
-        def chunks(jobs: list[Job]) -> Callable[[Delta], list[dict[str, Any]]]:
-            begun: set[int] = set()
-            held = [""] * len(jobs)  # text that may become a call is not sent as text
+    def chunks(self, delta: Delta) -> list[ChatChunk]:
+        """The role first, then text and calls, and at last the reason why it has ended."""
+        index, text = delta.index, delta.text
+        chunks: list[ChatChunk] = []
+        if index not in self._held:
+            self._held[index] = ""
+            chunks.append(self._chunk(index, ChatDelta(role="assistant", content="")))
+        if self.body.may_call:
+            self._held[index] += text
+            text = ""
+        if delta.logprobs:
+            logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+            chunks.append(self._chunk(index, ChatDelta(content=text), logprobs=logprobs))
+        elif text:
+            chunks.append(self._chunk(index, ChatDelta(content=text)))
+        if delta.output is None:
+            return chunks
+        text, calls = self._split(self._held[index])
+        if text:
+            chunks.append(self._chunk(index, ChatDelta(content=text)))
+        if calls:
+            called = [StreamedTool(index=at, **_called(call)) for at, call in enumerate(calls)]
+            chunks.append(self._chunk(index, ChatDelta(tool_calls=called)))
+        reason = "tool_calls" if calls else finish_reason(delta.output)
+        chunks.append(self._chunk(index, ChatDelta(), finish_reason=reason))
+        return chunks
 
-            def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
-                choice = {"index": index, "delta": delta, "finish_reason": None, **more}
-                return {**chunk_head, "choices": [choice]}
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
+        """An event without a choice."""
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage)
 
-            def of(delta: Delta) -> list[dict[str, Any]]:
-                found: list[dict[str, Any]] = []
-                if delta.index not in begun:
-                    begun.add(delta.index)
-                    found.append(chunk(delta.index, {"role": "assistant", "content": ""}))
-                more: dict[str, Any] = {}
-                if delta.logprobs:
-                    job = jobs[delta.index]
-                    more["logprobs"] = _chat_logprobs(
-                        server, job, delta.token_ids, list(delta.logprobs)
-                    )
-                text = delta.text
-                if body.may_call:
-                    held[delta.index] += text
-                    text = ""
-                if text or more:
-                    found.append(chunk(delta.index, {"content": text}, **more))
-                if delta.output is None:
-                    return found
-                reason = delta.output.finish_reason
-                if body.may_call:
-                    content, calls = _content(server, body, held[delta.index])
-                    if content:
-                        found.append(chunk(delta.index, {"content": content}))
-                    if calls:
-                        reason = "tool_calls"
-                        listed = [call.as_openai(place) for place, call in enumerate(calls)]
-                        found.append(chunk(delta.index, {"tool_calls": listed}))
-                found.append(chunk(delta.index, {}, finish_reason=reason))
-                return found
+    def _chunk(self, index: int, delta: ChatDelta, **fields: Any) -> ChatChunk:
+        choice = ChatChunkChoice(index=index, delta=delta, **{"finish_reason": None, **fields})
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice])
 
-            return of
+    def _split(self, text: str) -> tuple[str, list[ToolCall]]:
+        """An answer's words, and the calls that it makes."""
+        return self.context.tools.split(text) if self.body.may_call else (text, [])
 
-        return await answer(server, tenant, request, body, read, whole, chunks, chunk_head)
+    def _logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.context.token_text(token)
+            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+        return {
+            "content": [
+                entry(token, chosen.logprob)
+                | {"top_logprobs": [entry(other, logprob) for other, logprob in chosen.top]}
+                for token, chosen in zip(token_ids, logprobs, strict=False)
+            ],
+            "refusal": None,
+        }
 
 
-def _content(server: Server, body: ChatRequest, text: str) -> tuple[str, list[ToolCall]]:
-    return server.tools.split(text) if body.may_call else (text, [])
-
-
-def _chat_logprobs(
-    server: Server, job: Job, token_ids: Sequence[int], logprobs: list[TokenLogprobs]
-) -> dict[str, Any] | None:
-    if job.request.params.top_logprobs is None:
-        return None
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = server.token_text(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
+def _called(call: ToolCall) -> dict[str, Any]:
+    """Fields of a call as clients know it."""
     return {
-        "content": [
-            entry(token, one.logprob)
-            | {"top_logprobs": [entry(other, value) for other, value in one.top]}
-            for token, one in zip(token_ids, logprobs, strict=False)
-        ],
-        "refusal": None,
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": CalledFunction(name=call.name, arguments=call.arguments),
     }

@@ -1,80 +1,107 @@
 """POST /v1/completions."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 
 from tokendance.errors import InputError
-from tokendance.executor.step import TokenLogprobs
 from tokendance.models.encoder import PromptEncoder
-from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta
+from tokendance.server.auth import tenant_of
 from tokendance.server.chat import check_length
+from tokendance.server.context import ServerContext
 from tokendance.server.errors import bad_request
-from tokendance.server.jobs import Job
-from tokendance.server.openapi import TextAnswer, whole_or_stream
+from tokendance.server.openapi import whole_or_stream
 from tokendance.server.protocol import CompletionRequest
-from tokendance.server.running import Ask, answer, check_choices, read_ask
-from tokendance.server.state import Server
+from tokendance.server.respond import (
+    Answer,
+    Ask,
+    Endpoint,
+    check_choices,
+    finish_reason,
+    read_ask,
+    respond,
+)
+from tokendance.server.responses import TextAnswer, TextChoice, TextChunk, TextChunkChoice, Usage
 
 
-def add_completions(app: FastAPI, server: Server) -> None:
+def add_completions(app: FastAPI, context: ServerContext) -> None:
     """Add the route."""
 
     @app.post("/v1/completions", responses=whole_or_stream(TextAnswer))
     async def completions(
-        body: CompletionRequest, request: Request, tenant: Annotated[str, Depends(server.tenant_of)]
+        body: CompletionRequest, request: Request, tenant: Annotated[str, Depends(tenant_of)]
     ) -> Response:
         """Go on with texts, or with token ids."""
-        server.check_model(body.model)
-        encoder = server.encoder(tenant)
-        head = {**server.head("cmpl"), "object": "text_completion"}
+        return await respond(CompletionEndpoint(context, tenant, body), request)
 
-        def read() -> Ask:
-            given = _prompts(body)
-            check_choices(server, body, len(given))  # before all of them are read
-            for one in given:
-                if isinstance(one, str):
-                    check_length([one], server.max_characters, "prompt")
-            prompts = [_encode(encoder, prompt) for prompt in given]
-            return read_ask(server, body, prompts)
 
-        def whole(
-            jobs: list[Job], outputs: list[Output], logprobs: list[list[TokenLogprobs]]
-        ) -> dict[str, Any]:
-            del jobs
-            choices = [
-                {
-                    "index": index,
-                    "text": output.text,
-                    "logprobs": _completion_logprobs(server, output, logprobs[index]),
-                    "finish_reason": output.finish_reason,
-                }
-                for index, output in enumerate(outputs)
-            ]
-            return {**head, "choices": choices}
+class CompletionEndpoint(Endpoint[CompletionRequest]):
+    """Texts, or token ids, that go on."""
 
-        def chunks(jobs: list[Job]) -> Callable[[Delta], list[dict[str, Any]]]:
-            del jobs
+    def __init__(self, context: ServerContext, tenant: str, body: CompletionRequest) -> None:
+        """Take a request; see `Endpoint`."""
+        super().__init__(context, tenant, body)
+        self._encoder = context.encoder(tenant)
+        self._head = context.head("cmpl") | {"object": "text_completion"}
 
-            def of(delta: Delta) -> list[dict[str, Any]]:
-                reason = None if delta.output is None else delta.output.finish_reason
-                if not delta.text and reason is None:
-                    return []
-                choice = {
-                    "index": delta.index,
-                    "text": delta.text,
-                    "logprobs": None,
-                    "finish_reason": reason,
-                }
-                return [{**head, "choices": [choice]}]
+    def read(self) -> Ask:
+        """Encode the prompts."""
+        prompts = _prompts(self.body)
+        check_choices(self.context, self.body, len(prompts))  # before all of them are read
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                check_length([prompt], self.context.max_characters, "prompt")
+        encoded = [_encode(self._encoder, prompt) for prompt in prompts]
+        return read_ask(self.context, self.body, encoded)
 
-            return of
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> TextAnswer:
+        """A text for each answer."""
+        choices = [
+            TextChoice(
+                index=index,
+                text=answer.output.text,
+                logprobs=self._logprobs(answer),
+                finish_reason=finish_reason(answer.output),
+            )
+            for index, answer in enumerate(answers)
+        ]
+        return TextAnswer(**self._head, choices=choices, usage=usage)
 
-        return await answer(server, tenant, request, body, read, whole, chunks, head)
+    def chunks(self, delta: Delta) -> list[TextChunk]:
+        """Text if there is any, and the reason why it has ended."""
+        reason = None if delta.output is None else finish_reason(delta.output)
+        if not delta.text and reason is None:
+            return []
+        choice = TextChunkChoice(
+            index=delta.index, text=delta.text, logprobs=None, finish_reason=reason
+        )
+        return [TextChunk(**self._head, choices=[choice])]
+
+    def usage_chunk(self, usage: Usage) -> TextChunk:
+        """An event without a choice."""
+        return TextChunk(**self._head, choices=[], usage=usage)
+
+    def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
+        if not answer.logprobs:
+            return None
+        spell = self.context.token_text
+        texts = [spell(token) for token in answer.output.token_ids]
+        logprobs = answer.logprobs[: len(texts)]
+        offsets = [0]
+        for text in texts:
+            offsets.append(offsets[-1] + len(text))
+        return {
+            "tokens": texts,
+            "token_logprobs": [chosen.logprob for chosen in logprobs],
+            "top_logprobs": [
+                {spell(token): logprob for token, logprob in chosen.top} for chosen in logprobs
+            ],
+            "text_offset": offsets[:-1],
+        }
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -95,23 +122,3 @@ def _encode(encoder: PromptEncoder, prompt: str | list[int]) -> EncodedPrompt:
         return encoder.encode(Prompt(prompt))
     except InputError as error:
         raise bad_request(str(error), "prompt") from error
-
-
-def _completion_logprobs(
-    server: Server, output: Output, logprobs: list[TokenLogprobs]
-) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
-    texts = [server.token_text(token) for token in output.token_ids]
-    offsets = [0]
-    for text in texts:
-        offsets.append(offsets[-1] + len(text))
-    return {
-        "tokens": texts,
-        "token_logprobs": [one.logprob for one in logprobs[: len(texts)]],
-        "top_logprobs": [
-            {server.token_text(token): value for token, value in one.top}
-            for one in logprobs[: len(texts)]
-        ],
-        "text_offset": offsets[:-1],
-    }

@@ -1,6 +1,6 @@
 """What /openapi.json says beyond what FastAPI reads from the routes: answers, errors and keys."""
 
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -43,137 +43,6 @@ _RETRY_AFTER = {
 }
 
 
-class CachedTokens(BaseModel):
-    """Of the prompt's tokens, those that were not computed."""
-
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-class CalledFunction(BaseModel):
-    """Which function an answer calls, and its arguments as JSON."""
-
-    name: str
-    arguments: str
-
-
-class CalledTool(BaseModel):
-    """A call that an answer makes."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
-class AnswerMessage(BaseModel):
-    """What a model says."""
-
-    role: Literal["assistant"]
-    content: str | None
-    tool_calls: list[CalledTool] = []
-
-
-class ChatChoice(BaseModel):
-    """One of the answers to a conversation."""
-
-    index: int
-    message: AnswerMessage
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
-
-
-class ChatAnswer(BaseModel):
-    """Answer of /v1/chat/completions."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class TextChoice(BaseModel):
-    """One of the ways in which a text goes on."""
-
-    index: int
-    text: str
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"]
-
-
-class TextAnswer(BaseModel):
-    """Answer of /v1/completions."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class AgentAnswer(BaseModel):
-    """What an agent of a round says; who ends last may have to warn that it is not stored."""
-
-    agent: str
-    message: AnswerMessage
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-    warning: str | None = None
-
-
-class AgentError(BaseModel):
-    """Why an agent of a round says nothing."""
-
-    agent: str
-    error: dict[str, Any]
-    warning: str | None = None
-
-
-class RoundAnswer(BaseModel):
-    """Answer of /v1/rounds; `session` and `round` are there for a round of a session."""
-
-    id: str
-    object: Literal["round"]
-    created: int
-    model: str
-    session: str | None = None
-    round: int | None = None
-    agents: list[AgentAnswer | AgentError]
-
-
-class ModelCard(BaseModel):
-    """A model that is served."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    """All models that are served."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class Status(BaseModel):
-    """How the server is."""
-
-    status: str
-
-
 def whole_or_stream(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """An answer in one document, or as a stream of events: for a route's `responses`."""
     return {200: {"model": answer, "content": {"text/event-stream": {}}}}
@@ -191,7 +60,7 @@ class DocumentedAPI(FastAPI):
         # What FastAPI says of bodies that do not fit is not what is answered here.
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        open_paths = self.state.server.open_paths
+        open_paths = self.state.context.keys.open_paths
         if open_paths is not None:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():

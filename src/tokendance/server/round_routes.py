@@ -13,10 +13,10 @@ server keeps what was said, and agents give their tasks only: see `server/sessio
 round cannot be stored, who ends last has a `warning` that says why.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -29,10 +29,12 @@ from tokendance.outputs import Output
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Listener, deltas, taken_back
+from tokendance.server.auth import tenant_of
 from tokendance.server.chat import as_message, check_length, sampling_params
+from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
-from tokendance.server.jobs import Event, Job
-from tokendance.server.openapi import RoundAnswer, whole_or_stream
+from tokendance.server.jobs import Job
+from tokendance.server.openapi import whole_or_stream
 from tokendance.server.protocol import (
     BlockRef,
     RoundAgent,
@@ -40,53 +42,46 @@ from tokendance.server.protocol import (
     SharedText,
     TextPart,
 )
-from tokendance.server.running import (
+from tokendance.server.respond import (
+    LAST_EVENT,
     ReleasingStream,
     event,
+    finish_reason,
     make_jobs,
     read_ask,
     unless_gone,
     usage_of,
 )
-from tokendance.server.state import Server
+from tokendance.server.responses import AgentAnswer, AgentError, AnswerMessage, RoundAnswer, dump
 from tokendance.session import Session
 
 
-def add_rounds(app: FastAPI, server: Server) -> None:
+def add_rounds(app: FastAPI, context: ServerContext) -> None:
     """Add the route."""
 
     @app.post("/v1/rounds", responses=whole_or_stream(RoundAnswer))
     async def rounds(
-        body: RoundRequest,
-        request: Request,
-        tenant: Annotated[str, Depends(server.tenant_of)],
+        body: RoundRequest, request: Request, tenant: Annotated[str, Depends(tenant_of)]
     ) -> Response:
         """Answer all agents of a round."""
-        server.check_model(body.model)
+        context.check_model(body.model)
         _check_names(body)
         async with AsyncExitStack() as stack:
-            stack.enter_context(server.admitted(tenant, len(body.agents)))
+            stack.enter_context(context.admission.admitted(tenant, len(body.agents)))
+            endpoint: RoundEndpoint
             if body.session is None:
-                begun = await _begin(server, body, tenant)
+                endpoint = LoneRound(context, tenant, body)
             else:
-                session = await stack.enter_async_context(
-                    server.sessions.round_of(body, tenant, server.encoder(tenant))
-                )
-                begun = await _begin_in_session(server, body, tenant, session)
-            jobs = list(begun.jobs.values())
+                holding = context.sessions.round_of(body, tenant, context.encoder(tenant))
+                session = await stack.enter_async_context(holding)
+                endpoint = SessionRound(context, tenant, body, session)
+            jobs = await endpoint.begin()
             request.state.jobs = jobs
-            server.worker.submit_round(jobs)
-            entries = _entries(server, body, begun)
-            head = {**server.head("round"), "object": "round"}
-            if begun.number is not None:
-                head |= {"session": body.session, "round": begun.number}
+            context.worker.submit_round(jobs)
             if body.stream:
-                events = _events(head, entries)
-                return ReleasingStream(events, server.worker, jobs, stack.pop_all())
-            with taken_back(server.worker, jobs):
-                found = await unless_gone(request, _all(entries))
-            agents = [found[index] for index in range(len(body.agents))]
-            return JSONResponse({**head, "agents": agents})
+                return ReleasingStream(endpoint.events(), context.worker, jobs, stack.pop_all())
+            with taken_back(context.worker, jobs):
+                return JSONResponse(dump(await unless_gone(request, endpoint.whole())))
 
 
 def _check_names(body: RoundRequest) -> None:
@@ -95,114 +90,178 @@ def _check_names(body: RoundRequest) -> None:
             raise bad_request(f"Two agents are called {name!r}. Give each its own name.", "agents")
 
 
-@dataclass(slots=True)
-class _Begun:
-    """A round that is ready to run.
+class RoundEndpoint(ABC):
+    """A round that is answered, in one call."""
 
-    Attributes:
-        listener: hears its jobs.
-        jobs: by the agents' places.
-        refused: agents that cannot be served, likewise.
-        done: called with all outputs, by the agents' places, before the last is told; says what
-            was wrong, if the round could not be stored.
-        number: of the session's round, if it is one.
-    """
+    def __init__(self, context: ServerContext, tenant: str, body: RoundRequest) -> None:
+        """Take a request.
 
-    listener: Listener
-    jobs: dict[int, Job]
-    refused: dict[int, ApiError]
-    done: Callable[[dict[int, Output]], Awaitable[str | None]]
-    number: int | None = None
+        Args:
+            context: of the server.
+            tenant: who asks.
+            body: of the request.
+        """
+        self.context = context
+        self.tenant = tenant
+        self.body = body
+        self.encoder = context.encoder(tenant)
+        self.head = context.head("round")
+        self.listener = Listener()
+        # By the agents' numbers in the request: what is asked, or why it is not.
+        self.jobs: dict[int, Job] = {}
+        self.refused: dict[int, ApiError] = {}
 
+    async def begin(self) -> list[Job]:
+        """Read the request on another thread, and return what is to be answered.
 
-async def _begin(server: Server, body: RoundRequest, tenant: str) -> _Begun:
-    """Read a round that stands for itself."""
-    listener = Listener()
+        Raises:
+            ApiError: for a round that cannot be answered.
+        """
+        await self.context.in_thread(self.tenant, self.read)
+        return list(self.jobs.values())
 
-    def read() -> list[Job | ApiError]:
-        remembering = server.encoder(tenant).remembering()
-        found: list[Job | ApiError] = []
-        for index, agent in enumerate(body.agents):
-            try:
-                prompt = _encode(agent, body.blocks, remembering, server.max_characters)
-                found.append(_make_job(server, agent, prompt, listener.of(index)))
-            except ApiError as error:
-                found.append(error)
-        return found
+    @abstractmethod
+    def read(self) -> None:
+        """Fill `jobs` and `refused`."""
 
-    async def done(_: dict[int, Output]) -> str | None:
+    async def end(self, outputs: dict[int, Output]) -> str | None:
+        """Do what is to be done before the last answer is told; return a warning that goes with it.
+
+        Args:
+            outputs: of all jobs, by their numbers.
+        """
+        del outputs
         return None
 
-    asked = await server.in_thread(tenant, read)
-    jobs = {index: job for index, job in enumerate(asked) if isinstance(job, Job)}
-    refused = {index: job for index, job in enumerate(asked) if isinstance(job, ApiError)}
-    return _Begun(listener, jobs, refused, done)
+    async def whole(self) -> RoundAnswer:
+        """Wait for all agents; the document that has their answers."""
+        entries = {index: entry async for index, entry in self._entries()}
+        agents = [entries[index] for index in range(len(self.body.agents))]
+        return RoundAnswer(**self.head, object="round", agents=agents)
+
+    async def events(self) -> AsyncIterator[str]:
+        """An event for each agent as it ends."""
+        try:
+            async for index, entry in self._entries():
+                yield event({**self.head, "object": "round.agent", "index": index, **dump(entry)})
+        except TokenDanceError as error:
+            yield event(as_api_error(error).body())
+            return
+        yield LAST_EVENT
+
+    async def _entries(self) -> AsyncIterator[tuple[int, AgentAnswer | AgentError]]:
+        """Number and entry of each agent as it ends; first of those that were refused."""
+        for index, error in self.refused.items():
+            yield index, AgentError(agent=self.body.agents[index].agent, **error.body())
+        outputs: dict[int, Output] = {}
+        tokenizer = self.context.llm.model.tokenizer
+        async for delta in deltas(self.listener, self.jobs, tokenizer, spelt=False):
+            if delta.output is not None:
+                outputs[delta.index] = delta.output
+                entry = _entry(self.body.agents[delta.index].agent, delta.output)
+                if len(outputs) == len(self.jobs) and (warning := await self.end(outputs)):
+                    entry.warning = warning
+                yield delta.index, entry
+
+    def _make_job(self, index: int, prompt: EncodedPrompt) -> Job:
+        """What one agent is asked.
+
+        Raises:
+            ApiError: for what goes with the round only, and for a prompt that cannot be run.
+        """
+        agent = self.body.agents[index]
+        for name in ("round", "stream", "stream_options"):
+            if getattr(agent, name) is not None:
+                raise bad_request(f"{name} goes with the round, not with an agent.", name)
+        if (agent.n or 1) > 1:
+            raise bad_request("An agent of a round has one answer.", "n")
+        ask = read_ask(self.context, agent, [prompt], marked=True)
+        (job,) = make_jobs(self.context, ask, self.listener, first=index)
+        # An error of the engine names the agent, and so does the session that hears its answer.
+        job.request.agent = agent.agent
+        return job
 
 
-async def _begin_in_session(
-    server: Server, body: RoundRequest, tenant: str, session: Session
-) -> _Begun:
-    """Read the next round of a session; what is wrong with one agent is wrong with all of it."""
-    if body.blocks:
-        raise bad_request("A session knows what was said; leave blocks out.", "blocks")
-    listener = Listener()
-    # Blocks stand in the session's order.
-    places = {agent.agent: place for place, agent in enumerate(body.agents)}
-    order = [places[agent.name] for agent in session.agents]
-    settings, vocab_size = server.settings, server.llm.model.shape.vocab_size
-    encoder = server.encoder(tenant)
+class LoneRound(RoundEndpoint):
+    """A round that stands for itself: agents have messages or segments, some of them blocks."""
 
-    def read() -> tuple[Asked, list[Job]]:
-        tasks = {}
-        for agent in body.agents:
+    def read(self) -> None:
+        """Encode each agent's prompt; what is wrong with one does not concern the others."""
+        encoder, limit = self.encoder.remembering(), self.context.max_characters
+        for index, agent in enumerate(self.body.agents):
+            try:
+                prompt = _encode(agent, self.body.blocks, encoder, limit)
+                self.jobs[index] = self._make_job(index, prompt)
+            except ApiError as error:
+                self.refused[index] = error
+
+
+class SessionRound(RoundEndpoint):
+    """The next round of a session, which knows what was said: agents have tasks."""
+
+    def __init__(
+        self, context: ServerContext, tenant: str, body: RoundRequest, session: Session
+    ) -> None:
+        """Take a request whose session is held; see `RoundEndpoint`."""
+        super().__init__(context, tenant, body)
+        self._session = session
+        self._asked: Asked  # once it is read
+        self.head |= {"session": body.session, "round": session.round + 1}
+
+    async def begin(self) -> list[Job]:
+        """Read the request, and what memory lacks of the session."""
+        if self.body.blocks:
+            raise bad_request("A session knows what was said; leave blocks out.", "blocks")
+        try:
+            jobs = await super().begin()
+        except InputError as error:
+            raise bad_request(str(error), "agents") from error
+        await self.context.worker.restore(self._session)
+        return jobs
+
+    def read(self) -> None:
+        """Make each agent's prompt; what is wrong with one is wrong with all of the round."""
+        context, agents = self.context, self.body.agents
+        for agent in agents:
             if agent.task is None or agent.messages is not None or agent.segments is not None:
                 raise bad_request(
                     f"In a session {agent.agent!r} has a task, and neither messages nor segments.",
                     "agents",
                 )
-            check_length([agent.task, agent.system or ""], server.max_characters)
-            tasks[agent.agent] = agent.task
-        params = {
-            agent.agent: sampling_params(agent, settings, vocab_size) for agent in body.agents
-        }
-        asked = session.ask(tasks, params)
-        jobs = [
-            _make_job(server, body.agents[place], encoder.encode(prompt), listener.of(place))
-            for place, prompt in zip(order, asked.prompts, strict=True)
-        ]
-        for job in jobs:
-            job.request.session = session.key
-        return asked, jobs
+            check_length([agent.task, agent.system or ""], context.max_characters)
+        size = context.llm.model.shape.vocab_size
+        self._asked = self._session.ask(
+            {agent.agent: agent.task or "" for agent in agents},
+            {agent.agent: sampling_params(agent, context.settings, size) for agent in agents},
+        )
+        # The session has its agents in an order of its own.
+        numbers = {agent.agent: index for index, agent in enumerate(agents)}
+        for prompt in self._asked.prompts:
+            index = numbers[prompt.agent or ""]
+            self.jobs[index] = self._make_job(index, self.encoder.encode(prompt))
+            self.jobs[index].request.session = self._session.key
 
-    async def done(outputs: dict[int, Output]) -> str | None:
+    async def end(self, outputs: dict[int, Output]) -> str | None:
+        """Let the session hear the round, and bring it to disk."""
         if any(isinstance(output.error, AbortedError) for output in outputs.values()):
             return "The round was broken off, and the session has not heard it. Ask it again."
-        session.hear(asked, [outputs[place] for place in order])
-        error = await server.sessions.save(session)
+        self._session.hear(self._asked, [outputs[index] for index in self.jobs])
+        error = await self.context.sessions.save(self._session)
         return f"The round is not on disk: {error}" if error is not None else None
 
-    try:
-        asked, made = await server.in_thread(tenant, read)
-    except InputError as error:
-        raise bad_request(str(error), "agents") from error
-    await server.worker.restore(session)
-    jobs = dict(zip(order, made, strict=True))
-    return _Begun(listener, jobs, {}, done, session.round + 1)
+
+def _entry(agent: str, output: Output) -> AgentAnswer | AgentError:
+    if output.error is not None:
+        return AgentError(agent=agent, **as_api_error(output.error).body())
+    return AgentAnswer(
+        agent=agent,
+        message=AnswerMessage(role="assistant", content=output.text),
+        finish_reason=finish_reason(output),
+        usage=usage_of([output], 1),
+    )
 
 
-def _make_job(
-    server: Server, agent: RoundAgent, prompt: EncodedPrompt, ear: Callable[[Event], None]
-) -> Job:
-    for name in ("round", "stream", "stream_options"):
-        if getattr(agent, name) is not None:
-            raise bad_request(f"{name} goes with the round, not with an agent.", name)
-    if (agent.n or 1) > 1:
-        raise bad_request("An agent of a round has one answer.", "n")
-    ask = read_ask(server, agent, [prompt], marked=True)
-    (job,) = make_jobs(server, ask, lambda _: ear)
-    # An error of the engine names the agent, and so does the session that hears its answer.
-    job.request.agent = agent.agent
-    return job
+# ---- prompts of a round that stands for itself ---------------------------------------------------
 
 
 def _encode(
@@ -255,48 +314,3 @@ def _parts(given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, 
         else:
             parts.append(private(one.text))
     return parts
-
-
-async def _entries(
-    server: Server, body: RoundRequest, begun: _Begun
-) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-    """Index and entry of each agent as it ends; first of those that were refused."""
-    for index, error in begun.refused.items():
-        yield index, {"agent": body.agents[index].agent, **error.body()}
-    outputs: dict[int, Output] = {}
-    tokenizer = server.llm.model.tokenizer
-    async for delta in deltas(begun.listener, begun.jobs, tokenizer, spelt=False):
-        if delta.output is not None:
-            outputs[delta.index] = delta.output
-            entry = _entry(body.agents[delta.index].agent, delta.output)
-            if len(outputs) == len(begun.jobs) and (warning := await begun.done(outputs)):
-                entry["warning"] = warning
-            yield delta.index, entry
-
-
-def _entry(agent: str, output: Output) -> dict[str, Any]:
-    if output.error is not None:
-        return {"agent": agent, **as_api_error(output.error).body()}
-    return {
-        "agent": agent,
-        "message": {"role": "assistant", "content": output.text},
-        "finish_reason": output.finish_reason,
-        "usage": usage_of([output], 1),
-    }
-
-
-async def _all(entries: AsyncIterator[tuple[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
-    return {index: entry async for index, entry in entries}
-
-
-async def _events(
-    head: dict[str, Any], entries: AsyncIterator[tuple[int, dict[str, Any]]]
-) -> AsyncIterator[str]:
-    head = {**head, "object": "round.agent"}
-    try:
-        async for index, entry in entries:
-            yield event({**head, "index": index, **entry})
-    except TokenDanceError as error:
-        yield event(as_api_error(error).body())
-        return
-    yield "data: [DONE]\n\n"

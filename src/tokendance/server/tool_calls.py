@@ -25,15 +25,6 @@ class ToolCall:
     name: str
     arguments: str
 
-    def as_openai(self, index: int | None = None) -> dict[str, Any]:
-        """The call as clients know it; with an index in streams."""
-        call = {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
-        return call if index is None else {"index": index, **call}
-
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:

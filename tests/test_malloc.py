@@ -15,7 +15,7 @@ glibc = pytest.mark.skipif(
 # So many threads are there at once, and each takes some memory; then malloc counts its arenas.
 _COUNT_ARENAS = """
 import ctypes, threading
-from tokendance.server.process import limit_arenas
+from tokendance.server.malloc import limit_arenas
 limit_arenas()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -37,7 +37,7 @@ libc.fflush(out)
 _FREE_BEFORE_A_PIECE = """
 import anyio, ctypes
 from pathlib import Path
-from tokendance.server.process import give_back_memory
+from tokendance.server.malloc import give_back_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
@@ -79,7 +79,7 @@ def test_what_is_free_goes_back_to_the_system() -> None:
 def test_what_is_there_is_not_collected_for_a_while() -> None:
     script = """
 import gc
-from tokendance.server.process import objects_frozen
+from tokendance.server.malloc import objects_frozen
 with objects_frozen():
     assert gc.get_freeze_count() > 1000
     assert len(gc.get_objects()) < 1000

@@ -1,0 +1,149 @@
+"""Facts that agents state, and questions about them.
+
+A fact is a sentence of ours in an agent's block, about a thing that nothing else in the round has,
+so that the answer to a question about it can be searched for.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+_Item = TypeVar("_Item")
+
+_THINGS = (
+    "lantern", "ladder", "violin", "kettle", "anchor", "basket", "compass", "umbrella",
+    "hammer", "saddle", "mirror", "teapot", "shovel", "candle", "blanket", "trumpet", "bucket",
+    "whistle", "barrel", "wallet", "pillow", "bicycle", "drum", "telescope", "notebook",
+    "helmet", "scarf", "guitar", "hatchet", "sledge", "cradle", "flute", "padlock", "broom",
+    "carpet", "wheelbarrow", "microscope", "necklace", "typewriter", "thimble", "envelope",
+    "spade", "clarinet", "mattress", "bracelet", "corkscrew", "goblet", "harness", "puppet",
+    "rucksack", "sextant", "tripod", "vase", "windmill", "xylophone", "abacus", "banjo",
+    "crowbar", "dagger", "easel", "funnel", "gramophone", "hourglass", "inkwell",
+)  # fmt: skip
+_DEEDS = (
+    ("sold", "sell"),
+    ("lost", "lose"),
+    ("painted", "paint"),
+    ("found", "find"),
+    ("hid", "hide"),
+    ("mended", "mend"),
+    ("broke", "break"),
+    ("borrowed", "borrow"),
+    ("washed", "wash"),
+    ("bought", "buy"),
+    ("carried", "carry"),
+    ("burned", "burn"),
+    ("buried", "bury"),
+    ("dropped", "drop"),
+    ("polished", "polish"),
+    ("weighed", "weigh"),
+    ("measured", "measure"),
+    ("packed", "pack"),
+    ("forgot", "forget"),
+    ("returned", "return"),
+)
+_PLACES = (
+    "at the mill",
+    "behind the chapel",
+    "under the bridge",
+    "in the barn",
+    "on the roof",
+    "at the station",
+    "beside the well",
+    "in the cellar",
+    "near the gate",
+    "in the attic",
+    "by the fountain",
+    "at the school",
+    "in the orchard",
+    "behind the theatre",
+    "on the hill",
+    "in the stable",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an agent is asked about the round.
+
+    A small model answers few questions in words of its own, so the answer's beginning is given,
+    and what is asked for is the word that comes next.
+
+    Attributes:
+        text: the question.
+        opening: how the answer begins.
+        speaker: whose block has the answer.
+        answer: a word of that block that nothing else in the round has.
+    """
+
+    text: str
+    opening: str
+    speaker: str
+    answer: str
+
+    def answered_by(self, text: str) -> bool:
+        """Say whether an answer has the word."""
+        return self.answer in _words(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What an agent has done: the deed in both tenses, with what, and where."""
+
+    did: str
+    do: str
+    thing: str
+    place: str
+
+    @property
+    def sentence(self) -> str:
+        """The fact, as the agent states it."""
+        return f"I {self.did} the {self.thing} {self.place}."
+
+
+def draw_facts(count: int, text: str, rng: np.random.Generator) -> list[Fact | None]:
+    """A fact for each agent, about things that are new to `text`; None when these run out.
+
+    Deeds and places are all different as long as there are enough of them.
+    """
+    known = _words(text)
+    things = [thing for thing in shuffled(_THINGS, rng) if thing not in known]
+    deeds, places = shuffled(_DEEDS, rng), shuffled(_PLACES, rng)
+    facts: list[Fact | None] = [
+        Fact(*deeds[index % len(deeds)], thing, places[index % len(places)])
+        for index, thing in enumerate(things)
+    ]
+    return [*facts, *[None] * count][:count]
+
+
+def ask_about_one(
+    index: int,
+    block_indices: Sequence[int],
+    names: Sequence[str],
+    facts: Sequence[Fact | None],
+    rng: np.random.Generator,
+) -> Question | None:
+    """A question about a fact that the agent reads and somebody else has stated, if any has."""
+    known = [
+        (names[other], fact)
+        for other in sorted(block_indices)
+        if other != index and (fact := facts[other]) is not None
+    ]
+    if not known:
+        return None
+    speaker, fact = known[int(rng.integers(len(known)))]
+    return Question(
+        f"What did {speaker} {fact.do}?", f"{speaker} {fact.did} the", speaker, fact.thing
+    )
+
+
+def shuffled(items: Sequence[_Item], rng: np.random.Generator) -> list[_Item]:
+    """The same items in a random order."""
+    return [items[index] for index in rng.permutation(len(items))]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z]+", text.lower()))

@@ -1,0 +1,114 @@
+"""What the routes work with."""
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from tokendance.llm import LLM
+from tokendance.models.encoder import PromptEncoder
+from tokendance.rounds.segments import make_salt
+from tokendance.server.admission import Admission
+from tokendance.server.auth import ApiKeys
+from tokendance.server.dispatcher import make_dispatcher
+from tokendance.server.engine_thread import EngineThread
+from tokendance.server.errors import ApiError
+from tokendance.server.grammar import Grammars
+from tokendance.server.metrics import Metrics
+from tokendance.server.sessions import Sessions
+from tokendance.server.settings import ServerSettings
+from tokendance.server.tool_calls import find_tool_format
+
+Result = TypeVar("Result")
+
+# Of each tenant, for reading what it sends.
+_THREADS = 4
+
+
+class ServerContext:
+    """A model, what runs it, and all that is shared by the requests to it.
+
+    Attributes:
+        llm: the model; only the worker touches its engine.
+        settings: of the server.
+        keys: who may ask.
+        metrics: what Prometheus reads.
+        worker: runs the engine.
+        admission: who is let in.
+        sessions: that are open.
+        grammars: for answers that have to parse.
+        tools: how the model calls tools.
+        started_s: seconds since 1970.
+    """
+
+    def __init__(self, llm: LLM, settings: ServerSettings) -> None:
+        """Prepare; the worker is not started."""
+        self.llm = llm
+        self.settings = settings
+        self.keys = ApiKeys(settings)
+        self.metrics = Metrics(llm)
+        self.worker = EngineThread(make_dispatcher(llm, self.metrics, settings))
+        self.admission = Admission(settings, lambda: self.worker.is_alive)
+        self.sessions = Sessions(llm, self.worker)
+        self.grammars = Grammars(llm.model)
+        self.tools = find_tool_format(llm.encoder)
+        self.started_s = int(time.time())
+        self._encoders: dict[str, PromptEncoder] = {}  # by tenant
+        self._limiters: dict[str, anyio.CapacityLimiter] = {}  # likewise
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.settings.served_name or self.llm.model.name
+
+    @property
+    def max_characters(self) -> int:
+        """Longer texts are refused unread; hardly a token has more than a hundred."""
+        return 128 * self.llm.model.shape.max_context
+
+    def check_model(self, name: str) -> None:
+        """Refuse another model's name.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name != self.model_name:
+            raise ApiError(
+                404,
+                f"The model {name!r} is not served here. Ask for {self.model_name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every answer begins with; `kind` begins its id."""
+        return {
+            "id": f"{kind}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": self.model_name,
+        }
+
+    def encoder(self, tenant: str) -> PromptEncoder:
+        """The encoder of a tenant, whose hashes nobody else's prompts have."""
+        model = self.llm.model
+        if tenant not in self._encoders:
+            salt = make_salt(model.name, str(model.dtype), tenant)
+            self._encoders[tenant] = self.llm.encoder.with_salt(salt)
+        return self._encoders[tenant]
+
+    async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
+        """Do something of a tenant's that takes a while, such as reading prompts, on a thread.
+
+        Each tenant has a few of the threads, so that none keeps the others waiting.
+        """
+        if tenant not in self._limiters:
+            self._limiters[tenant] = anyio.CapacityLimiter(_THREADS)
+        return await anyio.to_thread.run_sync(work, limiter=self._limiters[tenant])
+
+    def token_text(self, token: int) -> str:
+        """The text of one token."""
+        text: str = self.llm.model.tokenizer.decode([token])
+        return text

@@ -1,0 +1,212 @@
+"""What the server answers, in OpenAI's shapes.
+
+Where a field has a default it may be left out of an answer: only fields that were set are sent.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+FinishReason = Literal["stop", "length"]
+
+
+def dump(document: BaseModel) -> dict[str, Any]:
+    """A document as JSON has it."""
+    return document.model_dump(exclude_unset=True)
+
+
+class CachedTokens(BaseModel):
+    """Of the prompt's tokens, those that were not computed."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+# ---- /v1/chat/completions ------------------------------------------------------------------------
+
+
+class CalledFunction(BaseModel):
+    """Which function an answer calls, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class CalledTool(BaseModel):
+    """A call that an answer makes."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AnswerMessage(BaseModel):
+    """What a model says."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[CalledTool] = []
+
+
+class ChatChoice(BaseModel):
+    """One of the answers to a conversation."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal[FinishReason, "tool_calls"]
+
+
+class ChatAnswer(BaseModel):
+    """Answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class StreamedTool(CalledTool):
+    """A call in a stream, by its number in the answer."""
+
+    index: int
+
+
+class ChatDelta(BaseModel):
+    """What is new of an answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    tool_calls: list[StreamedTool] = []
+
+
+class ChatChunkChoice(BaseModel):
+    """What is new of one of the answers; a reason when it is done."""
+
+    index: int
+    delta: ChatDelta
+    finish_reason: Literal[FinishReason, "tool_calls"] | None
+    logprobs: dict[str, Any] | None = None
+
+
+class ChatChunk(BaseModel):
+    """Event of a stream of /v1/chat/completions; the last may have the usage, and no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+# ---- /v1/completions -----------------------------------------------------------------------------
+
+
+class TextChoice(BaseModel):
+    """One of the ways in which a text goes on."""
+
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: FinishReason
+
+
+class TextAnswer(BaseModel):
+    """Answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TextChunkChoice(BaseModel):
+    """What is new of one of the texts; a reason when it is done."""
+
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: FinishReason | None
+
+
+class TextChunk(BaseModel):
+    """Event of a stream of /v1/completions; the last may have the usage, and no choices."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
+
+
+# ---- /v1/rounds ----------------------------------------------------------------------------------
+
+
+class AgentAnswer(BaseModel):
+    """What an agent of a round says; who ends last may have to warn that it is not stored."""
+
+    agent: str
+    message: AnswerMessage
+    finish_reason: FinishReason
+    usage: Usage
+    warning: str | None = None
+
+
+class AgentError(BaseModel):
+    """Why an agent of a round says nothing."""
+
+    agent: str
+    error: dict[str, Any]
+    warning: str | None = None
+
+
+class RoundAnswer(BaseModel):
+    """Answer of /v1/rounds; `session` and `round` are there for a round of a session."""
+
+    id: str
+    object: Literal["round"]
+    created: int
+    model: str
+    session: str | None = None
+    round: int | None = None
+    agents: list[AgentAnswer | AgentError]
+
+
+# ---- what operators ask --------------------------------------------------------------------------
+
+
+class ModelCard(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """All models that are served."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Status(BaseModel):
+    """How the server is."""
+
+    status: str
