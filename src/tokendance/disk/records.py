@@ -1,6 +1,6 @@
 """What is stored of sessions, as the disk tier takes it and hands it over."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NewType
 
@@ -38,24 +38,6 @@ class SessionKey:
                 f"A session's name has 1 to {MAX_NAME} printable characters, and this one has "
                 f"{len(self.name)}, or others. Use another."
             )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SpokenCache:
-    """What an agent has read and said, all of which may have KV.
-
-    Attributes:
-        token_ids: int32, prompt and answer.
-        num_prompt: length of the prompt.
-    """
-
-    token_ids: TokenIds
-    num_prompt: int
-
-    @classmethod
-    def of(cls, prompt: TokenIds, answer: Sequence[int]) -> "SpokenCache":
-        """Put an answer behind its prompt."""
-        return cls(np.concatenate([prompt, np.array(answer, np.int32)]), len(prompt))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
