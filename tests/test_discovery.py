@@ -7,27 +7,31 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance.rounds.discovery import Discovery, DiscoveryConfig, Found, Heard
-from tokendance.rounds.memory import GramHasher, TextMemory
+from tokendance.rounds.discovery import (
+    Discovery,
+    DiscoveryConfig,
+    DiscoveryResult,
+    EarlierPrompt,
+)
 from tokendance.rounds.segments import EncodedPrompt, TokenIds, as_token_ids, make_salt
 
 GRAM = 4
-CONFIG = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, memory_tokens=2000)
+CONFIG = DiscoveryConfig(gram_size=GRAM, min_tokens=2 * GRAM, memory_tokens=2000)
 
 
 def words(seed: int, count: int) -> list[int]:
     """Token ids that no other seed has."""
-    return [1000 * seed + place for place in range(count)]
+    return [1000 * seed + index for index in range(count)]
 
 
-def discover_all(*rounds: list[list[int]]) -> tuple[list[EncodedPrompt], list[Heard]]:
+def discover_all(*rounds: list[list[int]]) -> tuple[list[EncodedPrompt], list[EarlierPrompt]]:
     """Segment some rounds one after the other; return what was found in the last."""
     discovery = Discovery(make_salt("test"), CONFIG)
-    found = Found([], [])
+    result = DiscoveryResult([], [])
     for now, prompts in enumerate(rounds):
-        found = discovery.segment([as_token_ids(ids) for ids in prompts], now)
+        result = discovery.segment([as_token_ids(ids) for ids in prompts], now)
         discovery.check_integrity()
-    return found.prompts, found.heard
+    return result.prompts, result.earlier
 
 
 def discover(*rounds: list[list[int]]) -> list[EncodedPrompt]:
@@ -73,21 +77,21 @@ def test_prompts_one_after_another_find_what_the_earlier_ones_had() -> None:
     prompts = [[*words(10 + i, 5 + i), *A, *B, *words(20 + i, 9)] for i in range(3)]
     assert shared(discover([prompts[0]])[0]) == []
     assert shared(discover([prompts[0]], [prompts[1]])[0]) == [[*A, *B]]
-    found, heard = discover_all([prompts[0]], [prompts[1]], [prompts[2]])
+    found, earlier = discover_all([prompts[0]], [prompts[1]], [prompts[2]])
     assert shared(found[0]) == [[*A, *B]]
-    assert [one.token_ids.tolist() for one in heard] == prompts[:2]
-    for one in heard:
-        ((first, last, _),) = one.parts
-        assert one.token_ids[first:last].tolist() == [*A, *B]
+    assert [prompt.token_ids.tolist() for prompt in earlier] == prompts[:2]
+    for prompt in earlier:
+        ((begin, end, _),) = prompt.segments
+        assert prompt.token_ids[begin:end].tolist() == [*A, *B]
 
 
 def test_a_conversation_that_goes_on_shares_nothing_with_itself() -> None:
     first = [*words(10, 5), *A]
     second = [*first, *words(11, 9), *B]
     third = [*second, *words(12, 9), *C]
-    found, heard = discover_all([first], [second], [third])
+    found, earlier = discover_all([first], [second], [third])
     assert shared(found[0]) == []
-    assert heard == []
+    assert earlier == []
     # But when its beginning is forgotten, the rest of it is found elsewhere.
     assert shared(discover([third], [third[5:]])[0]) == [third[5:]]
 
@@ -110,12 +114,12 @@ def test_prompts_of_long_ago_are_forgotten() -> None:
     times=st.lists(st.floats(0, 300), min_size=40, max_size=40),
 )
 def test_the_memory_stays_within_its_bounds(lengths: list[int], times: list[float]) -> None:
-    config = DiscoveryConfig(gram=GRAM, min_tokens=2 * GRAM, memory_tokens=200, recent_s=900.0)
+    config = DiscoveryConfig(gram_size=GRAM, min_tokens=2 * GRAM, memory_tokens=200, recent_s=900.0)
     discovery = Discovery(make_salt("test"), config)
     now = 0.0
-    for place, length in enumerate(lengths):
-        now += times[place]
-        discovery.segment([as_token_ids([*words(place % 7, length), *A[: length % 20]])], now)
+    for index, length in enumerate(lengths):
+        now += times[index]
+        discovery.segment([as_token_ids([*words(index % 7, length), *A[: length % 20]])], now)
         discovery.check_integrity()
 
 
@@ -128,23 +132,14 @@ def test_conversations_that_fill_the_memory_go_on(
     sizes: list[tuple[int, int]], num_agents: int
 ) -> None:
     discovery = Discovery(make_salt("test"), replace(CONFIG, memory_tokens=200))
-    heard = [words(10 + agent, 5) for agent in range(num_agents)]
+    conversations = [words(10 + agent, 5) for agent in range(num_agents)]
     for turn, (said, own) in enumerate(sizes):
-        for agent, one in enumerate(heard):
-            one += [*words(100 + turn, said), *words(1000 + 10 * turn + agent, own)]
-        prompts = [as_token_ids(one) for one in heard]
+        for agent, conversation in enumerate(conversations):
+            conversation += [*words(100 + turn, said), *words(1000 + 10 * turn + agent, own)]
+        prompts = [as_token_ids(conversation) for conversation in conversations]
         for prompt, found in zip(prompts, discovery.segment(prompts, turn).prompts, strict=True):
             assert np.array_equal(found.token_ids, prompt)
         discovery.check_integrity()
-
-
-def test_a_piece_does_not_keep_its_prompt() -> None:
-    memory = TextMemory(100, 60.0)
-    prompt = np.arange(1000, dtype=np.int32)
-    grams = GramHasher(GRAM).hashes(prompt[:10])
-    memory.add([(prompt[:10], grams)], 0.0, is_prompt=False)
-    (text,) = memory.meet(grams, 0.0)
-    assert not np.shares_memory(text.token_ids, prompt)
 
 
 def test_one_that_lacks_its_own_block() -> None:
@@ -157,34 +152,34 @@ def test_what_stands_between_blocks_belongs_to_one_of_them() -> None:
     mark = [7]
     blocks = [A, B, C]
     prompts = [
-        [*words(10 + i, 5), *mark] + [token for place in order for token in [*blocks[place], *mark]]
+        [*words(10 + i, 5), *mark] + [token for block in order for token in [*blocks[block], *mark]]
         for i, order in enumerate([(0, 1, 2), (2, 0, 1), (1, 2, 0)])
     ]
     found = discover(prompts)
     assert [prompt.token_ids.tolist() for prompt in found] == prompts
     assert all(len(shared(prompt)) == 3 for prompt in found)
-    assert len({tuple(one) for prompt in found for one in shared(prompt)}) == 3
+    assert len({tuple(ids) for prompt in found for ids in shared(prompt)}) == 3
     cut_off = [[*A, *B], [*A, B[0], *words(20, 9)], B]
     assert [prompt.token_ids.tolist() for prompt in discover(cut_off)] == cut_off
 
 
-def test_what_an_agent_has_said_itself_does_not_cut_what_all_hear() -> None:
+def test_what_an_agent_has_said_itself_does_not_cut_what_all_read() -> None:
     prompts = [[*words(10 + i, 5), *own, *words(20, 3), *A, *B, *C] for i, own in enumerate([A, B])]
     ids = [as_token_ids(prompt) for prompt in prompts]
-    known = [5 + len(A), 5 + len(B) - 1]
-    found = Discovery(make_salt("test"), CONFIG).segment(ids, 0.0, known).prompts
+    prefix_lengths = [5 + len(A), 5 + len(B) - 1]
+    found = Discovery(make_salt("test"), CONFIG).segment(ids, 0.0, prefix_lengths).prompts
     assert [shared(prompt) for prompt in found] == [[[*words(20, 3), *A, *B, *C]]] * 2
     assert [prompt.token_ids.tolist() for prompt in found] == prompts
-    assert shared(discover(prompts)[0]) != shared(found[0])  # where nothing is known
+    assert shared(discover(prompts)[0]) != shared(found[0])  # where no prefix is found
 
 
 def test_what_repeats_itself_is_found_if_all_have_it_alike() -> None:
     refrain = words(5, 2 * GRAM - 1)  # too short by itself, as is what stands between
     song = [token for verse in range(4) for token in [*refrain, 9000 + verse]]
     found = discover([[*words(10 + i, 5 + i), *song, *words(20 + i, 3)] for i in range(3)])
-    pieces = {tuple(map(tuple, shared(prompt))) for prompt in found}
-    assert len(pieces) == 1
-    assert sum(map(len, *pieces)) >= len(song) - GRAM
+    segments = {tuple(map(tuple, shared(prompt))) for prompt in found}
+    assert len(segments) == 1
+    assert sum(map(len, *segments)) >= len(song) - GRAM
     # Who sings something of his own finds the verses that others sing, too.
     other = discover([[*words(10, 5), *song, *A], [*words(11, 6), *song[:20], *words(30, 9), *A]])
     assert all(A in shared(prompt) for prompt in other)
@@ -256,11 +251,10 @@ def test_segments_are_cut_from_the_prompt_and_stand_in_another(
         assert np.array_equal(encoded.token_ids, prompt)
         for _, segment in encoded.shared_segments():
             assert len(segment) >= CONFIG.min_tokens
-            holders = [one for one in prompts if contains(one, segment.token_ids)]
-            assert len(holders) >= 2
+            assert sum(contains(other, segment.token_ids) for other in prompts) >= 2
 
 
-def contains(text: TokenIds, piece: TokenIds) -> bool:
-    return piece.tobytes() in [
-        text[start : start + len(piece)].tobytes() for start in range(len(text) - len(piece) + 1)
+def contains(text: TokenIds, part: TokenIds) -> bool:
+    return part.tobytes() in [
+        text[start : start + len(part)].tobytes() for start in range(len(text) - len(part) + 1)
     ]

@@ -16,7 +16,7 @@ from tokendance.engine.events import EngineObserver, Event
 from tokendance.engine.request import Request
 from tokendance.errors import EngineError, StepError
 from tokendance.options import EngineOptions
-from tokendance.rounds.discovery import Heard
+from tokendance.rounds.discovery import EarlierPrompt
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt
 from tokendance.store.entries import RoundId
 from tokendance.store.pages import Holder
@@ -163,10 +163,10 @@ class EngineLoop:
         """How many tokens at the beginning of a prompt have KV that its round may reuse."""
         return len(self._engine.store.match_slots(prompt.prefix_hashes))
 
-    def recall(self, prompts: Iterable[Heard], salt: Salt) -> None:
+    def recall(self, prompts: Iterable[EarlierPrompt], salt: Salt) -> None:
         """Offer parts of earlier prompts for reuse, as far as their KV is still there."""
         for prompt in prompts:
-            self._engine.store.publish_parts(PrefixHashes(prompt.token_ids, salt), prompt.parts)
+            self._engine.store.publish_parts(PrefixHashes(prompt.token_ids, salt), prompt.segments)
 
     def forget(self) -> None:
         """Forget all KV but what running requests hold."""

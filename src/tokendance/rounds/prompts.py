@@ -22,11 +22,11 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a prompt before it is tokenized.
+    """A part of a prompt before it is tokenized.
 
     Attributes:
         content: text, or token ids that are taken as they are.
-        shared: whether other prompts may have the same piece.
+        shared: whether other prompts may have the same part.
     """
 
     content: str | tuple[int, ...]
@@ -38,12 +38,12 @@ class Part:
 
 
 def shared(content: str | Sequence[int]) -> Part:
-    """Mark a piece that several agents read: its KV is computed once."""
+    """Mark a part that several agents read: its KV is computed once."""
     return _part(content, shared=True)
 
 
 def private(content: str | Sequence[int]) -> Part:
-    """Mark a piece that belongs to one agent."""
+    """Mark a part that belongs to one agent."""
     return _part(content, shared=False)
 
 
@@ -76,13 +76,12 @@ def strip_separator(text: str) -> str:
 def split_text(text: str, *, shared_without_separator: bool = False) -> list[Part]:
     """Split a text at its separators.
 
-    With a separator, each piece may be shared: which ones are is seen from the other prompts.
-    Without one, the text is a single part, private unless said otherwise.
+    With a separator, each part may be shared: which ones are is seen from the other prompts.
+    Without one, the text is a single part, private unless `shared_without_separator` is set.
     """
-    pieces = text.split(SEPARATOR)
-    if len(pieces) == 1:
+    if SEPARATOR not in text:
         return [Part(text, shared_without_separator)]
-    return [Part(piece, True) for piece in pieces if piece]
+    return [Part(content, True) for content in text.split(SEPARATOR) if content]
 
 
 @dataclass(frozen=True, slots=True)

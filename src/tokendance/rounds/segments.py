@@ -18,15 +18,15 @@ Page = TypeVar("Page")
 _DIGEST_BYTES = 16
 
 
-def make_salt(*parts: str) -> Salt:
-    """Fold what must never share KV (model, tokenizer, tenant) into one key.
+def make_salt(*names: str) -> Salt:
+    """Hash what must never share KV (model, tokenizer, tenant) into one key.
 
     Args:
-        parts: any strings; their boundaries count ("ab", "c" differs from "a", "bc").
+        names: any strings; their boundaries count ("ab", "c" differs from "a", "bc").
     """
     digest = hashlib.blake2b(digest_size=32)
-    for part in parts:
-        raw = part.encode()
+    for name in names:
+        raw = name.encode()
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
     return Salt(digest.digest())
@@ -148,13 +148,13 @@ class EncodedPrompt:
     prefix_hashes: PrefixHashes = field(init=False)
 
     def __post_init__(self) -> None:
-        parts = [segment.token_ids for segment in self.segments]
-        token_ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        arrays = [segment.token_ids for segment in self.segments]
+        token_ids = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
         token_ids.setflags(write=False)
-        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
         object.__setattr__(self, "token_ids", token_ids)
         object.__setattr__(self, "prefix_hashes", PrefixHashes(token_ids, self.salt))
-        object.__setattr__(self, "starts", (0, *ends[:-1].tolist()) if parts else ())
+        object.__setattr__(self, "starts", (0, *ends[:-1].tolist()) if arrays else ())
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -168,13 +168,13 @@ class EncodedPrompt:
         ]
 
 
-def build_prompt(pieces: Sequence[tuple[TokenIds, bool]], salt: Salt) -> EncodedPrompt:
-    """Join `(token_ids, shared)` pieces into a prompt.
+def build_prompt(contents: Sequence[tuple[TokenIds, bool]], salt: Salt) -> EncodedPrompt:
+    """Make a prompt of segments with these contents, `(token_ids, shared)`.
 
-    Private neighbours become one segment; empty pieces vanish.
+    Private neighbours become one segment; empty contents vanish.
     """
     merged: list[tuple[TokenIds, bool]] = []
-    for token_ids, shared in pieces:
+    for token_ids, shared in contents:
         if len(token_ids) == 0:
             continue
         if merged and not shared and not merged[-1][1]:

@@ -127,7 +127,7 @@ class Dispatcher:
             log.exception("prompts could not be compared; what was remembered is forgotten")
             del self._discoveries[salt]
             return
-        self._engine.recall(found.heard, salt)
+        self._engine.recall(found.earlier, salt)
         for (job, _), prompt in zip(unmarked, found.prompts, strict=True):
             job.request.prompt = prompt
 
