@@ -1,8 +1,8 @@
 // The kernel of shared-in-place attention. Compiled once for each instruction set: see simd.h.
 //
-// A task is some rows of a unit with one key head. It walks over the keys of the unit's pieces in
-// blocks, all its queries over each block, in an online softmax (FlashAttention, arXiv 2205.14135,
-// algorithm 1).
+// A task is some rows of a read group with one key head. It walks over the keys of the group's slot
+// ranges in blocks, all its queries over each block, in an online softmax (FlashAttention, arXiv
+// 2205.14135, algorithm 1).
 //
 // For many queries a block's keys and values are laid out for the vector unit once and used tile by
 // tile, so that the work is matrix products from the first cache:
@@ -29,10 +29,10 @@ using tokendance::Format;
 using tokendance::kFewQueries;
 using tokendance::Layer;
 using tokendance::Partials;
-using tokendance::Piece;
 using tokendance::Plan;
+using tokendance::ReadGroup;
+using tokendance::SlotRange;
 using tokendance::Task;
-using tokendance::Unit;
 
 constexpr int kBlock = 64;       // keys of a block
 constexpr int kTile = 24;        // queries of a tile
@@ -234,7 +234,7 @@ void multiply(const Product<Right>& p, int64_t rows, int64_t columns) {
 
 // ---- a block -----------------------------------------------------------------------------------
 
-// Fetch what comes a block later, most often: keys of a piece follow each other. Where they do not,
+// Fetch what comes a block later, most often: keys of a range follow each other. Where they do not,
 // a wrong address does no harm; it is never a pointer. It goes into the second cache: a core can
 // wait for few lines at once on their way to the first (docs/log.md).
 template <class Number>
@@ -356,7 +356,7 @@ struct Scratch {
         scores = take<float>(kTile * kBlock);
         head = take<float>(size);
         largest = take<float>(kTilesPerTask * kTileStride);
-        turned_by = take<int>(kQueriesPerTask);
+        rotated_by = take<int>(kQueriesPerTask);
     }
 
     // All sizes are multiples of 64 bytes, since D is one of 16.
@@ -377,7 +377,7 @@ struct Scratch {
     float* scores;      // (kTile, kBlock)
     float* head;        // (D,)
     float* largest;     // (kTilesPerTask, kTileStride)
-    int* turned_by;     // of each row
+    int* rotated_by;     // of each row
 };
 
 template <class Number, bool kPairs>
@@ -387,12 +387,12 @@ class Attention {
         : plan_(plan),
           layer_(layer),
           task_(task),
-          unit_(plan.units[task.unit]),
+          readers_(plan.read_groups[task.read_group]),
           s_(layer.size, scratch) {
         num_queries_ = static_cast<int>((task.last - task.first) * layer.group);
         inner_ = layer.size / (kPairs ? 2 : 1);
         are_few_ = num_queries_ <= kFewQueries;
-        for (int64_t row = task.first; row < task.last; ++row) s_.turned_by[row - task.first] = -1;
+        for (int64_t row = task.first; row < task.last; ++row) s_.rotated_by[row - task.first] = -1;
     }
 
     void run(const Partials& partials) {
@@ -401,8 +401,8 @@ class Attention {
             s_.sums[query] = Floats{};
             s_.largest[largest_at(query)] = kNothing;
         }
-        for (int64_t piece = unit_.first_piece; piece < unit_.last_piece; ++piece) {
-            gather(piece);
+        for (int64_t i = readers_.range_begin; i < readers_.range_end; ++i) {
+            gather(plan_.ranges[i]);
         }
         attend_block();
         for (int query = 0; query < num_queries_; ++query) finish(query, partials);
@@ -412,58 +412,59 @@ class Attention {
     static int largest_at(int query) { return query / kTile * kTileStride + query % kTile; }
     int64_t row_of(int query) const { return task_.first + query / layer_.group; }
 
-    int first_of(const Piece& piece, int64_t row) const {
-        return layer_.firsts == nullptr ? 0 : most(0, layer_.firsts[piece.first_read + row]);
+    int key_begin(const SlotRange& range, int64_t row) const {
+        return layer_.key_begin == nullptr ? 0
+                                           : most(0, layer_.key_begin[range.first_read + row]);
     }
-    int last_of(const Piece& piece, int64_t row) const {
-        return plan_.lasts[piece.first_read + row];
+    int key_end(const SlotRange& range, int64_t row) const {
+        return plan_.key_end[range.first_read + row];
     }
 
-    // Keys from several pieces make a block, as long as they are read at the same rotation: how
+    // Keys from several ranges make a block, as long as they are read at the same rotation: how
     // memory happens to be divided then changes neither the speed nor the order of sums.
-    void gather(int64_t index) {
-        const Piece& piece = plan_.pieces[index];
-        int first = INT32_MAX;
-        int last = 0;
+    void gather(const SlotRange& range) {
+        int begin = INT32_MAX;
+        int end = 0;
         for (int64_t row = task_.first; row < task_.last; ++row) {
-            if (first_of(piece, row) >= last_of(piece, row)) continue;
-            first = least(first, first_of(piece, row));
-            last = most(last, last_of(piece, row));
+            if (key_begin(range, row) >= key_end(range, row)) continue;
+            begin = least(begin, key_begin(range, row));
+            end = most(end, key_end(range, row));
         }
-        if (first >= last) return;
-        if (turns_differ(piece)) {
+        if (begin >= end) return;
+        if (rotations_differ(range)) {
             attend_block();
             for (int64_t row = task_.first; row < task_.last; ++row) {
-                turn_queries(row, plan_.turns[piece.first_read + row]);
+                rotate_queries(row, plan_.rotations[range.first_read + row]);
             }
         }
         const int64_t head = task_.kv_head * layer_.memory_head_stride;
-        while (first < last) {
+        while (begin < end) {
             if (count_ == kBlock) attend_block();
-            const int taken = least(kBlock - count_, last - first);
-            strips_[num_strips_++] = {&piece, first, taken, count_};
+            const int taken = least(kBlock - count_, end - begin);
+            strips_[num_strips_++] = {&range, begin, taken, count_};
             for (int i = 0; i < taken; ++i) {
-                const int64_t at = head + (piece.start + first + i) * layer_.size;
+                const int64_t at = head + (range.begin + begin + i) * layer_.size;
                 keys_[count_] = static_cast<const Number*>(layer_.keys) + at;
                 values_[count_++] = static_cast<const Number*>(layer_.values) + at;
             }
-            first += taken;
+            begin += taken;
         }
     }
 
-    bool turns_differ(const Piece& piece) const {
+    bool rotations_differ(const SlotRange& range) const {
         for (int64_t row = task_.first; row < task_.last; ++row) {
-            if (s_.turned_by[row - task_.first] != plan_.turns[piece.first_read + row]) return true;
+            const int rotation = plan_.rotations[range.first_read + row];
+            if (s_.rotated_by[row - task_.first] != rotation) return true;
         }
         return false;
     }
 
-    // Lay out the G queries of a row, rotated by entry `turn` of the tables.
-    void turn_queries(int64_t row, int turn) {
+    // Lay out the G queries of a row, rotated by an entry of the tables.
+    void rotate_queries(int64_t row, int rotation) {
         const int64_t index = row - task_.first;
-        if (s_.turned_by[index] == turn) return;
-        s_.turned_by[index] = turn;
-        const int64_t batch_row = plan_.rows[unit_.first_row + row];
+        if (s_.rotated_by[index] == rotation) return;
+        s_.rotated_by[index] = rotation;
+        const int64_t batch_row = plan_.rows[readers_.row_begin + row];
         for (int64_t g = 0; g < layer_.group; ++g) {
             const Number* const query = static_cast<const Number*>(layer_.query) +
                                         task_.kv_head * layer_.query_head_stride +
@@ -471,7 +472,7 @@ class Attention {
                                         batch_row * layer_.query_row_stride;
             uint32_t* const to = s_.queries + (index * layer_.group + g) * inner_;
             for (int64_t d = 0; d < layer_.size; ++d) s_.head[d] = to_float(query[d]);
-            if (turn != 0) rotate(turn);
+            if (rotation != 0) rotate(rotation);
             if constexpr (kPairs) {
                 for (int64_t d = 0; d < inner_; ++d) {
                     to[d] = to_bf16(s_.head[2 * d]) |
@@ -483,10 +484,10 @@ class Attention {
         }
     }
 
-    void rotate(int turn) {
-        const int64_t half = layer_.rotated / 2;
-        const float* const cosines = layer_.cosines + turn * half;
-        const float* const sines = layer_.sines + turn * half;
+    void rotate(int rotation) {
+        const int64_t half = layer_.rotary_dim / 2;
+        const float* const cosines = layer_.cosines + rotation * half;
+        const float* const sines = layer_.sines + rotation * half;
         float* const head = s_.head;
         const int64_t step = layer_.interleaved ? 2 : 1;
         const int64_t apart = layer_.interleaved ? 1 : half;
@@ -525,10 +526,10 @@ class Attention {
         for (int64_t row = row_of(query); row <= row_of(query + rows - 1); ++row) {
             for (int i = 0; i < num_strips_; ++i) {
                 const Strip& strip = strips_[i];
-                const int first = first_of(*strip.piece, row) - strip.first;
-                const int last = last_of(*strip.piece, row) - strip.first;
-                all = all && first <= 0 && last >= strip.count;
-                any = any || most(first, 0) < least(last, strip.count);
+                const int begin = key_begin(*strip.range, row) - strip.first;
+                const int end = key_end(*strip.range, row) - strip.first;
+                all = all && begin <= 0 && end >= strip.count;
+                any = any || most(begin, 0) < least(end, strip.count);
             }
         }
         if (!any) return;
@@ -582,12 +583,12 @@ class Attention {
         int column = 0;
         for (int i = 0; i < num_strips_; ++i) {
             const Strip& strip = strips_[i];
-            const int first = first_of(*strip.piece, row) - strip.first;
-            const int last = last_of(*strip.piece, row) - strip.first;
-            if (first >= last) continue;
-            const int seen = strip.column + least(most(first, 0), strip.count);
+            const int begin = key_begin(*strip.range, row) - strip.first;
+            const int end = key_end(*strip.range, row) - strip.first;
+            if (begin >= end) continue;
+            const int seen = strip.column + least(most(begin, 0), strip.count);
             while (column < seen) scores[column++] = kNothing;
-            column = most(column, strip.column + least(last, strip.count));
+            column = most(column, strip.column + least(end, strip.count));
         }
         while (column < columns_) scores[column++] = kNothing;
     }
@@ -644,7 +645,7 @@ class Attention {
     }
 
     void finish(int query, const Partials& partials) {
-        const int64_t row = unit_.first_row + row_of(query);
+        const int64_t row = readers_.row_begin + row_of(query);
         const int64_t head = task_.kv_head * layer_.group + query % layer_.group;
         const int64_t heads = layer_.kv_heads * layer_.group;
         const float* const from = s_.output + query * layer_.size;
@@ -664,16 +665,16 @@ class Attention {
     const Plan& plan_;
     const Layer& layer_;
     const Task& task_;
-    const Unit& unit_;
+    const ReadGroup& readers_;
     Scratch s_;
     int num_queries_;
     bool are_few_;
     int64_t inner_;
 
-    // The block that is being gathered: its keys, and the parts of pieces that they are from.
+    // The block that is being gathered: its keys, and the strips of slot ranges that they are from.
     struct Strip {
-        const Piece* piece;
-        int first, count;  // of the piece's keys
+        const SlotRange* range;
+        int first, count;  // of the range's keys
         int column;        // of the block
     };
     const Number* keys_[kBlock];

@@ -5,27 +5,27 @@
 
 namespace tokendance {
 
-// Rows that read the same pieces of memory. Ranges are of the plan's arrays.
-struct Unit {
-    int64_t first_row, last_row;
-    int64_t first_piece, last_piece;
+// Rows that read the same ranges of slots. Begin and end are indices of the plan's arrays.
+struct ReadGroup {
+    int64_t row_begin, row_end;
+    int64_t range_begin, range_end;
 };
 
-// Consecutive slots, and where the unit's rows find what they see of them (one entry a row).
-struct Piece {
-    int64_t start, stop;
+// Consecutive slots, and where the group's rows find what they see of them (one entry a row).
+struct SlotRange {
+    int64_t begin, end;
     int64_t first_read;
 };
 
 // Arrays of the step; whoever calls a kernel owns them.
 struct Plan {
     const int64_t* write_slots;  // (T,) slot that each row writes
-    const Unit* units;
-    const Piece* pieces;
-    const int64_t* rows;          // of the batch, unit by unit
+    const ReadGroup* read_groups;
+    const SlotRange* ranges;
+    const int64_t* rows;          // of the batch, group by group
     const int64_t* partials;      // for each of `rows`, where its result waits; -1: it is the output
-    const int32_t* turns;         // (reads,) row of the rotation tables; 0 is no rotation
-    const int32_t* lasts;         // (reads,) keys of the piece before this one are seen ...
+    const int32_t* rotations;     // (reads,) row of the rotation tables; 0 is no rotation
+    const int32_t* key_end;       // (reads,) keys of the range before this one are seen ...
     const int64_t* merged_rows;   // rows with several partial results
     const int64_t* merged_start;  // (merged_rows + 1,) ranges of partials, consecutive
 };
@@ -51,11 +51,11 @@ struct Layer {
     void* keys;    // (KVH, S, D), written
     void* values;  // likewise
     int64_t memory_head_stride;
-    void* output;           // (T, H, D)
-    const int32_t* firsts;  // (reads,) ... from this one on; null: all of them
-    const float* cosines;   // (turns, rotated / 2)
+    void* output;              // (T, H, D)
+    const int32_t* key_begin;  // (reads,) ... from this one on; null: all of them
+    const float* cosines;      // (rotations, rotary_dim / 2)
     const float* sines;
-    int64_t rotated;  // components of a head that turn
+    int64_t rotary_dim;  // components of a head that are rotated
     bool interleaved;
     float scale;
 };
@@ -70,9 +70,9 @@ struct Partials {
 
 // A part of a layer's work that one thread does at a time.
 struct Task {
-    int64_t unit;
+    int64_t read_group;
     int64_t kv_head;
-    int64_t first, last;  // of the unit's rows, each with all its G queries
+    int64_t first, last;  // of the group's rows, each with all its G queries
 };
 
 // What each instruction set provides.

@@ -31,19 +31,19 @@ namespace {
 
 // Widest first; only those that this machine can run.
 std::vector<const Kernel*> usable_kernels() {
-    std::vector<const Kernel*> found;
+    std::vector<const Kernel*> kernels;
 #if defined(TD_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
-    if (avx512) found.push_back(&kAvx512);
-    if (avx2) found.push_back(&kAvx2);
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) kernels.push_back(&kAvx512Bf16);
+    if (avx512) kernels.push_back(&kAvx512);
+    if (avx2) kernels.push_back(&kAvx2);
 #endif
-    found.push_back(&kPortable);
-    return found;
+    kernels.push_back(&kPortable);
+    return kernels;
 }
 
 template <class Scalar>
@@ -83,8 +83,9 @@ char* thread_scratch(int64_t bytes) {
 class Step {
   public:
     Step(const std::string& kernel, int64_t num_slots, Array<int64_t> write_slots,
-         Array<int64_t> unit_rows, Array<int64_t> unit_pieces, Array<int64_t> rows,
-         Array<int64_t> starts, Array<int64_t> stops, Array<int32_t> turns, Array<int32_t> lasts)
+         Array<int64_t> row_indptr, Array<int64_t> range_indptr, Array<int64_t> rows,
+         Array<int64_t> slot_begin, Array<int64_t> slot_end, Array<int32_t> rotations,
+         Array<int32_t> key_end)
         : num_slots_(num_slots) {
         for (const Kernel* usable : usable_kernels()) {
             if (kernel == usable->name) kernel_ = usable;
@@ -92,33 +93,34 @@ class Step {
         require(kernel_ != nullptr, "there is no kernel of this name for this machine");
         write_slots_ = copied(write_slots);
         rows_ = copied(rows);
-        turns_ = copied(turns);
-        lasts_ = copied(lasts);
-        take_units(unit_rows, unit_pieces, starts, stops);
+        rotations_ = copied(rotations);
+        key_end_ = copied(key_end);
+        take_read_groups(row_indptr, range_indptr, slot_begin, slot_end);
         check();
         find_partials();
-        plan_ = {write_slots_.data(), units_.data(),       pieces_.data(),
-                 rows_.data(),        partials_.data(),    turns_.data(),
-                 lasts_.data(),       merged_rows_.data(), merged_start_.data()};
+        plan_ = {write_slots_.data(), read_groups_.data(), ranges_.data(),
+                 rows_.data(),        partials_.data(),    rotations_.data(),
+                 key_end_.data(),     merged_rows_.data(), merged_start_.data()};
     }
 
     void attend(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor output,
-                std::optional<Array<int32_t>> firsts, Table cosines, Table sines, bool interleaved,
-                float scale, int threads) {
+                std::optional<Array<int32_t>> key_begin, Table cosines, Table sines,
+                bool interleaved, float scale, int threads) {
         Layer layer{};
         describe(layer, query, key, value, keys, values, output);
         require(scale > 0, "the scale of scores must be positive");
         require(threads > 0, "there is at least one thread");
-        require(!firsts || firsts->shape(0) == lasts_.size(), "`firsts` has one entry a read");
+        require(!key_begin || key_begin->shape(0) == key_end_.size(),
+                "`key_begin` has one entry a read");
         require(cosines.shape(0) == sines.shape(0) && cosines.shape(1) == sines.shape(1),
                 "cosines and sines have one shape");
-        require(static_cast<int64_t>(cosines.shape(0)) > largest_turn_,
+        require(static_cast<int64_t>(cosines.shape(0)) > largest_rotation_,
                 "the rotation tables are too short");
-        layer.firsts = firsts ? firsts->data() : nullptr;
+        layer.key_begin = key_begin ? key_begin->data() : nullptr;
         layer.cosines = cosines.data();
         layer.sines = sines.data();
-        layer.rotated = 2 * static_cast<int64_t>(cosines.shape(1));
-        require(layer.rotated <= layer.size, "more components turn than a head has");
+        layer.rotary_dim = 2 * static_cast<int64_t>(cosines.shape(1));
+        require(layer.rotary_dim <= layer.size, "more components are rotated than a head has");
         layer.interleaved = interleaved;
         layer.scale = scale;
         const nb::gil_scoped_release release;
@@ -128,32 +130,32 @@ class Step {
     }
 
   private:
-    void take_units(const Array<int64_t>& unit_rows, const Array<int64_t>& unit_pieces,
-                    const Array<int64_t>& starts, const Array<int64_t>& stops) {
-        require(unit_rows.shape(0) == unit_pieces.shape(0) && unit_rows.shape(0) > 0,
-                "units have rows and pieces");
-        require(starts.shape(0) == stops.shape(0), "pieces have a start and a stop");
-        const int64_t* const rows = unit_rows.data();
-        const int64_t* const pieces = unit_pieces.data();
-        const int64_t count = static_cast<int64_t>(unit_rows.shape(0)) - 1;
-        const int64_t num_pieces = static_cast<int64_t>(starts.shape(0));
+    void take_read_groups(const Array<int64_t>& row_indptr, const Array<int64_t>& range_indptr,
+                          const Array<int64_t>& slot_begin, const Array<int64_t>& slot_end) {
+        require(row_indptr.shape(0) == range_indptr.shape(0) && row_indptr.shape(0) > 0,
+                "read groups have rows and slot ranges");
+        require(slot_begin.shape(0) == slot_end.shape(0), "slot ranges have a begin and an end");
+        const int64_t* const rows = row_indptr.data();
+        const int64_t* const ranges = range_indptr.data();
+        const int64_t count = static_cast<int64_t>(row_indptr.shape(0)) - 1;
+        const int64_t num_ranges = static_cast<int64_t>(slot_begin.shape(0));
         require(rows[0] == 0 && rows[count] == static_cast<int64_t>(rows_.size()) &&
-                    pieces[0] == 0 && pieces[count] == num_pieces,
-                "units cover all rows and pieces");
+                    ranges[0] == 0 && ranges[count] == num_ranges,
+                "read groups cover all rows and slot ranges");
         int64_t read = 0;
         for (int64_t i = 0; i < count; ++i) {
             require(rows[i] <= rows[i + 1] && rows[i + 1] <= rows[count] &&
-                        pieces[i] <= pieces[i + 1] && pieces[i + 1] <= num_pieces,
-                    "units follow each other");
-            units_.push_back({rows[i], rows[i + 1], pieces[i], pieces[i + 1]});
-            for (int64_t piece = pieces[i]; piece < pieces[i + 1]; ++piece) {
-                pieces_.push_back({starts.data()[piece], stops.data()[piece], read});
+                        ranges[i] <= ranges[i + 1] && ranges[i + 1] <= num_ranges,
+                    "read groups follow each other");
+            read_groups_.push_back({rows[i], rows[i + 1], ranges[i], ranges[i + 1]});
+            for (int64_t range = ranges[i]; range < ranges[i + 1]; ++range) {
+                ranges_.push_back({slot_begin.data()[range], slot_end.data()[range], read});
                 read += rows[i + 1] - rows[i];
             }
         }
-        require(read == static_cast<int64_t>(lasts_.size()) &&
-                    read == static_cast<int64_t>(turns_.size()),
-                "each row of a unit reads each of its pieces");
+        require(read == static_cast<int64_t>(key_end_.size()) &&
+                    read == static_cast<int64_t>(rotations_.size()),
+                "each row of a read group reads each of its slot ranges");
     }
 
     // A wrong index would be a wild read or write, so nothing is taken on trust.
@@ -163,37 +165,37 @@ class Step {
             require(0 <= slot && slot < num_slots_, "a row writes outside of memory");
         }
         for (const int64_t row : rows_) require(0 <= row && row < num_rows, "no such row");
-        for (const Unit& unit : units_) {
-            for (int64_t i = unit.first_piece; i < unit.last_piece; ++i) {
-                const Piece& piece = pieces_[i];
-                require(0 <= piece.start && piece.start <= piece.stop && piece.stop <= num_slots_,
-                        "a piece lies outside of memory");
-                for (int64_t read = 0; read < unit.last_row - unit.first_row; ++read) {
-                    require(lasts_[piece.first_read + read] <= piece.stop - piece.start,
-                            "a row sees more keys than its piece has");
+        for (const ReadGroup& group : read_groups_) {
+            for (int64_t i = group.range_begin; i < group.range_end; ++i) {
+                const SlotRange& range = ranges_[i];
+                require(0 <= range.begin && range.begin <= range.end && range.end <= num_slots_,
+                        "a slot range lies outside of memory");
+                for (int64_t read = 0; read < group.row_end - group.row_begin; ++read) {
+                    require(key_end_[range.first_read + read] <= range.end - range.begin,
+                            "a row sees more keys than its slot range has");
                 }
             }
         }
-        for (const int32_t turn : turns_) {
-            require(turn >= 0, "a rotation has no entry");
-            largest_turn_ = std::max<int64_t>(largest_turn_, turn);
+        for (const int32_t rotation : rotations_) {
+            require(rotation >= 0, "a rotation has no entry");
+            largest_rotation_ = std::max<int64_t>(largest_rotation_, rotation);
         }
     }
 
-    // Number the results of rows that are in several units, those of a row one after the other.
+    // Number the results of rows that are in several read groups, those of a row one after the other.
     void find_partials() {
         const int64_t num_rows = static_cast<int64_t>(write_slots_.size());
         std::vector<int64_t> next(num_rows, 0);
         for (const int64_t row : rows_) ++next[row];
         merged_start_.push_back(0);
         for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t parts = next[row];
-            require(parts > 0, "a row reads nothing");
+            const int64_t results = next[row];
+            require(results > 0, "a row reads nothing");
             next[row] = -1;
-            if (parts == 1) continue;
+            if (results == 1) continue;
             merged_rows_.push_back(row);
             next[row] = num_partials_;
-            num_partials_ += parts;
+            num_partials_ += results;
             merged_start_.push_back(num_partials_);
         }
         for (const int64_t row : rows_) {
@@ -208,26 +210,26 @@ class Step {
         group_ = group;
         tasks_.clear();
         const int64_t most = kernel_->rows_per_task(group);
-        std::vector<std::pair<int64_t, Task>> found;
-        for (size_t index = 0; index < units_.size(); ++index) {
-            const Unit& unit = units_[index];
-            const int64_t rows = unit.last_row - unit.first_row;
+        std::vector<std::pair<int64_t, Task>> by_cost;
+        for (size_t index = 0; index < read_groups_.size(); ++index) {
+            const ReadGroup& readers = read_groups_[index];
+            const int64_t rows = readers.row_end - readers.row_begin;
             for (int64_t first = 0; first < rows; first += most) {
                 const int64_t last = std::min(rows, first + most);
                 int64_t cost = 0;
-                for (int64_t i = unit.first_piece; i < unit.last_piece; ++i) {
+                for (int64_t i = readers.range_begin; i < readers.range_end; ++i) {
                     for (int64_t row = first; row < last; ++row) {
-                        cost += lasts_[pieces_[i].first_read + row];
+                        cost += key_end_[ranges_[i].first_read + row];
                     }
                 }
-                found.push_back({cost, {static_cast<int64_t>(index), 0, first, last}});
+                by_cost.push_back({cost, {static_cast<int64_t>(index), 0, first, last}});
             }
         }
-        std::stable_sort(found.begin(), found.end(),
+        std::stable_sort(by_cost.begin(), by_cost.end(),
                          [](const auto& a, const auto& b) { return a.first > b.first; });
         for (const bool few : {false, true}) {
             if (few) first_few_ = static_cast<int64_t>(tasks_.size());
-            for (const auto& [cost, task] : found) {
+            for (const auto& [cost, task] : by_cost) {
                 const int64_t queries = (task.last - task.first) * group;
                 if ((queries <= kFewQueries) == few) tasks_.push_back(task);
             }
@@ -338,11 +340,11 @@ class Step {
     const Kernel* kernel_ = nullptr;
     int64_t group_ = 0;  // of the tasks
     int64_t num_slots_;
-    int64_t largest_turn_ = 0;
+    int64_t largest_rotation_ = 0;
     std::vector<int64_t> write_slots_, rows_, partials_, merged_rows_, merged_start_;
-    std::vector<int32_t> turns_, lasts_;
-    std::vector<Unit> units_;
-    std::vector<Piece> pieces_;
+    std::vector<int32_t> rotations_, key_end_;
+    std::vector<ReadGroup> read_groups_;
+    std::vector<SlotRange> ranges_;
     int64_t num_partials_ = 0;
     Plan plan_{};  // of the above
     std::vector<Task> tasks_;
@@ -369,7 +371,7 @@ NB_MODULE(_native, m) {
                       Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<int64_t>,
                       Array<int32_t>, Array<int32_t>>())
         .def("attend", &Step::attend, nb::arg("query"), nb::arg("key"), nb::arg("value"),
-             nb::arg("keys"), nb::arg("values"), nb::arg("output"), nb::arg("firsts").none(),
+             nb::arg("keys"), nb::arg("values"), nb::arg("output"), nb::arg("key_begin").none(),
              nb::arg("cosines"), nb::arg("sines"), nb::arg("interleaved"), nb::arg("scale"),
              nb::arg("threads"));
 }

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance.attention.backends import native_is_there
+from tokendance.attention.backends import make_backend, native_is_there
 from tokendance.attention.interface import Backend, LayerKind, PackedBatch, PackedRequest
 from tokendance.attention.merge import merge_rows
 from tokendance.attention.reference import ReferenceBackend
 from tokendance.attention.rope import Rope, RopeLayout
-from tokendance.attention.torch_backend import TorchBackend, _attention, _written_out
+from tokendance.attention.torch_backend import TorchBackend, _attention, _matmul_attention
+from tokendance.errors import ConfigError
 
 MakeBackend = Callable[..., Backend]
 BACKENDS: dict[str, MakeBackend] = {"torch": TorchBackend}
@@ -37,8 +38,8 @@ CPU = torch.device("cpu")
 def random_batch(rng: np.random.Generator, num_agents: int, chunk: int | None) -> PackedBatch:
     """Agents that read subsets of shared blocks in any order, with own tokens in between.
 
-    Each agent's context is a list of pieces; a piece is own tokens, or a block somebody else
-    owns, of which some tokens are corrected. A suffix of the own tokens is new.
+    Each agent's context is a list of own tokens, and of blocks that somebody else owns, of which
+    some tokens are corrected. A suffix of the own tokens is new.
     """
     slot_position = np.zeros(NUM_SLOTS, np.int32)
     next_slot = 0
@@ -136,8 +137,8 @@ def run(
     return backend.attend(0, query, key, value, keys, values, size**-0.5).cpu()
 
 
-def rope_of(rotated: int, layout: RopeLayout = RopeLayout.HALVES) -> Rope:
-    return Rope(10000.0 ** (-torch.arange(0, rotated, 2) / rotated), layout)
+def rope_of(rotary_dim: int, layout: RopeLayout = RopeLayout.HALVES) -> Rope:
+    return Rope(10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim), layout)
 
 
 def assert_close(result: torch.Tensor, expected: torch.Tensor, backend: str) -> None:
@@ -163,7 +164,7 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, backend: str) -> 
     chunk=st.sampled_from([None, 1, 5]),
     heads=st.sampled_from([(1, 1), (3, 2), (1, 5), (2, 7)]),
     size=st.sampled_from([16, 48, 64, 80, 256]),
-    rotated=st.sampled_from([8, 16]),
+    rotary_dim=st.sampled_from([8, 16]),
     layout=st.sampled_from(list(RopeLayout)),
     window=st.sampled_from([None, None, 1, 3, 17]),
 )
@@ -175,26 +176,26 @@ def test_every_backend_equals_the_reference(
     chunk: int | None,
     heads: tuple[int, int],
     size: int,
-    rotated: int,
+    rotary_dim: int,
     layout: RopeLayout,
     window: int | None,
 ) -> None:
     batch = random_batch(np.random.default_rng(seed), agents, chunk)
-    kind = LayerKind(rope_of(rotated, layout), window)
+    kind = LayerKind(rope_of(rotary_dim, layout), window)
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
     result = run(BACKENDS[backend], batch, kind, (*heads, size), dtype, seed)
     assert_close(result, expected, backend)
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     agents=st.integers(1, 4),
     heads=st.sampled_from([(1, 1), (2, 3)]),
-    size=st.sampled_from([32, 64]),
-    rotated=st.sampled_from([8, 32]),
+    size=st.sampled_from([32, 64, 128]),
+    rotary_dim=st.sampled_from([8, 32]),
     layout=st.sampled_from(list(RopeLayout)),
     window=st.sampled_from([None, 1, 17]),
 )
@@ -204,7 +205,7 @@ def test_the_triton_kernels_equal_the_reference(
     agents: int,
     heads: tuple[int, int],
     size: int,
-    rotated: int,
+    rotary_dim: int,
     layout: RopeLayout,
     window: int | None,
 ) -> None:
@@ -212,7 +213,7 @@ def test_the_triton_kernels_equal_the_reference(
     from tokendance.attention.triton_backend import TritonBackend
 
     batch = random_batch(np.random.default_rng(seed), agents, None)
-    kind = LayerKind(rope_of(rotated, layout), window)
+    kind = LayerKind(rope_of(rotary_dim, layout), window)
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
     result = run(TritonBackend, batch, kind, (*heads, size), dtype, seed, device=TRITON_DEVICE)
     assert_close(result, expected, "triton")
@@ -293,6 +294,40 @@ def test_numbers_that_are_none_reach_those_who_read_them_only(backend: str) -> N
     assert result[1].isnan().all()
 
 
+@needs_triton
+def test_auto_takes_triton_on_a_gpu_where_it_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokendance.attention.triton_backend import TritonBackend
+
+    layers, gpu = [LayerKind(rope_of(16))], torch.device("cuda")
+
+    def with_capability(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+
+    with_capability(8, 0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert isinstance(make_backend(layers, 128, gpu, dtype), TritonBackend)
+    assert isinstance(make_backend(layers, 80, gpu, torch.bfloat16), TorchBackend)
+    assert isinstance(make_backend(layers, 128, gpu, torch.bfloat16, "torch"), TorchBackend)
+    with pytest.raises(ConfigError, match="no kernel for heads of 80"):
+        make_backend(layers, 80, gpu, torch.bfloat16, "triton")
+    with pytest.raises(ConfigError, match="it is for GPUs"):
+        make_backend(layers, 128, CPU, torch.bfloat16, "triton")
+    with_capability(7, 5)
+    assert isinstance(make_backend(layers, 128, gpu, torch.bfloat16), TorchBackend)
+    with pytest.raises(ConfigError, match=r"capability 8\.0 or higher"):
+        make_backend(layers, 128, gpu, torch.bfloat16, "triton")
+
+
+@needs_native
+def test_auto_takes_the_native_kernel_on_a_cpu_where_it_can_serve() -> None:
+    layers = [LayerKind(rope_of(16))]
+    assert isinstance(make_backend(layers, 80, CPU, torch.bfloat16), NativeBackend)
+    assert isinstance(make_backend(layers, 80, CPU, torch.float16), TorchBackend)
+    assert isinstance(make_backend(layers, 40, CPU, torch.float32), TorchBackend)
+    with pytest.raises(ConfigError, match="has none for heads of 40"):
+        make_backend(layers, 40, CPU, torch.float32, "native")
+
+
 @needs_native
 def test_one_step_may_be_run_by_two_threads() -> None:
     batch = long_batch(12, 400, 20, 5)
@@ -311,8 +346,8 @@ def test_one_step_may_be_run_by_two_threads() -> None:
     expected = [attend(group) for group in groups]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(30):
-            for found, one in zip(pool.map(attend, groups), expected, strict=True):
-                assert torch.equal(found, one)
+            for result, alone in zip(pool.map(attend, groups), expected, strict=True):
+                assert torch.equal(result, alone)
 
 
 @needs_native
@@ -361,7 +396,7 @@ def test_the_kernel_refuses_what_would_read_or_write_elsewhere() -> None:
     shorts = partial(np.array, dtype=np.int32)
     make: Callable[..., _native.Step] = partial(_native.Step, _native.kernels()[0], 8)
     good = [ints([0]), ints([0, 1]), ints([0, 1]), ints([0]), ints([0]), ints([4]), shorts([0])]
-    for place, wrong in [
+    for index, wrong in [
         (0, ints([9])),
         (0, ints([-1])),
         (1, ints([0, 2])),
@@ -371,7 +406,7 @@ def test_the_kernel_refuses_what_would_read_or_write_elsewhere() -> None:
         (5, ints([9])),
         (6, shorts([-1])),
     ]:
-        arguments = [wrong if i == place else right for i, right in enumerate(good)]
+        arguments = [wrong if i == index else right for i, right in enumerate(good)]
         with pytest.raises(ValueError):  # noqa: PT011 - each has a text of its own
             make(*arguments, shorts([4]))
     wild = [ints([0]), ints([0, 1, 1]), ints([0, 10**9, 1]), *good[3:]]
@@ -391,17 +426,16 @@ def test_the_kernel_refuses_what_would_read_or_write_elsewhere() -> None:
         step.attend(query.double(), new, new, memory, memory, *rest)
 
 
-def test_the_written_out_attention_equals_the_fused_one() -> None:
+def test_attention_in_matrix_products_equals_the_fused_one() -> None:
     """The path of devices other than a CPU."""
     torch.manual_seed(0)
     query, keys, values = torch.randn(2, 3, 7, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
     mask = torch.zeros(7, 7).masked_fill_(torch.rand(7, 7) < 0.3, float("-inf"))
     mask[:, 0] = 0
-    for given_mask in (None, mask):
-        fused = _attention(query, keys, values, 0.25, given_mask)
-        plain = _written_out(query, keys, values, 0.25, given_mask)
-        for one, other in zip(fused, plain, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for maybe_mask in (None, mask):
+        fused = _attention(query, keys, values, 0.25, maybe_mask)
+        plain = _matmul_attention(query, keys, values, 0.25, maybe_mask)
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", RopeLayout)
@@ -421,11 +455,11 @@ def test_merge_survives_large_scores() -> None:
     values = torch.randn(4, 8)
     expected = scores.softmax(0) @ values
 
-    def part(chosen: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def partial_result(chosen: slice) -> tuple[torch.Tensor, torch.Tensor]:
         result = scores[chosen].softmax(0) @ values[chosen]
         return result.view(1, 1, 1, 8), scores[chosen].logsumexp(0).view(1, 1, 1)
 
-    output, lse = part(slice(0, 2))
-    merge_rows(output, lse, *part(slice(2, 4)), torch.tensor([0]))
+    output, lse = partial_result(slice(0, 2))
+    merge_rows(output, lse, *partial_result(slice(2, 4)), torch.tensor([0]))
     torch.testing.assert_close(output.view(8), expected)
     torch.testing.assert_close(lse.view(()), scores.logsumexp(0))

@@ -10,7 +10,7 @@ import torch
 from conftest import MODELS, greedy
 from tokendance import LLM, Prompt, RoundResult, SamplingParams, private, shared
 from tokendance.attention.backends import native_is_there
-from tokendance.config import AttentionName
+from tokendance.attention.names import AttentionName
 from tokendance.models.loader import load_model
 
 MakeLLM = Callable[..., LLM]

@@ -4,12 +4,8 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Literal, get_args
 
 from tokendance.errors import ConfigError
-
-AttentionName = Literal["auto", "native", "torch", "triton", "reference"]
-ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 

@@ -10,19 +10,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from tokendance.attention.names import ATTENTION_NAMES, AttentionName
 from tokendance.collector.correction import (
     DEFAULT_CORRECTION,
     CorrectionPolicy,
     SpecReader,
     read_correction,
 )
-from tokendance.config import (
-    ATTENTION_NAMES,
-    AttentionName,
-    check_range,
-    default_kv_budget,
-    parse_bytes,
-)
+from tokendance.config import check_range, default_kv_budget, parse_bytes
 from tokendance.errors import ConfigError
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]

@@ -22,13 +22,13 @@ class Step:
         kernel: str,
         num_slots: int,
         write_slots: Int64Array,
-        unit_rows: Int64Array,
-        unit_pieces: Int64Array,
+        row_indptr: Int64Array,
+        range_indptr: Int64Array,
         rows: Int64Array,
-        starts: Int64Array,
-        stops: Int64Array,
-        turns: Int32Array,
-        lasts: Int32Array,
+        slot_begin: Int64Array,
+        slot_end: Int64Array,
+        rotations: Int32Array,
+        key_end: Int32Array,
         /,
     ) -> None:
         """Take a plan over slots 0 ... `num_slots` - 1.
@@ -37,13 +37,13 @@ class Step:
             kernel: one of `kernels()`.
             num_slots: at most S.
             write_slots: (T,), slot that each row writes.
-            unit_rows: (units + 1,), where the rows of each unit begin.
-            unit_pieces: (units + 1,), where its pieces begin.
-            rows: rows of all units, one unit after the other.
-            starts: first slot of each piece.
-            stops: slot after its last.
-            turns: for each piece of a unit and row of it, an entry of the rotation tables.
-            lasts: likewise, how many keys from the piece's start the row sees.
+            row_indptr: (groups + 1,), where the rows of each read group begin.
+            range_indptr: (groups + 1,), where its slot ranges begin.
+            rows: rows of all groups, one group after the other.
+            slot_begin: first slot of each range.
+            slot_end: slot after its last.
+            rotations: for each range of a group and row of it, an entry of the rotation tables.
+            key_end: likewise, how many keys from the range's begin the row sees.
 
         Raises:
             ValueError: if an index is out of range.
@@ -57,7 +57,7 @@ class Step:
         keys: Tensor,
         values: Tensor,
         output: Tensor,
-        firsts: Int32Array | None,
+        key_begin: Int32Array | None,
         cosines: Float32Array,
         sines: Float32Array,
         interleaved: bool,
@@ -73,8 +73,8 @@ class Step:
             keys: (KVH, S, D), written.
             values: (KVH, S, D), written.
             output: (T, H, D), written.
-            firsts: like `lasts`, keys before these are not seen; None: all are.
-            cosines: (turns, rotated / 2); entry 0 is not read, as it is no rotation.
+            key_begin: like `key_end`, keys before these are not seen; None: all are.
+            cosines: (rotations, rotary_dim / 2); entry 0 is not read, as it is no rotation.
             sines: likewise.
             interleaved: which components of a head form a pair.
             scale: of the scores, positive.

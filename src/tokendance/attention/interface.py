@@ -3,8 +3,7 @@
     T   rows of the packed batch: one new token each, of any request
     H   query heads        KVH  key/value heads        G = H / KVH  queries per key head
     D   head size          S    slots of KV memory     L  layers
-    R   rows that read one piece of shared KV
-    n   keys of a piece
+    R   rows of a read group, stacked    n   keys that they read
 
     query          (KVH, G, T, D)
     new key/value  (KVH, T, D)

@@ -1,4 +1,4 @@
-"""Merging attention over parts of the keys by log-sum-exp.
+"""Merging attention over disjoint sets of keys by log-sum-exp (LSE).
 
 Softmax over a union of key sets follows from the softmax over each set and the (natural)
 logarithm of its denominator: weights exp(lse_i - lse) with lse = log(sum(exp(lse_i))). It is
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 
-def merge_rows(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Tensor) -> None:
-    """Merge a part's result for some rows into the result so far, in place.
+def merge_rows(
+    output: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, rows: Tensor
+) -> None:
+    """Merge the result of some rows over more keys into the result so far, in place.
 
     Args:
         output: float32 (KVH, G, T, D), the result so far.
         lse: float32 (KVH, G, T), its natural log-sum-exp.
-        part: (KVH, G, R, D), the part's softmax-weighted values.
-        part_lse: float32 (KVH, G, R).
+        partial: (KVH, G, R, D), the values of these keys, weighted by their softmax.
+        partial_lse: float32 (KVH, G, R), natural.
         rows: int64 (R,), distinct rows of T.
     """
     old_lse = lse[:, :, rows]
-    new_lse = torch.logaddexp(old_lse, part_lse)
+    new_lse = torch.logaddexp(old_lse, partial_lse)
     keep = (old_lse - new_lse).exp_().unsqueeze(-1)
-    add = (part_lse - new_lse).exp_().unsqueeze(-1)
-    output[:, :, rows] = output[:, :, rows].mul(keep).addcmul_(part.float(), add)
+    add = (partial_lse - new_lse).exp_().unsqueeze(-1)
+    output[:, :, rows] = output[:, :, rows].mul(keep).addcmul_(partial.float(), add)
     lse[:, :, rows] = new_lse

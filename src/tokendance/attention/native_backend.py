@@ -46,26 +46,26 @@ class NativeBackend:
         self.kernel = kernel or _native.kernels()[0]
         self._layers = layers
         self._step: _native.Step | None = None
-        self._firsts: dict[int, Int32Array] = {}
+        self._key_begin: dict[int, Int32Array] = {}
         self._tables = OffsetTables(np.zeros(1, np.int64), device)
         self._device = device
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; what layers have in common is made by the first of them."""
         plan = make_plan(batch, windows_of(self._layers))
-        self._firsts = plan.firsts
+        self._key_begin = plan.key_begin
         self._tables = OffsetTables(-plan.offsets, self._device)
         self._step = _native.Step(
             self.kernel,
             len(batch.slot_position),
             batch.write_slots(),
-            plan.unit_rows,
-            plan.unit_pieces,
+            plan.row_indptr,
+            plan.range_indptr,
             plan.rows,
-            plan.starts,
-            plan.stops,
-            plan.turns,
-            plan.lasts,
+            plan.slot_begin,
+            plan.slot_end,
+            plan.rotations,
+            plan.key_end,
         )
 
     def attend(
@@ -91,7 +91,7 @@ class NativeBackend:
             keys,
             values,
             output,
-            None if kind.window is None else self._firsts[kind.window],
+            None if kind.window is None else self._key_begin[kind.window],
             cos.numpy(),
             sin.numpy(),
             kind.rope.layout is RopeLayout.INTERLEAVED,

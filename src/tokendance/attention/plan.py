@@ -1,17 +1,18 @@
-"""The plan of a step: which rows read which pieces of KV memory.
+"""The plan of a step: which rows read which ranges of slots.
 
-The contexts of all requests are cut wherever some request begins or ends to read consecutive
-slots, or its offset changes, so that a piece of memory is read whole or not at all:
+The contexts of all requests are cut into slot ranges, wherever some request begins or ends to read
+consecutive slots, or its offset changes. So a request reads a range whole or not at all:
 
-    slots      0        40       70            120       200   230
-    agent A    [---- d=0 --------------------- ]          [own]
-    agent B    [---- d=7 -------]                               [own]
-    agent C             [- d=-3 --------------]
-    pieces     [  A, B  ][A,B,C ][    A, C     ]          [ A ] [ B ]
+    slots      0        40       70             120       200   230   250
+    agent A    [----- d=0 -----------------------]         [own]
+    agent B    [----- d=7 ------]                                [own]
+    agent C             [----- d=-3 -------------]                     [own]
+    ranges     [  A, B  ][A,B,C ][     A, C      ]         [ A ] [ B ] [ C ]
 
-Pieces with the same readers make a unit, whose rows are stacked: each key is read once for all of
-them. A row sees only keys at or before its own position, and within the window of the layer.
-Inside a piece positions ascend, so what a row sees there is a range of keys.
+Ranges with the same readers form a read group, and the rows of its readers are stacked: each key
+is read once for all of them. A row sees only keys at or before its own position, and within the
+window of the layer. Positions ascend inside a range, so the keys that a row sees there are
+`key_begin` to `key_end` - 1 of the range.
 
 This file deals in numpy integers; what is done with them is up to the backend.
 """
@@ -28,147 +29,152 @@ from tokendance.attention.interface import IntArray, PackedBatch
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
-# A unit of fewer rows than this is cut at multiples of so many positions, so that threads share a
-# long context. Pieces are cut there, too. Neither depends on the number of threads, nor on which
+# A group of fewer rows than this is cut at multiples of so many positions, so that threads share a
+# long context. Ranges are cut there, too. Neither depends on the number of threads, nor on which
 # pages a request that runs alone happens to have, and so its sums do not, either.
 _FEW_ROWS = 64
 _SPAN = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unit:
-    """Rows that read the same pieces of memory.
+class ReadGroup:
+    """R rows that read the same P ranges of slots.
 
     Attributes:
         rows: int64 (R,), of the batch, distinct.
-        starts: int64 (P,), first slot of each piece.
-        stops: int64 (P,), slot after its last.
-        turns: int32 (P, R), index of the offset at which a row reads a piece.
-        firsts: int32 (P, R), by window: of the piece's keys, a row sees those from here on ...
-        lasts: int32 (P, R), ... and before this.
+        slot_begin: int64 (P,), first slot of each range.
+        slot_end: int64 (P,), slot after its last.
+        rotations: int32 (P, R), index of the offset at which a row reads a range.
+        key_begin: int32 (P, R), by window: of a range's keys, a row sees those from here on ...
+        key_end: int32 (P, R), ... and before this.
     """
 
     rows: IntArray
-    starts: IntArray
-    stops: IntArray
-    turns: IntArray
-    firsts: dict[int, IntArray]
-    lasts: IntArray
+    slot_begin: IntArray
+    slot_end: IntArray
+    rotations: IntArray
+    key_begin: dict[int, IntArray]
+    key_end: IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """All units of a step, one after the other. A row's result is the sum of its units'.
+    """All read groups of a step, one after the other. A row's result is the sum of its groups'.
 
-    A read is a row of a unit at one of its pieces; reads are ordered unit by unit, piece by piece,
-    row by row. `Unit` says what its arrays mean.
+    A read is a row of a group at one of its ranges; reads are ordered group by group, range by
+    range, row by row. `ReadGroup` says what the arrays mean.
 
     Attributes:
-        offsets: int64, distinct; [0] is 0. Turn i is offset i.
-        unit_rows: int64 (units + 1,), where each unit's rows begin in `rows`.
-        unit_pieces: int64 (units + 1,), where its pieces begin in `starts` and `stops`.
-        rows: int64, unit by unit.
-        starts: int64, unit by unit, as `stops`.
-        stops: int64.
-        turns: int32 (reads,), as `lasts` and `firsts`.
-        lasts: int32 (reads,).
-        firsts: int32 (reads,), by window.
+        offsets: int64, distinct; [0] is 0. Rotation i is by offset i.
+        row_indptr: int64 (groups + 1,), where each group's rows begin in `rows`.
+        range_indptr: int64 (groups + 1,), where its ranges begin in `slot_begin` and `slot_end`.
+        rows: int64, group by group.
+        slot_begin: int64, group by group.
+        slot_end: int64, likewise.
+        rotations: int32 (reads,).
+        key_end: int32 (reads,).
+        key_begin: int32 (reads,), by window.
     """
 
     offsets: Int64Array
-    unit_rows: Int64Array
-    unit_pieces: Int64Array
+    row_indptr: Int64Array
+    range_indptr: Int64Array
     rows: Int64Array
-    starts: Int64Array
-    stops: Int64Array
-    turns: Int32Array
-    lasts: Int32Array
-    firsts: dict[int, Int32Array]
+    slot_begin: Int64Array
+    slot_end: Int64Array
+    rotations: Int32Array
+    key_end: Int32Array
+    key_begin: dict[int, Int32Array]
 
-    def units(self) -> Iterator[Unit]:
-        """Units as objects, for those who take them one by one."""
-        read = 0
-        bounds = np.stack((self.unit_rows, self.unit_pieces), axis=1).tolist()
-        for (row, piece), (next_row, next_piece) in itertools.pairwise(bounds):
-            shape = (next_piece - piece, next_row - row)
-            reads = slice(read, read + shape[0] * shape[1])
-            read = reads.stop
-            yield Unit(
+    def read_groups(self) -> Iterator[ReadGroup]:
+        """The groups as objects, for those who take them one by one."""
+        first_read = 0
+        indptr = np.stack((self.row_indptr, self.range_indptr), axis=1).tolist()
+        for (row, slot_range), (next_row, next_range) in itertools.pairwise(indptr):
+            shape = (next_range - slot_range, next_row - row)
+            reads = slice(first_read, first_read + shape[0] * shape[1])
+            first_read = reads.stop
+            yield ReadGroup(
                 self.rows[row:next_row],
-                self.starts[piece:next_piece],
-                self.stops[piece:next_piece],
-                self.turns[reads].reshape(shape),
-                {window: firsts[reads].reshape(shape) for window, firsts in self.firsts.items()},
-                self.lasts[reads].reshape(shape),
+                self.slot_begin[slot_range:next_range],
+                self.slot_end[slot_range:next_range],
+                self.rotations[reads].reshape(shape),
+                {window: begin[reads].reshape(shape) for window, begin in self.key_begin.items()},
+                self.key_end[reads].reshape(shape),
             )
 
 
 def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
-    """Cut the contexts of a batch into pieces, and stack their readers.
+    """Cut the contexts of a batch into slot ranges, and stack their readers.
 
     Args:
         batch: the step.
         windows: of the model's layers that have one, in tokens.
     """
-    entries = _pieces(_readings(batch))
-    offsets, turns = _numbered(entries.offset)
+    entries = _cut_at_each_other(_readings(batch))
+    offsets, rotations = _number_offsets(entries.offset)
     num_rows = np.array([len(request.positions) for request in batch.requests])
     first_rows = np.array([request.first_row for request in batch.requests])
     positions = np.concatenate([request.positions for request in batch.requests]).astype(np.int64)
 
-    # One line per piece: the first of its readers stands for it.
-    groups = _same_readers(entries)
-    group = np.repeat(np.arange(len(groups)), [len(pieces) for pieces in groups])
-    num_readers = np.array([pieces.shape[1] for pieces in groups])[group]
-    by_piece = np.concatenate([pieces.ravel() for pieces in groups])
+    # One line per slot range: the entry of the first of its readers stands for it.
+    by_readers = _group_by_readers(entries)
+    readers = np.repeat(np.arange(len(by_readers)), [len(ranges) for ranges in by_readers])
+    num_readers = np.array([ranges.shape[1] for ranges in by_readers])[readers]
+    by_range = np.concatenate([ranges.ravel() for ranges in by_readers])
     first_reader = np.cumsum(num_readers) - num_readers
-    leader = by_piece[first_reader]
-    group_rows = np.array([num_rows[entries.request[pieces[0]]].sum() for pieces in groups])
-    position = batch.slot_position[entries.start[leader]]
-    span = np.where(group_rows[group] < _FEW_ROWS, position // _SPAN, 0)
-    # By offset first, so that a rotation serves many pieces; then as the owner counts.
-    order = np.lexsort((position, turns[leader], span, group))
+    leader = by_range[first_reader]
+    rows_of_readers = np.array(
+        [num_rows[entries.request[ranges[0]]].sum() for ranges in by_readers]
+    )
+    position = batch.slot_position[entries.begin[leader]]
+    span = np.where(rows_of_readers[readers] < _FEW_ROWS, position // _SPAN, 0)
+    # By offset first, so that a rotation serves many ranges; then as the owner counts.
+    order = np.lexsort((position, rotations[leader], span, readers))
     leader, num_readers = leader[order], num_readers[order]
-    new_unit = (np.diff(group[order]) != 0) | (np.diff(span[order]) != 0)
-    unit_pieces = np.concatenate(([0], np.flatnonzero(new_unit) + 1, [len(order)]))
+    new_group = (np.diff(readers[order]) != 0) | (np.diff(span[order]) != 0)
+    range_indptr = np.concatenate(([0], np.flatnonzero(new_group) + 1, [len(order)]))
+    slot_begin, slot_end = entries.begin[leader], entries.end[leader]
 
-    # One line per piece and request that reads it ...
-    reader = by_piece[np.repeat(first_reader[order], num_readers) + _counted(num_readers)]
+    # One line per range and request that reads it ...
+    reader = by_range[np.repeat(first_reader[order], num_readers) + _aranges(num_readers)]
     counts = num_rows[entries.request[reader]]
     # ... and one per read.
-    rows = np.repeat(first_rows[entries.request[reader]], counts) + _counted(counts)
-    piece = np.repeat(np.repeat(np.arange(len(order)), num_readers), counts)
+    rows = np.repeat(first_rows[entries.request[reader]], counts) + _aranges(counts)
+    slot_range = np.repeat(np.repeat(np.arange(len(order)), num_readers), counts)
     entry = np.repeat(reader, counts)
-    at = positions[rows] - entries.offset[entry]  # a row's position as the piece's owner counts
-    starts, stops = entries.start[leader], entries.stop[leader]
+    at = positions[rows] - entries.offset[entry]  # a row's position as the range's owner counts
 
-    # A unit's rows are those that read its first piece.
-    reads = np.bincount(piece, minlength=len(order))
-    num_unit_rows = reads[unit_pieces[:-1]]
-    first_read = (np.cumsum(reads) - reads)[unit_pieces[:-1]]
+    # A group's rows are those that read its first range.
+    num_reads = np.bincount(slot_range, minlength=len(order))
+    num_group_rows = num_reads[range_indptr[:-1]]
+    first_read = (np.cumsum(num_reads) - num_reads)[range_indptr[:-1]]
+    group_rows = rows[np.repeat(first_read, num_group_rows) + _aranges(num_group_rows)]
+
+    def num_keys_until(at: IntArray) -> Int32Array:
+        return _num_keys_until(at, slot_range, slot_begin, slot_end, batch.slot_position)
+
     return Plan(
-        offsets.astype(np.int64, copy=False),
-        np.concatenate(([0], np.cumsum(num_unit_rows))),
-        unit_pieces,
-        rows[np.repeat(first_read, num_unit_rows) + _counted(num_unit_rows)].astype(
-            np.int64, copy=False
-        ),
-        starts,
-        stops,
-        turns[entry].astype(np.int32),
-        _num_until(at, piece, starts, stops, batch.slot_position),
-        {w: _num_until(at - w, piece, starts, stops, batch.slot_position) for w in windows},
+        offsets=offsets.astype(np.int64, copy=False),
+        row_indptr=np.concatenate(([0], np.cumsum(num_group_rows))),
+        range_indptr=range_indptr,
+        rows=group_rows.astype(np.int64, copy=False),
+        slot_begin=slot_begin,
+        slot_end=slot_end,
+        rotations=rotations[entry].astype(np.int32),
+        key_end=num_keys_until(at),
+        key_begin={window: num_keys_until(at - window) for window in windows},
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Readings:
-    """Columns of one length: `request` reads slots `start` to `stop` - 1 at `offset`."""
+    """Columns of one length: `request` reads slots `begin` to `end` - 1 at `offset`."""
 
     request: IntArray
     offset: IntArray
-    start: IntArray
-    stop: IntArray
+    begin: IntArray
+    end: IntArray
 
 
 def _readings(batch: PackedBatch) -> _Readings:
@@ -181,7 +187,7 @@ def _readings(batch: PackedBatch) -> _Readings:
         [request.slots[:length] for request, length in zip(batch.requests, lengths, strict=True)]
     ).astype(np.int64)
     owner_position = batch.slot_position[slots].astype(np.int64)
-    offset = _counted(lengths) - owner_position
+    offset = _aranges(lengths) - owner_position
     # First what is consecutive in the prompt and in memory ...
     span = owner_position // _SPAN
     breaks = (np.diff(slots) != 1) | (np.diff(offset) != 0) | (np.diff(span) != 0)
@@ -207,12 +213,12 @@ def _readings(batch: PackedBatch) -> _Readings:
     )
 
 
-def _pieces(readings: _Readings) -> _Readings:
-    """Cut readings at each other's ends: what is left is equal or apart."""
-    edges = np.unique(np.concatenate((readings.start, readings.stop)))
-    first = np.searchsorted(edges, readings.start)
-    counts = np.searchsorted(edges, readings.stop) - first
-    edge = np.repeat(first, counts) + _counted(counts)
+def _cut_at_each_other(readings: _Readings) -> _Readings:
+    """Cut readings at each other's ends: the ranges of any two are then equal or disjoint."""
+    edges = np.unique(np.concatenate((readings.begin, readings.end)))
+    first = np.searchsorted(edges, readings.begin)
+    counts = np.searchsorted(edges, readings.end) - first
+    edge = np.repeat(first, counts) + _aranges(counts)
     return _Readings(
         np.repeat(readings.request, counts),
         np.repeat(readings.offset, counts),
@@ -221,52 +227,58 @@ def _pieces(readings: _Readings) -> _Readings:
     )
 
 
-def _numbered(offsets: IntArray) -> tuple[IntArray, IntArray]:
-    """Distinct offsets, 0 before all others, and for each given one its number among them."""
+def _number_offsets(offsets: IntArray) -> tuple[IntArray, IntArray]:
+    """Distinct offsets, 0 before all others, and for each of `offsets` its index among them."""
     others = np.unique(offsets[offsets != 0])
-    numbers = np.where(offsets == 0, 0, np.searchsorted(others, offsets) + 1)
-    return np.concatenate(([0], others)), numbers
+    indices = np.where(offsets == 0, 0, np.searchsorted(others, offsets) + 1)
+    return np.concatenate(([0], others)), indices
 
 
-def _same_readers(entries: _Readings) -> list[IntArray]:
-    """Group pieces by who reads them.
+def _group_by_readers(entries: _Readings) -> list[IntArray]:
+    """Group slot ranges by who reads them.
 
     Returns:
-        For each set of readers, indices into `entries` (P, readers); readers ascend.
+        For each set of readers, indices into `entries` (ranges, readers); readers ascend.
     """
-    order = np.lexsort((entries.offset, entries.request, entries.start))
-    start, request = entries.start[order], entries.request[order]
-    # Where a request reads a piece again, at another offset, that is another piece: rows of a unit
-    # are distinct.
+    order = np.lexsort((entries.offset, entries.request, entries.begin))
+    begin, request = entries.begin[order], entries.request[order]
+    # Where a request reads a range again, at another offset, that counts as another range, since
+    # the rows of a group are distinct.
     index = np.arange(len(order))
-    again = np.concatenate(([False], (np.diff(start) == 0) & (np.diff(request) == 0)))
+    again = np.concatenate(([False], (np.diff(begin) == 0) & (np.diff(request) == 0)))
     time = index - np.maximum.accumulate(np.where(again, 0, index))
-    by_time = np.lexsort((request, time, start))
-    order, start, time = order[by_time], start[by_time], time[by_time]
-    cuts = np.flatnonzero((np.diff(start) != 0) | (np.diff(time) != 0)) + 1
+    by_time = np.lexsort((request, time, begin))
+    order, begin, time = order[by_time], begin[by_time], time[by_time]
+    cuts = np.flatnonzero((np.diff(begin) != 0) | (np.diff(time) != 0)) + 1
     groups: dict[bytes, list[IntArray]] = {}
-    for piece in np.split(order, cuts):
-        groups.setdefault(entries.request[piece].tobytes(), []).append(piece)
-    return [np.stack(pieces) for pieces in groups.values()]
+    for slot_range in np.split(order, cuts):
+        groups.setdefault(entries.request[slot_range].tobytes(), []).append(slot_range)
+    return [np.stack(ranges) for ranges in groups.values()]
 
 
-def _num_until(
-    at: IntArray, piece: IntArray, starts: IntArray, stops: IntArray, slot_position: IntArray
+def _num_keys_until(
+    at: IntArray,
+    slot_range: IntArray,
+    slot_begin: IntArray,
+    slot_end: IntArray,
+    slot_position: IntArray,
 ) -> Int32Array:
-    """For each read, how many keys of its piece are at the position `at` or before it."""
-    first, last = slot_position[starts], slot_position[stops - 1]
-    ends = np.where(at >= last[piece], (stops - starts)[piece], 0).astype(np.int32)
-    inside = np.flatnonzero((at >= first[piece]) & (at < last[piece]))
-    for reads in np.split(inside, np.flatnonzero(np.diff(piece[inside])) + 1):
+    """For each read, how many keys of its range are at the position `at` or before it."""
+    first, last = slot_position[slot_begin], slot_position[slot_end - 1]
+    counts = np.where(at >= last[slot_range], (slot_end - slot_begin)[slot_range], 0).astype(
+        np.int32
+    )
+    inside = np.flatnonzero((at >= first[slot_range]) & (at < last[slot_range]))
+    for reads in np.split(inside, np.flatnonzero(np.diff(slot_range[inside])) + 1):
         if len(reads) == 0:
             continue
-        here = piece[reads[0]]
-        positions = slot_position[starts[here] : stops[here]]
-        ends[reads] = np.searchsorted(positions, at[reads], side="right")
-    return ends
+        here = slot_range[reads[0]]
+        positions = slot_position[slot_begin[here] : slot_end[here]]
+        counts[reads] = np.searchsorted(positions, at[reads], side="right")
+    return counts
 
 
-def _counted(counts: IntArray) -> IntArray:
+def _aranges(counts: IntArray) -> IntArray:
     """0 ... n - 1 for each n of `counts`, one after the other."""
     ends = np.cumsum(counts)
     return np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)

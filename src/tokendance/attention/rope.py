@@ -17,7 +17,7 @@ from torch import Tensor
 class RopeLayout(Enum):
     """Which two components of a head form a pair that is rotated."""
 
-    HALVES = "halves"  # (i, i + rotated/2)
+    HALVES = "halves"  # (i, i + rotary_dim / 2)
     INTERLEAVED = "interleaved"  # (2i, 2i + 1)
 
 
@@ -26,8 +26,8 @@ class Rope:
     """The rotation of a model's heads.
 
     Attributes:
-        inv_freq: float32 (rotated / 2,), radians per position; `rotated` components of a head
-            turn, the rest stay.
+        inv_freq: float32 (rotary_dim / 2,), radians per position; `rotary_dim` components of a
+            head are rotated, the rest stay as they are.
         layout: how they pair up.
     """
 
@@ -42,7 +42,7 @@ class Rope:
         Angles are formed in float64: at thousands of positions float32 has lost the digits.
 
         Returns:
-            Two float32 tensors (len(offsets), rotated / 2).
+            Two float32 tensors (len(offsets), rotary_dim / 2).
         """
         # On the CPU, as not every device has float64.
         angles = (
@@ -61,21 +61,21 @@ class Rope:
             The same shape and dtype; the arithmetic is float32.
         """
         cos, sin = tables
-        rotated = 2 * cos.shape[-1]
-        turning = heads[..., :rotated].float()
+        rotary_dim = 2 * cos.shape[-1]
+        rotary = heads[..., :rotary_dim].float()
         if self.layout is RopeLayout.HALVES:
-            first, second = turning.chunk(2, dim=-1)
+            first, second = rotary.chunk(2, dim=-1)
         else:
-            first, second = turning[..., 0::2], turning[..., 1::2]
-        turned = (first * cos - second * sin, second * cos + first * sin)
+            first, second = rotary[..., 0::2], rotary[..., 1::2]
+        pairs = (first * cos - second * sin, second * cos + first * sin)
         if self.layout is RopeLayout.HALVES:
-            result = torch.cat(turned, dim=-1)
+            result = torch.cat(pairs, dim=-1)
         else:
-            result = torch.stack(turned, dim=-1).flatten(-2)
+            result = torch.stack(pairs, dim=-1).flatten(-2)
         result = result.to(heads.dtype)
-        if rotated == heads.shape[-1]:
+        if rotary_dim == heads.shape[-1]:
             return result
-        return torch.cat([result, heads[..., rotated:]], dim=-1)
+        return torch.cat([result, heads[..., rotary_dim:]], dim=-1)
 
 
 class OffsetTables:

@@ -1,16 +1,16 @@
 """Shared-in-place attention in plain torch.
 
-Each unit of the plan is a few calls of a fused attention that also returns the log-sum-exp, and
-the results of a row are merged by it. A call has no mask where all its rows see all its keys;
-where rows see different numbers of keys, those that see about as many form a tier, with a mask.
-On a CPU the fused call is torch's own flash attention; elsewhere it is written out in matrix
-products.
+Each read group of the plan is a few calls of a fused attention that also returns the log-sum-exp,
+and the results of a row are merged by it. A call has no mask where all its rows see all its keys;
+where rows see different numbers of keys, those that see about as many form a bucket, with a mask.
+On a CPU the fused call is torch's own flash attention; elsewhere it is two matrix products.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,19 @@ from torch import Tensor
 
 from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
 from tokendance.attention.merge import merge_rows
-from tokendance.attention.plan import Plan, Unit, make_plan
+from tokendance.attention.plan import Plan, ReadGroup, make_plan
 from tokendance.attention.rope import OffsetTables
 
-# Fewer rows than this in a call cost as much as this many, and tiers are not worth more calls.
-_MIN_TIER_ROWS = 32
-_MAX_TIERS = 64
+# Fewer rows than this in a call cost as much as this many, and buckets are not worth more calls.
+_MIN_BUCKET_ROWS = 32
+_MAX_BUCKETS = 64
+
+
+class SlotRange(NamedTuple):
+    """Slots `begin` to `end` - 1 of memory."""
+
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,19 +39,19 @@ class _Call:
 
     Attributes:
         rows: int64 (R,), distinct.
-        turns: int64 (R,), which offset each of them is at; None where all are at 0.
-        ranges: of slots, (start, stop).
+        rotations: int64 (R,), index of the offset that each reads at; None where all are 0.
+        ranges: whose keys they see, in this order.
         mask: additive (R, n), or None where all rows see all keys.
     """
 
     rows: Tensor
-    turns: Tensor | None
-    ranges: tuple[tuple[int, int], ...]
+    rotations: Tensor | None
+    ranges: tuple[SlotRange, ...]
     mask: Tensor | None
 
 
 class TorchBackend:
-    """Attention over the units of a plan, each shared key read once for all its readers."""
+    """Attention over the read groups of a plan, each key read once for all its readers."""
 
     def __init__(
         self, layers: Sequence[LayerKind], head_dim: int, device: torch.device, dtype: torch.dtype
@@ -93,60 +100,70 @@ class TorchBackend:
         cos, sin = self._tables.of(kind.rope)
         for call in self._calls[kind.window]:
             stacked = query.index_select(2, call.rows)  # (KVH, G, R, D)
-            if call.turns is not None:
-                stacked = kind.rope.rotate(stacked, (cos[call.turns], sin[call.turns]))
-            part, part_lse = _attention(
+            if call.rotations is not None:
+                tables = (cos[call.rotations], sin[call.rotations])
+                stacked = kind.rope.rotate(stacked, tables)
+            partial, partial_lse = _attention(
                 stacked, _take(keys, call.ranges), _take(values, call.ranges), scale, call.mask
             )
-            merge_rows(output, lse, part, part_lse, call.rows)
+            merge_rows(output, lse, partial, partial_lse, call.rows)
         return result.to(query.dtype).view(rows, kv_heads * group, size)
 
     def _calls_of(self, window: int | None) -> Iterator[_Call]:
         assert self._plan is not None, "attend() before prepare()"
-        for unit in self._plan.units():
-            firsts = np.zeros_like(unit.lasts) if window is None else unit.firsts[window]
-            lengths = unit.stops - unit.starts
-            whole = (firsts == 0).all(axis=1) & (unit.lasts == lengths[:, None]).all(axis=1)
-            # Pieces that all rows see whole, at the same offsets, are one.
-            by_turns: dict[bytes, list[int]] = {}
-            for piece in np.flatnonzero(whole).tolist():
-                by_turns.setdefault(unit.turns[piece].tobytes(), []).append(piece)
-            for pieces in by_turns.values():
-                ranges = zip(unit.starts[pieces].tolist(), unit.stops[pieces].tolist(), strict=True)
-                yield self._call(unit, pieces[0], slice(None), tuple(ranges), None)
-            for piece in np.flatnonzero(~whole).tolist():
-                yield from self._tiers(unit, piece, firsts[piece], unit.lasts[piece])
+        for readers in self._plan.read_groups():
+            key_end = readers.key_end
+            key_begin = np.zeros_like(key_end) if window is None else readers.key_begin[window]
+            lengths = readers.slot_end - readers.slot_begin
+            is_whole = (key_begin == 0).all(axis=1) & (key_end == lengths[:, None]).all(axis=1)
+            # Ranges that all rows see whole, at the same offsets, are one call.
+            by_rotations: dict[bytes, list[int]] = {}
+            for index in np.flatnonzero(is_whole).tolist():
+                by_rotations.setdefault(readers.rotations[index].tobytes(), []).append(index)
+            for indices in by_rotations.values():
+                begins, ends = (
+                    readers.slot_begin[indices].tolist(),
+                    readers.slot_end[indices].tolist(),
+                )
+                ranges = tuple(map(SlotRange, begins, ends))
+                yield self._call(readers, indices[0], slice(None), ranges, None)
+            for index in np.flatnonzero(~is_whole).tolist():
+                yield from self._bucket_calls(readers, index, key_begin[index], key_end[index])
 
-    def _tiers(self, unit: Unit, piece: int, firsts: IntArray, lasts: IntArray) -> Iterator[_Call]:
-        """Cut rows into tiers; those that see nothing of the piece are left out."""
-        seeing = np.flatnonzero(firsts < lasts)
+    def _bucket_calls(
+        self, readers: ReadGroup, index: int, key_begin: IntArray, key_end: IntArray
+    ) -> Iterator[_Call]:
+        """Calls for range `index` where rows see different keys; who sees none is left out."""
+        seeing = np.flatnonzero(key_begin < key_end)
         if len(seeing) == 0:
             return
-        order = seeing[np.lexsort((firsts[seeing], lasts[seeing]))]
-        cuts = np.flatnonzero(np.diff(firsts[order]) | np.diff(lasts[order])) + 1
-        most = min(_MAX_TIERS, max(1, len(order) // _MIN_TIER_ROWS))
-        if len(cuts) >= most:
-            cuts = np.linspace(0, len(order), most + 1).astype(np.int64)[1:-1]
+        order = seeing[np.lexsort((key_begin[seeing], key_end[seeing]))]
+        cuts = np.flatnonzero(np.diff(key_begin[order]) | np.diff(key_end[order])) + 1
+        max_buckets = min(_MAX_BUCKETS, max(1, len(order) // _MIN_BUCKET_ROWS))
+        if len(cuts) >= max_buckets:
+            cuts = np.linspace(0, len(order), max_buckets + 1).astype(np.int64)[1:-1]
+        slot = int(readers.slot_begin[index])
         for start, stop in itertools.pairwise([0, *cuts.tolist(), len(order)]):
-            tier = order[start:stop]
-            first, last = int(firsts[tier].min()), int(lasts[tier].max())
-            key = np.arange(first, last)
-            visible = (key >= firsts[tier, None]) & (key < lasts[tier, None])
-            at = int(unit.starts[piece])
-            yield self._call(unit, piece, tier, ((at + first, at + last),), self._additive(visible))
+            bucket = order[start:stop]
+            begin, end = int(key_begin[bucket].min()), int(key_end[bucket].max())
+            key = np.arange(begin, end)
+            visible = (key >= key_begin[bucket, None]) & (key < key_end[bucket, None])
+            ranges = (SlotRange(slot + begin, slot + end),)
+            yield self._call(readers, index, bucket, ranges, self._additive(visible))
 
     def _call(
         self,
-        unit: Unit,
-        piece: int,
+        readers: ReadGroup,
+        index: int,
         chosen: IntArray | slice,
-        ranges: tuple[tuple[int, int], ...],
+        ranges: tuple[SlotRange, ...],
         mask: Tensor | None,
     ) -> _Call:
-        turns = unit.turns[piece, chosen]
+        """A call for some rows of a group, at the offsets at which they read range `index`."""
+        rotations = readers.rotations[index, chosen]
         return _Call(
-            self._index(unit.rows[chosen]),
-            self._index(turns) if turns.any() else None,
+            self._index(readers.rows[chosen]),
+            self._index(rotations) if rotations.any() else None,
             ranges,
             mask,
         )
@@ -158,10 +175,10 @@ class TorchBackend:
         return mask.masked_fill_(torch.as_tensor(~visible, device=self._device), -math.inf)
 
 
-def _take(memory: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+def _take(memory: Tensor, ranges: tuple[SlotRange, ...]) -> Tensor:
     """Slots of memory (KVH, S, D): a view where they are one range, else a copy."""
-    pieces = [memory[:, start:stop] for start, stop in ranges]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    views = [memory[:, begin:end] for begin, end in ranges]
+    return views[0] if len(views) == 1 else torch.cat(views, dim=1)
 
 
 def _attention(
@@ -180,7 +197,7 @@ def _attention(
         The result (KVH, G, R, D) and its natural log-sum-exp (KVH, G, R), float32.
     """
     if query.device.type != "cpu":
-        return _written_out(query, keys, values, scale, mask)
+        return _matmul_attention(query, keys, values, scale, mask)
     kv_heads, group, rows, size = query.shape
     if mask is not None:
         stacked = query
@@ -202,10 +219,10 @@ def _attention(
     return result.reshape(query.shape), lse.reshape(query.shape[:-1])
 
 
-def _written_out(
+def _matmul_attention(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same as `_attention`, in matrix products that any device has."""
+    """The same as `_attention`, in matrix products, for any device."""
     kv_heads, group, rows, size = query.shape
     # In float32: a score of 40 in bfloat16 is wrong by a tenth, and so is its weight.
     scores = query.reshape(kv_heads, group * rows, size).float() @ keys.float().transpose(-1, -2)

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from tokendance.attention.backends import make_backend, native_is_there
 from tokendance.attention.interface import LayerKind, PackedBatch, PackedRequest
+from tokendance.attention.names import AttentionName
 from tokendance.attention.rope import Rope
 from tokendance.bench.plots import draw_lines
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio
-from tokendance.config import AttentionName
 
 KV_HEADS, GROUP, HEAD_DIM = 3, 3, 64
 DTYPE = torch.bfloat16
