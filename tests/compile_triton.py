@@ -62,6 +62,7 @@ CASES = [
     Case("Qwen2.5 7B", 128, 4, 7),
     Case("Mistral 7B v0.1", 128, 8, 4, window=4096),
     Case("GLM-4 9B", 128, 2, 16, rotary_dim=64, layout="interleaved"),
+    Case("Falcon 7B", 64, 1, 71),
     Case("Gemma 3 1B", 256, 1, 4, window=512),
 ]
 

@@ -220,13 +220,17 @@ def test_the_triton_kernels_equal_the_reference(
 
 
 @needs_triton
-def test_the_triton_kernels_on_a_long_context() -> None:
+@pytest.mark.parametrize(
+    ("shared", "own", "new", "group"),
+    [(1100, 70, 30, 3), (20, 3, 2, 71)],
+    ids=["long context", "more queries of one row than a tile has"],
+)
+def test_the_triton_kernels_in_several_tiles(shared: int, own: int, new: int, group: int) -> None:
     from tokendance.attention.triton_backend import TritonBackend
 
-    batch = long_batch(3, 1100, 70, 30)
-    kind = LayerKind(rope_of(64))
-    expected = run(ReferenceBackend, batch, kind, (1, 3, 64), torch.float32, 0)
-    result = run(TritonBackend, batch, kind, (1, 3, 64), torch.float32, 0, device=TRITON_DEVICE)
+    batch, kind, shape = long_batch(3, shared, own, new), LayerKind(rope_of(64)), (1, group, 64)
+    expected = run(ReferenceBackend, batch, kind, shape, torch.float32, 0)
+    result = run(TritonBackend, batch, kind, shape, torch.float32, 0, device=TRITON_DEVICE)
     assert_close(result, expected, "triton")
 
 

@@ -7,10 +7,10 @@ keys by the planner, so that a long context is read by many programs. Each progr
 normalized result and log-sum-exp; a second kernel merges those of a row.
 
 A head's components are taken as pairs that are rotated together, (a, b): queries are rotated pair
-by pair in registers, and a score is the sum of two products over half a head each. Components that
-the model does not rotate are paired up anyway, at an angle of zero.
+by pair in registers, and joined to whole heads again. Components that the model does not rotate are
+paired up anyway, at an angle of zero.
 
-`tests/compile_triton.py` compiles the kernels without a GPU, and prints what they take of it.
+`tests/compile_triton.py` compiles the kernels without a GPU, and prints what they take of one.
 """
 
 import itertools
@@ -38,10 +38,10 @@ class _Tiling(NamedTuple):
     """How the work is cut for some heads.
 
     Attributes:
-        block_queries: rows of the batch times the G queries of a key head, in one program.
-        block_keys: keys of one step of its loop.
-        num_warps: of 32 threads, that share a program's registers.
-        num_stages: blocks of keys and values in shared memory: one is used while others arrive.
+        block_queries: queries of one program: rows of the batch times the G of a key head.
+        block_keys: keys that its loop takes at once.
+        num_warps: of 32 threads each, at most 255 registers a thread.
+        num_stages: blocks of keys in shared memory: one is used while the next arrives.
     """
 
     block_queries: int
@@ -51,7 +51,7 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(head_dim: int, dtype: torch.dtype) -> _Tiling:
-    """Choose sizes by what they take: registers, not spilled, and at most 99 KiB of memory."""
+    """Large tiles that fit: nothing is spilled in loops over keys, nor above 99 KiB shared."""
     if dtype == torch.float32:  # no tensor cores: threads hold rows and columns of both factors
         return _Tiling(32, 32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
     return _Tiling(
@@ -159,7 +159,7 @@ def _attend_kernel(
             entry = rotation[:, None] * (rotary_dim // 2) + pair[None, :]
             cos = tl.load(cosines + entry, mask=has_entry, other=1.0)
             sin = tl.load(sines + entry, mask=has_entry, other=0.0)
-            # Read again for each range: kept, they would take the registers that the loop needs.
+            # Loaded for each range: kept, they would take registers that the loop below needs.
             query_a = tl.load(query_at[:, None] + a[None, :], mask=there[:, None], other=0.0)
             query_b = tl.load(query_at[:, None] + b[None, :], mask=there[:, None], other=0.0)
             wide_a, wide_b = query_a.to(tl.float32), query_b.to(tl.float32)
@@ -279,7 +279,8 @@ class TritonBackend:
         assert self._batch is not None, "attend() before prepare()"
         kv_heads, group, rows, size = query.shape
         heads = kv_heads * group
-        block_queries = max(self._tiling.block_queries, triton.next_power_of_2(group))
+        tiling = self._tiling
+        block_queries = max(tiling.block_queries, triton.next_power_of_2(group))
         if self._plan is None:
             self._plan = self._to_device(self._batch, block_queries // group)
         plan, kind = self._plan, self._layers[layer]
@@ -314,10 +315,10 @@ class TritonBackend:
                 interleaved=kind.rope.layout is RopeLayout.INTERLEAVED,
                 has_window=kind.window is not None,
                 block_queries=block_queries,
-                block_keys=self._tiling.block_keys,
+                block_keys=tiling.block_keys,
                 widen=_WIDEN,
-                num_stages=self._tiling.num_stages,
-                num_warps=self._tiling.num_warps,
+                num_stages=tiling.num_stages,
+                num_warps=tiling.num_warps * (block_queries // tiling.block_queries),
             )
             _merge_kernel[(rows, heads)](
                 output,
