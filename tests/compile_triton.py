@@ -170,13 +170,14 @@ def usage_of(name: str, kernel: Any, log: str, case: Case, capability: int) -> U
         (match,) = re.findall(pattern, log)
         return int(match)
 
+    spilled_bytes = number(r"(\d+) bytes stack frame")
     return Usage(
         name,
         capability,
         case,
         registers=number(r"Used (\d+) registers"),
-        spilled_bytes=number(r"(\d+) bytes stack frame"),
-        spills_in_loop=spills_in_loops(kernel.asm["cubin"]),
+        spilled_bytes=spilled_bytes,
+        spills_in_loop=spills_in_loops(kernel.asm["cubin"]) if spilled_bytes else 0,
         shared_bytes=kernel.metadata.shared,
         threads=32 * kernel.metadata.num_warps,
         tensor_cores=re.search(r"\bw?g?mma\.", kernel.asm["ptx"]) is not None,
