@@ -109,8 +109,8 @@ def draw_facts(count: int, text: str, rng: np.random.Generator) -> list[Fact | N
 
     Deeds and places are all different as long as there are enough of them.
     """
-    known = _words(text)
-    things = [thing for thing in shuffled(_THINGS, rng) if thing not in known]
+    words = _words(text)
+    things = [thing for thing in shuffled(_THINGS, rng) if thing not in words]
     deeds, places = shuffled(_DEEDS, rng), shuffled(_PLACES, rng)
     facts: list[Fact | None] = [
         Fact(*deeds[index % len(deeds)], thing, places[index % len(places)])
@@ -127,14 +127,14 @@ def ask_about_one(
     rng: np.random.Generator,
 ) -> Question | None:
     """A question about a fact that the agent reads and somebody else has stated, if any has."""
-    known = [
+    stated = [
         (names[other], fact)
         for other in sorted(block_indices)
         if other != index and (fact := facts[other]) is not None
     ]
-    if not known:
+    if not stated:
         return None
-    speaker, fact = known[int(rng.integers(len(known)))]
+    speaker, fact = stated[int(rng.integers(len(stated)))]
     return Question(
         f"What did {speaker} {fact.do}?", f"{speaker} {fact.did} the", speaker, fact.thing
     )

@@ -222,7 +222,7 @@ class RoundWorkload:
                 text = PrefixHashes(beginning, encoded[0].salt)
                 known.update(store.match_prefix(text, exact=True))
         store.clear(keep=known)
-        llm.generate([one.tolist() for one in beginnings], SamplingParams(max_tokens=1))
+        llm.generate([beginning.tolist() for beginning in beginnings], SamplingParams(max_tokens=1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,11 +43,11 @@ def add_chat(app: FastAPI, context: ServerContext) -> None:
 class ChatEndpoint(Endpoint[ChatRequest]):
     """A conversation that is answered."""
 
+    kind = "chatcmpl"
+
     def __init__(self, context: ServerContext, tenant: str, body: ChatRequest) -> None:
         """Take a request; see `Endpoint`."""
         super().__init__(context, tenant, body)
-        self._encoder = context.encoder(tenant)
-        self._head = context.head("chatcmpl")
         # Of a stream: by answer, text that may become a call and is not sent as text.
         self._held: dict[int, str] = {}
 
@@ -55,7 +55,7 @@ class ChatEndpoint(Endpoint[ChatRequest]):
         """Make a prompt of the messages."""
         context, body = self.context, self.body
         prompt = encode_chat(
-            body, self._encoder, context.tools, context.settings, context.max_characters
+            body, self.encoder, context.tools, context.settings, context.max_characters
         )
         constraint = constraint_of(body, context.grammars, context.tools)
         return read_ask(context, body, [prompt], constraint, marked=is_marked(body))
@@ -78,7 +78,7 @@ class ChatEndpoint(Endpoint[ChatRequest]):
                     finish_reason="tool_calls" if calls else finish_reason(output),
                 )
             )
-        return ChatAnswer(**self._head, object="chat.completion", choices=choices, usage=usage)
+        return ChatAnswer(**self.head, object="chat.completion", choices=choices, usage=usage)
 
     def chunks(self, delta: Delta) -> list[ChatChunk]:
         """The role first, then text and calls, and at last the reason why it has ended."""
@@ -109,11 +109,11 @@ class ChatEndpoint(Endpoint[ChatRequest]):
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         """An event without a choice."""
-        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage)
+        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[], usage=usage)
 
     def _chunk(self, index: int, delta: ChatDelta, **fields: Any) -> ChatChunk:
         choice = ChatChunkChoice(index=index, delta=delta, **{"finish_reason": None, **fields})
-        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice])
+        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[choice])
 
     def _split(self, text: str) -> tuple[str, list[ToolCall]]:
         """An answer's words, and the calls that it makes."""

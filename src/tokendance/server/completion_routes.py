@@ -42,11 +42,7 @@ def add_completions(app: FastAPI, context: ServerContext) -> None:
 class CompletionEndpoint(Endpoint[CompletionRequest]):
     """Texts, or token ids, that go on."""
 
-    def __init__(self, context: ServerContext, tenant: str, body: CompletionRequest) -> None:
-        """Take a request; see `Endpoint`."""
-        super().__init__(context, tenant, body)
-        self._encoder = context.encoder(tenant)
-        self._head = context.head("cmpl") | {"object": "text_completion"}
+    kind = "cmpl"
 
     def read(self) -> Ask:
         """Encode the prompts."""
@@ -55,7 +51,7 @@ class CompletionEndpoint(Endpoint[CompletionRequest]):
         for prompt in prompts:
             if isinstance(prompt, str):
                 check_length([prompt], self.context.max_characters, "prompt")
-        encoded = [_encode(self._encoder, prompt) for prompt in prompts]
+        encoded = [_encode(self.encoder, prompt) for prompt in prompts]
         return read_ask(self.context, self.body, encoded)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> TextAnswer:
@@ -69,7 +65,7 @@ class CompletionEndpoint(Endpoint[CompletionRequest]):
             )
             for index, answer in enumerate(answers)
         ]
-        return TextAnswer(**self._head, choices=choices, usage=usage)
+        return TextAnswer(**self.head, object="text_completion", choices=choices, usage=usage)
 
     def chunks(self, delta: Delta) -> list[TextChunk]:
         """Text if there is any, and the reason why it has ended."""
@@ -79,11 +75,11 @@ class CompletionEndpoint(Endpoint[CompletionRequest]):
         choice = TextChunkChoice(
             index=delta.index, text=delta.text, logprobs=None, finish_reason=reason
         )
-        return [TextChunk(**self._head, choices=[choice])]
+        return [TextChunk(**self.head, object="text_completion", choices=[choice])]
 
     def usage_chunk(self, usage: Usage) -> TextChunk:
         """An event without a choice."""
-        return TextChunk(**self._head, choices=[], usage=usage)
+        return TextChunk(**self.head, object="text_completion", choices=[], usage=usage)
 
     def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
         if not answer.logprobs:

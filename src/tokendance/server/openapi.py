@@ -67,13 +67,13 @@ class DocumentedAPI(FastAPI):
             for operation in operations.values():
                 responses = operation["responses"]
                 responses.pop("422", None)
-                found = list(_WITH_BODY) if "requestBody" in operation else []
-                found += [404] if "{" in path else []
-                found += [409, 507] if path == "/v1/rounds" else []
+                statuses = list(_WITH_BODY) if "requestBody" in operation else []
+                statuses += [404] if "{" in path else []
+                statuses += [409, 507] if path == "/v1/rounds" else []
                 if open_paths is not None and path not in open_paths:
                     operation["security"] = [{"key": []}]
-                    found.append(401)
-                responses.update({str(status): _error(status) for status in sorted(found)})
+                    statuses.append(401)
+                responses.update({str(status): _error(status) for status in sorted(statuses)})
         return document
 
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -75,7 +75,18 @@ class Answer:
 
 
 class Endpoint(ABC, Generic[Body]):
-    """One request to an endpoint: how it is read, and what its answers look like."""
+    """One request to an endpoint: how it is read, and what its answers look like.
+
+    Attributes:
+        kind: begins the ids of its answers.
+        context: of the server.
+        tenant: who asks.
+        body: of the request.
+        encoder: of the tenant's prompts.
+        head: what all its documents begin with.
+    """
+
+    kind: ClassVar[str]
 
     def __init__(self, context: ServerContext, tenant: str, body: Body) -> None:
         """Take a request.
@@ -92,6 +103,8 @@ class Endpoint(ABC, Generic[Body]):
         self.context = context
         self.tenant = tenant
         self.body = body
+        self.encoder = context.encoder(tenant)
+        self.head = context.head(self.kind)
 
     @abstractmethod
     def read(self) -> Ask:

@@ -294,8 +294,8 @@ def _texts(agent: RoundAgent, blocks: dict[str, str]) -> Iterator[str]:
         if isinstance(content, str):
             yield content
         else:
-            for one in content or ():
-                yield _block(one, blocks) if isinstance(one, BlockRef) else one.text
+            for part in content or ():
+                yield _block(part, blocks) if isinstance(part, BlockRef) else part.text
 
 
 def _block(ref: BlockRef, blocks: dict[str, str]) -> str:
@@ -304,13 +304,15 @@ def _block(ref: BlockRef, blocks: dict[str, str]) -> str:
     return blocks[ref.id]
 
 
-def _parts(given: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str]) -> list[Part]:
+def _parts(
+    content: Sequence[BlockRef | SharedText | TextPart], blocks: dict[str, str]
+) -> list[Part]:
     parts: list[Part] = []
-    for one in given:
-        if isinstance(one, BlockRef):
-            parts.append(shared(_block(one, blocks)))
-        elif isinstance(one, SharedText):
-            parts.append(shared(one.text))
+    for part in content:
+        if isinstance(part, BlockRef):
+            parts.append(shared(_block(part, blocks)))
+        elif isinstance(part, SharedText):
+            parts.append(shared(part.text))
         else:
-            parts.append(private(one.text))
+            parts.append(private(part.text))
     return parts
