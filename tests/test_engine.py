@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from conftest import SPECIALS, VOCAB, said
 from tokendance import LLM, Prompt, SamplingParams, private, shared
+from tokendance.collector.plan import RequestPlan
 from tokendance.engine.events import (
     Admitted,
     Event,
@@ -27,6 +28,7 @@ from tokendance.executor.fake import FakeExecutor
 from tokendance.executor.step import StepInput, StepOutput
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
+from tokendance.rounds.segments import EncodedPrompt
 
 MakeLLM = Callable[..., LLM]
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -223,6 +225,41 @@ def test_a_failure_in_one_requests_part_is_its_own(
         if number != victim:
             assert request.error is None
             assert request.generated == expected(llm, prompts[number])
+
+
+def test_a_prompt_that_cannot_be_planned_fails_alone(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_fake_llm()
+    planner = llm.engine._engine._planner
+    plan = planner.plan
+
+    def fails(prompt: EncodedPrompt, *others: Any) -> RequestPlan:
+        if prompt.token_ids[0] == 101:
+            raise ValueError("a bug of a policy")
+        return plan(prompt, *others)
+
+    monkeypatch.setattr(planner, "plan", fails)
+    outputs = llm.run_round(round_of(3), PARAMS).outputs
+    assert [type(output.error) for output in outputs] == [type(None), StepError, type(None)]
+
+
+def test_what_fails_on_the_loop_is_called_no_more(make_fake_llm: MakeLLM) -> None:
+    class Fails:
+        calls = 0
+
+        def after_step(self, now: float, requests: Any) -> None:
+            del now, requests
+            self.calls += 1
+            raise RuntimeError("no")
+
+        def due_s(self) -> float | None:
+            return None
+
+    llm, fails = make_fake_llm(), Fails()
+    llm.engine.attach(fails)
+    llm.run_round(round_of(2), PARAMS).raise_for_errors()
+    assert fails.calls == 1
 
 
 def test_requests_that_wait_for_each_other_are_told(make_fake_llm: MakeLLM) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from tokendance.attention.backends import make_backend
 from tokendance.collector.correction import CorrectionPolicy
 from tokendance.collector.planner import Planner
-from tokendance.engine.engine import Engine, EngineParts
+from tokendance.engine.engine import Engine
 from tokendance.engine.loop import EngineLoop
 from tokendance.engine.scheduling import DecodingFirst, SchedulingPolicy
 from tokendance.errors import ConfigError
@@ -71,10 +71,11 @@ def assemble(
     if executor is None:
         pool = pool or KVPool(model, num_pages * page_size)
         executor = executor_class(model, pool, partial(make_backend, name=options.attention))
-    parts = EngineParts(planner, executor, policy)
     engine = Engine(
         store,
-        parts,
+        planner,
+        policy,
+        executor,
         encoder.decode,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_bytes_per_token=kv_bytes_per_token,

@@ -20,7 +20,7 @@ from tokendance.engine.events import (
     RoundStarted,
     StepDone,
 )
-from tokendance.engine.request import Request, RequestId, make_output
+from tokendance.engine.request import Request, RequestId, as_failure, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.engine.stops import text_up_to_stop
@@ -44,21 +44,6 @@ _MAX_RETRIES = 2
 _PACE_TOKENS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """What decides, what runs, and what divides; another way of reuse brings other parts.
-
-    Attributes:
-        planner: over the engine's store.
-        executor: has room for the store's slots.
-        policy: divides the tokens of a step.
-    """
-
-    planner: Planner
-    executor: Executor
-    policy: SchedulingPolicy
-
-
 @dataclass(slots=True)
 class _Round:
     """A round of which somebody waits or runs.
@@ -77,11 +62,10 @@ class _Round:
 
 
 class Engine:
-    """Runs requests, sharing KV as its parts say. Not safe for several threads at once.
+    """Runs requests, sharing KV as its planner says. Not safe for several threads at once.
 
     Attributes:
         store: pages and indexes.
-        executor: runs the steps.
         scheduler: queue and running requests.
         seconds_per_token: of the last large pass over prompts; None before there was one.
     """
@@ -89,7 +73,9 @@ class Engine:
     def __init__(
         self,
         store: KVStore,
-        parts: EngineParts,
+        planner: Planner,
+        policy: SchedulingPolicy,
+        executor: Executor,
         decode: Callable[[Sequence[int]], str],
         *,
         max_num_batched_tokens: int,
@@ -100,19 +86,21 @@ class Engine:
 
         Args:
             store: empty.
-            parts: over that store.
+            planner: decides, over that store.
+            policy: divides the tokens of a step.
+            executor: runs the steps; it has room for the store's slots.
             decode: token ids to text, for stop texts and answers.
             max_num_batched_tokens: of one step.
             kv_bytes_per_token: for messages.
             clock: seconds; a test may have one of its own.
         """
         self.store = store
-        self.executor = parts.executor
-        self._planner = parts.planner
+        self._executor = executor
+        self._planner = planner
         self.scheduler = Scheduler(
             store,
-            parts.planner,
-            parts.policy,
+            planner,
+            policy,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_bytes_per_token=kv_bytes_per_token,
         )
@@ -203,7 +191,7 @@ class Engine:
             return
         start = self._clock()
         try:
-            output = self.executor.execute(step)
+            output = self._executor.execute(step)
         except Exception as error:
             failure = StepError(
                 f"The forward pass failed ({type(error).__name__}: {error}). Ask again; if it "
@@ -269,7 +257,7 @@ class Engine:
                 made.append((item, item.request.step(item.positions)))
             except Exception as error:
                 self.scheduler.unmark(item)
-                self._fail(item.request, _as_failure(item.request, error), keep_kv=True)
+                self._fail(item.request, as_failure(item.request, error), keep_kv=True)
         made = [(item, share) for item, share in made if item.request.allocation is not None]
         return [item for item, _ in made], StepInput(tuple(share for _, share in made))
 
@@ -300,7 +288,7 @@ class Engine:
             try:
                 self._take_token(request, output, index, now)
             except Exception as error:
-                self._fail(request, _as_failure(request, error), keep_kv=True)
+                self._fail(request, as_failure(request, error), keep_kv=True)
 
     def _take_token(self, request: Request, output: StepOutput, index: int, now: float) -> None:
         token = output.token_ids[index]
@@ -425,13 +413,3 @@ def _runs_of(request: Request) -> tuple[RunId, ...]:
         entry for entry in request.allocation.entries if isinstance(entry, StoredSegment)
     )
     return tuple(dict.fromkeys(entry.run for entry in entries))
-
-
-def _as_failure(request: Request, error: Exception) -> TokenDanceError:
-    """What has gone wrong in one request's part of a step."""
-    if isinstance(error, TokenDanceError):
-        return error
-    log.error("the request of an agent has failed", exc_info=error)
-    return StepError(
-        f"The request of {request.agent!r} failed ({type(error).__name__}). The log says where."
-    )

@@ -90,8 +90,9 @@ class EngineLoop:
         self._attachments.append(attachment)
 
     def detach(self, attachment: Attachment) -> None:
-        """Call it no more."""
-        self._attachments.remove(attachment)
+        """Call it no more; nothing happens if it is not called any more."""
+        if attachment in self._attachments:
+            self._attachments.remove(attachment)
 
     def observe(self, observer: EngineObserver) -> None:
         """Tell an observer what happens from now on."""
@@ -150,8 +151,12 @@ class EngineLoop:
                 log.exception("a forward pass has failed; other requests go on")
                 self._engine.check_integrity()
         now = time.perf_counter() if now is None else now
-        for attachment in self._attachments:
-            attachment.after_step(now, requests)
+        for attachment in list(self._attachments):
+            try:
+                attachment.after_step(now, requests)
+            except Exception:  # requests are served without it
+                log.exception("what hangs on the loop has failed, and is called no more")
+                self.detach(attachment)
 
     # -- KV -------------------------------------------------------------------------------------
 

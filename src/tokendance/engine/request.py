@@ -1,5 +1,6 @@
 """A request: one prompt on its way to its answer."""
 
+import logging
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ from tokendance.collector.plan import RequestPlan
 from tokendance.disk.records import SessionKey
 from tokendance.engine.allocator import Allocation
 from tokendance.engine.constraint import Constraint
-from tokendance.errors import TokenDanceError
+from tokendance.errors import StepError, TokenDanceError
 from tokendance.executor.step import FloatArray, SamplingRow, StepRequest, TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.params import SamplingParams
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId
+
+log = logging.getLogger("tokendance.engine")
 
 RequestId = NewType("RequestId", int)
 
@@ -210,4 +213,14 @@ def make_output(request: Request) -> Output:
         corrected_tokens=0 if failed or request.plan is None else request.plan.num_corrected,
         stopped_by_text=request.stopped_by_text,
         logprobs=tuple(torch.from_numpy(distribution) for distribution in kept),
+    )
+
+
+def as_failure(request: Request, error: Exception) -> TokenDanceError:
+    """What has gone wrong in one request's part of a step."""
+    if isinstance(error, TokenDanceError):
+        return error
+    log.error("the request of an agent has failed", exc_info=error)
+    return StepError(
+        f"The request of {request.agent!r} failed ({type(error).__name__}). The log says where."
     )

@@ -15,7 +15,7 @@ from tokendance.collector.plan import RequestPlan, ReuseRules
 from tokendance.collector.planner import Planner, alone
 from tokendance.config import format_bytes
 from tokendance.engine.allocator import Allocation, Allocator
-from tokendance.engine.request import Request
+from tokendance.engine.request import Request, as_failure
 from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.errors import BudgetError
 from tokendance.store.entries import StoredSegment
@@ -85,27 +85,33 @@ class Scheduler:
         while self.waiting:
             request = self.waiting[0]
             rules = self._rules(request)
-            # Reading KV of others keeps their pages; computing all of it may need fewer.
-            if self._admit(request, rules) or (
-                not self.running and self._admit(request, alone(rules))
-            ):
+            try:
+                plan = self._fitting_plan(request, rules)
+                if plan is None and not self.running and not self._store.loading:
+                    request.error = self._too_large(request, rules)
+            except Exception as error:
+                plan, request.error = None, as_failure(request, error)
+            if plan is not None:
+                request.plan = plan
+                request.allocation = self._allocator.allocate(
+                    plan, request.prompt, request.round_id
+                )
                 self.running.append(request)
                 admitted.append(request)
-            elif self.running or self._store.loading:
-                break  # its turn comes when others have finished
-            else:
-                request.error = self._too_large(request, rules)
+            elif request.error is not None:
                 refused.append(request)
+            else:
+                break  # its turn comes when others have finished
             self.waiting.popleft()
         return admitted, refused
 
-    def _admit(self, request: Request, rules: ReuseRules) -> bool:
+    def _fitting_plan(self, request: Request, rules: ReuseRules) -> RequestPlan | None:
+        """The plan of a request, if there is room for it now."""
         plan = self._plan(request, rules)
-        if not self._allocator.can_allocate(plan):
-            return False
-        request.plan = plan
-        request.allocation = self._allocator.allocate(plan, request.prompt, request.round_id)
-        return True
+        if not self._allocator.can_allocate(plan) and not self.running:
+            # Reading KV of others keeps their pages; computing all of it may need fewer.
+            plan = self._plan(request, alone(rules))
+        return plan if self._allocator.can_allocate(plan) else None
 
     def _rules(self, request: Request) -> ReuseRules:
         return self._planner.rules(
