@@ -19,10 +19,10 @@ from rich.text import Text
 from tokendance import __version__
 from tokendance.bench.settings import BenchOutputs, BenchSettings, Size, SuiteName
 from tokendance.commands.settings import RunSettings
-from tokendance.config import parse_bytes
 from tokendance.errors import ConfigError, TokenDanceError
 from tokendance.options import DEFAULT_MODEL, EngineOptions
 from tokendance.server.settings import ServerSettings
+from tokendance.units import parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

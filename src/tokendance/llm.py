@@ -12,7 +12,6 @@ import torch
 
 from tokendance.build import assemble
 from tokendance.collector.correction import CorrectionPolicy
-from tokendance.config import parse_bytes
 from tokendance.conversation import Agent, Conversation
 from tokendance.disk.records import SessionKey
 from tokendance.disk.store import NO_BUDGET, DiskStore
@@ -41,6 +40,7 @@ from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Session
 from tokendance.store.entries import RoundId
 from tokendance.tier.tier import DiskTier
+from tokendance.units import parse_bytes
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 

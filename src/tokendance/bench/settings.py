@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tokendance.config import check_range
-from tokendance.options import DEFAULT_MODEL, EngineOptions
+from tokendance.options import DEFAULT_MODEL, EngineOptions, check_range
 
 SuiteName = Literal[
     "attention", "plain", "prefill", "decode", "storage", "restore", "capacity", "fidelity", "serve"

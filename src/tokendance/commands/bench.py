@@ -18,7 +18,7 @@ from tokendance.bench.registry import (
 from tokendance.bench.report import write_report
 from tokendance.bench.settings import BenchOutputs, BenchSettings, SuiteName
 from tokendance.bench.suite import SuiteResult
-from tokendance.config import check_writable
+from tokendance.commands.settings import check_writable
 from tokendance.errors import ConfigError
 
 

@@ -19,8 +19,12 @@ from tokendance.commands.report import (
     print_words,
     reuse_name,
 )
-from tokendance.commands.settings import LIVE_MAX_TOKENS, LIVE_ROUNDS, RunSettings
-from tokendance.config import check_writable, format_bytes
+from tokendance.commands.settings import (
+    LIVE_MAX_TOKENS,
+    LIVE_ROUNDS,
+    RunSettings,
+    check_writable,
+)
 from tokendance.conversation import Agent
 from tokendance.errors import ConfigError, RequestError, TokenDanceError
 from tokendance.fidelity.shadow import ShadowReport
@@ -32,6 +36,7 @@ from tokendance.outputs import Progress as ReportProgress
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
+from tokendance.units import format_bytes
 
 FIRST_TASK = "In one sentence, what will you do tomorrow?"
 NEXT_TASK = (

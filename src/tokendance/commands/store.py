@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokendance.config import format_bytes
 from tokendance.disk.records import FileId, SessionKey
 from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError, StoreError
+from tokendance.units import format_bytes
 
 
 def list_sessions(folder: Path, console: Console) -> None:
