@@ -43,8 +43,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fake_executor import FakeExecutor, next_token
 from tokendance import LLM
-from tokendance.executor.fake import FakeExecutor, next_token
 from tokendance.executor.step import Executor
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel, load_model
