@@ -127,14 +127,14 @@ def ask_about_one(
     rng: np.random.Generator,
 ) -> Question | None:
     """A question about a fact that the agent reads and somebody else has stated, if any has."""
-    stated = [
+    facts_read = [
         (names[other], fact)
         for other in sorted(block_indices)
         if other != index and (fact := facts[other]) is not None
     ]
-    if not stated:
+    if not facts_read:
         return None
-    speaker, fact = stated[int(rng.integers(len(stated)))]
+    speaker, fact = facts_read[int(rng.integers(len(facts_read)))]
     return Question(
         f"What did {speaker} {fact.do}?", f"{speaker} {fact.did} the", speaker, fact.thing
     )

@@ -92,18 +92,12 @@ class VLLMResult:
 
     Attributes:
         seconds: from submission of all prompts to the last token of the last answer.
-        first_token_s: seconds from submission to each first token, or None if vLLM does not tell.
         cached_tokens: tokens of each prompt that vLLM found in its prefix cache.
-        cache_queries: tokens that vLLM looked up in its prefix cache, by its own counter.
-        cache_hits: tokens that it found there, by its own counter.
         token_ids: the answers.
     """
 
     seconds: float
-    first_token_s: tuple[float, ...] | None
     cached_tokens: tuple[int, ...]
-    cache_queries: int
-    cache_hits: int
     token_ids: tuple[tuple[int, ...], ...]
 
 
@@ -242,13 +236,9 @@ class VLLM:
         }
         reply = self._ask(request, timeout_s)
         try:
-            times = reply["first_token_s"]
             result = VLLMResult(
                 seconds=float(reply["seconds"]),
-                first_token_s=None if times is None else tuple(map(float, times)),
                 cached_tokens=tuple(map(int, reply["cached_tokens"])),
-                cache_queries=int(reply["cache_queries"]),
-                cache_hits=int(reply["cache_hits"]),
                 token_ids=tuple(tuple(map(int, answer)) for answer in reply["token_ids"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -385,19 +375,10 @@ def child_environment(python: Path, config: VLLMConfig) -> dict[str, str]:
         "KMP_TPAUSE": "0",
     }
     if sys.platform == "linux":
-        libraries = [library for library in (_tcmalloc(), _openmp(python)) if library]
-        if libraries:
-            given = os.environ.get("LD_PRELOAD")
-            environment["LD_PRELOAD"] = ":".join([*libraries, *([given] if given else [])])
+        tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
+        openmp = python.parent.parent / "lib" / "libiomp5.so"  # Intel's, beside vLLM
+        libraries = [tcmalloc, str(openmp) if openmp.is_file() else None]
+        if any(libraries):
+            preloaded = [*libraries, os.environ.get("LD_PRELOAD")]
+            environment["LD_PRELOAD"] = ":".join(library for library in preloaded if library)
     return environment
-
-
-def _tcmalloc() -> str | None:
-    """TCMalloc, if the system has it."""
-    return ctypes.util.find_library("tcmalloc_minimal")
-
-
-def _openmp(python: Path) -> str | None:
-    """Intel's OpenMP, if it is installed beside vLLM."""
-    library = python.parent.parent / "lib" / "libiomp5.so"
-    return str(library) if library.is_file() else None

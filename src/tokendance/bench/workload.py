@@ -22,6 +22,7 @@ import numpy as np
 from tokendance.bench.facts import Fact, Question, ask_about_one, draw_facts, shuffled
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
+from tokendance.options import check_range
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes
@@ -71,18 +72,17 @@ class WorkloadSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_range(self, 2, "agents")
+        check_range(self, 1, "block_tokens")
+        check_range(self, 0, "seed")
         shortest, longest = self.private_tokens
-        checks = {
-            "agents": (self.agents >= 2, "2 or more"),
-            "block_tokens": (self.block_tokens >= 1, "1 or more"),
-            "private_tokens": (1 <= shortest <= longest, "1 or more, the shortest first"),
-            "order": (self.order in get_args(Order), f"one of {get_args(Order)}"),
-            "overlap": (self.overlap in get_args(Overlap), f"one of {get_args(Overlap)}"),
-            "seed": (self.seed >= 0, "0 or more"),
-        }
-        for name, (holds, rule) in checks.items():
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}. It must be {rule}.")
+        if not 1 <= shortest <= longest:
+            raise ConfigError(
+                f"private_tokens is {self.private_tokens}. Give 1 or more, the shortest first."
+            )
+        for name, kinds in (("order", get_args(Order)), ("overlap", get_args(Overlap))):
+            if getattr(self, name) not in kinds:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}. Give one of {kinds}.")
         if self.order == "own-first" and self.overlap != "all":
             raise ConfigError(
                 f"With overlap {self.overlap!r} an agent does not read its own block, so it "
@@ -97,17 +97,13 @@ class AgentView:
     Attributes:
         name: of the agent.
         system: private text, the system message.
-        before: private text before the blocks.
         block_indices: of the blocks that it reads, in `RoundWorkload.blocks`, in its order.
-        task: after the blocks.
         question: to ask instead of the task; None where there is none.
     """
 
     name: str
     system: str
-    before: str
     block_indices: tuple[int, ...]
-    task: str
     question: Question | None = None
 
 
@@ -117,19 +113,15 @@ class RoundWorkload:
 
     Attributes:
         views: what each agent reads.
-        blocks: shared parts, each by one agent.
-        speakers: of the blocks.
-        spec: what it was made from; None for a recorded round.
+        blocks: shared parts, what each agent has said.
     """
 
     views: tuple[AgentView, ...]
     blocks: tuple[Part, ...]
-    speakers: tuple[str, ...]
-    spec: WorkloadSpec | None = None
 
     def prompts(self) -> list[Prompt]:
         """Prompts of the round, each with its task."""
-        return [self._prompt(view, view.task) for view in self.views]
+        return [self._prompt(view, TASK) for view in self.views]
 
     def encoded(self, llm: LLM) -> list[EncodedPrompt]:
         """The same as segments; the first of each is the private part."""
@@ -167,14 +159,11 @@ class RoundWorkload:
             )
             for view in self.views[:agents]
         )
-        return RoundWorkload(views, self.blocks[:count], self.speakers[:count], self.spec)
+        return RoundWorkload(views, self.blocks[:count])
 
     def _prompt(self, view: AgentView, task: str) -> Prompt:
-        content = [
-            private(view.before),
-            *(self.blocks[index] for index in view.block_indices),
-            private(task),
-        ]
+        blocks = [self.blocks[index] for index in view.block_indices]
+        content = [private(NEWS), *blocks, private(task)]
         return Prompt(
             [
                 {"role": "system", "content": [private(view.system)]},
@@ -182,28 +171,6 @@ class RoundWorkload:
             ],
             agent=view.name,
         )
-
-    def formula(self, llm: LLM, k: int) -> int:
-        """Tokens that a round should compute, private parts cached: S + t + (N - 1)(k B + t).
-
-        S and t are counted on a prompt; the template's text after the task belongs to the task.
-
-        Raises:
-            ConfigError: unless all agents read all blocks in one order.
-        """
-        if any(view.block_indices != self.views[0].block_indices for view in self.views):
-            raise ConfigError(
-                "The formula holds where all agents read the same blocks in one order. "
-                "Use order 'same' and overlap 'all'."
-            )
-        num_shared = num_task = 0
-        for view, prompt in zip(self.views, self.prompts(), strict=True):
-            segments = llm.encoder.encode(prompt).segments
-            num_shared = sum(len(segment) for segment in segments if segment.shared)
-            num_task += len(segments[-1])
-            num_blocks = len(view.block_indices)
-        mirrors = len(self.views) - 1
-        return num_shared + num_task + mirrors * k * num_blocks
 
     def warm(self, llm: LLM, *, keep: bool = False) -> None:
         """Leave an engine with every agent's private part in its store, and nothing else.
@@ -216,13 +183,13 @@ class RoundWorkload:
         store = llm.kv_store
         encoded = self.encoded(llm)
         beginnings = [prompt.segments[0].token_ids for prompt in encoded]
-        known: set[Entry] = set()
+        kept: set[Entry] = set()
         if keep:
-            for beginning in beginnings:
-                text = PrefixHashes(beginning, encoded[0].salt)
-                known.update(store.match_prefix(text, exact=True))
-        store.clear(keep=known)
-        llm.generate([beginning.tolist() for beginning in beginnings], SamplingParams(max_tokens=1))
+            for token_ids in beginnings:
+                hashes = PrefixHashes(token_ids, encoded[0].salt)
+                kept.update(store.match_prefix(hashes, exact=True))
+        store.clear(keep=kept)
+        llm.generate([ids.tolist() for ids in beginnings], SamplingParams(max_tokens=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +219,8 @@ class RoundTexts:
         for index, (name, system) in enumerate(zip(self.names, self.systems, strict=True)):
             block_indices = _choose_blocks(index, spec, orders)
             question = ask_about_one(index, block_indices, self.names, self.facts, askers)
-            views.append(AgentView(name, system, NEWS, block_indices, TASK, question))
-        return RoundWorkload(tuple(views), self.blocks, self.names, spec)
+            views.append(AgentView(name, system, block_indices, question))
+        return RoundWorkload(tuple(views), self.blocks)
 
 
 def generate_workload(llm: LLM, spec: WorkloadSpec) -> RoundWorkload:
@@ -266,11 +233,9 @@ def generate_workload(llm: LLM, spec: WorkloadSpec) -> RoundWorkload:
 
 
 def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
-    """Write private parts and blocks. They do not depend on the spec's order and overlap.
+    """Write private parts, and let the model write each block from its speaker's.
 
-    Args:
-        llm: writes the blocks, each from its speaker's private part, and counts tokens.
-        spec: what the round looks like.
+    The texts do not depend on the spec's order and overlap.
 
     Raises:
         TraceError: if the source cannot be read.
@@ -281,9 +246,9 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
     rng.shuffle(lengths)
     names, systems = [], []
     for index, length in enumerate(lengths):
-        turn, place = divmod(index, len(people))
-        person = people[place]
-        names.append(f"{person.name} {turn + 1}" if turn else person.name)
+        repeats, who = divmod(index, len(people))
+        person = people[who]
+        names.append(f"{person.name} {repeats + 1}" if repeats else person.name)
         systems.append(_private_text(llm, person, people, int(length), rng))
     words = _written_words(llm, systems, spec)
     facts = draw_facts(spec.agents, " ".join([*systems, *words, *names]), rng)
@@ -296,45 +261,9 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
 
 
 def read_people(source: Source) -> list[TraceAgent]:
-    """The people of a source, in its order.
-
-    Raises:
-        TraceError: if it cannot be read.
-    """
+    """The people of a source, in its order; a TraceError if it cannot be read."""
     path = example_trace() if source == TOWN else Path(source)
     return list(read_trace(path).agents.values())
-
-
-def recorded_workload(path: Path, number: int) -> RoundWorkload:
-    """Take a recorded round of a trace: its histories, its blocks, its tasks, no questions.
-
-    Args:
-        path: of the trace.
-        number: the round's, as the trace has it.
-
-    Raises:
-        TraceError: if the trace cannot be read.
-        ConfigError: if it has no such round.
-    """
-    trace = read_trace(path)
-    for recorded in trace.rounds:
-        if recorded.number == number:
-            block_indices = tuple(range(len(recorded.shared)))
-            views = [
-                AgentView(
-                    request.agent,
-                    trace.agents[request.agent].system,
-                    request.private_history + "\n\n",
-                    block_indices,
-                    request.task,
-                )
-                for request in recorded.requests
-            ]
-            blocks = tuple(shared(text + "\n\n") for _, text in recorded.shared)
-            speakers = tuple(name for name, _ in recorded.shared)
-            return RoundWorkload(tuple(views), blocks, speakers)
-    numbers = [recorded.number for recorded in trace.rounds]
-    raise ConfigError(f"{path} has no round {number}. It has {numbers}.")
 
 
 def _private_text(
@@ -420,7 +349,7 @@ def _choose_blocks(index: int, spec: WorkloadSpec, rng: np.random.Generator) -> 
         case "same":
             pass
         case "permuted":
-            chosen = [chosen[at] for at in rng.permutation(len(chosen))]
+            chosen = shuffled(chosen, rng)
         case "own-first":
             chosen = [index, *(other for other in chosen if other != index)]
     return tuple(chosen)
