@@ -26,7 +26,7 @@ from tokendance.commands.settings import (
     check_writable,
 )
 from tokendance.conversation import Agent
-from tokendance.errors import ConfigError, RequestError, TokenDanceError
+from tokendance.errors import ConfigError, RequestError
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
@@ -47,11 +47,6 @@ NEXT_TASK = (
 
 def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -> None:
     """Run a trace, print words and figures, and write the JSON file if one is asked for.
-
-    Args:
-        settings: of the rounds.
-        options: of the engine.
-        console: to print on.
 
     Raises:
         TokenDanceError: for a mistake of the user, or at the end if an agent has failed.
@@ -76,7 +71,10 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
             done.append(DoneRound(number, result, estimate.add_round(prompts)))
             print_words(result, console)
         if options.shadow > 0:
-            _check_shadows(llm, shadows, console)
+            with console.status("Computing mirrors again, exactly ..."):
+                # One by one, so that an interrupt loses one only.
+                while (shadow := llm.check_shadow()) is not None:
+                    shadows.append(shadow)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
         sys.exit(130)
@@ -91,22 +89,17 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
             text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
             settings.json.write_text(text + "\n")
             console.print(f"Figures and answers are in {escape(str(settings.json))}.")
-    _raise_errors(done)
-
-
-def _check_shadows(llm: LLM, reports: list[ShadowReport], console: Console) -> None:
-    """Compute the mirrors that wait for it, one by one, so that an interrupt loses one only."""
-    with console.status("Computing mirrors again, exactly ..."):
-        while (report := llm.check_shadow()) is not None:
-            reports.append(report)
+    outputs = [output for done_round in done for output in done_round.result.outputs]
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors:
+        raise RequestError(
+            f"{len(errors)} requests could not be run; the others were not affected. "
+            f"The first: {errors[0]}"
+        )
 
 
 def _check_settings(settings: RunSettings, options: EngineOptions, trace: Trace) -> None:
-    """Refuse options that would have no effect, before the model is loaded.
-
-    Raises:
-        ConfigError: naming the option.
-    """
+    """Refuse options that would have no effect, before the model is loaded."""
     if trace.rounds and settings.temperature > 0:
         raise ConfigError(
             "The answers of recorded rounds are replayed as recorded, so --temperature has no "
@@ -143,13 +136,13 @@ def _first_agents(trace: Trace, count: int | None) -> Trace:
     dropped = trace.agents.keys() - kept.keys()
     rounds = [
         TraceRound(
-            one.number,
-            tuple(block for block in one.shared if block[0] not in dropped),
-            tuple(request for request in one.requests if request.agent not in dropped),
+            recorded.number,
+            tuple(block for block in recorded.shared if block[0] not in dropped),
+            tuple(request for request in recorded.requests if request.agent not in dropped),
         )
-        for one in trace.rounds
+        for recorded in trace.rounds
     ]
-    return Trace(kept, [one for one in rounds if one.requests])
+    return Trace(kept, [recorded for recorded in rounds if recorded.requests])
 
 
 def _live(
@@ -164,9 +157,9 @@ def _live(
         )
     if not session.round or settings.trace is not None or settings.agents is not None:
         here = {agent.name for agent in session.agents}
-        for one in trace.agents.values():
-            if one.name not in here:
-                session.join(Agent(one.name, one.system))
+        for person in trace.agents.values():
+            if person.name not in here:
+                session.join(Agent(person.name, person.system))
     limit = settings.max_tokens or LIVE_MAX_TOKENS
     first = session.round + 1
     for number in range(first, first + (settings.rounds or LIVE_ROUNDS)):
@@ -188,23 +181,23 @@ def _replay(
     llm: LLM, trace: Trace, settings: RunSettings, console: Console
 ) -> Iterator[tuple[int, RoundResult]]:
     """Run recorded rounds: their prompts, and their answers forced token by token."""
-    for one in trace.rounds[: settings.rounds]:
+    for recorded in trace.rounds[: settings.rounds]:
         prompts, params = [], []
-        for index, request in enumerate(one.requests):
+        for index, request in enumerate(recorded.requests):
             answer = tuple(llm.encoder.text_ids(request.recorded_output).tolist())
             # An empty answer is the token that ends it.
             answer = answer or (min(llm.model.stop_ids, default=0),)
             limit = settings.max_tokens or len(answer)
-            prompts.append(_recorded_prompt(trace, one, request))
-            params.append(_params(settings, limit, one.number, index, forced=answer))
-        with _progress(console, f"Round {one.number}", len(prompts)) as report:
+            prompts.append(_recorded_prompt(trace, recorded, request))
+            params.append(_params(settings, limit, recorded.number, index, forced=answer))
+        with _progress(console, f"Round {recorded.number}", len(prompts)) as report:
             result = llm.run_round(prompts, params, report)
-        yield one.number, result
+        yield recorded.number, result
 
 
-def _recorded_prompt(trace: Trace, one: TraceRound, request: TraceRequest) -> Prompt:
+def _recorded_prompt(trace: Trace, recorded: TraceRound, request: TraceRequest) -> Prompt:
     content = [private(request.private_history + "\n\n")]
-    content += [shared(text + "\n\n") for _, text in one.shared]
+    content += [shared(text + "\n\n") for _, text in recorded.shared]
     content.append(private(request.task))
     system = private(trace.agents[request.agent].system)
     return Prompt(
@@ -254,14 +247,3 @@ class _progress:  # noqa: N801 - reads as a context manager
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-
-
-def _raise_errors(done: list[DoneRound]) -> None:
-    errors: list[TokenDanceError] = [
-        output.error for one in done for output in one.result.outputs if output.error is not None
-    ]
-    if errors:
-        raise RequestError(
-            f"{len(errors)} requests could not be run; the others were not affected. "
-            f"The first: {errors[0]}"
-        )
