@@ -1,6 +1,5 @@
 """What suites have in common of what they compare: engines, rounds, and vLLM beside them."""
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -159,13 +158,9 @@ def agent_caches(llm: LLM, result: RoundResult) -> list[AgentCache]:
 
 
 def prompts_around(run: Sequence[int], own: Iterable[Sequence[int]]) -> list[Prompt]:
-    """Prompts of agents that read one run, the last of their own tokens after it.
+    """Prompts of agents that read one run in blocks, the last of their own tokens after it.
 
     The run begins at another position in each, and all are of one length if `own` are.
-
-    Args:
-        run: token ids that all read, in blocks.
-        own: token ids of each agent.
     """
     blocks = [shared(run[at : at + BLOCK_TOKENS]) for at in range(0, len(run), BLOCK_TOKENS)]
     prompts = []
@@ -200,9 +195,7 @@ class DecodingRound:
     def step(self) -> float:
         """Seconds of one step that makes a token for every agent."""
         before = self._num_generated()
-        start = time.perf_counter()
-        self._engine.tick()
-        seconds = time.perf_counter() - start
+        seconds = timed(self._engine.tick)
         assert self._num_generated() - before == len(self._requests), "an agent is done too early"
         return seconds
 
@@ -223,14 +216,7 @@ def timed_spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
 
 
 def vllm_round(vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int) -> VLLMResult:
-    """Run a round's token ids through vLLM, with the private parts in its prefix cache.
-
-    Args:
-        vllm: started on the same model.
-        llm: encodes the prompts.
-        workload: the round.
-        num_tokens: of each answer.
-    """
+    """Run a round that `llm` encodes through vLLM, with the private parts in its prefix cache."""
     encoded = workload.encoded(llm)
     vllm.reset()
     vllm.run([prompt.segments[0].token_ids.tolist() for prompt in encoded], 1)

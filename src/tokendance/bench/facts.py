@@ -24,45 +24,18 @@ _THINGS = (
     "crowbar", "dagger", "easel", "funnel", "gramophone", "hourglass", "inkwell",
 )  # fmt: skip
 _DEEDS = (
-    ("sold", "sell"),
-    ("lost", "lose"),
-    ("painted", "paint"),
-    ("found", "find"),
-    ("hid", "hide"),
-    ("mended", "mend"),
-    ("broke", "break"),
-    ("borrowed", "borrow"),
-    ("washed", "wash"),
-    ("bought", "buy"),
-    ("carried", "carry"),
-    ("burned", "burn"),
-    ("buried", "bury"),
-    ("dropped", "drop"),
-    ("polished", "polish"),
-    ("weighed", "weigh"),
-    ("measured", "measure"),
-    ("packed", "pack"),
-    ("forgot", "forget"),
-    ("returned", "return"),
-)
+    ("sold", "sell"), ("lost", "lose"), ("painted", "paint"), ("found", "find"), ("hid", "hide"),
+    ("mended", "mend"), ("broke", "break"), ("borrowed", "borrow"), ("washed", "wash"),
+    ("bought", "buy"), ("carried", "carry"), ("burned", "burn"), ("buried", "bury"),
+    ("dropped", "drop"), ("polished", "polish"), ("weighed", "weigh"), ("measured", "measure"),
+    ("packed", "pack"), ("forgot", "forget"), ("returned", "return"),
+)  # fmt: skip
 _PLACES = (
-    "at the mill",
-    "behind the chapel",
-    "under the bridge",
-    "in the barn",
-    "on the roof",
-    "at the station",
-    "beside the well",
-    "in the cellar",
-    "near the gate",
-    "in the attic",
-    "by the fountain",
-    "at the school",
-    "in the orchard",
-    "behind the theatre",
-    "on the hill",
+    "at the mill", "behind the chapel", "under the bridge", "in the barn", "on the roof",
+    "at the station", "beside the well", "in the cellar", "near the gate", "in the attic",
+    "by the fountain", "at the school", "in the orchard", "behind the theatre", "on the hill",
     "in the stable",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

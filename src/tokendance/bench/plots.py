@@ -31,23 +31,10 @@ def draw_lines(
     y: str,
     *,
     title: str,
-    x_label: str,
     y_label: str,
     log_y: bool = False,
 ) -> None:
-    """Draw lines as an SVG.
-
-    Args:
-        path: of the file to write.
-        rows: the points.
-        name: key in a row of the line that it belongs to.
-        x: key of where it lies; likewise `y`.
-        y: see `x`.
-        title: above.
-        x_label: below.
-        y_label: at the side.
-        log_y: logarithmic axis.
-    """
+    """Draw lines as an SVG; a row is a point at its keys `x` and `y` of the line in `name`."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         lines.setdefault(row[name], []).append((row[x], row[y]))
@@ -61,7 +48,7 @@ def draw_lines(
             )
         if log_y:
             axes.set_yscale("log")
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(x)
         axes.set_ylabel(y_label)
         axes.grid(visible=True, which="major", alpha=0.3)
 
@@ -69,17 +56,7 @@ def draw_lines(
 def draw_bars(
     path: Path, rows: Iterable[Row], name: str, group: str, height: str, *, title: str, y_label: str
 ) -> None:
-    """Draw groups of bars as an SVG.
-
-    Args:
-        path: of the file to write.
-        rows: a bar each.
-        name: key in a row of the bar's name, which has one colour.
-        group: key of the group in which it stands.
-        height: key of its height.
-        title: above.
-        y_label: at the side.
-    """
+    """Draw groups of bars as an SVG; a row is a bar, those of one `name` have one colour."""
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
         bars.setdefault(row[name], {})[row[group]] = round(row[height], 3)
@@ -101,10 +78,6 @@ def plot_frontier(result: SuiteResult, path: Path) -> None:
     """Draw KL against the share of corrected tokens as an SVG: a line for each order.
 
     Rows of float32 only. Full correction is left out, since it costs all and its KL is rounding.
-
-    Args:
-        result: of the suite "fidelity".
-        path: of the file to write.
     """
     with _figure(path, f"{result.model}, float32: what correction buys") as axes:
         for order, (colour, shape, label) in _STYLES.items():

@@ -28,11 +28,17 @@ vllm: Any = importlib.import_module("vllm")
 
 def main() -> int:
     """Answer requests until the end of stdin, and return the exit status."""
+    llm: Any = None
     with _take_stdout() as replies:
-        worker = _Worker()
         for line in sys.stdin:
             try:
-                reply = worker.answer(json.loads(line))
+                request = json.loads(line)
+                if request["op"] == "start":
+                    # With its statistics, as vLLM's server runs.
+                    llm = vllm.LLM(**request["engine"], disable_log_stats=False)
+                    reply = {"version": vllm.__version__}
+                else:
+                    reply = _answer(llm, request)
             except Exception as error:
                 traceback.print_exc()
                 _send(replies, {"error": f"{type(error).__name__}: {error}"})
@@ -41,49 +47,33 @@ def main() -> int:
     return 0
 
 
-class _Worker:
-    """One vLLM engine and what it is asked."""
-
-    def __init__(self) -> None:
-        self._llm: Any = None
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one request.
-
-        Raises:
-            ValueError: There is no such operation, or it comes before `start`.
-            RuntimeError: vLLM refused.
-        """
-        operation = request["op"]
-        if operation == "start":
-            # With its statistics, as vLLM's server runs.
-            self._llm = vllm.LLM(**request["engine"], disable_log_stats=False)
-            return {"version": vllm.__version__}
-        if self._llm is None:
-            raise ValueError(f"{operation!r} was asked before the engine was started")
-        if operation == "run":
-            return self._run(request["prompts"], request["max_tokens"])
-        if operation == "reset":
-            if not self._llm.reset_prefix_cache():
+def _answer(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Carry out a request; it must come after `start`."""
+    match request["op"]:
+        case "run":
+            return _run(llm, request["prompts"], request["max_tokens"])
+        case "reset":
+            if not llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache")
             return {}
-        raise ValueError(f"there is no operation {operation!r}")
+        case operation:
+            raise ValueError(f"there is no operation {operation!r}")
 
-    def _run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        """Answer all prompts together, greedily, with exactly `max_tokens` tokens each."""
-        # Nobody reads the text, so vLLM is spared making it.
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-        )
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        start = time.perf_counter()
-        outputs = self._llm.generate(inputs, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        return {
-            "seconds": seconds,
-            "cached_tokens": [output.num_cached_tokens for output in outputs],
-            "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
-        }
+
+def _run(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    """Answer all prompts together, greedily, with exactly `max_tokens` tokens each."""
+    # Nobody reads the text, so vLLM is spared making it.
+    params = vllm.SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+    )
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    start = time.perf_counter()
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cached_tokens": [output.num_cached_tokens for output in outputs],
+        "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
+    }
 
 
 def _take_stdout() -> IO[str]:

@@ -24,7 +24,7 @@ from tokendance.errors import ConfigError
 from tokendance.llm import LLM
 from tokendance.options import check_range
 from tokendance.params import SamplingParams
-from tokendance.rounds.prompts import Part, Prompt, private, shared
+from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes
 from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
 from tokendance.store.entries import Entry
@@ -163,14 +163,7 @@ class RoundWorkload:
 
     def _prompt(self, view: AgentView, task: str) -> Prompt:
         blocks = [self.blocks[index] for index in view.block_indices]
-        content = [private(NEWS), *blocks, private(task)]
-        return Prompt(
-            [
-                {"role": "system", "content": [private(view.system)]},
-                {"role": "user", "content": content},
-            ],
-            agent=view.name,
-        )
+        return _chat_prompt(view.system, [private(NEWS), *blocks, private(task)], view.name)
 
     def warm(self, llm: LLM, *, keep: bool = False) -> None:
         """Leave an engine with every agent's private part in its store, and nothing else.
@@ -298,15 +291,8 @@ def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list
         ]
         if not short:
             break
-        openings = [
-            Prompt(
-                [
-                    {"role": "system", "content": [private(systems[index])]},
-                    {"role": "user", "content": [private(_ASKED[turn % len(_ASKED)])]},
-                ]
-            )
-            for index in short
-        ]
+        asked = private(_ASKED[turn % len(_ASKED)])
+        openings = [_chat_prompt(systems[index], [asked]) for index in short]
         params = [
             SamplingParams(
                 max_tokens=spec.block_tokens,
@@ -321,6 +307,14 @@ def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list
             said = " ".join(output.text.split())
             texts[index] = f"{texts[index]} {said}".strip()
     return texts
+
+
+def _chat_prompt(system: str, content: list[Part], agent: str | None = None) -> Prompt:
+    messages: list[Message] = [
+        {"role": "system", "content": [private(system)]},
+        {"role": "user", "content": content},
+    ]
+    return Prompt(messages, agent=agent)
 
 
 def _block(

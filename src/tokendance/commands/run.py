@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from rich.console import Console
@@ -221,29 +222,19 @@ def _params(
     )
 
 
-class _progress:  # noqa: N801 - reads as a context manager
+@contextmanager
+def _progress(console: Console, title: str, agents: int) -> Iterator[ReportProgress]:
     """A progress bar while a round runs; on a plain stream, one line when it begins."""
-
-    def __init__(self, console: Console, title: str, agents: int) -> None:
-        self._title, self._agents, self._console = title, agents, console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+    console.rule(f"{title}, {agents} agents")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    is_plain = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_plain) as bar:
+        task = bar.add_task(f"{title}: prefill", total=agents)
+        yield lambda phase, agents_done: bar.update(
+            task, description=f"{title}: {phase}", completed=agents_done
         )
-
-    def __enter__(self) -> ReportProgress:
-        self._console.rule(f"{self._title}, {self._agents} agents")
-        self._bar.start()
-        self._task = self._bar.add_task(f"{self._title}: prefill", total=self._agents)
-        return self._report
-
-    def _report(self, phase: str, agents_done: int) -> None:
-        self._bar.update(self._task, description=f"{self._title}: {phase}", completed=agents_done)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

@@ -55,12 +55,8 @@ def measure_cells(
 ) -> Iterator[Cell]:
     """Measure all cells of a model's table; those that its context cannot hold are left out.
 
-    Args:
-        model: to measure.
-        size: how much of it.
-        seed: of texts, lengths and orders.
-        options: of the engines, but for reuse, correction and memory.
-        on_status: told what is being done, in a few words.
+    Engines are made with `options` but for reuse, correction and memory; `on_status` is told what
+    is being done, in a few words.
     """
     orders: tuple[Order, ...] = ("same", "permuted")
     for private in size.private_tokens:

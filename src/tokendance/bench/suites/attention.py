@@ -165,14 +165,8 @@ def _copy_run() -> Callable[[], float]:
 
 def plot(result: SuiteResult, path: Path) -> None:
     """Draw the cost per agent by agents."""
+    title = "Attention of one layer while decoding"
+    label = "microseconds per agent"
     draw_lines(
-        path,
-        result.rows,
-        "kind",
-        "agents",
-        "us_per_agent",
-        title="Attention of one layer while decoding",
-        x_label="agents",
-        y_label="microseconds per agent",
-        log_y=True,
+        path, result.rows, "kind", "agents", "us_per_agent", title=title, y_label=label, log_y=True
     )

@@ -25,10 +25,10 @@ from tokendance.bench.plots import draw_lines
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, SuiteResult, in_turn
 from tokendance.bench.vllm import VLLM
+from tokendance.bench.workload import TOWN, read_people
 from tokendance.llm import LLM
 from tokendance.options import ReuseMode
 from tokendance.rounds.prompts import Prompt
-from tokendance.rounds.trace import example_trace, read_trace
 
 # (agents, shared tokens, own tokens)
 FULL_SIZES = (
@@ -116,11 +116,7 @@ def make_prompts(llm: LLM, agents: int, num_shared: int, num_own: int, seed: int
     Each agent's own text is a shuffle of the example town's lines, and so is the shared text.
     """
     rng = random.Random(seed)
-    lines = [
-        line
-        for agent in read_trace(example_trace()).agents.values()
-        for line in agent.system.split("\n")
-    ]
+    lines = [line for person in read_people(TOWN) for line in person.system.split("\n")]
 
     def text(length: int) -> list[int]:
         ids: list[int] = []
@@ -162,13 +158,8 @@ def _time_vllm_steps(vllm: VLLM, llm: LLM, prompts: list[Prompt], num_steps: int
 def plot(result: SuiteResult, path: Path) -> None:
     """Draw tokens per second by agents, at the longest shared run."""
     _, num_shared, num_own = max((row["agents"], row["shared"], row["own"]) for row in result.rows)
+    rows = [row for row in result.rows if (row["shared"], row["own"]) == (num_shared, num_own)]
+    title = f"Decoding, {num_shared} shared and {num_own} own tokens, {result.model}"
     draw_lines(
-        path,
-        [row for row in result.rows if (row["shared"], row["own"]) == (num_shared, num_own)],
-        "mode",
-        "agents",
-        "tokens_per_s",
-        title=f"Decoding, {num_shared} shared and {num_own} own tokens, {result.model}",
-        x_label="agents",
-        y_label="tokens per second",
+        path, rows, "mode", "agents", "tokens_per_s", title=title, y_label="tokens per second"
     )

@@ -138,18 +138,11 @@ plot = plot_frontier
 
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
-    """Measure and print a table.
-
-    Args:
-        settings: `repeats` is the number of workloads, each of another seed.
-        console: to print on.
+    """Measure the suite; see the module. `settings.repeats` is the number of workloads.
 
     Returns:
         A row for each (dtype, order, mode, correction), over all workloads; in the headline, `pic`
         and `collective` with its default correction, in float32 and in one order for all.
-
-    Raises:
-        TokenDanceError: if the model cannot be loaded, or a prompt cannot be run.
     """
     plan = _make_plan(settings)
     table = LiveTable(console, "Fidelity against full computation", _COLUMNS)

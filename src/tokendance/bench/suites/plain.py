@@ -18,9 +18,9 @@ from tokendance.bench.arms import DTYPES, generate_seconds, load, make_engine
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, SuiteResult, in_turn, ratio, spread, timed
+from tokendance.bench.workload import TOWN, read_people
 from tokendance.llm import LLM
 from tokendance.models.loader import checkpoint_source, quiet
-from tokendance.rounds.trace import example_trace, read_trace
 
 _COLUMNS = {
     "mode": "mode",
@@ -65,8 +65,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
 
 def _prompts(llm: LLM, lengths: tuple[int, ...]) -> list[list[int]]:
     """Different stretches of the example town's text."""
-    people = read_trace(example_trace()).agents.values()
-    text = llm.encoder.text_ids("\n".join(person.system for person in people)).tolist()
+    people = "\n".join(person.system for person in read_people(TOWN))
+    text = llm.encoder.text_ids(people).tolist()
     starts = [sum(lengths[:index]) % (len(text) // 2) for index in range(len(lengths))]
     return [(text + text)[at : at + size] for at, size in zip(starts, lengths, strict=True)]
 

@@ -293,14 +293,6 @@ def _headline(rows: list[Row]) -> dict[str, float | None]:
 
 def plot(result: SuiteResult, path: Path) -> None:
     """Draw seconds by agents, a line per mode in its faster dtype."""
-    draw_lines(
-        path,
-        [row for row in result.rows if row["vs_collective"] is not None],
-        "mode",
-        "agents",
-        "median",
-        title=f"Prefill of a round, {result.model}",
-        x_label="agents",
-        y_label="seconds",
-        log_y=True,
-    )
+    rows = [row for row in result.rows if row["vs_collective"] is not None]
+    title = f"Prefill of a round, {result.model}"
+    draw_lines(path, rows, "mode", "agents", "median", title=title, y_label="seconds", log_y=True)

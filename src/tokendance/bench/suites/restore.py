@@ -175,8 +175,7 @@ class _Bench:
     def _fill_dense(self, fill: Callable[[int, npt.NDArray[np.int32]], None]) -> float:
         """Time the dense engine, which begins and ends empty.
 
-        Args:
-            fill: writes the cache of an agent, by its index, into slots.
+        `fill` writes the cache of an agent, by its index, into slots.
         """
 
         def work() -> None:

@@ -27,7 +27,7 @@ from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio, spread
 from tokendance.bench.workload import NEWS, TASK, RoundTexts, WorkloadSpec, write_texts
 from tokendance.llm import LLM
-from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
+from tokendance.rounds.prompts import Message, Part, Prompt, private
 from tokendance.server.app import create_app
 from tokendance.server.background import served
 from tokendance.server.settings import ServerSettings
@@ -121,8 +121,8 @@ def _messages(said: Sequence[RoundTexts], number: int, agent: int) -> list[Messa
     """What an agent reads in a round: who it is, and what it has heard and said so far."""
     messages: list[Message] = [{"role": "system", "content": [private(said[0].systems[agent])]}]
     for earlier in range(number + 1):
-        blocks = [shared(part.content) for part in said[earlier].blocks]
-        messages.append({"role": "user", "content": [private(NEWS), *blocks, private(TASK)]})
+        content = [private(NEWS), *said[earlier].blocks, private(TASK)]
+        messages.append({"role": "user", "content": content})
         if earlier < number:
             own = said[earlier + 1].blocks[agent]
             messages.append({"role": "assistant", "content": [private(own.content)]})
@@ -246,7 +246,7 @@ def _rounds(
     for number in range(plan.rounds):
         of_round = {over: seconds[over, number][-repeats:] for over in whole}
         counts = {over: tokens[over, number] for over in whole}
-        rows += _pair(f"round {number + 1}", plan.spec.agents, of_round, counts)
+        rows += _rows(f"round {number + 1}", plan.spec.agents, of_round, counts)
     total = {
         over: (
             sum(tokens[over, number][0] for number in range(plan.rounds)),
@@ -254,7 +254,7 @@ def _rounds(
         )
         for over in whole
     }
-    return [*rows, *_pair("all rounds", plan.spec.agents, whole, total)]
+    return [*rows, *_rows("all rounds", plan.spec.agents, whole, total)]
 
 
 def _lone(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) -> list[Row]:
@@ -277,7 +277,7 @@ def _lone(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) ->
 
     library.engine.forget()
     seconds = in_turn({_LIBRARY: by_library, _HTTP: by_http}, plan.lone_turns)
-    return _pair("lone", 1, seconds, {})
+    return _rows("lone", 1, seconds, {})
 
 
 def _burst(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) -> Row:
@@ -294,42 +294,33 @@ def _burst(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) -
     ]
     answers = client.ask(texts, 8)
     tokens = answers.computed, answers.reused
-    row = _row("burst", plan.burst, _HTTP, [answers.seconds], None, tokens)
+    (row,) = _rows("burst", plan.burst, {_HTTP: [answers.seconds]}, {_HTTP: tokens})
     return row | {"answered": answers.count}
 
 
-def _pair(
+def _rows(
     what: str,
     agents: int,
     seconds: Mapping[str, Sequence[float]],
     tokens: Mapping[str, tuple[int, int]],
 ) -> list[Row]:
-    """Rows of both ways; `tokens` are those computed and reused."""
-    speed = ratio(seconds[_LIBRARY], seconds[_HTTP])
-    return [
-        _row(what, agents, over, of_way, speed if over == _HTTP else None, tokens.get(over))
-        for over, of_way in seconds.items()
-    ]
-
-
-def _row(
-    what: str,
-    agents: int,
-    over: str,
-    seconds: Sequence[float],
-    speed: float | None,
-    tokens: tuple[int, int] | None,
-) -> Row:
-    computed, reused = tokens or (None, None)
-    return {
-        "what": what,
-        "agents": agents,
-        "over": over,
-        **spread(seconds),
-        "speed": speed,
-        "computed": computed,
-        "reused": reused,
-    }
+    """A row for each way: its seconds, and the tokens computed and reused, if they were counted."""
+    rows: list[Row] = []
+    for over, of_way in seconds.items():
+        computed, reused = tokens.get(over, (None, None))
+        compares = over == _HTTP and _LIBRARY in seconds
+        rows.append(
+            {
+                "what": what,
+                "agents": agents,
+                "over": over,
+                **spread(of_way),
+                "speed": ratio(seconds[_LIBRARY], of_way) if compares else None,
+                "computed": computed,
+                "reused": reused,
+            }
+        )
+    return rows
 
 
 def plot(result: SuiteResult, path: Path) -> None:

@@ -64,12 +64,7 @@ class _Town:
 
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
-    """Measure the suite; see the module.
-
-    Args:
-        settings: with the example town as source, 12 people take the place of 25.
-        console: to print on.
-    """
+    """Measure the suite; see the module. The example town has 12 people in place of the 25."""
     small, large = _Town(10, 5, 64), _Town(25, 8, 96)
     if settings.tiny:
         small = large = _Town(3, 2, 8)
@@ -190,13 +185,5 @@ def plot(result: SuiteResult, path: Path) -> None:
         if row["mode"] == "collective":
             dense = row["dense_mib"] / agents
             points.append({"line": f"dense, {agents} agents", "round": at, "mib": dense})
-    draw_lines(
-        path,
-        points,
-        "line",
-        "round",
-        "mib",
-        title=f"KV stored between rounds, {result.model}",
-        x_label="round",
-        y_label="MiB per agent",
-    )
+    title = f"KV stored between rounds, {result.model}"
+    draw_lines(path, points, "line", "round", "mib", title=title, y_label="MiB per agent")
