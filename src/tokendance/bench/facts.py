@@ -93,21 +93,17 @@ def draw_facts(count: int, text: str, rng: np.random.Generator) -> list[Fact | N
 
 
 def ask_about_one(
-    index: int,
-    block_indices: Sequence[int],
-    names: Sequence[str],
-    facts: Sequence[Fact | None],
-    rng: np.random.Generator,
+    index: int, names: Sequence[str], facts: Sequence[Fact | None], rng: np.random.Generator
 ) -> Question | None:
-    """A question about a fact that the agent reads and somebody else has stated, if any has."""
-    facts_read = [
-        (names[other], fact)
-        for other in sorted(block_indices)
-        if other != index and (fact := facts[other]) is not None
+    """A question about a fact that somebody else has stated, if any has."""
+    of_others = [
+        (name, fact)
+        for other, (name, fact) in enumerate(zip(names, facts, strict=True))
+        if other != index and fact is not None
     ]
-    if not facts_read:
+    if not of_others:
         return None
-    speaker, fact = facts_read[int(rng.integers(len(facts_read)))]
+    speaker, fact = of_others[int(rng.integers(len(of_others)))]
     return Question(
         f"What did {speaker} {fact.do}?", f"{speaker} {fact.did} the", speaker, fact.thing
     )

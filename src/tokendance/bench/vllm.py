@@ -262,8 +262,8 @@ class VLLM:
             raise self._failed("vLLM died", ends=True)
         try:
             reply = json.loads(line)
-        except ValueError as error:
-            raise self._failed(f"vLLM's reply cannot be read: {line[:200]!r}") from error
+        except ValueError:
+            reply = None
         if not isinstance(reply, dict):
             raise self._failed(f"vLLM's reply cannot be read: {line[:200]!r}")
         if "error" in reply:

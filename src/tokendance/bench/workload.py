@@ -15,7 +15,7 @@ the block of the one who said it and nowhere else in the round.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
 from tokendance.store.entries import Entry
 
 Order = Literal["same", "permuted", "own-first"]
-Overlap = Literal["all", "all-but-own", "neighbours"]
 Source = str | Path
 
 TOWN = "town"
@@ -43,7 +42,6 @@ _ASKED = (
 )
 _TURNS = 9  # times that a person is asked before an answer may go on past its end
 _DIARY = "Looking back, {name} remembers what is known of the others. {text}\n"
-_RING = 2  # neighbours on either side
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +53,6 @@ class WorkloadSpec:
             names where it has fewer.
         block_tokens: length of a block, its speaker's name and the line break counted.
         private_tokens: shortest and longest private part; the lengths lie evenly between.
-        order: of the blocks: "same" for all, "permuted" (another for every agent), or
-            "own-first" (an agent's own block in front, the others in the common order).
-        overlap: whose blocks an agent reads: "all", "all-but-own", or "neighbours" (two on
-            either side of it on a ring).
         source: "town" for the example town, or the path of a trace with its people.
         seed: of people, lengths, texts, facts and orders.
     """
@@ -66,8 +60,6 @@ class WorkloadSpec:
     agents: int = 10
     block_tokens: int = 94
     private_tokens: tuple[int, int] = (200, 1000)
-    order: Order = "same"
-    overlap: Overlap = "all"
     source: Source = TOWN
     seed: int = 0
 
@@ -79,14 +71,6 @@ class WorkloadSpec:
         if not 1 <= shortest <= longest:
             raise ConfigError(
                 f"private_tokens is {self.private_tokens}. Give 1 or more, the shortest first."
-            )
-        for name, kinds in (("order", get_args(Order)), ("overlap", get_args(Overlap))):
-            if getattr(self, name) not in kinds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}. Give one of {kinds}.")
-        if self.order == "own-first" and self.overlap != "all":
-            raise ConfigError(
-                f"With overlap {self.overlap!r} an agent does not read its own block, so it "
-                "cannot come first. Use overlap 'all' with order 'own-first'."
             )
 
 
@@ -203,32 +187,38 @@ class RoundTexts:
     blocks: tuple[Part, ...]
     facts: tuple[Fact | None, ...]
 
-    def arrange(self, order: Order = "same", overlap: Overlap = "all") -> RoundWorkload:
-        """Give each agent its blocks; whatever the spec says of order and overlap is not used."""
-        spec = replace(self.spec, order=order, overlap=overlap)
-        orders = np.random.default_rng([spec.seed, 1])
-        askers = np.random.default_rng([spec.seed, 2])
+    def arrange(self, order: Order = "same") -> RoundWorkload:
+        """Let each agent read all blocks.
+
+        Args:
+            order: of the blocks: "same" for all, "permuted" (another for every agent), or
+                "own-first" (an agent's own block in front, the others in the common order).
+        """
+        orders = np.random.default_rng([self.spec.seed, 1])
+        askers = np.random.default_rng([self.spec.seed, 2])
         views = []
         for index, (name, system) in enumerate(zip(self.names, self.systems, strict=True)):
-            block_indices = _choose_blocks(index, spec, orders)
-            question = ask_about_one(index, block_indices, self.names, self.facts, askers)
-            views.append(AgentView(name, system, block_indices, question))
+            indices = list(range(len(self.blocks)))
+            if order == "permuted":
+                indices = shuffled(indices, orders)
+            elif order == "own-first":
+                indices.insert(0, indices.pop(index))
+            question = ask_about_one(index, self.names, self.facts, askers)
+            views.append(AgentView(name, system, tuple(indices), question))
         return RoundWorkload(tuple(views), self.blocks)
 
 
 def generate_workload(llm: LLM, spec: WorkloadSpec) -> RoundWorkload:
-    """Build a round from a seed. The same spec and model give the same round.
+    """Build a round in one order for all. The same spec and model give the same round.
 
     Raises:
         TraceError: if the source cannot be read.
     """
-    return write_texts(llm, spec).arrange(spec.order, spec.overlap)
+    return write_texts(llm, spec).arrange()
 
 
 def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
     """Write private parts, and let the model write each block from its speaker's.
-
-    The texts do not depend on the spec's order and overlap.
 
     Raises:
         TraceError: if the source cannot be read.
@@ -326,24 +316,3 @@ def _block(
     ids = llm.encoder.text_ids(f"{name}: {said}")[: max(1, length - len(end))].tolist()
     fits = fact is not None and fact.sentence in llm.encoder.decode(ids)
     return [*ids, *end], fits
-
-
-def _choose_blocks(index: int, spec: WorkloadSpec, rng: np.random.Generator) -> tuple[int, ...]:
-    """Indices of the blocks that an agent reads, in its order."""
-    count = spec.agents
-    match spec.overlap:
-        case "all":
-            chosen = list(range(count))
-        case "all-but-own":
-            chosen = [other for other in range(count) if other != index]
-        case "neighbours":
-            steps = [step for step in range(-_RING, _RING + 1) if step != 0]
-            chosen = sorted({(index + step) % count for step in steps} - {index})
-    match spec.order:
-        case "same":
-            pass
-        case "permuted":
-            chosen = shuffled(chosen, rng)
-        case "own-first":
-            chosen = [index, *(other for other in chosen if other != index)]
-    return tuple(chosen)

@@ -13,19 +13,13 @@ from rich.markup import escape
 
 from tokendance.bench.plots import NO_MATPLOTLIB
 from tokendance.bench.report import write_report
-from tokendance.bench.settings import (
-    SUITES,
-    VLLM_SUITES,
-    BenchOutputs,
-    BenchSettings,
-    SuiteName,
-)
+from tokendance.bench.settings import SUITES, VLLM_SUITES, BenchOutputs, BenchSettings, SuiteName
 from tokendance.bench.suite import SuiteResult
 from tokendance.commands.settings import check_writable
 from tokendance.errors import ConfigError
 
 
-class SuiteModule(Protocol):
+class _SuiteModule(Protocol):
     """What a module in `bench/suites` offers."""
 
     def run(self, settings: BenchSettings, console: Console) -> SuiteResult:
@@ -38,18 +32,9 @@ class SuiteModule(Protocol):
 
 
 def run_bench(
-    suite: SuiteName | None,
-    settings: BenchSettings,
-    outputs: BenchOutputs,
-    console: Console,
+    suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutputs, console: Console
 ) -> None:
-    """Run one suite, or all of them into a folder.
-
-    Args:
-        suite: to run; None for all.
-        settings: of the suites.
-        outputs: see there.
-        console: for tables; the JSON line is printed last, as it is.
+    """Run one suite, or all of them into a folder. The JSON lines are printed last, as they are.
 
     Raises:
         TokenDanceError: for a mistake of the user, found before anything is measured.
@@ -80,14 +65,10 @@ def run_bench(
             print(result.to_json(), flush=True)
 
 
-def _load(name: SuiteName) -> SuiteModule:
-    """Import a suite.
-
-    Raises:
-        ConfigError: if it needs a package that is not installed.
-    """
+def _load(name: SuiteName) -> _SuiteModule:
+    """Import a suite; a ConfigError if it needs a package that is not installed."""
     try:
-        return cast(SuiteModule, import_module(f"tokendance.bench.suites.{name}"))
+        return cast(_SuiteModule, import_module(f"tokendance.bench.suites.{name}"))
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"The suite {name} needs {error.name}, which is not installed. "
@@ -139,7 +120,7 @@ def _print_headline(result: SuiteResult, console: Console) -> None:
 
 
 def _write(
-    suite: SuiteModule, result: SuiteResult, outputs: BenchOutputs, console: Console
+    suite: _SuiteModule, result: SuiteResult, outputs: BenchOutputs, console: Console
 ) -> None:
     json_file, plot_file = outputs.json, outputs.plot
     if outputs.out is not None:
