@@ -107,18 +107,18 @@ class EngineOptions:
     def _check_correction(self) -> None:
         """Refuse what contradicts each other, and a correction that does not exist."""
         check_range(self, 0, "first_k")
-        given = self.correction is not None or self.first_k is not None
+        has_policy = self.correction is not None or self.first_k is not None
         if self.first_k is not None and self.correction not in (None, "first-k"):
             raise ConfigError(
                 "first_k (--first-k) goes with the correction 'first-k', not with "
                 f"{self.correction!r}. Leave one of them out."
             )
-        if given and self.fidelity_target is not None:
+        if has_policy and self.fidelity_target is not None:
             raise ConfigError(
                 "fidelity_target (--fidelity-target) chooses the correction itself. Leave it out, "
                 "or correction and first_k (--correction, --first-k)."
             )
-        if self.reuse != "collective" and (given or self.fidelity_target is not None):
+        if self.reuse != "collective" and (has_policy or self.fidelity_target is not None):
             raise ConfigError(
                 "correction, first_k and fidelity_target go with reuse 'collective' "
                 f"(--reuse collective), not with {self.reuse!r}. Leave them out."
