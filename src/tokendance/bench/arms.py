@@ -235,13 +235,8 @@ def started_vllm(
 ) -> Iterator[VLLM | None]:
     """Start vLLM if the user asks for it and it is installed; say so where it is not.
 
-    Args:
-        settings: of the suite.
-        console: to say it on.
-        model: the same one, which says how large KV is.
-        notes: of the suite; vLLM's settings are added.
-        max_context: longest prompt with its answer.
-        num_tokens: that its KV memory has room for.
+    Its settings are added to `notes`. It has room for `num_tokens` tokens of KV, and for
+    `max_context` in a prompt with its answer.
     """
     if settings.against != "vllm":
         yield None

@@ -86,12 +86,9 @@ def _cell(value: object) -> str:
 def in_turn(
     kinds: Mapping[Kind, Callable[[], float]], repeats: int, warm_up: int = 1
 ) -> dict[Kind, list[float]]:
-    """Run each kind in turn, `repeats` times after `warm_up` turns that do not count.
+    """Return what each kind's runs return, in turn, after `warm_up` turns that do not count.
 
     Every other turn goes backwards, so that no kind is always the one that runs later.
-
-    Returns:
-        For each kind what its runs returned, in order.
     """
     values: dict[Kind, list[float]] = {name: [] for name in kinds}
     for turn in range(repeats + warm_up):

@@ -176,13 +176,9 @@ class VLLM:
                 env=child_environment(python, config),
                 start_new_session=True,
             )
-        except BaseException as error:
+        except OSError as error:
             self._stderr.close()
-            if isinstance(error, OSError):
-                raise BaselineError(
-                    f"{python} could not be run: {error}. {HOW_TO_INSTALL}"
-                ) from error
-            raise
+            raise BaselineError(f"{python} could not be run: {error}. {HOW_TO_INSTALL}") from error
         request = {"op": "start", "engine": config.engine_arguments(model)}
         self.version: str = str(self._ask(request, start_timeout_s).get("version"))
         self.settings = (

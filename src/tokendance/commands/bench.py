@@ -24,11 +24,9 @@ class _SuiteModule(Protocol):
 
     def run(self, settings: BenchSettings, console: Console) -> SuiteResult:
         """Measure, printing rows as they come."""
-        ...
 
     def plot(self, result: SuiteResult, path: Path) -> None:
         """Draw a result as SVG."""
-        ...
 
 
 def run_bench(

@@ -71,11 +71,7 @@ def calibrate(
 
 
 def write_table(table: FidelityTable, console: Console) -> None:
-    """Write a table where `--fidelity-target` looks for it, whole or not at all.
-
-    Raises:
-        ConfigError: if the folder cannot be written.
-    """
+    """Write a table where `--fidelity-target` looks for it, whole or not at all."""
     path = table_path(table.model, table.dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ class PicExecutor(TorchExecutor):
         blend = BlendPass(step, batch, self._model.layers, self.pool, self._backend)
         self._blend = blend
         try:
-            with rows_dropped(self._model.module, CHECK_LAYER, lambda: blend.kept):
+            module, num_rows = self._model.module, batch.num_rows
+            with rows_dropped(module, CHECK_LAYER, num_rows, lambda: blend.kept):
                 return self._call_model(step, blend.logit_rows)
         finally:
             self._blend = None

@@ -10,7 +10,6 @@ the other.
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,40 +47,24 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What is measured: a backend, and what is shared."""
-
-    backend: AttentionName
-    shares: bool = True
-    has_own: bool = True
-
-
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     sizes = TINY_SIZES if settings.tiny else FULL_SIZES
     notes = ["Heads of SmolLM2-135M, whatever the model."]
-    kinds = {"torch": _Kind("torch")}
-    if native_is_there():
-        kinds = {
-            "native": _Kind("native"),
-            SHARED_PART: _Kind("native", has_own=False),
-            "own copies": _Kind("native", shares=False),
-        } | kinds
-    else:
+    if not native_is_there():
         notes.append("The native kernel is not installed (`tokendance doctor` says why).")
-    base = next(iter(kinds))
     table = LiveTable(console, f"attention of one layer, one token each, {DTYPE}", _COLUMNS)
     for agents, num_shared, num_own in sizes:
         runs: dict[str, Callable[[], float]] = {_COPY: _copy_run()}
         num_bytes: dict[str, int] = {}
-        for name, kind in kinds.items():
-            batch = _batch(agents, num_shared, num_own, kind)
+        for name, (backend, *lengths) in _kinds(num_shared, num_own).items():
+            batch = _batch(agents, *lengths)
             num_bytes[name] = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize * len(batch.slot_position)
             num_layers = 1 if settings.tiny else -(-_LAYERS_BYTES // num_bytes[name])
-            runs[name] = _attention_run(batch, kind.backend, num_layers)
+            runs[name] = _attention_run(batch, backend, num_layers)
         seconds = in_turn(runs, 2 if settings.tiny else max(5, settings.repeats))
-        for name in kinds:
+        base = next(iter(num_bytes))
+        for name in num_bytes:
             once = [s * num_bytes[name] / _COPIED_BYTES / 2 for s in seconds[_COPY]]
             median = statistics.median(seconds[name])
             table.add(
@@ -107,12 +90,18 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     return SuiteResult("attention", settings.model, table.rows, headline, notes)
 
 
-def _batch(agents: int, num_shared: int, num_own: int, kind: _Kind) -> PackedBatch:
+def _kinds(num_shared: int, num_own: int) -> dict[str, tuple[AttentionName, int, int]]:
+    """What is measured: a backend, shared tokens, and own ones of each agent."""
+    kinds: dict[str, tuple[AttentionName, int, int]] = {}
+    if native_is_there():
+        kinds["native"] = ("native", num_shared, num_own)
+        kinds[SHARED_PART] = ("native", num_shared, 1)
+        kinds["own copies"] = ("native", 0, num_shared + num_own)
+    return kinds | {"torch": ("torch", num_shared, num_own)}
+
+
+def _batch(agents: int, num_shared: int, num_own: int) -> PackedBatch:
     """One new token for each agent, the last of its own ones."""
-    if not kind.shares:
-        num_own, num_shared = num_own + num_shared, 0
-    elif not kind.has_own:
-        num_own = 1
     slot_position = np.zeros(num_shared + agents * num_own, np.int32)
     slot_position[:num_shared] = np.arange(num_shared)
     requests = []

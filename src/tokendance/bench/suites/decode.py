@@ -124,8 +124,7 @@ def make_prompts(llm: LLM, agents: int, num_shared: int, num_own: int, seed: int
             ids += llm.encoder.text_ids(" ".join(rng.sample(lines, len(lines)))).tolist()
         return ids[:length]
 
-    run = text(num_shared)
-    return prompts_around(run, [text(num_own) for _ in range(agents)])
+    return prompts_around(text(num_shared), [text(num_own) for _ in range(agents)])
 
 
 def _time_steps(

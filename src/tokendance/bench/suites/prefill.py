@@ -7,7 +7,7 @@ context, the run alone and each task alone, so without attention to private part
 """
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,12 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         f"Rounds of more than {BOTH_DTYPES_UP_TO} agents: each mode in its faster dtype, one run "
         "between two of collective.",
     ]
-    small, large = _sizes(settings, models["bfloat16"], notes)
+    small, large = [2, 3], [4]
+    if not settings.tiny:
+        max_context = models["bfloat16"].shape.max_context
+        small, large = (_fitting(sizes, max_context, notes) for sizes in (SMALL, LARGE))
+        if not small:
+            raise context_too_short(models["bfloat16"])
     table = LiveTable(console, "prefill of a round, private parts cached", _COLUMNS)
     best_dtype: dict[str, str] = {}
 
@@ -181,29 +186,15 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     return SuiteResult("prefill", settings.model, table.rows, _headline(table.rows), notes)
 
 
-def _sizes(
-    settings: BenchSettings, model: LoadedModel, notes: list[str]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers of agents that are timed in turn and those timed once, as far as the context goes.
-
-    Raises:
-        ConfigError: if there is room for none.
-    """
-    if settings.tiny:
-        return (2, 3), (4,)
-    max_context = model.shape.max_context
-    fitting = [size for size in (*SMALL, *LARGE) if _longest(size) <= max_context]
-    if not fitting:
-        raise context_too_short(model)
+def _fitting(sizes: Sequence[int], max_context: int, notes: list[str]) -> list[int]:
+    """Numbers of agents whose prompts the context holds; each of the others gets a note."""
+    fitting = [size for size in sizes if _longest(size) <= max_context]
     notes += [
         f"{size} agents are left out: the context holds {max_context} tokens."
-        for size in (*SMALL, *LARGE)
+        for size in sizes
         if size not in fitting
     ]
-    return (
-        tuple(size for size in SMALL if size in fitting),
-        tuple(size for size in LARGE if size in fitting),
-    )
+    return fitting
 
 
 def _longest(agents: int) -> int:

@@ -107,14 +107,12 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
 
 
 def _room(plan: _Plan) -> int:
+    """Tokens that engines have room for: a conversation, or the burst, twice over."""
     spec = plan.spec
     of_agent = spec.private_tokens[1] + plan.rounds * (
         spec.agents * (spec.block_tokens + 30) + spec.block_tokens + 200
     )
     return 2 * max(spec.agents * of_agent, plan.burst * 800)
-
-
-# ---- what is said -------------------------------------------------------------------------------
 
 
 def _messages(said: Sequence[RoundTexts], number: int, agent: int) -> list[Message]:
@@ -142,9 +140,6 @@ def _joined(llm: LLM, parts: Sequence[Part]) -> str:
         part.content if isinstance(part.content, str) else llm.encoder.decode(part.content)
         for part in parts
     )
-
-
-# ---- how it is sent -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +196,6 @@ class _Client:
         reused = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
         num_prompt = sum(usage["prompt_tokens"] for usage in usages)
         return _Answers(seconds, len(usages), num_prompt - reused, reused)
-
-
-# ---- what is measured ---------------------------------------------------------------------------
 
 
 def _rounds(

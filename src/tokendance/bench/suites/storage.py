@@ -17,7 +17,6 @@ in the other modes; the large one is a session that is stored on disk, whose fil
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,20 +53,10 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Town:
-    """How many talk, for how long."""
-
-    agents: int
-    rounds: int
-    max_tokens: int
-
-
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module. The example town has 12 people in place of the 25."""
-    small, large = _Town(10, 5, 64), _Town(25, 8, 96)
-    if settings.tiny:
-        small = large = _Town(3, 2, 8)
+    # (people, rounds, tokens of an answer)
+    small, large = ((3, 2, 8), (3, 2, 8)) if settings.tiny else ((10, 5, 64), (25, 8, 96))
     model = load(settings)
     people = read_people(settings.source)
     longest = 1000 if settings.tiny else model.shape.max_context
@@ -82,26 +71,26 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         }
         table.add(row | {"disk_mib": disk_mib})
 
-    room = small.agents * min(longest, 6000)
+    num_people, *length = small
+    room = num_people * min(longest, 6000)
     engines = make_engines(model, settings.engine, ["collective", *REPLAYED], room)
     rounds = []
     llm = engines["collective"]
-    few = people[: small.agents]
-    for played in talk(llm, few, small.rounds, small.max_tokens, settings.seed):
+    for played in talk(llm, people[:num_people], *length, settings.seed):
         rounds.append(played)
         add(llm, len(rounds), played)
     for mode in REPLAYED:
         for number, played in enumerate(rounds, 1):
             add(engines[mode], number, _replay(engines[mode], played))
     del engines, llm
-    people = people[: large.agents]
+    num_people, *length = large
+    people = people[:num_people]
     llm = make_engine(model, settings.engine, len(people) * longest)
     with tempfile.TemporaryDirectory(prefix="tokendance-") as folder:
         llm.open_store(Path(folder) / "store")
         assert llm.tiers is not None
         index = llm.tiers.disk.index
-        speaking = talk(llm, people, large.rounds, large.max_tokens, settings.seed)
-        for number, played in enumerate(speaking, 1):
+        for number, played in enumerate(talk(llm, people, *length, settings.seed), 1):
             add(llm, number, played, index.usage(SessionKey("", "town")).num_bytes / 2**20)
         llm.close()
     last = table.rows[-1]
