@@ -43,8 +43,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fake_executor import FakeExecutor, next_token
 from tokendance import LLM
-from tokendance.executor.fake import FakeExecutor, next_token
+from tokendance.bench.workload import RoundWorkload
 from tokendance.executor.step import Executor
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel, load_model
@@ -215,6 +216,20 @@ def said(prompt: Sequence[int], count: int) -> list[int]:
     while len(answer) < count:
         answer.append(next_token([*prompt, *answer], VOCAB, SPECIALS))
     return answer
+
+
+def formula(workload: RoundWorkload, llm: LLM, k: int) -> int:
+    """Tokens that a round should compute, private parts cached: S + t + (N - 1)(k B + t).
+
+    All agents read all blocks in one order. S and t are counted on a prompt; the template's text
+    after the task belongs to the task.
+    """
+    num_shared = num_task = 0
+    for prompt in workload.encoded(llm):
+        num_shared = sum(len(segment) for _, segment in prompt.shared_segments())
+        num_task += len(prompt.segments[-1])
+    mirrors = len(workload.views) - 1
+    return num_shared + num_task + mirrors * k * len(workload.blocks)
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from tokendance.bench import arms
-from tokendance.bench.registry import SUITES
-from tokendance.bench.settings import BenchOutputs, BenchSettings
+from tokendance.bench.settings import SUITES, BenchOutputs, BenchSettings
 from tokendance.bench.suite import between, in_turn, ratio
 from tokendance.bench.suites.capacity import _Search
 from tokendance.commands.bench import run_bench

@@ -13,8 +13,7 @@ import docstring_parser
 import pytest
 import torch
 
-from tokendance.bench.registry import SUITES
-from tokendance.bench.settings import BenchOutputs, BenchSettings
+from tokendance.bench.settings import SUITES, BenchOutputs, BenchSettings
 from tokendance.cli import main
 from tokendance.commands.settings import RunSettings
 from tokendance.options import EngineOptions

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import greedy
+from conftest import formula, greedy
 from tokendance import LLM, Prompt, SamplingParams
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
 from tokendance.fidelity.measure import measure_fidelity, reference_answers
@@ -121,4 +121,4 @@ def test_computed_tokens_are_the_formula(model: LoadedModel, workload: RoundWork
     llm = LLM.from_loaded(model, EngineOptions(reuse="collective", kv_budget=2**30))
     workload.warm(llm)
     result = llm.run_round(workload.prompts(), SamplingParams(max_tokens=1))
-    assert result.stats.computed_tokens == pytest.approx(workload.formula(llm, k=4), rel=0.05)
+    assert result.stats.computed_tokens == pytest.approx(formula(workload, llm, k=4), rel=0.05)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from conftest import SPECIALS, VOCAB, said
+from fake_executor import FakeExecutor
 from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.collector.plan import RequestPlan
 from tokendance.engine.events import (
@@ -24,7 +25,6 @@ from tokendance.engine.events import (
 )
 from tokendance.engine.request import Request
 from tokendance.errors import EngineError, StepError
-from tokendance.executor.fake import FakeExecutor
 from tokendance.executor.step import StepInput, StepOutput
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions

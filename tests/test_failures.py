@@ -12,7 +12,6 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from tokendance import LLM, Agent, Prompt, SamplingParams, private, shared
 from tokendance.collector.correction import Edges
 from tokendance.collector.plan import FRESH_END
-from tokendance.config import parse_bytes
 from tokendance.errors import (
     AbortedError,
     ConfigError,
@@ -29,6 +28,7 @@ from tokendance.models.loader import LoadedModel, load_model
 from tokendance.models.support import why_unsupported
 from tokendance.options import EngineOptions
 from tokendance.rounds.trace import read_trace
+from tokendance.units import parse_bytes
 
 MakeLLM = Callable[..., LLM]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The generator of rounds: seeds, orders, overlaps, the formula, and questions with answers."""
+"""The generator of rounds: seeds, orders, the formula, and questions with answers."""
 
 import json
 from collections.abc import Callable
@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from conftest import formula
 from tokendance import LLM, SamplingParams
 from tokendance.bench.suites.fidelity import measure_recall
 from tokendance.bench.workload import (
+    NEWS,
+    TASK,
     Order,
     RoundTexts,
     RoundWorkload,
     WorkloadSpec,
     generate_workload,
-    recorded_workload,
     write_texts,
 )
 from tokendance.errors import ConfigError, TraceError
@@ -65,8 +67,8 @@ def test_lengths_are_as_asked(llm: LLM, workload: RoundWorkload) -> None:
     assert sorted(lengths) == [60, 75, 90]
 
 
-def test_texts_do_not_depend_on_order_and_overlap(texts: RoundTexts) -> None:
-    assert texts.arrange("permuted").blocks == texts.arrange("same", "all-but-own").blocks
+def test_texts_do_not_depend_on_the_order(texts: RoundTexts) -> None:
+    assert texts.arrange("permuted").blocks == texts.arrange("same").blocks
     same, permuted = texts.arrange("same"), texts.arrange("permuted")
     assert same.questions == permuted.questions
 
@@ -82,16 +84,6 @@ def test_orders(llm: LLM) -> None:
     assert len(set(permuted)) > 1
 
 
-def test_overlaps(llm: LLM) -> None:
-    texts = write_texts(llm, replace(SPEC, agents=6, block_tokens=20))
-    but_own = [view.block_indices for view in texts.arrange("same", "all-but-own").views]
-    assert but_own[2] == (0, 1, 3, 4, 5)
-    ring = [view.block_indices for view in texts.arrange("same", "neighbours").views]
-    assert ring[0] == (1, 2, 4, 5)
-    assert ring[3] == (1, 2, 4, 5)
-    assert ring[5] == (0, 1, 3, 4)
-
-
 def test_blocks_are_one_segment_wherever_they_stand(llm: LLM, texts: RoundTexts) -> None:
     workload = texts.arrange("permuted")
     found = {
@@ -104,7 +96,8 @@ def test_blocks_are_one_segment_wherever_they_stand(llm: LLM, texts: RoundTexts)
 
 def test_answers_stand_in_the_block_of_the_speaker_only(llm: LLM, workload: RoundWorkload) -> None:
     assert len(workload.questions) == len(workload.views)
-    said = dict(zip(workload.speakers, block_texts(llm, workload), strict=True))
+    speakers = [view.name for view in workload.views]
+    said = dict(zip(speakers, block_texts(llm, workload), strict=True))
     for view in workload.views:
         question = view.question
         assert question is not None
@@ -112,7 +105,7 @@ def test_answers_stand_in_the_block_of_the_speaker_only(llm: LLM, workload: Roun
         assert question.speaker in question.text
         assert question.answered_by(said[question.speaker])
         elsewhere = [text for name, text in said.items() if name != question.speaker]
-        elsewhere += [one.system + one.before + one.task for one in workload.views]
+        elsewhere += [view.system + NEWS + TASK for view in workload.views]
         elsewhere += [question.text, question.opening]
         assert not any(question.answered_by(text) for text in elsewhere)
 
@@ -144,12 +137,7 @@ def test_computed_tokens_are_the_formula(
     engine = make_llm("collective", page_size=1, num_pages=6000, model=wide)
     workload.warm(engine)
     result = engine.run_round(workload.prompts(), SamplingParams(max_tokens=1))
-    assert result.stats.computed_tokens == workload.formula(engine, k=4)
-
-
-def test_the_formula_wants_one_order(llm: LLM, texts: RoundTexts) -> None:
-    with pytest.raises(ConfigError, match="order 'same'"):
-        texts.arrange("own-first").formula(llm, k=4)
+    assert result.stats.computed_tokens == formula(workload, engine, k=4)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +145,8 @@ def test_the_formula_wants_one_order(llm: LLM, texts: RoundTexts) -> None:
     [
         ({"agents": 1}, "agents"),
         ({"private_tokens": (9, 3)}, "private_tokens"),
-        ({"order": "alphabetic"}, "order"),
-        ({"overlap": "none"}, "overlap"),
-        ({"order": "own-first", "overlap": "all-but-own"}, "own block"),
+        ({"block_tokens": 0}, "block_tokens"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_impossible_specs_are_refused(changes: dict[str, object], word: str) -> None:
@@ -177,29 +164,6 @@ def test_people_of_a_trace_come_again_under_other_names(llm: LLM, tmp_path: Path
     assert names[2] == f"{names[0]} 2"
     with pytest.raises(TraceError):
         generate_workload(llm, replace(SPEC, source=tmp_path / "nothing.jsonl"))
-
-
-def test_recorded_rounds(llm: LLM, tmp_path: Path) -> None:
-    path = tmp_path / "recorded.jsonl"
-    requests = [
-        {"agent": name, "private_history": f"{name}'s past", "task": "Go on.",
-         "recorded_output": "Yes."}
-        for name in "AB"
-    ]  # fmt: skip
-    said = [{"agent": name, "text": f"{name} speaks"} for name in "AB"]
-    lines = [
-        *({"type": "agent", "agent": name, "system": f"You are {name}."} for name in "AB"),
-        {"type": "round", "round": 7, "shared": said, "requests": requests},
-    ]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    workload = recorded_workload(path, 7)
-    assert workload.speakers == ("A", "B")
-    assert workload.questions == ()
-    prompt = llm.encoder.encode(workload.prompts()[1])
-    text = llm.encoder.decode(prompt.token_ids.tolist())
-    assert "B's past\n\nA speaks\n\nB speaks\n\nGo on." in text
-    with pytest.raises(ConfigError, match="no round 8"):
-        recorded_workload(path, 8)
 
 
 def test_fidelity_is_over_mirrors(

@@ -67,13 +67,13 @@ def assemble(
         )
     num_pages = min(num_pages, (2**31 - 1) // page_size)  # slots are int32
     store = KVStore(num_pages, page_size, options.max_reuse_rounds)
-    planner, policy, executor_class = _of_mode(options, correction, store)
+    policy, executor_class = _run_by_mode(options)
     if executor is None:
         pool = pool or KVPool(model, num_pages * page_size)
         executor = executor_class(model, pool, partial(make_backend, name=options.attention))
     engine = Engine(
         store,
-        planner,
+        make_planner(options, correction, store),
         policy,
         executor,
         encoder.decode,
@@ -84,19 +84,22 @@ def assemble(
     return Assembly(loop, store, executor)
 
 
-def _of_mode(
-    options: EngineOptions, correction: CorrectionPolicy, store: KVStore
-) -> tuple[Planner, SchedulingPolicy, type[TorchExecutor]]:
-    """What decides and what runs, by the mode of reuse."""
+def make_planner(options: EngineOptions, correction: CorrectionPolicy, store: KVStore) -> Planner:
+    """Make what decides over a store, by the mode of reuse."""
     if options.takes_copies:
         from tokendance.bench import pic  # the baseline is loaded where it is asked for
 
-        policy = pic.WholePrompts() if options.reuse == "pic-batched" else pic.OnePromptAtATime()
-        return pic.PicPlanner(store), policy, pic.PicExecutor
-    planner = Planner(
-        store,
-        correction,
-        prefix=options.reuse != "none",
-        segments=options.reuses_segments,
+        return pic.PicPlanner(store)
+    return Planner(
+        store, correction, prefix=options.reuse != "none", segments=options.reuses_segments
     )
-    return planner, DecodingFirst(), TorchExecutor
+
+
+def _run_by_mode(options: EngineOptions) -> tuple[SchedulingPolicy, type[TorchExecutor]]:
+    """What divides the tokens of a step and what runs it, by the mode of reuse."""
+    if options.takes_copies:
+        from tokendance.bench import pic
+
+        policy = pic.WholePrompts() if options.reuse == "pic-batched" else pic.OnePromptAtATime()
+        return policy, pic.PicExecutor
+    return DecodingFirst(), TorchExecutor

@@ -19,10 +19,10 @@ from rich.text import Text
 from tokendance import __version__
 from tokendance.bench.settings import BenchOutputs, BenchSettings, Size, SuiteName
 from tokendance.commands.settings import RunSettings
-from tokendance.config import parse_bytes
 from tokendance.errors import ConfigError, TokenDanceError
 from tokendance.options import DEFAULT_MODEL, EngineOptions
 from tokendance.server.settings import ServerSettings
+from tokendance.units import parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +41,7 @@ _ENGINE = Group("Engine", sort_key=2)  # after what is the command's own
 def _flat(group: str | Group, only: str = "") -> Parameter:
     """The fields of a dataclass as options in a panel of their own.
 
-    Args:
-        group: the panel.
-        only: a pattern for the names of those that are options, and of the parameter itself; all
-            if left out.
+    `only` is a pattern for the names of those that are options, and of the parameter itself.
     """
     if isinstance(group, str):
         group = Group(group, sort_key=1)
@@ -86,11 +83,7 @@ def run(
 
 
 def _read_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Take what is still open from the TOML file of --config, if one is given.
-
-    Raises:
-        ConfigError: if it cannot be read.
-    """
+    """Take what is still open from the TOML file of --config, if one is given."""
     for token in arguments["--config"].tokens:
         try:
             values = tomllib.loads(Path(token.value).read_text(encoding="utf-8"))

@@ -272,20 +272,20 @@ class Conversation:
     def state(self) -> dict[str, Any]:
         """All that the next round needs but for KV and `round`, for JSON.
 
-        What all have heard is written once, and referred to by its place.
+        Blocks that several agents remember are written once, and referred to by their index.
         """
-        heard = {id(self._previous_blocks): self._previous_blocks}
+        by_id = {id(self._previous_blocks): self._previous_blocks}
         for member in self._members.values():
-            heard |= {id(past.previous_blocks): past.previous_blocks for past in member.rounds}
-        places = {key: place for place, key in enumerate(heard)}
+            by_id |= {id(past.previous_blocks): past.previous_blocks for past in member.rounds}
+        indices = {key: index for index, key in enumerate(by_id)}
         return {
-            "heard": [[part.content for part in blocks] for blocks in heard.values()],
+            "heard": [[part.content for part in blocks] for blocks in by_id.values()],
             "members": [
                 {
                     "name": member.agent.name,
                     "system": member.agent.system,
                     "turns": [
-                        [places[id(past.previous_blocks)], past.task, past.reply]
+                        [indices[id(past.previous_blocks)], past.task, past.reply]
                         for past in member.rounds
                     ],
                     "cache": [member.cache.token_ids.tolist(), member.cache.num_prompt],
@@ -305,18 +305,18 @@ class Conversation:
             LookupError, TypeError, ValueError: for what `state` does not return; nothing has
                 changed then.
         """
-        heard = [tuple(shared(content) for content in blocks) for blocks in state["heard"]]
+        rounds_blocks = [tuple(map(shared, blocks)) for blocks in state["heard"]]
         members: dict[str, _Member] = {}
         for member in state["members"]:
             agent = Agent(member["name"], member["system"])
             rounds = [
-                _PastRound(heard[place], task, tuple(reply))
-                for place, task, reply in member["turns"]
+                _PastRound(rounds_blocks[index], task, tuple(reply))
+                for index, task, reply in member["turns"]
             ]
             token_ids, num_prompt = member["cache"]
             cache = SpokenCache(np.array(token_ids, np.int32), int(num_prompt))
             members[agent.name] = _Member(agent, rounds, cache)
-        self._previous_blocks, self._members, self.round = heard[0], members, round_number
+        self._previous_blocks, self._members, self.round = rounds_blocks[0], members, round_number
 
 
 def _user_message(blocks: Sequence[Part], task: str) -> Message:

@@ -12,7 +12,6 @@ import torch
 
 from tokendance.build import assemble
 from tokendance.collector.correction import CorrectionPolicy
-from tokendance.config import parse_bytes
 from tokendance.conversation import Agent, Conversation
 from tokendance.disk.records import SessionKey
 from tokendance.disk.store import NO_BUDGET, DiskStore
@@ -41,6 +40,7 @@ from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Session
 from tokendance.store.entries import RoundId
 from tokendance.tier.tier import DiskTier
+from tokendance.units import parse_bytes
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
 
@@ -187,8 +187,8 @@ class LLM:
             prompts = [prompts]
         round_id = self.engine.new_round_id()
         requests = [
-            self.make_request(prompt, one, round_id, f"prompt {index}", in_round=False)
-            for index, (prompt, one) in enumerate(self._pair(prompts, params))
+            self.make_request(prompt, own_params, round_id, f"prompt {index}", in_round=False)
+            for index, (prompt, own_params) in enumerate(self._pair(prompts, params))
         ]
         if requests:
             self._run(requests, None)
@@ -223,15 +223,15 @@ class LLM:
         if not prompts:
             raise RoundError("The round is empty. Give it at least one prompt.")
         pairs = self._pair(prompts, params)
-        given = [prompt.agent for prompt, _ in pairs if prompt.agent is not None]
-        for name, count in Counter(given).items():
+        names = [prompt.agent for prompt, _ in pairs if prompt.agent is not None]
+        for name, count in Counter(names).items():
             if count > 1:
                 raise RoundError(f"Two agents are called {name!r}. Give each its own name.")
-        free = (name for name in map("agent {}".format, itertools.count()) if name not in given)
+        unused = (name for name in map("agent {}".format, itertools.count()) if name not in names)
         round_id = self.engine.new_round_id()
         requests = [
-            self.make_request(prompt, one, round_id, prompt.agent or next(free))
-            for prompt, one in pairs
+            self.make_request(prompt, own_params, round_id, prompt.agent or next(unused))
+            for prompt, own_params in pairs
         ]
         for request in requests:
             request.session = session
@@ -369,8 +369,8 @@ class LLM:
             isolated=isolated,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=self.model.stop_ids,
+            error=error,
         )
-        request.error = error
         self.shadows.draw(request)
         return request
 

@@ -5,7 +5,9 @@ hyphens, and shows the texts of the docstring below as its help; `tokendance ser
 from environment variables and from a TOML file.
 """
 
+import contextlib
 import difflib
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -17,8 +19,8 @@ from tokendance.collector.correction import (
     SpecReader,
     read_correction,
 )
-from tokendance.config import check_range, default_kv_budget, parse_bytes
 from tokendance.errors import ConfigError
+from tokendance.units import parse_bytes
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
@@ -105,18 +107,18 @@ class EngineOptions:
     def _check_correction(self) -> None:
         """Refuse what contradicts each other, and a correction that does not exist."""
         check_range(self, 0, "first_k")
-        given = self.correction is not None or self.first_k is not None
+        has_policy = self.correction is not None or self.first_k is not None
         if self.first_k is not None and self.correction not in (None, "first-k"):
             raise ConfigError(
                 "first_k (--first-k) goes with the correction 'first-k', not with "
                 f"{self.correction!r}. Leave one of them out."
             )
-        if given and self.fidelity_target is not None:
+        if has_policy and self.fidelity_target is not None:
             raise ConfigError(
                 "fidelity_target (--fidelity-target) chooses the correction itself. Leave it out, "
                 "or correction and first_k (--correction, --first-k)."
             )
-        if self.reuse != "collective" and (given or self.fidelity_target is not None):
+        if self.reuse != "collective" and (has_policy or self.fidelity_target is not None):
             raise ConfigError(
                 "correction, first_k and fidelity_target go with reuse 'collective' "
                 f"(--reuse collective), not with {self.reuse!r}. Leave them out."
@@ -172,5 +174,42 @@ class EngineOptions:
     def kv_bytes(self, device: str) -> int:
         """Bytes of KV memory on a device, by its name; what is free there now may count."""
         if self.kv_budget is None:
-            return default_kv_budget(device)
+            return _default_kv_budget(device)
         return parse_bytes(self.kv_budget)
+
+
+def check_range(options: object, least: float, *names: str, most: float | None = None) -> None:
+    """Check numbers among an object's attributes; None, which leaves a choice open, always fits.
+
+    Args:
+        options: whose.
+        least: each may be.
+        names: of the attributes.
+        most: likewise; without bound if None.
+
+    Raises:
+        ConfigError: naming the first that is out of range, or is no number.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is None or (value >= least and (most is None or value <= most)):
+            continue
+        allowed = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+        raise ConfigError(f"{name} is {value}. Give {allowed}.")
+
+
+def _default_kv_budget(device: str = "cpu") -> int:
+    """A quarter of the memory that this process may use; on another device half of what is free.
+
+    Pages that are not written take none of the machine's memory.
+    """
+    if device != "cpu":
+        import torch
+
+        free, _ = torch.get_device_module(device).mem_get_info(device)
+        return int(free) // 2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    with contextlib.suppress(OSError, ValueError):
+        memory = min(memory, int(limit.read_text()))
+    return memory // 4

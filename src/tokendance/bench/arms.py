@@ -1,16 +1,22 @@
 """What suites have in common of what they compare: engines, rounds, and vLLM beside them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from rich.console import Console
 
 from tokendance.bench.settings import BenchSettings
+from tokendance.bench.suite import timed
 from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec
-from tokendance.collector.correction import NO_CORRECTION
+from tokendance.conversation import Agent
+from tokendance.engine.request import Request
+from tokendance.errors import ConfigError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.llm import LLM
@@ -18,10 +24,14 @@ from tokendance.models.loader import LoadedModel, checkpoint_source, load_model
 from tokendance.options import EngineOptions, ReuseMode
 from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
-from tokendance.rounds.prompts import Prompt
+from tokendance.rounds.prompts import Prompt, PromptLike, private, shared
+from tokendance.rounds.segments import PrefixHashes, TokenIds
+from tokendance.rounds.trace import TraceAgent
 
 DTYPES = ("bfloat16", "float32")
-PAGE_SIZE = EngineOptions().page_size
+BLOCK_TOKENS = WorkloadSpec().block_tokens
+TOWN_TASK = "Answer the others in one sentence. What will you do now?"
+AHEAD_TOKENS = 100  # room for agents that begin to decode early
 
 
 def load(settings: BenchSettings, dtype: str = "bfloat16") -> LoadedModel:
@@ -29,29 +39,37 @@ def load(settings: BenchSettings, dtype: str = "bfloat16") -> LoadedModel:
     return load_model(settings.model, dtype, settings.engine.device)
 
 
+def make_engine(
+    model: LoadedModel, options: EngineOptions, num_tokens: int, pool: KVPool | None = None
+) -> LLM:
+    """Make an engine with room for `num_tokens`.
+
+    Engines may take turns on a `pool` of that size: what one has stored, the next overwrites, so
+    the store is to be cleared before each use.
+    """
+    budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
+    return LLM.from_loaded(model, replace(options, kv_budget=budget), pool=pool)
+
+
 def make_engines(
     model: LoadedModel,
     options: EngineOptions,
     modes: Iterable[ReuseMode],
     num_tokens: int,
-    *,
-    one_memory: bool = False,
+    pool: KVPool | None = None,
 ) -> dict[str, LLM]:
-    """Make an engine per mode, each with room for `num_tokens`, and one that is called "floor".
+    """Make an engine for each mode; see `make_engine`."""
+    return {
+        mode: make_engine(model, replace(options, reuse=mode), num_tokens, pool) for mode in modes
+    }
 
-    The floor is `collective` with nothing corrected: a round of N agents then computes S + N t
-    tokens in one packed pass, the least that shares all there is to share.
 
-    With `one_memory` they take turns on it: what one has stored, the next overwrites, so the store
-    is to be cleared before each use.
-    """
-    num_pages = -(-num_tokens // PAGE_SIZE)
-    budget = num_pages * PAGE_SIZE * model.shape.kv_bytes_per_token(model.dtype)
-    pool = KVPool(model, num_pages * PAGE_SIZE) if one_memory else None
-    options = replace(options, kv_budget=budget)
-    arms = {str(mode): replace(options, reuse=mode) for mode in modes}
-    arms["floor"] = replace(options, reuse="collective", correction=NO_CORRECTION)
-    return {name: LLM.from_loaded(model, arm, pool=pool) for name, arm in arms.items()}
+def context_too_short(model: LoadedModel) -> ConfigError:
+    """Make the error for a model whose context holds nothing that a suite measures."""
+    return ConfigError(
+        f"The context of {model.name} ({model.shape.max_context} tokens) is too short for this "
+        "suite."
+    )
 
 
 def pool_of(llm: LLM) -> KVPool:
@@ -65,16 +83,129 @@ def answer_params(num_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=num_tokens, ignore_eos=True)
 
 
-def run_checked(llm: LLM, prompts: list[Prompt], num_tokens: int) -> RoundResult:
+def run_checked(llm: LLM, prompts: Sequence[PromptLike], num_tokens: int) -> RoundResult:
     """Run a round; an agent that failed is an error, not a quick answer."""
     result = llm.run_round(prompts, answer_params(num_tokens))
     result.raise_for_errors()
     return result
 
 
+def generate_seconds(llm: LLM, prompts: Sequence[PromptLike], num_tokens: int) -> float:
+    """Seconds of answering prompts that have nothing to do with each other."""
+
+    def work() -> None:
+        outputs = llm.generate(prompts, answer_params(num_tokens))
+        assert all(output.error is None for output in outputs)
+
+    return timed(work)
+
+
 def wall_seconds(result: RoundResult) -> float:
     """Seconds of a whole round."""
     return result.stats.prefill_s + result.stats.decode_s
+
+
+@dataclass(frozen=True, slots=True)
+class TownRound:
+    """A round of people who talk: its prompts, and what was answered."""
+
+    prompts: list[Prompt]
+    result: RoundResult
+
+
+def talk(
+    llm: LLM, people: Sequence[TraceAgent], rounds: int, max_tokens: int, seed: int
+) -> Iterator[TownRound]:
+    """Let people hear each other, in the session "town", which is stored if the engine can."""
+    session = llm.session("town", [Agent(person.name, person.system) for person in people])
+    for number in range(rounds):
+        params = {
+            person.name: SamplingParams(
+                max_tokens=max_tokens, temperature=0.7, seed=seed + 1000 * number + index
+            )
+            for index, person in enumerate(people)
+        }
+        prompts = session.ask(TOWN_TASK, params).prompts
+        result = session.run(TOWN_TASK, params)
+        result.raise_for_errors()
+        yield TownRound(prompts, result)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AgentCache:
+    """What an agent has read and said in a round, as it lies in the engine's memory.
+
+    Attributes:
+        token_ids: int32; the last may have no KV yet.
+        slots: int32, of all that have.
+    """
+
+    token_ids: TokenIds
+    slots: npt.NDArray[np.int32]
+
+
+def agent_caches(llm: LLM, result: RoundResult) -> list[AgentCache]:
+    """Ask the store where it has each agent's prompt and answer of the last round."""
+    caches = []
+    for output in result.outputs:
+        token_ids = np.concatenate([output.prompt_token_ids, np.array(output.token_ids, np.int32)])
+        slots = llm.kv_store.match_slots(PrefixHashes(token_ids, llm.encoder.salt))
+        # The last token of an answer that was cut off has no KV.
+        expected = len(token_ids) - (output.finish_reason != "stop")
+        assert len(slots) == expected, "the store has lost a part of an agent's cache"
+        caches.append(AgentCache(token_ids, slots))
+    return caches
+
+
+def prompts_around(run: Sequence[int], own: Iterable[Sequence[int]]) -> list[Prompt]:
+    """Prompts of agents that read one run in blocks, the last of their own tokens after it.
+
+    The run begins at another position in each, and all are of one length if `own` are.
+    """
+    blocks = [shared(run[at : at + BLOCK_TOKENS]) for at in range(0, len(run), BLOCK_TOKENS)]
+    prompts = []
+    for index, ids in enumerate(own):
+        last = 1 + index % (len(ids) // 4)
+        parts = [private(ids[last:]), *blocks, private(ids[:last])]
+        prompts.append(Prompt(parts, agent=f"agent {index}"))
+    return prompts
+
+
+class DecodingRound:
+    """A round that has its first tokens, and goes on a step at a time.
+
+    Agents whose prompt is done early decode while the others' prompts are computed, so they are a
+    few tokens ahead.
+    """
+
+    def __init__(self, llm: LLM, prompts: list[Prompt], num_steps: int) -> None:
+        """Compute the prompts; `num_steps` steps are to come."""
+        self._engine = llm.engine
+        self._engine.forget()
+        round_id = self._engine.new_round_id()
+        params = answer_params(num_steps + AHEAD_TOKENS)
+        self._requests: list[Request] = [
+            llm.make_request(prompt, params, round_id, str(index))
+            for index, prompt in enumerate(prompts)
+        ]
+        self._engine.add(self._requests)
+        while any(request.first_token_s is None for request in self._requests):
+            self._engine.tick()
+
+    def step(self) -> float:
+        """Seconds of one step that makes a token for every agent."""
+        before = self._num_generated()
+        seconds = timed(self._engine.tick)
+        assert self._num_generated() - before == len(self._requests), "an agent is done too early"
+        return seconds
+
+    def _num_generated(self) -> int:
+        return sum(len(request.generated) for request in self._requests)
+
+    def close(self) -> None:
+        """Take the requests back."""
+        for request in self._requests:
+            self._engine.abort(request)
 
 
 def timed_spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
@@ -85,14 +216,7 @@ def timed_spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
 
 
 def vllm_round(vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int) -> VLLMResult:
-    """Run a round's token ids through vLLM, with the private parts in its prefix cache.
-
-    Args:
-        vllm: started on the same model.
-        llm: encodes the prompts.
-        workload: the round.
-        num_tokens: of each answer.
-    """
+    """Run a round that `llm` encodes through vLLM, with the private parts in its prefix cache."""
     encoded = workload.encoded(llm)
     vllm.reset()
     vllm.run([prompt.segments[0].token_ids.tolist() for prompt in encoded], 1)
@@ -103,19 +227,16 @@ def vllm_round(vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int) -
 def started_vllm(
     settings: BenchSettings,
     console: Console,
+    model: LoadedModel,
+    notes: list[str],
     *,
     max_context: int,
     num_tokens: int,
-    token_bytes: int,
 ) -> Iterator[VLLM | None]:
     """Start vLLM if the user asks for it and it is installed; say so where it is not.
 
-    Args:
-        settings: of the suite.
-        console: to say it on.
-        max_context: longest prompt with its answer.
-        num_tokens: that its KV memory has room for.
-        token_bytes: of the KV of one token in bfloat16.
+    Its settings are added to `notes`. It has room for `num_tokens` tokens of KV, and for
+    `max_context` in a prompt with its answer.
     """
     if settings.against != "vllm":
         yield None
@@ -123,9 +244,10 @@ def started_vllm(
         console.print(f"vLLM is left out: it is not installed. {HOW_TO_INSTALL}")
         yield None
     else:
-        folder = Path(checkpoint_source(settings.model))
-        config = VLLMConfig(max_context=max_context, kv_bytes=num_tokens * token_bytes)
+        kv_bytes = num_tokens * model.shape.kv_bytes_per_token(torch.bfloat16)
+        config = VLLMConfig(max_context=max_context, kv_bytes=kv_bytes)
         with console.status("Starting vLLM (it compiles the model: about two minutes) ..."):
-            vllm = VLLM(folder, config)
+            vllm = VLLM(Path(checkpoint_source(settings.model)), config)
         with vllm:
+            notes.append(vllm.settings)
             yield vllm

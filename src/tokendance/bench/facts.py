@@ -24,45 +24,18 @@ _THINGS = (
     "crowbar", "dagger", "easel", "funnel", "gramophone", "hourglass", "inkwell",
 )  # fmt: skip
 _DEEDS = (
-    ("sold", "sell"),
-    ("lost", "lose"),
-    ("painted", "paint"),
-    ("found", "find"),
-    ("hid", "hide"),
-    ("mended", "mend"),
-    ("broke", "break"),
-    ("borrowed", "borrow"),
-    ("washed", "wash"),
-    ("bought", "buy"),
-    ("carried", "carry"),
-    ("burned", "burn"),
-    ("buried", "bury"),
-    ("dropped", "drop"),
-    ("polished", "polish"),
-    ("weighed", "weigh"),
-    ("measured", "measure"),
-    ("packed", "pack"),
-    ("forgot", "forget"),
-    ("returned", "return"),
-)
+    ("sold", "sell"), ("lost", "lose"), ("painted", "paint"), ("found", "find"), ("hid", "hide"),
+    ("mended", "mend"), ("broke", "break"), ("borrowed", "borrow"), ("washed", "wash"),
+    ("bought", "buy"), ("carried", "carry"), ("burned", "burn"), ("buried", "bury"),
+    ("dropped", "drop"), ("polished", "polish"), ("weighed", "weigh"), ("measured", "measure"),
+    ("packed", "pack"), ("forgot", "forget"), ("returned", "return"),
+)  # fmt: skip
 _PLACES = (
-    "at the mill",
-    "behind the chapel",
-    "under the bridge",
-    "in the barn",
-    "on the roof",
-    "at the station",
-    "beside the well",
-    "in the cellar",
-    "near the gate",
-    "in the attic",
-    "by the fountain",
-    "at the school",
-    "in the orchard",
-    "behind the theatre",
-    "on the hill",
+    "at the mill", "behind the chapel", "under the bridge", "in the barn", "on the roof",
+    "at the station", "beside the well", "in the cellar", "near the gate", "in the attic",
+    "by the fountain", "at the school", "in the orchard", "behind the theatre", "on the hill",
     "in the stable",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,21 +93,17 @@ def draw_facts(count: int, text: str, rng: np.random.Generator) -> list[Fact | N
 
 
 def ask_about_one(
-    index: int,
-    block_indices: Sequence[int],
-    names: Sequence[str],
-    facts: Sequence[Fact | None],
-    rng: np.random.Generator,
+    index: int, names: Sequence[str], facts: Sequence[Fact | None], rng: np.random.Generator
 ) -> Question | None:
-    """A question about a fact that the agent reads and somebody else has stated, if any has."""
-    stated = [
-        (names[other], fact)
-        for other in sorted(block_indices)
-        if other != index and (fact := facts[other]) is not None
+    """A question about a fact that somebody else has stated, if any has."""
+    of_others = [
+        (name, fact)
+        for other, (name, fact) in enumerate(zip(names, facts, strict=True))
+        if other != index and fact is not None
     ]
-    if not stated:
+    if not of_others:
         return None
-    speaker, fact = stated[int(rng.integers(len(stated)))]
+    speaker, fact = of_others[int(rng.integers(len(of_others)))]
     return Question(
         f"What did {speaker} {fact.do}?", f"{speaker} {fact.did} the", speaker, fact.thing
     )

@@ -4,8 +4,7 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokendance.bench.registry import VLLM_SUITES
-from tokendance.bench.settings import BenchSettings
+from tokendance.bench.settings import VLLM_SUITES, BenchSettings
 from tokendance.bench.suite import Row, SuiteResult, describe_machine
 
 

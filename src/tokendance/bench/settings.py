@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from tokendance.config import check_range
-from tokendance.options import DEFAULT_MODEL, EngineOptions
+from tokendance.options import DEFAULT_MODEL, EngineOptions, check_range
 
 SuiteName = Literal[
     "attention", "plain", "prefill", "decode", "storage", "restore", "capacity", "fidelity", "serve"
 ]
+SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
+VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")  # with a place for vLLM
 Size = Literal["tiny", "full"]
 
 

@@ -10,8 +10,9 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -42,14 +43,7 @@ class SuiteResult:
 
     def to_json(self) -> str:
         """One line: suite, machine, model, rows, headline, notes."""
-        document = {
-            "suite": self.suite,
-            "machine": describe_machine(),
-            "model": self.model,
-            "rows": self.rows,
-            "headline": self.headline,
-            "notes": self.notes,
-        }
+        document = {"suite": self.suite, "machine": describe_machine()} | asdict(self)
         return json.dumps(document, ensure_ascii=False)
 
 
@@ -57,24 +51,24 @@ class LiveTable:
     """A table that grows while the work goes on, a line per row.
 
     Not rich's: that one measures all rows before it prints the first.
+
+    Attributes:
+        rows: all that were added.
     """
 
     def __init__(self, console: Console, title: str, columns: Mapping[str, str]) -> None:
-        """Print title and headings.
-
-        Args:
-            console: to print on.
-            title: of the table.
-            columns: key of the row to heading; a row is right-aligned under its headings.
-        """
+        """Print title and headings; `columns` has the heading of each key of a row."""
+        self.rows: list[Row] = []
         self._console = console
         self._widths = {key: max(len(heading), 11) + 2 for key, heading in columns.items()}
         console.print(f"\n[bold]{title}[/bold]")
         self._print(columns)
 
-    def add(self, row: Row) -> None:
-        """Print a row; keys without a column are left out."""
-        self._print({key: _cell(row.get(key)) for key in self._widths})
+    def add(self, *rows: Row) -> None:
+        """Print rows, right-aligned under the headings; keys without a column are left out."""
+        for row in rows:
+            self.rows.append(row)
+            self._print({key: _cell(row.get(key)) for key in self._widths})
 
     def _print(self, cells: Mapping[str, str]) -> None:
         line = "".join(cells[key].rjust(width) for key, width in self._widths.items())
@@ -92,20 +86,17 @@ def _cell(value: object) -> str:
 def in_turn(
     kinds: Mapping[Kind, Callable[[], float]], repeats: int, warm_up: int = 1
 ) -> dict[Kind, list[float]]:
-    """Run each kind in turn, `repeats` times after `warm_up` turns that do not count.
+    """Return what each kind's runs return, in turn, after `warm_up` turns that do not count.
 
     Every other turn goes backwards, so that no kind is always the one that runs later.
-
-    Returns:
-        For each kind what its runs returned, in order.
     """
-    found: dict[Kind, list[float]] = {name: [] for name in kinds}
+    values: dict[Kind, list[float]] = {name: [] for name in kinds}
     for turn in range(repeats + warm_up):
         for name in list(kinds)[:: -1 if turn % 2 else 1]:
             value = kinds[name]()
             if turn >= warm_up:
-                found[name].append(value)
-    return found
+                values[name].append(value)
+    return values
 
 
 def between(
@@ -120,14 +111,21 @@ def between(
         two of `base` beside it.
     """
     kinds[base]()
-    found: dict[Kind, list[float]] = {base: [kinds[base]()]}
+    values: dict[Kind, list[float]] = {base: [kinds[base]()]}
     ratios: dict[Kind, float] = {base: 1.0}
     for name, run in kinds.items():
         if name is not base:
-            found[name] = [run()]
-            found[base].append(kinds[base]())
-            ratios[name] = found[name][0] / statistics.mean(found[base][-2:])
-    return found, ratios
+            values[name] = [run()]
+            values[base].append(kinds[base]())
+            ratios[name] = values[name][0] / statistics.mean(values[base][-2:])
+    return values, ratios
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that some work takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:

@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -46,7 +45,7 @@ _GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class VLLMConfig:
-    """Settings of the baseline.
+    """Settings of the baseline. The model is compiled, which takes a C++ compiler and minutes.
 
     Attributes:
         dtype: of weights and KV.
@@ -54,8 +53,6 @@ class VLLMConfig:
         threads: of one pass; as many as our own engine takes.
         kv_bytes: memory for KV.
         block_size: tokens per KV block, a multiple of 32.
-        compiled: whether torch.compile prepares the model. It needs a C++ compiler, and starting
-            takes a minute or two longer.
         max_num_batched_tokens: tokens of one pass at most.
         max_num_seqs: requests of one pass at most.
     """
@@ -65,7 +62,6 @@ class VLLMConfig:
     threads: int = field(default_factory=torch.get_num_threads)
     kv_bytes: int = 2**31
     block_size: int = 32
-    compiled: bool = True
     max_num_batched_tokens: int = 4096
     max_num_seqs: int = 256
 
@@ -79,7 +75,7 @@ class VLLMConfig:
             "kv_cache_memory_bytes": self.kv_bytes,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_num_seqs": self.max_num_seqs,
-            "enforce_eager": not self.compiled,
+            "enforce_eager": False,
             "enable_prefix_caching": True,
             # Sampling is as asked, not as the model's folder suggests.
             "generation_config": "vllm",
@@ -92,29 +88,17 @@ class VLLMResult:
 
     Attributes:
         seconds: from submission of all prompts to the last token of the last answer.
-        first_token_s: seconds from submission to each first token, or None if vLLM does not tell.
         cached_tokens: tokens of each prompt that vLLM found in its prefix cache.
-        cache_queries: tokens that vLLM looked up in its prefix cache, by its own counter.
-        cache_hits: tokens that it found there, by its own counter.
         token_ids: the answers.
     """
 
     seconds: float
-    first_token_s: tuple[float, ...] | None
     cached_tokens: tuple[int, ...]
-    cache_queries: int
-    cache_hits: int
     token_ids: tuple[tuple[int, ...], ...]
 
 
 def count_blocks(prompts: Iterable[Sequence[int]], answer_tokens: int, block_size: int) -> int:
-    """Count the KV blocks that vLLM holds while all of these run: equal beginnings are shared.
-
-    Args:
-        prompts: token ids of each request.
-        answer_tokens: of each answer.
-        block_size: tokens of a block.
-    """
+    """Count the KV blocks that vLLM holds while all of these run: equal beginnings are shared."""
     full: set[int] = set()
     partial = 0
     for prompt in prompts:
@@ -128,19 +112,15 @@ def count_blocks(prompts: Iterable[Sequence[int]], answer_tokens: int, block_siz
 
 
 def find_vllm() -> Path | None:
-    """Find the Python of the environment that has vLLM.
+    """Find the Python of the environment that has vLLM; None if there is none.
 
     It is the one that TOKENDANCE_VLLM_PYTHON names, or that of `.venv-vllm` in the current folder
     or in the checkout that this package lies in.
 
-    Returns:
-        Its path, or None if there is none; `HOW_TO_INSTALL` says what to do then.
-
     Raises:
         BaselineError: The variable names no file.
     """
-    named = os.environ.get(PYTHON_VARIABLE)
-    if named:
+    if named := os.environ.get(PYTHON_VARIABLE):
         if not Path(named).is_file():
             raise BaselineError(
                 f"{PYTHON_VARIABLE} names {named}, and there is no such file."
@@ -196,30 +176,21 @@ class VLLM:
                 env=child_environment(python, config),
                 start_new_session=True,
             )
-        except BaseException as error:
+        except OSError as error:
             self._stderr.close()
-            if isinstance(error, OSError):
-                raise BaselineError(
-                    f"{python} could not be run: {error}. {HOW_TO_INSTALL}"
-                ) from error
-            raise
+            raise BaselineError(f"{python} could not be run: {error}. {HOW_TO_INSTALL}") from error
         request = {"op": "start", "engine": config.engine_arguments(model)}
         self.version: str = str(self._ask(request, start_timeout_s).get("version"))
         self.settings = (
             f"vLLM {self.version}: {config.dtype}, prefix caching, blocks of {config.block_size}, "
-            f"{'compiled' if config.compiled else 'eager'}, {config.threads} threads, up to "
-            f"{config.max_num_batched_tokens} tokens a pass."
+            f"compiled, {config.threads} threads, up to {config.max_num_batched_tokens} tokens a "
+            "pass."
         )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(
@@ -242,13 +213,9 @@ class VLLM:
         }
         reply = self._ask(request, timeout_s)
         try:
-            times = reply["first_token_s"]
             result = VLLMResult(
                 seconds=float(reply["seconds"]),
-                first_token_s=None if times is None else tuple(map(float, times)),
                 cached_tokens=tuple(map(int, reply["cached_tokens"])),
-                cache_queries=int(reply["cache_queries"]),
-                cache_hits=int(reply["cache_hits"]),
                 token_ids=tuple(tuple(map(int, answer)) for answer in reply["token_ids"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -269,10 +236,6 @@ class VLLM:
         """
         self._ask({"op": "reset"}, timeout_s)
 
-    def close(self) -> None:
-        """End the process and all that it started. May be called again."""
-        self._close(_GRACE_S)
-
     def _ask(self, request: Mapping[str, object], timeout_s: float) -> dict[str, Any]:
         """Send one request and wait for its reply; whatever goes wrong closes vLLM."""
         if self._process.stdin is None or self._process.stdin.closed:
@@ -289,14 +252,14 @@ class VLLM:
             ) from error
         except BaseException:
             # Ctrl-C, most likely. What vLLM computes now is of no use to anybody.
-            self._close(0)
+            self.close(0)
             raise
         if not line:
             raise self._failed("vLLM died", ends=True)
         try:
             reply = json.loads(line)
-        except ValueError as error:
-            raise self._failed(f"vLLM's reply cannot be read: {line[:200]!r}") from error
+        except ValueError:
+            reply = None
         if not isinstance(reply, dict):
             raise self._failed(f"vLLM's reply cannot be read: {line[:200]!r}")
         if "error" in reply:
@@ -304,11 +267,7 @@ class VLLM:
         return reply
 
     def _read_line(self, deadline: float) -> bytes:
-        """Read up to the next line feed, or what there is at the end of the pipe.
-
-        Raises:
-            TimeoutError: It took until the deadline, which is in `time.monotonic` seconds.
-        """
+        """Read a line, b"" at the end of the pipe; a TimeoutError at a time of the clock."""
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         while b"\n" not in self._unread:
@@ -324,13 +283,8 @@ class VLLM:
         return line
 
     def _failed(self, what: str, *, ends: bool = False) -> BaselineError:
-        """Close vLLM and return the error to raise, with the last lines of its stderr.
-
-        Args:
-            what: what happened.
-            ends: whether vLLM is about to end by itself, and may say more until then.
-        """
-        if ends:
+        """Close vLLM and return the error to raise, with the last lines of its stderr."""
+        if ends:  # by itself, and it may say more until then
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_S)
         status = self._process.poll()
@@ -338,11 +292,12 @@ class VLLM:
             what += f" (exit status {status})"
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-        self._close(0)
+        self.close(0)
         said = "\n".join(lines) or "(nothing)"
         return BaselineError(f"{what}. See the last lines that it printed:\n{said}")
 
-    def _close(self, grace_s: float) -> None:
+    def close(self, grace_s: float = _GRACE_S) -> None:
+        """End the process, if need be after a time, and all that it started; may come again."""
         if self._stderr.closed:
             return
         try:
@@ -385,19 +340,10 @@ def child_environment(python: Path, config: VLLMConfig) -> dict[str, str]:
         "KMP_TPAUSE": "0",
     }
     if sys.platform == "linux":
-        libraries = [library for library in (_tcmalloc(), _openmp(python)) if library]
-        if libraries:
-            given = os.environ.get("LD_PRELOAD")
-            environment["LD_PRELOAD"] = ":".join([*libraries, *([given] if given else [])])
+        tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
+        openmp = python.parent.parent / "lib" / "libiomp5.so"  # Intel's, beside vLLM
+        libraries = [tcmalloc, str(openmp) if openmp.is_file() else None]
+        if any(libraries):
+            preloaded = [*libraries, os.environ.get("LD_PRELOAD")]
+            environment["LD_PRELOAD"] = ":".join(library for library in preloaded if library)
     return environment
-
-
-def _tcmalloc() -> str | None:
-    """TCMalloc, if the system has it."""
-    return ctypes.util.find_library("tcmalloc_minimal")
-
-
-def _openmp(python: Path) -> str | None:
-    """Intel's OpenMP, if it is installed beside vLLM."""
-    library = python.parent.parent / "lib" / "libiomp5.so"
-    return str(library) if library.is_file() else None

@@ -7,11 +7,8 @@ ours. `bench/vllm.py` starts it. Each request is one line, and so is its reply:
 
     {"op": "start", "engine": {...}}             {"version": "0.32.0"}
     {"op": "run", "prompts": [[1, 2], ...],      {"seconds": 1.5, "token_ids": [[3], ...],
-     "max_tokens": 1}                             "first_token_s": [0.7, ...] or null,
-                                                  "cached_tokens": [0, ...],
-                                                  "cache_queries": 2, "cache_hits": 0}
+     "max_tokens": 1}                             "cached_tokens": [0, ...]}
     {"op": "reset"}                              {}
-    {"op": "stop"}                               {}
 
 `engine` holds the arguments of `vllm.LLM`. What goes wrong is replied as {"error": "..."}, with the
 traceback on stderr, and ends the process with status 1. The end of stdin ends it too.
@@ -23,7 +20,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable
 from typing import IO, Any
 
 # By its name, since type checkers do not find it in the environment that they run in.
@@ -31,94 +27,53 @@ vllm: Any = importlib.import_module("vllm")
 
 
 def main() -> int:
-    """Answer requests until `stop` or the end of stdin, and return the exit status."""
+    """Answer requests until the end of stdin, and return the exit status."""
+    llm: Any = None
     with _take_stdout() as replies:
-        worker = _Worker()
         for line in sys.stdin:
             try:
                 request = json.loads(line)
-                reply = worker.answer(request)
+                if request["op"] == "start":
+                    # With its statistics, as vLLM's server runs.
+                    llm = vllm.LLM(**request["engine"], disable_log_stats=False)
+                    reply = {"version": vllm.__version__}
+                else:
+                    reply = _answer(llm, request)
             except Exception as error:
                 traceback.print_exc()
                 _send(replies, {"error": f"{type(error).__name__}: {error}"})
                 return 1
             _send(replies, reply)
-            if request["op"] == "stop":
-                break
     return 0
 
 
-class _Worker:
-    """One vLLM engine and what it is asked."""
-
-    def __init__(self) -> None:
-        self._llm: Any = None
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one request.
-
-        Raises:
-            ValueError: There is no such operation, or it comes before `start`.
-            RuntimeError: vLLM refused.
-        """
-        operation = request["op"]
-        if operation == "start":
-            # Without its statistics vLLM tells no times of first tokens and counts no cache hits.
-            self._llm = vllm.LLM(**request["engine"], disable_log_stats=False)
-            return {"version": vllm.__version__}
-        if operation == "stop":
-            self._llm = None
-            return {}
-        if self._llm is None:
-            raise ValueError(f"{operation!r} was asked before the engine was started")
-        if operation == "run":
-            return self._run(request["prompts"], request["max_tokens"])
-        if operation == "reset":
-            if not self._llm.reset_prefix_cache():
+def _answer(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Carry out a request; it must come after `start`."""
+    match request["op"]:
+        case "run":
+            return _run(llm, request["prompts"], request["max_tokens"])
+        case "reset":
+            if not llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache")
             return {}
-        raise ValueError(f"there is no operation {operation!r}")
-
-    def _run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        """Answer all prompts together, greedily, with exactly `max_tokens` tokens each."""
-        # Nobody reads the text, so vLLM is spared making it.
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-        )
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        queries, hits = self._counters()
-        # vLLM's own times of arrival are by the wall clock.
-        submitted = time.time()
-        start = time.perf_counter()
-        outputs = self._llm.generate(inputs, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        queries_after, hits_after = self._counters()
-        return {
-            "seconds": seconds,
-            "first_token_s": _first_token_times((output.metrics for output in outputs), submitted),
-            "cached_tokens": [output.num_cached_tokens for output in outputs],
-            "cache_queries": queries_after - queries,
-            "cache_hits": hits_after - hits,
-            "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
-        }
-
-    def _counters(self) -> tuple[int, int]:
-        """Tokens looked up in the prefix cache and found there, since the engine started."""
-        values = {metric.name: metric for metric in self._llm.get_metrics()}
-        return (
-            values["vllm:prefix_cache_queries"].value,
-            values["vllm:prefix_cache_hits"].value,
-        )
+        case operation:
+            raise ValueError(f"there is no operation {operation!r}")
 
 
-def _first_token_times(metrics: Iterable[Any], submitted: float) -> list[float] | None:
-    """Seconds from submission to each request's first token, or None if vLLM does not tell."""
-    times = []
-    for request in metrics:
-        if request is None or not request.first_token_latency:
-            return None
-        times.append(request.arrival_time + request.first_token_latency - submitted)
-    return times
+def _run(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    """Answer all prompts together, greedily, with exactly `max_tokens` tokens each."""
+    # Nobody reads the text, so vLLM is spared making it.
+    params = vllm.SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+    )
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    start = time.perf_counter()
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cached_tokens": [output.num_cached_tokens for output in outputs],
+        "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
+    }
 
 
 def _take_stdout() -> IO[str]:

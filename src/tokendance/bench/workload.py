@@ -15,21 +15,21 @@ the block of the one who said it and nowhere else in the round.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from tokendance.bench.facts import Fact, Question, ask_about_one, draw_facts, shuffled
 from tokendance.errors import ConfigError
 from tokendance.llm import LLM
+from tokendance.options import check_range
 from tokendance.params import SamplingParams
-from tokendance.rounds.prompts import Part, Prompt, private, shared
+from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes
 from tokendance.rounds.trace import TraceAgent, example_trace, read_trace
 from tokendance.store.entries import Entry
 
 Order = Literal["same", "permuted", "own-first"]
-Overlap = Literal["all", "all-but-own", "neighbours"]
 Source = str | Path
 
 TOWN = "town"
@@ -42,7 +42,6 @@ _ASKED = (
 )
 _TURNS = 9  # times that a person is asked before an answer may go on past its end
 _DIARY = "Looking back, {name} remembers what is known of the others. {text}\n"
-_RING = 2  # neighbours on either side
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +53,6 @@ class WorkloadSpec:
             names where it has fewer.
         block_tokens: length of a block, its speaker's name and the line break counted.
         private_tokens: shortest and longest private part; the lengths lie evenly between.
-        order: of the blocks: "same" for all, "permuted" (another for every agent), or
-            "own-first" (an agent's own block in front, the others in the common order).
-        overlap: whose blocks an agent reads: "all", "all-but-own", or "neighbours" (two on
-            either side of it on a ring).
         source: "town" for the example town, or the path of a trace with its people.
         seed: of people, lengths, texts, facts and orders.
     """
@@ -65,28 +60,17 @@ class WorkloadSpec:
     agents: int = 10
     block_tokens: int = 94
     private_tokens: tuple[int, int] = (200, 1000)
-    order: Order = "same"
-    overlap: Overlap = "all"
     source: Source = TOWN
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_range(self, 2, "agents")
+        check_range(self, 1, "block_tokens")
+        check_range(self, 0, "seed")
         shortest, longest = self.private_tokens
-        checks = {
-            "agents": (self.agents >= 2, "2 or more"),
-            "block_tokens": (self.block_tokens >= 1, "1 or more"),
-            "private_tokens": (1 <= shortest <= longest, "1 or more, the shortest first"),
-            "order": (self.order in get_args(Order), f"one of {get_args(Order)}"),
-            "overlap": (self.overlap in get_args(Overlap), f"one of {get_args(Overlap)}"),
-            "seed": (self.seed >= 0, "0 or more"),
-        }
-        for name, (holds, rule) in checks.items():
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}. It must be {rule}.")
-        if self.order == "own-first" and self.overlap != "all":
+        if not 1 <= shortest <= longest:
             raise ConfigError(
-                f"With overlap {self.overlap!r} an agent does not read its own block, so it "
-                "cannot come first. Use overlap 'all' with order 'own-first'."
+                f"private_tokens is {self.private_tokens}. Give 1 or more, the shortest first."
             )
 
 
@@ -97,17 +81,13 @@ class AgentView:
     Attributes:
         name: of the agent.
         system: private text, the system message.
-        before: private text before the blocks.
         block_indices: of the blocks that it reads, in `RoundWorkload.blocks`, in its order.
-        task: after the blocks.
         question: to ask instead of the task; None where there is none.
     """
 
     name: str
     system: str
-    before: str
     block_indices: tuple[int, ...]
-    task: str
     question: Question | None = None
 
 
@@ -117,19 +97,15 @@ class RoundWorkload:
 
     Attributes:
         views: what each agent reads.
-        blocks: shared parts, each by one agent.
-        speakers: of the blocks.
-        spec: what it was made from; None for a recorded round.
+        blocks: shared parts, what each agent has said.
     """
 
     views: tuple[AgentView, ...]
     blocks: tuple[Part, ...]
-    speakers: tuple[str, ...]
-    spec: WorkloadSpec | None = None
 
     def prompts(self) -> list[Prompt]:
         """Prompts of the round, each with its task."""
-        return [self._prompt(view, view.task) for view in self.views]
+        return [self._prompt(view, TASK) for view in self.views]
 
     def encoded(self, llm: LLM) -> list[EncodedPrompt]:
         """The same as segments; the first of each is the private part."""
@@ -167,43 +143,11 @@ class RoundWorkload:
             )
             for view in self.views[:agents]
         )
-        return RoundWorkload(views, self.blocks[:count], self.speakers[:count], self.spec)
+        return RoundWorkload(views, self.blocks[:count])
 
     def _prompt(self, view: AgentView, task: str) -> Prompt:
-        content = [
-            private(view.before),
-            *(self.blocks[index] for index in view.block_indices),
-            private(task),
-        ]
-        return Prompt(
-            [
-                {"role": "system", "content": [private(view.system)]},
-                {"role": "user", "content": content},
-            ],
-            agent=view.name,
-        )
-
-    def formula(self, llm: LLM, k: int) -> int:
-        """Tokens that a round should compute, private parts cached: S + t + (N - 1)(k B + t).
-
-        S and t are counted on a prompt; the template's text after the task belongs to the task.
-
-        Raises:
-            ConfigError: unless all agents read all blocks in one order.
-        """
-        if any(view.block_indices != self.views[0].block_indices for view in self.views):
-            raise ConfigError(
-                "The formula holds where all agents read the same blocks in one order. "
-                "Use order 'same' and overlap 'all'."
-            )
-        num_shared = num_task = 0
-        for view, prompt in zip(self.views, self.prompts(), strict=True):
-            segments = llm.encoder.encode(prompt).segments
-            num_shared = sum(len(segment) for segment in segments if segment.shared)
-            num_task += len(segments[-1])
-            num_blocks = len(view.block_indices)
-        mirrors = len(self.views) - 1
-        return num_shared + num_task + mirrors * k * num_blocks
+        blocks = [self.blocks[index] for index in view.block_indices]
+        return _chat_prompt(view.system, [private(NEWS), *blocks, private(task)], view.name)
 
     def warm(self, llm: LLM, *, keep: bool = False) -> None:
         """Leave an engine with every agent's private part in its store, and nothing else.
@@ -216,13 +160,13 @@ class RoundWorkload:
         store = llm.kv_store
         encoded = self.encoded(llm)
         beginnings = [prompt.segments[0].token_ids for prompt in encoded]
-        known: set[Entry] = set()
+        kept: set[Entry] = set()
         if keep:
-            for beginning in beginnings:
-                text = PrefixHashes(beginning, encoded[0].salt)
-                known.update(store.match_prefix(text, exact=True))
-        store.clear(keep=known)
-        llm.generate([beginning.tolist() for beginning in beginnings], SamplingParams(max_tokens=1))
+            for token_ids in beginnings:
+                hashes = PrefixHashes(token_ids, encoded[0].salt)
+                kept.update(store.match_prefix(hashes, exact=True))
+        store.clear(keep=kept)
+        llm.generate([ids.tolist() for ids in beginnings], SamplingParams(max_tokens=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,34 +187,38 @@ class RoundTexts:
     blocks: tuple[Part, ...]
     facts: tuple[Fact | None, ...]
 
-    def arrange(self, order: Order = "same", overlap: Overlap = "all") -> RoundWorkload:
-        """Give each agent its blocks; whatever the spec says of order and overlap is not used."""
-        spec = replace(self.spec, order=order, overlap=overlap)
-        orders = np.random.default_rng([spec.seed, 1])
-        askers = np.random.default_rng([spec.seed, 2])
+    def arrange(self, order: Order = "same") -> RoundWorkload:
+        """Let each agent read all blocks.
+
+        Args:
+            order: of the blocks: "same" for all, "permuted" (another for every agent), or
+                "own-first" (an agent's own block in front, the others in the common order).
+        """
+        orders = np.random.default_rng([self.spec.seed, 1])
+        askers = np.random.default_rng([self.spec.seed, 2])
         views = []
         for index, (name, system) in enumerate(zip(self.names, self.systems, strict=True)):
-            block_indices = _choose_blocks(index, spec, orders)
-            question = ask_about_one(index, block_indices, self.names, self.facts, askers)
-            views.append(AgentView(name, system, NEWS, block_indices, TASK, question))
-        return RoundWorkload(tuple(views), self.blocks, self.names, spec)
+            indices = list(range(len(self.blocks)))
+            if order == "permuted":
+                indices = shuffled(indices, orders)
+            elif order == "own-first":
+                indices.insert(0, indices.pop(index))
+            question = ask_about_one(index, self.names, self.facts, askers)
+            views.append(AgentView(name, system, tuple(indices), question))
+        return RoundWorkload(tuple(views), self.blocks)
 
 
 def generate_workload(llm: LLM, spec: WorkloadSpec) -> RoundWorkload:
-    """Build a round from a seed. The same spec and model give the same round.
+    """Build a round in one order for all. The same spec and model give the same round.
 
     Raises:
         TraceError: if the source cannot be read.
     """
-    return write_texts(llm, spec).arrange(spec.order, spec.overlap)
+    return write_texts(llm, spec).arrange()
 
 
 def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
-    """Write private parts and blocks. They do not depend on the spec's order and overlap.
-
-    Args:
-        llm: writes the blocks, each from its speaker's private part, and counts tokens.
-        spec: what the round looks like.
+    """Write private parts, and let the model write each block from its speaker's.
 
     Raises:
         TraceError: if the source cannot be read.
@@ -281,9 +229,9 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
     rng.shuffle(lengths)
     names, systems = [], []
     for index, length in enumerate(lengths):
-        turn, place = divmod(index, len(people))
-        person = people[place]
-        names.append(f"{person.name} {turn + 1}" if turn else person.name)
+        repeats, who = divmod(index, len(people))
+        person = people[who]
+        names.append(f"{person.name} {repeats + 1}" if repeats else person.name)
         systems.append(_private_text(llm, person, people, int(length), rng))
     words = _written_words(llm, systems, spec)
     facts = draw_facts(spec.agents, " ".join([*systems, *words, *names]), rng)
@@ -296,45 +244,9 @@ def write_texts(llm: LLM, spec: WorkloadSpec) -> RoundTexts:
 
 
 def read_people(source: Source) -> list[TraceAgent]:
-    """The people of a source, in its order.
-
-    Raises:
-        TraceError: if it cannot be read.
-    """
+    """The people of a source, in its order; a TraceError if it cannot be read."""
     path = example_trace() if source == TOWN else Path(source)
     return list(read_trace(path).agents.values())
-
-
-def recorded_workload(path: Path, number: int) -> RoundWorkload:
-    """Take a recorded round of a trace: its histories, its blocks, its tasks, no questions.
-
-    Args:
-        path: of the trace.
-        number: the round's, as the trace has it.
-
-    Raises:
-        TraceError: if the trace cannot be read.
-        ConfigError: if it has no such round.
-    """
-    trace = read_trace(path)
-    for recorded in trace.rounds:
-        if recorded.number == number:
-            block_indices = tuple(range(len(recorded.shared)))
-            views = [
-                AgentView(
-                    request.agent,
-                    trace.agents[request.agent].system,
-                    request.private_history + "\n\n",
-                    block_indices,
-                    request.task,
-                )
-                for request in recorded.requests
-            ]
-            blocks = tuple(shared(text + "\n\n") for _, text in recorded.shared)
-            speakers = tuple(name for name, _ in recorded.shared)
-            return RoundWorkload(tuple(views), blocks, speakers)
-    numbers = [recorded.number for recorded in trace.rounds]
-    raise ConfigError(f"{path} has no round {number}. It has {numbers}.")
 
 
 def _private_text(
@@ -369,15 +281,8 @@ def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list
         ]
         if not short:
             break
-        openings = [
-            Prompt(
-                [
-                    {"role": "system", "content": [private(systems[index])]},
-                    {"role": "user", "content": [private(_ASKED[turn % len(_ASKED)])]},
-                ]
-            )
-            for index in short
-        ]
+        asked = private(_ASKED[turn % len(_ASKED)])
+        openings = [_chat_prompt(systems[index], [asked]) for index in short]
         params = [
             SamplingParams(
                 max_tokens=spec.block_tokens,
@@ -394,6 +299,14 @@ def _written_words(llm: LLM, systems: Sequence[str], spec: WorkloadSpec) -> list
     return texts
 
 
+def _chat_prompt(system: str, content: list[Part], agent: str | None = None) -> Prompt:
+    messages: list[Message] = [
+        {"role": "system", "content": [private(system)]},
+        {"role": "user", "content": content},
+    ]
+    return Prompt(messages, agent=agent)
+
+
 def _block(
     llm: LLM, name: str, fact: Fact | None, words: str, length: int
 ) -> tuple[list[int], bool]:
@@ -403,24 +316,3 @@ def _block(
     ids = llm.encoder.text_ids(f"{name}: {said}")[: max(1, length - len(end))].tolist()
     fits = fact is not None and fact.sentence in llm.encoder.decode(ids)
     return [*ids, *end], fits
-
-
-def _choose_blocks(index: int, spec: WorkloadSpec, rng: np.random.Generator) -> tuple[int, ...]:
-    """Indices of the blocks that an agent reads, in its order."""
-    count = spec.agents
-    match spec.overlap:
-        case "all":
-            chosen = list(range(count))
-        case "all-but-own":
-            chosen = [other for other in range(count) if other != index]
-        case "neighbours":
-            steps = [step for step in range(-_RING, _RING + 1) if step != 0]
-            chosen = sorted({(index + step) % count for step in steps} - {index})
-    match spec.order:
-        case "same":
-            pass
-        case "permuted":
-            chosen = [chosen[at] for at in rng.permutation(len(chosen))]
-        case "own-first":
-            chosen = [index, *(other for other in chosen if other != index)]
-    return tuple(chosen)

@@ -2,39 +2,37 @@
 
 import sys
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
 from tokendance.bench.plots import NO_MATPLOTLIB
-from tokendance.bench.registry import (
-    SUITES,
-    VLLM_SUITES,
-    SuiteModule,
-    load_suite,
-)
 from tokendance.bench.report import write_report
-from tokendance.bench.settings import BenchOutputs, BenchSettings, SuiteName
+from tokendance.bench.settings import SUITES, VLLM_SUITES, BenchOutputs, BenchSettings, SuiteName
 from tokendance.bench.suite import SuiteResult
-from tokendance.config import check_writable
+from tokendance.commands.settings import check_writable
 from tokendance.errors import ConfigError
 
 
-def run_bench(
-    suite: SuiteName | None,
-    settings: BenchSettings,
-    outputs: BenchOutputs,
-    console: Console,
-) -> None:
-    """Run one suite, or all of them into a folder.
+class _SuiteModule(Protocol):
+    """What a module in `bench/suites` offers."""
 
-    Args:
-        suite: to run; None for all.
-        settings: of the suites.
-        outputs: see there.
-        console: for tables; the JSON line is printed last, as it is.
+    def run(self, settings: BenchSettings, console: Console) -> SuiteResult:
+        """Measure, printing rows as they come."""
+
+    def plot(self, result: SuiteResult, path: Path) -> None:
+        """Draw a result as SVG."""
+
+
+def run_bench(
+    suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutputs, console: Console
+) -> None:
+    """Run one suite, or all of them into a folder. The JSON lines are printed last, as they are.
 
     Raises:
         TokenDanceError: for a mistake of the user, found before anything is measured.
@@ -43,23 +41,37 @@ def run_bench(
     _check(suite, settings, outputs)
     if settings.engine.threads is not None:
         torch.set_num_threads(settings.engine.threads)
-    done: list[SuiteResult] = []
+    results: list[SuiteResult] = []
     try:
         for name in [suite] if suite is not None else SUITES:
             console.rule(f"[bold]{name}[/bold]")
-            module = load_suite(name)
-            done.append(module.run(settings, console))
-            _print_headline(done[-1], console)
-            _write(module, done[-1], outputs, console)
+            module = _load(name)
+            result = module.run(settings, console)
+            if settings.tiny:
+                result.notes.insert(0, "A tiny run: the figures mean nothing.")
+            results.append(result)
+            _print_headline(result, console)
+            _write(module, result, outputs, console)
     except KeyboardInterrupt:
-        console.print(f"Interrupted after {len(done)} suites; nothing is left running.")
+        console.print(f"Interrupted after {len(results)} suites; nothing is left running.")
         sys.exit(130)
     finally:
-        if outputs.out is not None and done:
-            report = write_report(done, settings, outputs.out)
+        if outputs.out is not None and results:
+            report = write_report(results, settings, outputs.out)
             console.print(f"The report is {escape(str(report))}.")
-        for result in done:
+        for result in results:
             print(result.to_json(), flush=True)
+
+
+def _load(name: SuiteName) -> _SuiteModule:
+    """Import a suite; a ConfigError if it needs a package that is not installed."""
+    try:
+        return cast(_SuiteModule, import_module(f"tokendance.bench.suites.{name}"))
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"The suite {name} needs {error.name}, which is not installed. "
+            "Run pip install 'tokendance[bench,serve]'."
+        ) from error
 
 
 def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutputs) -> None:
@@ -74,7 +86,7 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
             "`bench attention` measures every backend by itself, on the CPU. Of the engine's "
             "options it takes --threads only."
         )
-    if settings.against is not None and settings.engine.device != "cpu":
+    if settings.against is not None and engine.device != "cpu":
         raise ConfigError("--against vllm runs on the CPU, so it goes without --device.")
     if suite is None and outputs.out is None:
         raise ConfigError("`bench all` writes a report. Say where with --out FOLDER.")
@@ -106,7 +118,7 @@ def _print_headline(result: SuiteResult, console: Console) -> None:
 
 
 def _write(
-    suite: SuiteModule, result: SuiteResult, outputs: BenchOutputs, console: Console
+    suite: _SuiteModule, result: SuiteResult, outputs: BenchOutputs, console: Console
 ) -> None:
     json_file, plot_file = outputs.json, outputs.plot
     if outputs.out is not None:

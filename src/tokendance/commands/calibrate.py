@@ -52,7 +52,8 @@ def calibrate(
 ) -> FidelityTable:
     """Measure the table of a model, printing each cell."""
     columns = {"in_order": "in order", "num_before": "before", "num_blocks": "blocks"}
-    columns |= {f"{first}+{last}": f"{first}+{last}" for first, last in CORRECTIONS}
+    corrections = [f"{edges.first}+{edges.last}" for edges in CORRECTIONS]
+    columns |= dict(zip(corrections, corrections, strict=True))
     table = LiveTable(console, "KL after correcting the first + last tokens of each block", columns)
     cells: list[Cell] = []
     with console.status("") as status:
@@ -63,18 +64,14 @@ def calibrate(
                     "in_order": "yes" if cell.in_order else "no",
                     "num_before": cell.num_before,
                     "num_blocks": cell.num_blocks,
-                    **{f"{part.first}+{part.last}": part.kl for part in cell.measured},
+                    **{f"{of.first}+{of.last}": of.kl for of in cell.measured},
                 }
             )
     return FidelityTable(model.name, dtype_name(model.dtype), tuple(cells))
 
 
 def write_table(table: FidelityTable, console: Console) -> None:
-    """Write a table where `--fidelity-target` looks for it, whole or not at all.
-
-    Raises:
-        ConfigError: if the folder cannot be written.
-    """
+    """Write a table where `--fidelity-target` looks for it, whole or not at all."""
     path = table_path(table.model, table.dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import os
 import platform
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
@@ -16,56 +15,48 @@ from tokendance.bench.vllm import HOW_TO_INSTALL, find_vllm
 from tokendance.models import demo
 from tokendance.models.loader import choose_dtype, dtype_name
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the examination.
-
-    Attributes:
-        what: was looked at.
-        found: in a few words.
-        advice: what would be better and how to get it; None where all is well.
-    """
-
-    what: str
-    found: str
-    advice: str | None = None
+# What was looked at, what was found, and what would be better; None where all is well.
+Finding = tuple[str, str, str | None]
 
 
 def examine(console: Console) -> None:
-    """Print a table of findings."""
+    """Print a table of what is there, what is not, and how to get it."""
     table = Table(title="What TokenDance has here", show_lines=False)
     for heading in ("", "found", "advice"):
         table.add_column(heading, overflow="fold")
-    for finding in _findings():
-        mark = "[green]ok[/green]" if finding.advice is None else "[yellow]--[/yellow]"
-        table.add_row(
-            f"{mark} {escape(finding.what)}", escape(finding.found), escape(finding.advice or "")
-        )
+    for subject, finding, advice in _findings():
+        mark = "[green]ok[/green]" if advice is None else "[yellow]--[/yellow]"
+        table.add_row(f"{mark} {escape(subject)}", escape(finding), escape(advice or ""))
     console.print(table)
 
 
 def _findings() -> list[Finding]:
     machine = describe_machine()
+    hardware = (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{platform.system()} {platform.machine()}"
+    )
+    versions = (
+        f"tokendance {version('tokendance')}, Python {machine['python']}, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}"
+    )
     dtype = dtype_name(choose_dtype("auto", torch.device("cpu")))
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    missing = {alias: demo.why_missing(alias) for alias in demo.MODELS}
+    vllm = find_vllm()
     return [
-        Finding(
-            "machine",
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-            f"{platform.system()} {platform.machine()}",
-        ),
-        Finding(
-            "versions",
-            f"tokendance {version('tokendance')}, Python {machine['python']}, "
-            f"torch {machine['torch']}, transformers {machine['transformers']}",
-        ),
+        ("machine", hardware, None),
+        ("versions", versions, None),
         _threads(),
-        Finding("dtype that auto takes", dtype),
+        ("dtype that auto takes", dtype, None),
         _attention(),
         _huge_pages(),
-        _cuda(),
-        *(_demo(alias) for alias in demo.MODELS),
-        _vllm(),
+        ("CUDA", ", ".join(gpus) or "none", None),
+        *(
+            (f"model {alias}", "at hand" if reason is None else "not installed", reason)
+            for alias, reason in missing.items()
+        ),
+        ("vLLM, for --against", str(vllm or "not installed"), None if vllm else HOW_TO_INSTALL),
     ]
 
 
@@ -74,12 +65,12 @@ def _threads() -> Finding:
     advice = None
     if threads > cores:
         advice = f"More threads than the {cores} cores slow each other down: set OMP_NUM_THREADS."
-    return Finding("threads of torch", str(threads), advice)
+    return "threads of torch", str(threads), advice
 
 
 def _attention() -> Finding:
     if WHY_NOT_NATIVE is not None:
-        return Finding(
+        return (
             "attention kernel",
             f"torch; the native one is not there ({WHY_NOT_NATIVE})",
             "Several times slower attention. Install a C++17 compiler (g++ 12 or clang 15, or "
@@ -88,11 +79,11 @@ def _attention() -> Finding:
     from tokendance.attention import _native
 
     used, *others = _native.kernels()
-    found = f"native: {used}" + (f" (also {', '.join(others)})" if others else "")
+    finding = f"native: {used}" + (f" (also {', '.join(others)})" if others else "")
     advice = None
     if _native.thread_source() != "openmp":
         advice = "No OpenMP runtime of torch was found; threads of its own may disturb torch's."
-    return Finding("attention kernel", found, advice)
+    return "attention kernel", finding, advice
 
 
 def _huge_pages() -> Finding:
@@ -100,27 +91,8 @@ def _huge_pages() -> Finding:
         with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as file:
             setting = file.read().partition("[")[2].partition("]")[0]
     except OSError:
-        return Finding("huge pages", "not known on this system")
+        return "huge pages", "not known on this system", None
     advice = None
     if setting == "never":
         advice = "Decoding reads memory faster with them: set transparent_hugepage to madvise."
-    return Finding("huge pages", setting, advice)
-
-
-def _cuda() -> Finding:
-    if not torch.cuda.is_available():
-        return Finding("CUDA", "none")
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Finding("CUDA", ", ".join(names))
-
-
-def _demo(alias: str) -> Finding:
-    missing = demo.why_missing(alias)
-    return Finding(f"model {alias}", "at hand" if missing is None else "not installed", missing)
-
-
-def _vllm() -> Finding:
-    python = find_vllm()
-    if python is None:
-        return Finding("vLLM, for --against", "not installed", HOW_TO_INSTALL)
-    return Finding("vLLM, for --against", str(python))
+    return "huge pages", setting, advice

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokendance.config import format_bytes
 from tokendance.models import demo
 from tokendance.models.loader import load_model, why_not_loadable
+from tokendance.units import format_bytes
 
 
 def list_models(names: Sequence[str], console: Console) -> None:

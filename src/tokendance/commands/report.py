@@ -65,27 +65,24 @@ def print_table(done: Sequence[DoneRound], console: Console) -> None:
 def print_summary(done: Sequence[DoneRound], llm: LLM, console: Console) -> None:
     """Print what was computed, and what prefix caching would have computed."""
     prompt = sum(done_round.result.stats.prompt_tokens for done_round in done)
-    computed, prefix = _computed(done), _prefix_caching(done)
+    computed, prefix = _sums(done)
     console.print(
         f"Of {prompt:,} prompt tokens {computed:,} were computed ({reuse_name(llm)}). "
         f"Prefix caching would have computed {prefix:,} for the same rounds, "
         f"{prefix / max(computed, 1):.1f} times as many."
     )
-    later = done[1:]
-    if _computed(later):
-        computed, prefix = _computed(later), _prefix_caching(later)
+    computed, prefix = _sums(done[1:])
+    if computed:
         console.print(
             f"Without the first round, in which nobody has heard anybody yet: {prefix:,} against "
             f"{computed:,}, {prefix / computed:.1f} times as many."
         )
 
 
-def _computed(done: Sequence[DoneRound]) -> int:
-    return sum(done_round.result.stats.computed_tokens for done_round in done)
-
-
-def _prefix_caching(done: Sequence[DoneRound]) -> int:
-    return sum(done_round.prefix_tokens for done_round in done)
+def _sums(done: Sequence[DoneRound]) -> tuple[int, int]:
+    """Tokens that were computed, and that prefix caching would have computed."""
+    computed = sum(done_round.result.stats.computed_tokens for done_round in done)
+    return computed, sum(done_round.prefix_tokens for done_round in done)
 
 
 def print_shadows(reports: Sequence[ShadowReport], num_dropped: int, console: Console) -> None:

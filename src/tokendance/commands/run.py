@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from rich.console import Console
@@ -19,10 +20,14 @@ from tokendance.commands.report import (
     print_words,
     reuse_name,
 )
-from tokendance.commands.settings import LIVE_MAX_TOKENS, LIVE_ROUNDS, RunSettings
-from tokendance.config import check_writable, format_bytes
+from tokendance.commands.settings import (
+    LIVE_MAX_TOKENS,
+    LIVE_ROUNDS,
+    RunSettings,
+    check_writable,
+)
 from tokendance.conversation import Agent
-from tokendance.errors import ConfigError, RequestError, TokenDanceError
+from tokendance.errors import ConfigError, RequestError
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
@@ -32,6 +37,7 @@ from tokendance.outputs import Progress as ReportProgress
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
+from tokendance.units import format_bytes
 
 FIRST_TASK = "In one sentence, what will you do tomorrow?"
 NEXT_TASK = (
@@ -42,11 +48,6 @@ NEXT_TASK = (
 
 def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -> None:
     """Run a trace, print words and figures, and write the JSON file if one is asked for.
-
-    Args:
-        settings: of the rounds.
-        options: of the engine.
-        console: to print on.
 
     Raises:
         TokenDanceError: for a mistake of the user, or at the end if an agent has failed.
@@ -71,7 +72,10 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
             done.append(DoneRound(number, result, estimate.add_round(prompts)))
             print_words(result, console)
         if options.shadow > 0:
-            _check_shadows(llm, shadows, console)
+            with console.status("Computing mirrors again, exactly ..."):
+                # One by one, so that an interrupt loses one only.
+                while (shadow := llm.check_shadow()) is not None:
+                    shadows.append(shadow)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
         sys.exit(130)
@@ -86,22 +90,17 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
             text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
             settings.json.write_text(text + "\n")
             console.print(f"Figures and answers are in {escape(str(settings.json))}.")
-    _raise_errors(done)
-
-
-def _check_shadows(llm: LLM, reports: list[ShadowReport], console: Console) -> None:
-    """Compute the mirrors that wait for it, one by one, so that an interrupt loses one only."""
-    with console.status("Computing mirrors again, exactly ..."):
-        while (report := llm.check_shadow()) is not None:
-            reports.append(report)
+    outputs = [output for done_round in done for output in done_round.result.outputs]
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors:
+        raise RequestError(
+            f"{len(errors)} requests could not be run; the others were not affected. "
+            f"The first: {errors[0]}"
+        )
 
 
 def _check_settings(settings: RunSettings, options: EngineOptions, trace: Trace) -> None:
-    """Refuse options that would have no effect, before the model is loaded.
-
-    Raises:
-        ConfigError: naming the option.
-    """
+    """Refuse options that would have no effect, before the model is loaded."""
     if trace.rounds and settings.temperature > 0:
         raise ConfigError(
             "The answers of recorded rounds are replayed as recorded, so --temperature has no "
@@ -138,13 +137,13 @@ def _first_agents(trace: Trace, count: int | None) -> Trace:
     dropped = trace.agents.keys() - kept.keys()
     rounds = [
         TraceRound(
-            one.number,
-            tuple(block for block in one.shared if block[0] not in dropped),
-            tuple(request for request in one.requests if request.agent not in dropped),
+            recorded.number,
+            tuple(block for block in recorded.shared if block[0] not in dropped),
+            tuple(request for request in recorded.requests if request.agent not in dropped),
         )
-        for one in trace.rounds
+        for recorded in trace.rounds
     ]
-    return Trace(kept, [one for one in rounds if one.requests])
+    return Trace(kept, [recorded for recorded in rounds if recorded.requests])
 
 
 def _live(
@@ -159,9 +158,9 @@ def _live(
         )
     if not session.round or settings.trace is not None or settings.agents is not None:
         here = {agent.name for agent in session.agents}
-        for one in trace.agents.values():
-            if one.name not in here:
-                session.join(Agent(one.name, one.system))
+        for person in trace.agents.values():
+            if person.name not in here:
+                session.join(Agent(person.name, person.system))
     limit = settings.max_tokens or LIVE_MAX_TOKENS
     first = session.round + 1
     for number in range(first, first + (settings.rounds or LIVE_ROUNDS)):
@@ -183,23 +182,23 @@ def _replay(
     llm: LLM, trace: Trace, settings: RunSettings, console: Console
 ) -> Iterator[tuple[int, RoundResult]]:
     """Run recorded rounds: their prompts, and their answers forced token by token."""
-    for one in trace.rounds[: settings.rounds]:
+    for recorded in trace.rounds[: settings.rounds]:
         prompts, params = [], []
-        for index, request in enumerate(one.requests):
+        for index, request in enumerate(recorded.requests):
             answer = tuple(llm.encoder.text_ids(request.recorded_output).tolist())
             # An empty answer is the token that ends it.
             answer = answer or (min(llm.model.stop_ids, default=0),)
             limit = settings.max_tokens or len(answer)
-            prompts.append(_recorded_prompt(trace, one, request))
-            params.append(_params(settings, limit, one.number, index, forced=answer))
-        with _progress(console, f"Round {one.number}", len(prompts)) as report:
+            prompts.append(_recorded_prompt(trace, recorded, request))
+            params.append(_params(settings, limit, recorded.number, index, forced=answer))
+        with _progress(console, f"Round {recorded.number}", len(prompts)) as report:
             result = llm.run_round(prompts, params, report)
-        yield one.number, result
+        yield recorded.number, result
 
 
-def _recorded_prompt(trace: Trace, one: TraceRound, request: TraceRequest) -> Prompt:
+def _recorded_prompt(trace: Trace, recorded: TraceRound, request: TraceRequest) -> Prompt:
     content = [private(request.private_history + "\n\n")]
-    content += [shared(text + "\n\n") for _, text in one.shared]
+    content += [shared(text + "\n\n") for _, text in recorded.shared]
     content.append(private(request.task))
     system = private(trace.agents[request.agent].system)
     return Prompt(
@@ -223,40 +222,19 @@ def _params(
     )
 
 
-class _progress:  # noqa: N801 - reads as a context manager
+@contextmanager
+def _progress(console: Console, title: str, agents: int) -> Iterator[ReportProgress]:
     """A progress bar while a round runs; on a plain stream, one line when it begins."""
-
-    def __init__(self, console: Console, title: str, agents: int) -> None:
-        self._title, self._agents, self._console = title, agents, console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> ReportProgress:
-        self._console.rule(f"{self._title}, {self._agents} agents")
-        self._bar.start()
-        self._task = self._bar.add_task(f"{self._title}: prefill", total=self._agents)
-        return self._report
-
-    def _report(self, phase: str, agents_done: int) -> None:
-        self._bar.update(self._task, description=f"{self._title}: {phase}", completed=agents_done)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-
-def _raise_errors(done: list[DoneRound]) -> None:
-    errors: list[TokenDanceError] = [
-        output.error for one in done for output in one.result.outputs if output.error is not None
-    ]
-    if errors:
-        raise RequestError(
-            f"{len(errors)} requests could not be run; the others were not affected. "
-            f"The first: {errors[0]}"
+    console.rule(f"{title}, {agents} agents")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    is_plain = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_plain) as bar:
+        task = bar.add_task(f"{title}: prefill", total=agents)
+        yield lambda phase, agents_done: bar.update(
+            task, description=f"{title}: {phase}", completed=agents_done
         )

@@ -12,7 +12,6 @@ import uvicorn
 from rich.console import Console
 from rich.markup import escape
 
-from tokendance.config import format_bytes
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.options import EngineOptions
@@ -22,6 +21,7 @@ from tokendance.server.context import ServerContext
 from tokendance.server.logs import configure
 from tokendance.server.malloc import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
+from tokendance.units import format_bytes
 
 log = logging.getLogger("tokendance.server")
 

@@ -8,19 +8,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokendance.config import format_bytes
 from tokendance.disk.records import FileId, SessionKey
 from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError, StoreError
+from tokendance.units import format_bytes
 
 
 def list_sessions(folder: Path, console: Console) -> None:
     """Print a table of all sessions: sizes stored against one dense cache for each agent."""
     with DiskStore(folder, None) as disk:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("session", no_wrap=True)
-        for heading in ("agents", "rounds", "dense", "stored", "times", "files", "last used"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        numbers = ("agents", "rounds", "dense", "stored", "times", "files", "last used")
+        table = _table("session", *numbers)
         row_bytes = disk.index.row_bytes
         for key in disk.index.session_keys():
             try:
@@ -59,10 +57,7 @@ def show_session(folder: Path, name: str, console: Console) -> None:
             f"{session.round} rounds, last used {_ago(session.used_s)}"
             + (f", kept for {_span(session.ttl_s)} after that" if session.ttl_s else "")
         )
-        agents = Table(box=None, pad_edge=False)
-        agents.add_column("agent", no_wrap=True)
-        for heading in ("tokens", "exact", "own", "shared"):
-            agents.add_column(heading, justify="right", no_wrap=True)
+        agents = _table("agent", "tokens", "exact", "own", "shared")
         for agent, cache in session.caches.items():
             own = sum(
                 int(count)
@@ -77,9 +72,7 @@ def show_session(folder: Path, name: str, console: Console) -> None:
                 f"{len(cache.token_ids) - own:,}",
             )
         console.print(agents)
-        files = Table(box=None, pad_edge=False)
-        for heading in ("file", "tokens", "size"):
-            files.add_column(heading, justify="right", no_wrap=True)
+        files = _table("file", "tokens", "size")
         files.add_column("who refers to it")
         for file, (num_rows, names) in readers.items():
             files.add_row(
@@ -102,9 +95,9 @@ def verify_store(folder: Path, console: Console) -> None:
             problems = disk.verify()
         for problem in problems:
             readers = {
-                f"{_title(key)}: {', '.join(found[problem.file][1])}"
+                f"{_title(key)}: {', '.join(of_session[problem.file][1])}"
                 for key in disk.index.session_keys()
-                if problem.file in (found := disk.index.readers(key))
+                if problem.file in (of_session := disk.index.readers(key))
             }
             whose = f" It belongs to {'; '.join(sorted(readers))}." if readers else ""
             console.print(f"[red]{escape(problem.text)}[/red]{escape(whose)}")
@@ -127,7 +120,7 @@ def collect_garbage(folder: Path, budget: int | None, console: Console) -> None:
             disk.make_room(0, None)
         console.print(
             f"{len(expired)} sessions past their time, {disk.num_leftovers} leftovers and "
-            f"{sum(one.file is not None for one in problems)} damaged files removed: "
+            f"{sum(problem.file is not None for problem in problems)} damaged files removed: "
             f"{format_bytes(before - disk.num_bytes)} of KV freed, "
             f"{format_bytes(disk.num_bytes)} left."
         )
@@ -145,17 +138,22 @@ def remove_session(folder: Path, name: str, console: Console) -> None:
 
 
 def _find(disk: DiskStore, name: str) -> SessionKey:
-    """The session of a title, which need not be whole.
-
-    Raises:
-        StoreError: if there is none.
-    """
+    """The session of a title, which need not be whole; a StoreError if there is none."""
     keys = disk.index.session_keys()
     for key in keys:
         if _title(key) == name:
             return key
-    known = ", ".join(repr(_title(key)) for key in keys[:10]) or "none"
-    raise StoreError(f"There is no session {name!r} in {disk.folder}. There are: {known}.")
+    titles = ", ".join(repr(_title(key)) for key in keys[:10]) or "none"
+    raise StoreError(f"There is no session {name!r} in {disk.folder}. There are: {titles}.")
+
+
+def _table(heading: str, *numbers: str) -> Table:
+    """A table whose first column is text, and the others are numbers."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(heading, no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    return table
 
 
 def _title(key: SessionKey) -> str:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from tokendance.collector.plan import RequestPlan, ReuseRules
 from tokendance.collector.planner import Planner, alone
-from tokendance.config import format_bytes
 from tokendance.engine.allocator import Allocation, Allocator
 from tokendance.engine.request import Request, as_failure
 from tokendance.engine.scheduling import SchedulingPolicy
@@ -21,6 +20,7 @@ from tokendance.errors import BudgetError
 from tokendance.store.entries import StoredSegment
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
+from tokendance.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tokendance.config import format_bytes
 from tokendance.errors import ConfigError, StoreError
 from tokendance.models.loader import LoadedModel
 from tokendance.store.kv_rows import KVRows
+from tokendance.units import format_bytes
 
 
 class KVPool:

@@ -9,17 +9,17 @@ once for a correction.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tokendance.bench.arms import make_engine
 from tokendance.bench.workload import Order, WorkloadSpec, write_texts
 from tokendance.collector.correction import Edges
 from tokendance.executor.kv_pool import KVPool
 from tokendance.fidelity.measure import measure_fidelity, reference_answers
 from tokendance.fidelity.table import Cell, Measured
-from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
 
-# (first, last) tokens of each block, from the cheapest to the dearest.
-CORRECTIONS = ((0, 0), (0, 1), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1))
+# From the cheapest to the dearest.
+CORRECTIONS = (Edges(0, 0), *(Edges(first, 1) for first in (0, 1, 2, 4, 8, 16, 32)))
 _ANSWER_TOKENS = 24
 
 
@@ -42,15 +42,8 @@ class CalibrationSize:
     block_tokens: int = 94
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A round: the order of its blocks, and how many there are."""
-
-    order: Order
-    blocks: int
-
-
 TINY = CalibrationSize((60,), (3,), readers=3, workloads=1, block_tokens=20)
+_Kind = tuple[Order, int]  # of a round: the order of its blocks, and how many there are
 
 
 def measure_cells(
@@ -62,30 +55,21 @@ def measure_cells(
 ) -> Iterator[Cell]:
     """Measure all cells of a model's table; those that its context cannot hold are left out.
 
-    Args:
-        model: to measure.
-        size: how much of it.
-        seed: of texts, lengths and orders.
-        options: of the engines, but for reuse, correction and memory.
-        on_status: told what is being done, in a few words.
+    Engines are made with `options` but for reuse, correction and memory; `on_status` is told what
+    is being done, in a few words.
     """
+    orders: tuple[Order, ...] = ("same", "permuted")
     for private in size.private_tokens:
-        kinds = _kinds(model, size, private)
+        # The chat template and the task take a little too.
+        room = model.shape.max_context - private - _ANSWER_TOKENS - 200
+        kinds = [
+            (order, blocks)
+            for order in orders
+            for blocks in size.num_blocks
+            if blocks * (size.block_tokens + 30) <= room
+        ]
         if kinds:
             yield from _measure(model, size, private, kinds, seed, options, on_status)
-
-
-def _kinds(model: LoadedModel, size: CalibrationSize, private: int) -> list[_Kind]:
-    """Orders and numbers of blocks that fit the model's context behind a private part."""
-    orders: tuple[Order, ...] = ("same", "permuted")
-    # The chat template and the task take a little too.
-    room = model.shape.max_context - private - _ANSWER_TOKENS - 200
-    return [
-        _Kind(order, blocks)
-        for order in orders
-        for blocks in size.num_blocks
-        if blocks * (size.block_tokens + 30) <= room
-    ]
 
 
 def _measure(
@@ -98,43 +82,42 @@ def _measure(
     on_status: Callable[[str], None],
 ) -> list[Cell]:
     """Measure the cells of one private length: they have texts and private parts in common."""
-    most = max(kind.blocks for kind in kinds)
+    most = max(blocks for _, blocks in kinds)
     num_tokens = (size.readers + most) * (private + most * (size.block_tokens + 30) + 400)
-    budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
-    options = replace(options, kv_budget=budget)
     pool = KVPool(model, num_tokens)
-    worst: dict[_Kind, dict[tuple[int, int], float]] = {kind: {} for kind in kinds}
+    worst: dict[_Kind, dict[Edges, float]] = {kind: {} for kind in kinds}
     num_before = 0
     for number in range(size.workloads):
         what = f"{private} private tokens, workload {number + 1} of {size.workloads}"
         on_status(f"{what}: texts and full computation ...")
-        exact = LLM.from_loaded(model, replace(options, reuse="none"), pool=pool)
+        exact = make_engine(model, replace(options, reuse="none"), num_tokens, pool)
         spec = WorkloadSpec(
             max(most, size.readers), size.block_tokens, (private // 4, private), seed=seed + number
         )
         texts = write_texts(exact, spec)
-        rounds = {kind: texts.arrange(kind.order).head(size.readers, kind.blocks) for kind in kinds}
+        rounds = {
+            (order, blocks): texts.arrange(order).head(size.readers, blocks)
+            for order, blocks in kinds
+        }
         references = {
             kind: reference_answers(exact, workload.prompts(), _ANSWER_TOKENS)
             for kind, workload in rounds.items()
         }
-        for prompt in rounds[kinds[0]].prompts():  # all before the first block is private
-            num_before = max(num_before, exact.encoder.encode(prompt).shared_segments()[0][0])
-        for first, last in CORRECTIONS:
-            on_status(f"{what}: {first} + {last} corrected ...")
-            corrected = replace(options, correction=Edges(first, last))
-            llm = LLM.from_loaded(model, corrected, pool=pool)
+        for prompt in rounds[kinds[0]].encoded(exact):  # all before the first block is private
+            num_before = max(num_before, prompt.shared_segments()[0][0])
+        for edges in CORRECTIONS:
+            on_status(f"{what}: {edges.first} + {edges.last} corrected ...")
+            llm = make_engine(model, replace(options, correction=edges), num_tokens, pool)
             for kind, workload in rounds.items():
                 workload.warm(llm, keep=True)
                 fidelity = measure_fidelity(llm, workload.prompts(), references[kind])
-                kl = max(worst[kind].get((first, last), 0.0), fidelity.kl_continuation)
-                worst[kind][first, last] = kl
+                worst[kind][edges] = max(worst[kind].get(edges, 0.0), fidelity.kl_continuation)
     return [
         Cell(
-            kind.order == "same",
+            order == "same",
             num_before,
-            kind.blocks,
-            tuple(Measured(first, last, kl) for (first, last), kl in worst[kind].items()),
+            blocks,
+            tuple(Measured(edges.first, edges.last, kl) for edges, kl in of_kind.items()),
         )
-        for kind in kinds
+        for (order, blocks), of_kind in worst.items()
     ]

@@ -32,9 +32,7 @@ class IdleShadows:
     def after_step(self, now: float, requests: Iterable[Request]) -> None:
         """Report a shadow that is done; give way to others, or begin the next if it is time.
 
-        Args:
-            now: clock time in seconds.
-            requests: that are or were under way, a shadow's own may be among them.
+        A shadow's own request may be among `requests`, which are or were under way.
         """
         is_busy = any(request is not self._running for request in requests)
         running = self._running

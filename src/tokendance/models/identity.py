@@ -37,10 +37,10 @@ def identity_of(model: LoadedModel) -> dict[str, str]:
 
 
 def _weights_hash(source: str) -> str:
-    found = cached_file(source, "config.json")
-    assert found is not None, "a model that is loaded has a configuration"
+    config = cached_file(source, "config.json")
+    assert config is not None, "a model that is loaded has a configuration"
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for path in sorted(Path(found).parent.glob("*.safetensors")):
+    for path in sorted(Path(config).parent.glob("*.safetensors")):
         with path.open("rb") as file:
             while content := file.read(_READ_BYTES):
                 digest.update(content)

@@ -85,12 +85,7 @@ def checkpoint_source(name: str) -> str:
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
-    """Load a model by alias, folder or hub id.
-
-    Args:
-        name: an alias ("smollm2-135m"), a folder, or the id of a model on the Hugging Face hub.
-        dtype: "auto", "bfloat16", "float16" or "float32".
-        device: as torch names it.
+    """Load a model by alias, folder or hub id; see `choose_dtype` and `choose_device`.
 
     Raises:
         ConfigError: for a dtype that does not exist, or a device that cannot be used.
@@ -107,14 +102,14 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
         if reason is not None:
             raise refusal(reason)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        module, found = AutoModelForCausalLM.from_pretrained(
+        module, report = AutoModelForCausalLM.from_pretrained(
             source,
             output_loading_info=True,
             dtype=chosen,
             attn_implementation=hook.ATTENTION_NAME,
             use_safetensors=True,  # the other format is pickle, which runs code
         )
-        missing = [*found["missing_keys"], *found["mismatched_keys"]]
+        missing = [*report["missing_keys"], *report["mismatched_keys"]]
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them.")
     module = module.to(target).eval()
@@ -138,11 +133,11 @@ def why_not_loadable(name: str) -> str | None:
 
 def _stop_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer, by the model's generation settings and its tokenizer."""
-    found: list[Any] = []
+    tokens: list[Any] = []
     for source in (getattr(module, "generation_config", None), module.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
-        found += value if isinstance(value, list | tuple) else [value]
-    return frozenset(int(token) for token in found if token is not None)
+        tokens += value if isinstance(value, list | tuple) else [value]
+    return frozenset(int(token) for token in tokens if token is not None)
 
 
 @contextmanager

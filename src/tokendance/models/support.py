@@ -22,6 +22,14 @@ from tokendance.models import hook
 
 # Fixed frequencies: rotations add up. "longrope" is fixed below its original context length.
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
+# What configurations of models with a state in place of a KV cache have.
+_STATE_SPACE = (
+    "mamba_d_state",
+    "ssm_state_size",
+    "state_size",
+    "conv_kernel",
+    "layers_block_type",
+)
 # So far that sets of frequencies differ that are alike but for their lowest, and not so far that
 # single precision would not do; a prime, so that no rotation is whole turns.
 _PROBE_OFFSET = 2003
@@ -64,31 +72,17 @@ class ModelShape:
 
 
 def why_unsupported(config: Any) -> str | None:
-    """Say from its configuration why a model cannot be used; None if nothing speaks against it.
-
-    Args:
-        config: the transformers configuration of a model.
-    """
+    """Say from its configuration why a model cannot be used; None if nothing speaks against it."""
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model, and only decoders are served"
     if getattr(config, "text_config", None) is not None:
         return "it is a model of several modalities, and only text models are served"
     layer_types = set(getattr(config, "layer_types", None) or ())
     hybrid = layer_types - {"full_attention", "sliding_attention"}
-    state_space = [
-        name
-        for name in (
-            "mamba_d_state",
-            "ssm_state_size",
-            "state_size",
-            "conv_kernel",
-            "layers_block_type",
-        )
-        if getattr(config, name, None) is not None
-    ]
+    state_space = [name for name in _STATE_SPACE if getattr(config, name, None) is not None]
     if hybrid or state_space:
-        found = ", ".join(sorted(hybrid) or state_space)
-        return f"it has layers without a KV cache ({found}), which cannot be shared in place"
+        which = ", ".join(sorted(hybrid) or state_space)
+        return f"it has layers without a KV cache ({which}), which cannot be shared in place"
     if getattr(config, "kv_lora_rank", None) is not None:
         return "it uses multi-head latent attention (MLA), whose cache holds no rotated keys"
     if getattr(config, "use_bidirectional_attention", False):
@@ -142,16 +136,14 @@ class _Probe:
         self.queries[layer] = query[0]
         self.keys[layer] = key[0]
         self.windows[layer] = extra.get("sliding_window")
-        self.extras |= {name for name, given in extra.items() if given is not None}
+        self.extras |= {name for name, value in extra.items() if value is not None}
         return query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
 
 
 def probe(model: nn.Module, config: Any) -> tuple[ModelShape, tuple[LayerKind, ...]]:
     """Run two tokens through a model to see whether its arithmetic is the one we need.
 
-    Args:
-        model: loaded with the attention `hook.ATTENTION_NAME`.
-        config: its configuration.
+    It is loaded with the attention `hook.ATTENTION_NAME`.
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -196,20 +188,20 @@ def _layers(model: nn.Module, config: Any, recorder: _Probe) -> tuple[LayerKind,
     offset = np.array([_probe_offset(config)])
     ropes = [(rope, rope.tables(offset, rope.inv_freq.device)) for rope in _ropes(model)]
     kinds: dict[tuple[int, int | None], LayerKind] = {}
-    found = []
+    layers = []
     for layer in sorted(recorder.queries):
         window = recorder.windows[layer]
         if window != _declared_window(config, layer):
             raise refusal(f"layer {layer} does not say which tokens its window hides")
         heads = (recorder.queries[layer], recorder.keys[layer])
         # The nearest: sets of frequencies may be alike but for the lowest.
-        residuals = [max(_residual(one, *rope) for one in heads) for rope in ropes]
+        residuals = [max(_residual(part, *rope) for part in heads) for rope in ropes]
         index = int(np.argmin(residuals))
         # Rounding of the model's own dtype is allowed; another rotation is far beyond it.
         if residuals[index] > (1e-3 if heads[0].dtype == torch.float32 else 0.05):
             raise refusal("its queries and keys do not turn with position as RoPE says")
-        found.append(kinds.setdefault((index, window), LayerKind(ropes[index][0], window)))
-    return tuple(found)
+        layers.append(kinds.setdefault((index, window), LayerKind(ropes[index][0], window)))
+    return tuple(layers)
 
 
 def _declared_window(config: Any, layer: int) -> int | None:
@@ -231,11 +223,11 @@ def _ropes(model: nn.Module) -> list[Rope]:
         # Of models that change frequencies with length, "original" keeps those of short texts.
         if not own_name.endswith("inv_freq") or "original" in own_name:
             continue
-        if not any(torch.equal(buffer, known) for known in frequencies):
+        if not any(torch.equal(buffer, other) for other in frequencies):
             frequencies.append(buffer)
     if not frequencies:
         raise refusal("no rotary frequencies were found in it")
-    return [Rope(found.float(), layout) for found in frequencies for layout in RopeLayout]
+    return [Rope(inv_freq.float(), layout) for inv_freq in frequencies for layout in RopeLayout]
 
 
 def _residual(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> float:

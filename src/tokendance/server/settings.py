@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from tokendance.config import check_range, parse_bytes
 from tokendance.errors import ConfigError
+from tokendance.options import check_range
+from tokendance.units import parse_bytes
 
 LogFormat = Literal["text", "json"]
 MAX_DRAIN_S = 86_400.0

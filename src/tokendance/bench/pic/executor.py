@@ -64,10 +64,11 @@ class PicExecutor(TorchExecutor):
         if not any((request.copied_from >= 0).any() for request in step.requests):
             return super()._forward(step, batch)
         self._backend.prepare(batch)
-        blend = BlendPass(step, batch, self._model.layers, self._model.device)
+        blend = BlendPass(step, batch, self._model.layers, self.pool, self._backend)
         self._blend = blend
         try:
-            with rows_dropped(self._model.module, CHECK_LAYER, lambda: blend.kept):
+            module, num_rows = self._model.module, batch.num_rows
+            with rows_dropped(module, CHECK_LAYER, num_rows, lambda: blend.kept):
                 return self._call_model(step, blend.logit_rows)
         finally:
             self._blend = None
@@ -77,8 +78,7 @@ class PicExecutor(TorchExecutor):
     ) -> Tensor:
         if self._blend is None:
             return super()._attend(layer, query, key, value, scale)
-        keys, values = self.pool.keys[layer], self.pool.values[layer]
-        return self._blend.attend(layer, query, key, value, keys, values, scale, self._backend)
+        return self._blend.attend(layer, query, key, value, scale)
 
 
 class BlendPass:
@@ -94,35 +94,38 @@ class BlendPass:
         step: StepInput,
         batch: PackedBatch,
         layers: Sequence[LayerKind],
-        device: torch.device,
+        pool: KVPool,
+        backend: Backend,
     ) -> None:
         """Note which rows of a batch are copied, and from where; `batch` has the rows of `step`."""
         self._batch = batch
         self._layers = layers
-        self._device = device
+        self._pool = pool
+        self._backend = backend
+        self._device = pool.keys.device
         self._num_chosen: list[int] = []
         rows, sources, slots, offsets = [], [], [], []
         logit_rows: list[int] = []
         num_kept = 0
-        for asked, packed in zip(step.requests, batch.requests, strict=True):
-            copied = np.flatnonzero(asked.copied_from >= 0)
-            copied_from = asked.copied_from[copied]
-            chosen = num_recomputed(len(copied))
+        for request, packed in zip(step.requests, batch.requests, strict=True):
+            copied = np.flatnonzero(request.copied_from >= 0)
+            copied_from = request.copied_from[copied]
+            num_chosen = num_recomputed(len(copied))
             positions = packed.positions[copied]
             rows.append(packed.first_row + copied)
             sources.append(copied_from)
             slots.append(packed.slots[positions])
             offsets.append(positions - batch.slot_position[copied_from])
-            self._num_chosen.append(chosen)
-            num_kept += len(packed.positions) - len(copied) + chosen
-            if asked.sampling is not None:
+            self._num_chosen.append(num_chosen)
+            num_kept += len(packed.positions) - len(copied) + num_chosen
+            if request.sampling is not None:
                 logit_rows.append(num_kept - 1)
         self._num_copied = [len(of_request) for of_request in rows]
         self._rows = np.concatenate(rows)
         self._sources = self._index(np.concatenate(sources))
         self._slots = self._index(np.concatenate(slots))
         self._offsets = np.concatenate(offsets)
-        self._tables = OffsetTables(self._offsets, device)
+        self._tables = OffsetTables(self._offsets, self._device)
         self.logit_rows = self._index(np.array(logit_rows, np.int64))
         self.kept = torch.empty(0, dtype=torch.int64)
         self._write = torch.empty(0, dtype=torch.int64)
@@ -130,32 +133,15 @@ class BlendPass:
     def _index(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values.astype(np.int64), device=self._device)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scale: float,
-        backend: Backend,
-    ) -> Tensor:
-        """Attend in one layer; from `CHECK_LAYER` on, `backend` is prepared for the kept rows.
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attend in one layer; see `Backend.attend`.
 
-        Args:
-            layer: index of the layer.
-            query: see `Backend.attend`, likewise the others.
-            key: of all rows up to `CHECK_LAYER`, of the kept ones after it.
-            value: likewise.
-            keys: the layer's memory.
-            values: likewise.
-            scale: of the scores.
-            backend: attends.
+        All rows come in up to `CHECK_LAYER`, and the kept ones after it.
 
         Returns:
             (rows, H, D) as many rows as came in; in `CHECK_LAYER` those that go no further are 0.
         """
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
         num_rows = query.shape[2]
         if layer == CHECK_LAYER:
             # Rows of this very pass may be what others copy from.
@@ -163,14 +149,14 @@ class BlendPass:
             self._choose(key, self._rotated(layer, keys))
             narrow = self._narrow_batch()
             self._write = self._index(narrow.write_slots())
-            backend.prepare(narrow)
+            self._backend.prepare(narrow)
             query, key, value = query[:, :, self.kept], key[:, self.kept], value[:, self.kept]
         if layer >= CHECK_LAYER:
             keys.index_copy_(1, self._write, key)
             values.index_copy_(1, self._write, value)
             keys.index_copy_(1, self._slots, self._rotated(layer, keys))
             values.index_copy_(1, self._slots, values.index_select(1, self._sources))
-        result = backend.attend(layer, query, key, value, keys, values, scale)
+        result = self._backend.attend(layer, query, key, value, keys, values, scale)
         if layer != CHECK_LAYER:
             return result
         whole = result.new_zeros(num_rows, *result.shape[1:])
@@ -188,12 +174,11 @@ class BlendPass:
         deviation = (new - copies.float()).square_().sum(dim=(0, 2))  # (copied tokens,)
         is_copied = np.ones(len(self._rows), np.bool_)
         first = 0
-        for piece, num_chosen in zip(
-            torch.split(deviation, self._num_copied), self._num_chosen, strict=True
-        ):
-            chosen = piece.topk(num_chosen).indices.cpu().numpy()
+        of_requests = torch.split(deviation, self._num_copied)
+        for of_request, num_chosen in zip(of_requests, self._num_chosen, strict=True):
+            chosen = of_request.topk(num_chosen).indices.cpu().numpy()
             is_copied[first + chosen] = False
-            first += len(piece)
+            first += len(of_request)
         is_kept = np.ones(self._batch.num_rows, np.bool_)
         is_kept[self._rows[is_copied]] = False
         self.kept = self._index(np.flatnonzero(is_kept))

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def rows_dropped(model: nn.Module, layer: int, kept_rows: Callable[[], Tensor]) -> Iterator[None]:
+def rows_dropped(
+    model: nn.Module, layer: int, num_rows: int, kept_rows: Callable[[], Tensor]
+) -> Iterator[None]:
     """Within this context, only some rows go on from the attention of a decoder layer.
 
     In that layer itself, what comes after attention is computed for these rows and is zero for
@@ -17,6 +19,7 @@ def rows_dropped(model: nn.Module, layer: int, kept_rows: Callable[[], Tensor]) 
     Args:
         model: a causal language model whose decoder layers are `base_model.layers`.
         layer: index of the layer; not the last.
+        num_rows: that there are up to it.
         kept_rows: called once that layer has attended; int64 (R,), the rows that go on.
     """
     layers: list[Any] = list(model.base_model.layers)  # type: ignore[union-attr, arg-type]
@@ -27,13 +30,9 @@ def rows_dropped(model: nn.Module, layer: int, kept_rows: Callable[[], Tensor]) 
 
     def widen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         del module, args
-        whole = output.new_zeros(1, num_rows[0], output.shape[-1])
+        whole = output.new_zeros(1, num_rows, output.shape[-1])
         whole[:, kept_rows()] = output
         return whole
-
-    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module
-        num_rows[:] = [args[0].shape[1]]
 
     def drop(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -51,9 +50,8 @@ def rows_dropped(model: nn.Module, layer: int, kept_rows: Callable[[], Tensor]) 
             turned["position_ids"] = kwargs["position_ids"][:, rows]
         return (hidden, *others), kwargs | turned
 
-    num_rows: list[int] = []
     narrowed: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}  # by id of what is kept with it
-    handles = [layers[layer].register_forward_pre_hook(count)]
+    handles = []
     # Models that name these otherwise compute zeros in vain, and nothing else.
     output = getattr(layers[layer].self_attn, "o_proj", None)
     for module in (output, getattr(layers[layer], "mlp", None)):

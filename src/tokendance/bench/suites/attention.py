@@ -9,9 +9,7 @@ the other.
 """
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from tokendance.attention.names import AttentionName
 from tokendance.attention.rope import Rope
 from tokendance.bench.plots import draw_lines
 from tokendance.bench.settings import BenchSettings
-from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio
+from tokendance.bench.suite import LiveTable, SuiteResult, in_turn, ratio, timed
 
 KV_HEADS, GROUP, HEAD_DIM = 3, 3, 64
 DTYPE = torch.bfloat16
@@ -49,74 +47,61 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What is measured: a backend, and what is shared."""
-
-    backend: AttentionName
-    shares: bool = True
-    has_own: bool = True
-
-
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     sizes = TINY_SIZES if settings.tiny else FULL_SIZES
     notes = ["Heads of SmolLM2-135M, whatever the model."]
-    if settings.tiny:
-        notes.append("A tiny run: the figures mean nothing.")
-    kinds = {"torch": _Kind("torch")}
-    if native_is_there():
-        kinds = {
-            "native": _Kind("native"),
-            SHARED_PART: _Kind("native", has_own=False),
-            "own copies": _Kind("native", shares=False),
-        } | kinds
-    else:
+    if not native_is_there():
         notes.append("The native kernel is not installed (`tokendance doctor` says why).")
-    base = next(iter(kinds))
     table = LiveTable(console, f"attention of one layer, one token each, {DTYPE}", _COLUMNS)
-    rows: list[Row] = []
     for agents, num_shared, num_own in sizes:
         runs: dict[str, Callable[[], float]] = {_COPY: _copy_run()}
         num_bytes: dict[str, int] = {}
-        for name, kind in kinds.items():
-            batch = _batch(agents, num_shared, num_own, kind)
+        for name, (backend, *lengths) in _kinds(num_shared, num_own).items():
+            batch = _batch(agents, *lengths)
             num_bytes[name] = 2 * KV_HEADS * HEAD_DIM * DTYPE.itemsize * len(batch.slot_position)
             num_layers = 1 if settings.tiny else -(-_LAYERS_BYTES // num_bytes[name])
-            runs[name] = _attention_run(batch, kind.backend, num_layers)
+            runs[name] = _attention_run(batch, backend, num_layers)
         seconds = in_turn(runs, 2 if settings.tiny else max(5, settings.repeats))
-        for name in kinds:
+        base = next(iter(num_bytes))
+        for name in num_bytes:
             once = [s * num_bytes[name] / _COPIED_BYTES / 2 for s in seconds[_COPY]]
             median = statistics.median(seconds[name])
-            row: Row = {
-                "agents": agents,
-                "shared": num_shared,
-                "own": num_own,
-                "kind": name,
-                "ms": 1e3 * median,
-                "min_ms": 1e3 * min(seconds[name]),
-                "max_ms": 1e3 * max(seconds[name]),
-                "us_per_agent": 1e6 * median / agents,
-                "vs_bytes": ratio(seconds[name], once),
-                "vs_native": ratio(seconds[name], seconds[base]),
-            }
-            rows.append(row)
-            table.add(row)
-    best = {row["kind"]: row for row in rows if row["agents"] == HEADLINE_AGENTS}
+            table.add(
+                {
+                    "agents": agents,
+                    "shared": num_shared,
+                    "own": num_own,
+                    "kind": name,
+                    "ms": 1e3 * median,
+                    "min_ms": 1e3 * min(seconds[name]),
+                    "max_ms": 1e3 * max(seconds[name]),
+                    "us_per_agent": 1e6 * median / agents,
+                    "vs_bytes": ratio(seconds[name], once),
+                    "vs_native": ratio(seconds[name], seconds[base]),
+                }
+            )
+    best = {row["kind"]: row for row in table.rows if row["agents"] == HEADLINE_AGENTS}
     headline = {
         "vs_bytes_once_32": best.get("native", {}).get("vs_bytes"),
         "speedup_vs_torch_32": best.get("torch", {}).get("vs_native"),
         "speedup_vs_own_copies_32": best.get("own copies", {}).get("vs_native"),
     }
-    return SuiteResult("attention", settings.model, rows, headline, notes)
+    return SuiteResult("attention", settings.model, table.rows, headline, notes)
 
 
-def _batch(agents: int, num_shared: int, num_own: int, kind: _Kind) -> PackedBatch:
+def _kinds(num_shared: int, num_own: int) -> dict[str, tuple[AttentionName, int, int]]:
+    """What is measured: a backend, shared tokens, and own ones of each agent."""
+    kinds: dict[str, tuple[AttentionName, int, int]] = {}
+    if native_is_there():
+        kinds["native"] = ("native", num_shared, num_own)
+        kinds[SHARED_PART] = ("native", num_shared, 1)
+        kinds["own copies"] = ("native", 0, num_shared + num_own)
+    return kinds | {"torch": ("torch", num_shared, num_own)}
+
+
+def _batch(agents: int, num_shared: int, num_own: int) -> PackedBatch:
     """One new token for each agent, the last of its own ones."""
-    if not kind.shares:
-        num_own, num_shared = num_own + num_shared, 0
-    elif not kind.has_own:
-        num_own = 1
     slot_position = np.zeros(num_shared + agents * num_own, np.int32)
     slot_position[:num_shared] = np.arange(num_shared)
     requests = []
@@ -148,13 +133,11 @@ def _attention_run(batch: PackedBatch, name: AttentionName, num_layers: int) -> 
     backend = make_backend([kind], HEAD_DIM, torch.device("cpu"), DTYPE, name)
     backend.prepare(batch)
 
-    def run() -> float:
-        start = time.perf_counter()
+    def work() -> None:
         for keys, values in memory:
             backend.attend(0, query, new, new, keys, values, HEAD_DIM**-0.5)
-        return (time.perf_counter() - start) / num_layers
 
-    return run
+    return lambda: timed(work) / num_layers
 
 
 def _copy_run() -> Callable[[], float]:
@@ -162,25 +145,17 @@ def _copy_run() -> Callable[[], float]:
     source = torch.ones(_COPIED_BYTES // 4)
     target = torch.empty_like(source)
 
-    def run() -> float:
-        start = time.perf_counter()
+    def work() -> None:
         for _ in range(_COPIES):
             target.copy_(source)
-        return (time.perf_counter() - start) / _COPIES
 
-    return run
+    return lambda: timed(work) / _COPIES
 
 
 def plot(result: SuiteResult, path: Path) -> None:
     """Draw the cost per agent by agents."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in result.rows:
-        lines.setdefault(row["kind"], []).append((row["agents"], row["us_per_agent"]))
+    title = "Attention of one layer while decoding"
+    label = "microseconds per agent"
     draw_lines(
-        path,
-        lines,
-        title="Attention of one layer while decoding",
-        x_label="agents",
-        y_label="microseconds per agent",
-        log_y=True,
+        path, result.rows, "kind", "agents", "us_per_agent", title=title, y_label=label, log_y=True
     )

@@ -3,18 +3,18 @@
 By time: the most agents whose round, from prompts to the last of 32 answer tokens each, stays
 within an objective. Private parts are in the store before; the round grows with its agents, since
 everybody hears everybody. By memory: the most agents whose round fits a KV budget all at once,
-answers included; this is counted by admission, without running.
+answers included; this is found by planning and allocating, without running.
 """
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
 from tokendance.bench.arms import (
-    answer_params,
+    context_too_short,
     load,
     make_engines,
     run_checked,
@@ -25,14 +25,16 @@ from tokendance.bench.arms import (
 )
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
-from tokendance.bench.suite import LiveTable, Row, SuiteResult
+from tokendance.bench.suite import LiveTable, SuiteResult
 from tokendance.bench.vllm import VLLMConfig, count_blocks
 from tokendance.bench.workload import RoundWorkload, generate_workload
-from tokendance.errors import ConfigError
-from tokendance.executor.fake import FakeExecutor
+from tokendance.build import make_planner
+from tokendance.engine.allocator import Allocator
+from tokendance.executor.kv_pool import KVPool
 from tokendance.llm import LLM
-from tokendance.models.loader import LoadedModel
-from tokendance.options import EngineOptions, ReuseMode
+from tokendance.options import ReuseMode
+from tokendance.store.entries import RoundId
+from tokendance.store.kv_store import KVStore
 
 MODES: tuple[ReuseMode, ...] = ("prefix", "pic", "pic-batched", "collective")
 ANSWER_TOKENS = 32
@@ -78,10 +80,10 @@ class _Search:
         return _bisect(self._fits, good, bad)
 
     def _fits(self, size: int) -> bool:
-        found = [self.measure(size)]
-        if self.objective_s / _CLEAR < found[0] < self.objective_s * _CLEAR:
-            found += [self.measure(size) for _ in range(2)]
-        self.seconds[size] = statistics.median(found)
+        probes = [self.measure(size)]
+        if self.objective_s / _CLEAR < probes[0] < self.objective_s * _CLEAR:
+            probes += [self.measure(size) for _ in range(2)]
+        self.seconds[size] = statistics.median(probes)
         return self.seconds[size] <= self.objective_s
 
 
@@ -101,81 +103,66 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         # A prompt has its private part, what everybody said, the task, and the answer.
         fitting = (model.shape.max_context - 1200) // 110
         if fitting < 2:
-            raise ConfigError(
-                f"The context of {settings.model} ({model.shape.max_context} tokens) is too short "
-                "for this suite."
-            )
+            raise context_too_short(model)
         objective_s, limit = 15.0, min(60, fitting)
         longest = 1200 + 110 * limit
-    engines = make_engines(model, settings.engine, MODES, limit * longest, one_memory=True)
-    token_bytes = model.shape.kv_bytes_per_token(model.dtype)
+    room = limit * longest
+    engines = make_engines(model, settings.engine, MODES, room, KVPool(model, room))
+    encoder = engines["prefix"]
     with console.status(f"The model writes the blocks of {limit} agents ..."):
-        workload = generate_workload(engines["prefix"], timed_spec(settings, limit))
-    table = LiveTable(
-        console, f"most agents: within {objective_s:.0f} s, or within 1 GiB of KV", _COLUMNS
-    )
-    rows: list[Row] = []
-    found: dict[str, int] = {}
-    vllm_settings: list[str] = []
+        workload = generate_workload(encoder, timed_spec(settings, limit))
+    title = f"most agents: within {objective_s:.0f} s, or within 1 GiB of KV"
+    table = LiveTable(console, title, _COLUMNS)
+    in_time: dict[str, int] = {}
+    notes: list[str] = []
 
     def search(name: str, measure: Callable[[RoundWorkload], float]) -> None:
-        one = _Search(lambda size: measure(workload.head(size)), objective_s, limit)
+        sizes = _Search(lambda size: measure(workload.head(size)), objective_s, limit)
         with console.status(f"{name}: looking for the largest round in time ..."):
             measure(workload.head(2))  # warms up
-            found[name] = one.largest()
-        above = [size for size in one.seconds if size > found[name]]
-        rows.append(
+            in_time[name] = largest = sizes.largest()
+        above = [size for size in sizes.seconds if size > largest]
+        table.add(
             {
                 "mode": name,
                 "limit": f"{objective_s:.0f} s",
-                "agents": found[name],
-                "seconds": one.seconds.get(found[name]),
-                "next_seconds": one.seconds[min(above)] if above else None,
-                "vs_vllm": _over(found[name], found.get("vllm")),
-                "vs_prefix": _over(found[name], found.get("prefix")),
-                "probes": {str(size): seconds for size, seconds in sorted(one.seconds.items())},
+                "agents": largest,
+                "seconds": sizes.seconds.get(largest),
+                "next_seconds": sizes.seconds[min(above)] if above else None,
+                "vs_vllm": _over(largest, in_time.get("vllm")),
+                "vs_prefix": _over(largest, in_time.get("prefix")),
+                "probes": {str(size): seconds for size, seconds in sorted(sizes.seconds.items())},
             }
         )
-        table.add(rows[-1])
 
     with started_vllm(
-        settings,
-        console,
-        max_context=longest,
-        num_tokens=limit * longest // 2,
-        token_bytes=token_bytes,
+        settings, console, model, notes, max_context=longest, num_tokens=room // 2
     ) as vllm:
         if vllm is not None:
-            vllm_settings.append(vllm.settings)
-            encoder = engines["prefix"]
             search("vllm", lambda part: vllm_round(vllm, encoder, part, ANSWER_TOKENS).seconds)
     for mode in MODES:
         search(mode, lambda part, llm=engines[mode]: _seconds(llm, part))  # type: ignore[misc]
+    notes[:0] = [
+        f"{mode} served all {limit} agents in time: the largest round that was tried."
+        for mode, agents in in_time.items()
+        if agents == limit
+    ]
 
-    by_memory: dict[str, int] = {
-        mode: _most_in_budget(model, settings.engine, mode, workload) for mode in MODES
-    }
-    if "vllm" in found:
-        by_memory["vllm"] = _most_in_vllm_budget(engines["prefix"], workload, token_bytes)
-    for name, agents in by_memory.items():
-        row: Row = {
-            "mode": name,
-            "limit": "1 GiB",
-            "agents": agents,
-            "vs_prefix": _over(agents, by_memory["prefix"]),
-        }
-        rows.append(row)
-        table.add(row)
-    notes = _notes(settings, found, limit) + vllm_settings
+    in_memory: dict[str, int] = {mode: _most_in_budget(engines[mode], workload) for mode in MODES}
+    if "vllm" in in_time:
+        in_memory["vllm"] = _most_in_vllm_budget(encoder, workload)
+    for name, agents in in_memory.items():
+        vs_prefix = _over(agents, in_memory["prefix"])
+        table.add({"mode": name, "limit": "1 GiB", "agents": agents, "vs_prefix": vs_prefix})
     headline: dict[str, float | None] = {
-        "agents_vllm": found.get("vllm"),
-        "agents_prefix": found["prefix"],
-        "agents_pic": max(found["pic"], found["pic-batched"]),
-        "agents_collective": found["collective"],
-        "ratio_vs_vllm": _over(found["collective"], found.get("vllm")),
-        "ratio_by_memory": _over(by_memory["collective"], by_memory["prefix"]),
+        "agents_vllm": in_time.get("vllm"),
+        "agents_prefix": in_time["prefix"],
+        "agents_pic": max(in_time["pic"], in_time["pic-batched"]),
+        "agents_collective": in_time["collective"],
+        "ratio_vs_vllm": _over(in_time["collective"], in_time.get("vllm")),
+        "ratio_by_memory": _over(in_memory["collective"], in_memory["prefix"]),
     }
-    return SuiteResult("capacity", settings.model, rows, headline, notes)
+    return SuiteResult("capacity", settings.model, table.rows, headline, notes)
 
 
 def _seconds(llm: LLM, workload: RoundWorkload) -> float:
@@ -183,36 +170,35 @@ def _seconds(llm: LLM, workload: RoundWorkload) -> float:
     return wall_seconds(run_checked(llm, workload.prompts(), ANSWER_TOKENS))
 
 
-def _most_in_budget(
-    model: LoadedModel, options: EngineOptions, mode: ReuseMode, workload: RoundWorkload
-) -> int:
-    """The most agents of a workload that are admitted together."""
-    options = replace(options, reuse=mode, kv_budget=BUDGET_BYTES)
-    num_slots = BUDGET_BYTES // model.shape.kv_bytes_per_token(model.dtype)
-    llm = LLM.from_loaded(model, options, executor=FakeExecutor(num_slots, model.shape.vocab_size))
+def _most_in_budget(llm: LLM, workload: RoundWorkload) -> int:
+    """The most agents of a workload that an engine like `llm` admits together."""
+    options = llm.engine.options
+    num_pages = BUDGET_BYTES // llm.engine.page_bytes
+    round_id = RoundId(0)
 
     def fits(size: int) -> bool:
-        engine = llm.engine
-        engine.forget()
-        round_id = engine.new_round_id()
-        requests = [
-            llm.make_request(prompt, answer_params(ANSWER_TOKENS), round_id, str(index))
-            for index, prompt in enumerate(workload.head(size).prompts())
-        ]
-        engine.add(requests)
-        engine.tick()
-        all_in = engine.status().num_waiting == 0 and all(one.error is None for one in requests)
-        for request in requests:
-            engine.abort(request)
-        return all_in
+        store = KVStore(num_pages, options.page_size, options.max_reuse_rounds)
+        planner = make_planner(options, llm.correction, store)
+        allocator = Allocator(store)
+        prompts = workload.head(size).encoded(llm)
+        for start in planner.order(prompts, round_id):
+            rules = planner.rules(
+                in_round=True, isolated=False, publishes=True, owns_order=start.owns_order
+            )
+            prompt = prompts[start.index]
+            plan = planner.plan(prompt, ANSWER_TOKENS, rules, round_id)
+            if not allocator.can_allocate(plan):
+                return False
+            allocator.allocate(plan, prompt, round_id)
+        return True
 
     return _bisect(fits, 0, len(workload.views) + 1)
 
 
-def _most_in_vllm_budget(encoder: LLM, workload: RoundWorkload, token_bytes: int) -> int:
+def _most_in_vllm_budget(encoder: LLM, workload: RoundWorkload) -> int:
     """Likewise for vLLM, by counting its blocks: all but one, which it keeps for itself."""
     block_size = VLLMConfig().block_size
-    budget = BUDGET_BYTES // (block_size * token_bytes) - 1
+    budget = BUDGET_BYTES // (block_size * encoder.engine.kv_bytes_per_token) - 1
 
     def fits(size: int) -> bool:
         prompts = [prompt.token_ids.tolist() for prompt in workload.head(size).encoded(encoder)]
@@ -225,20 +211,7 @@ def _over(count: int, other: int | None) -> float | None:
     return count / other if other else None
 
 
-def _notes(settings: BenchSettings, found: Mapping[str, int], limit: int) -> list[str]:
-    notes = [
-        f"{mode} served all {limit} agents in time: the largest round that was tried."
-        for mode, agents in found.items()
-        if agents == limit
-    ]
-    if settings.tiny:
-        notes.append("A tiny run: the figures mean nothing.")
-    return notes
-
-
 def plot(result: SuiteResult, path: Path) -> None:
     """Draw agents by mode, a group of bars per limit."""
-    bars: dict[str, dict[str, float]] = {}
-    for row in result.rows:
-        bars.setdefault(row["mode"], {})[row["limit"]] = row["agents"]
-    draw_bars(path, bars, title=f"Most agents, {result.model}", y_label="agents")
+    title = f"Most agents, {result.model}"
+    draw_bars(path, result.rows, "mode", "limit", "agents", title=title, y_label="agents")

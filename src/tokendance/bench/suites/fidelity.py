@@ -8,27 +8,16 @@ rounds so coarsely that its own noise, which is what its row `all` shows, hides 
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from tokendance.bench.arms import load
+from tokendance.bench.arms import load, make_engine
 from tokendance.bench.plots import plot_frontier
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
-from tokendance.bench.workload import (
-    Order,
-    RoundTexts,
-    RoundWorkload,
-    WorkloadSpec,
-    write_texts,
-)
-from tokendance.collector.correction import (
-    DEFAULT_CORRECTION,
-    CorrectionPolicy,
-    read_correction,
-)
+from tokendance.bench.workload import Order, RoundTexts, RoundWorkload, WorkloadSpec, write_texts
+from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionPolicy, read_correction
 from tokendance.disk.kv_file import compress_rows, decompress_rows
 from tokendance.fidelity.measure import Fidelity, Reference, measure_fidelity, reference_answers
 from tokendance.llm import LLM
@@ -38,7 +27,7 @@ from tokendance.params import SamplingParams
 from tokendance.store.pages import Holder
 
 RECALL_TOKENS = 6  # the word that is asked for comes first
-COLUMNS = {
+_COLUMNS = {
     "dtype": "dtype",
     "order": "order",
     "mode": "mode",
@@ -54,14 +43,7 @@ COLUMNS = {
     "recall": "recall",
     "recall_none": "of none",
 }
-_HEADLINE = {
-    "kl": "kl",
-    "kl_next": "kl_next",
-    "top1": "top1",
-    "identical": "identical",
-    "recall": "recall",
-    "corrected": "corrected",
-}
+_HEADLINE = ("kl", "kl_next", "top1", "identical", "recall", "corrected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +103,13 @@ class _Plan:
     half: tuple[Kind, ...]
     engine: EngineOptions
 
-    def options(self, model: LoadedModel) -> EngineOptions:
+    def make_engine(
+        self, model: LoadedModel, mode: ReuseMode, correction: CorrectionPolicy | None = None
+    ) -> LLM:
         """An engine with memory for a round and the questions after it, with nothing evicted."""
         longest = self.spec.private_tokens[1] + self.spec.agents * (self.spec.block_tokens + 30)
-        num_tokens = 3 * self.spec.agents * (longest + 400)
-        budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
-        return replace(self.engine, kv_budget=budget)
+        options = replace(self.engine, reuse=mode, correction=correction)
+        return make_engine(model, options, 3 * self.spec.agents * (longest + 400))
 
 
 def _make_plan(settings: BenchSettings) -> _Plan:
@@ -151,23 +134,18 @@ def _make_plan(settings: BenchSettings) -> _Plan:
     )
 
 
-def run(settings: BenchSettings, console: Console) -> SuiteResult:
-    """Measure and print a table.
+plot = plot_frontier
 
-    Args:
-        settings: `repeats` is the number of workloads, each of another seed.
-        console: to print on.
+
+def run(settings: BenchSettings, console: Console) -> SuiteResult:
+    """Measure the suite; see the module. `settings.repeats` is the number of workloads.
 
     Returns:
         A row for each (dtype, order, mode, correction), over all workloads; in the headline, `pic`
         and `collective` with its default correction, in float32 and in one order for all.
-
-    Raises:
-        TokenDanceError: if the model cannot be loaded, or a prompt cannot be run.
     """
     plan = _make_plan(settings)
-    table = LiveTable(console, "Fidelity against full computation", COLUMNS)
-    rows: list[Row] = []
+    table = LiveTable(console, "Fidelity against full computation", _COLUMNS)
     texts: list[RoundTexts] = []
     for dtype, orders, kinds in (
         ("float32", plan.orders, plan.frontier),
@@ -175,54 +153,48 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     ):
         model = load(settings, dtype)
         if not texts:  # both dtypes read the same
-            texts = _write(model, plan)
+            writer, first = plan.make_engine(model, "prefix"), plan.spec.seed
+            specs = [replace(plan.spec, seed=first + number) for number in range(plan.workloads)]
+            texts = [write_texts(writer, spec) for spec in specs]
+            del writer
         for row in _rows(model, plan, texts, orders, kinds):
-            rows.append({"dtype": dtype, **row})
-            table.add(rows[-1])
-    return SuiteResult(
-        "fidelity",
-        settings.model,
-        rows,
-        _headline(rows),
-        [
-            f"Over {plan.workloads} workloads of {plan.spec.agents} agents; smallest and largest "
-            "are means of a workload.",
-            "KL in nats over the forced greedy answer of `none`; all figures over the agents that "
-            "reuse shared tokens.",
-            "corrected: tokens that a mirror computes afresh; for pic those that it selects, not "
-            "its first layer, which it computes for all shared tokens. pic-batched computes the "
-            "same numbers as pic.",
-        ],
-    )
-
-
-def plot(result: SuiteResult, path: Path) -> None:
-    """Draw the frontier: KL against the share of corrected tokens."""
-    plot_frontier(result, path)
-
-
-def _write(model: LoadedModel, plan: _Plan) -> list[RoundTexts]:
-    writer = LLM.from_loaded(model, replace(plan.options(model), reuse="prefix"))
-    first = plan.spec.seed
-    return [
-        write_texts(writer, replace(plan.spec, seed=seed))
-        for seed in range(first, first + plan.workloads)
+            table.add({"dtype": dtype, **row})
+    notes = [
+        f"Over {plan.workloads} workloads of {plan.spec.agents} agents; smallest and largest are "
+        "means of a workload.",
+        "KL in nats over the forced greedy answer of `none`; all figures over the agents that "
+        "reuse shared tokens.",
+        "corrected: tokens that a mirror computes afresh; for pic those that it selects, not its "
+        "first layer, which it computes for all shared tokens. pic-batched computes the same "
+        "numbers as pic.",
     ]
+    return SuiteResult("fidelity", settings.model, table.rows, _headline(table.rows), notes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Exact:
-    """What full computation says of one workload.
+    """What full computation says of one workload in one order.
 
     Attributes:
+        order: of the blocks.
         workload: the round.
         answers: of its agents.
         recall: whether each agent's question was answered.
     """
 
+    order: Order
     workload: RoundWorkload
     answers: list[Reference]
     recall: dict[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One kind on one workload; the shares of right answers are over its mirrors, None if none."""
+
+    fidelity: Fidelity
+    recall: float | None
+    recall_none: float | None
 
 
 def _rows(
@@ -233,48 +205,42 @@ def _rows(
     kinds: Sequence[Kind],
 ) -> Iterator[Row]:
     """Measure each kind on all workloads in all orders, in one dtype."""
-    exact: dict[Order, list[_Exact]] = {order: [] for order in orders}
-    none = LLM.from_loaded(model, replace(plan.options(model), reuse="none"))
+    none = plan.make_engine(model, "none")
     # The same but for rounding, and the questions come after prompts that it has computed.
-    asked = LLM.from_loaded(model, replace(plan.options(model), reuse="prefix"))
+    asked = plan.make_engine(model, "prefix")
+    exact: list[_Exact] = []
     for text in texts:
         for order in orders:
             workload = text.arrange(order)
             answers = reference_answers(none, workload.prompts(), plan.tokens)
             workload.warm(asked, keep=True)
-            exact[order].append(_Exact(workload, answers, measure_recall(asked, workload)))
+            exact.append(_Exact(order, workload, answers, measure_recall(asked, workload)))
     del none, asked
     for kind in kinds:
-        options = replace(plan.options(model), reuse=kind.mode, correction=kind.correction)
-        llm = LLM.from_loaded(model, options)
-        fidelity: dict[Order, list[Fidelity]] = {order: [] for order in orders}
-        recall: dict[Order, list[float | None]] = {order: [] for order in orders}
-        recall_none: dict[Order, list[float | None]] = {order: [] for order in orders}
-        for index in range(len(texts)):
-            for order in orders:
-                expected = exact[order][index]
-                workload = expected.workload
-                # The orders of a workload have it in common.
-                workload.warm(llm, keep=not kind.int8)
-                if kind.int8:
-                    pass_through_int8(llm)
-                measured = measure_fidelity(llm, workload.prompts(), expected.answers)
-                answered = measure_recall(llm, workload)
-                fidelity[order].append(measured)
-                recall[order].append(recall_share(answered, measured.agents))
-                recall_none[order].append(recall_share(expected.recall, measured.agents))
+        llm = plan.make_engine(model, kind.mode, kind.correction)
+        measured: dict[Order, list[_Measured]] = {order: [] for order in orders}
+        for expected in exact:
+            # The orders of a workload have the private parts in common.
+            expected.workload.warm(llm, keep=not kind.int8)
+            if kind.int8:
+                pass_through_int8(llm)
+            measured[expected.order].append(_measure(llm, expected))
         for order in orders:
             yield {
                 "order": order,
                 "mode": kind.mode,
                 "correction": kind.label,
-                **_summary(fidelity[order]),
-                "recall": _mean(recall[order]),
-                "recall_none": _mean(recall_none[order]),
+                **_summary(measured[order]),
             }
 
 
-# -- what it measures besides -----------------------------------------------------------------
+def _measure(llm: LLM, expected: _Exact) -> _Measured:
+    fidelity = measure_fidelity(llm, expected.workload.prompts(), expected.answers)
+    answered = measure_recall(llm, expected.workload)
+    agents = fidelity.agents
+    return _Measured(
+        fidelity, _recall_share(answered, agents), _recall_share(expected.recall, agents)
+    )
 
 
 def pass_through_int8(llm: LLM) -> None:
@@ -311,53 +277,51 @@ def measure_recall(llm: LLM, workload: RoundWorkload) -> dict[str, bool]:
     }
 
 
-def recall_share(answered: dict[str, bool], agents: Sequence[str]) -> float | None:
+def _recall_share(answered: dict[str, bool], agents: Sequence[str]) -> float | None:
     """Share of right answers among these agents; None if none of them was asked."""
-    asked = [answered[name] for name in agents if name in answered]
-    return statistics.mean(asked) if asked else None
+    return _mean([answered[name] for name in agents if name in answered])
 
 
 # -- figures ----------------------------------------------------------------------------------
 
 
-def _summary(measured: Sequence[Fidelity]) -> Row:
+def _summary(measured: Sequence[_Measured]) -> Row:
     """Means over workloads, and the spread of what matters most."""
-    kl = [fidelity.kl_continuation for fidelity in measured]
+    of_workloads = [of_workload.fidelity for of_workload in measured]
+    kl = [fidelity.kl_continuation for fidelity in of_workloads]
     return {
-        "corrected": statistics.mean(fidelity.corrected for fidelity in measured),
-        "corrected_share": statistics.mean(fidelity.corrected_share for fidelity in measured),
-        "kl_next": statistics.mean(fidelity.kl_next for fidelity in measured),
+        "corrected": statistics.mean(fidelity.corrected for fidelity in of_workloads),
+        "corrected_share": statistics.mean(fidelity.corrected_share for fidelity in of_workloads),
+        "kl_next": statistics.mean(fidelity.kl_next for fidelity in of_workloads),
         "kl": statistics.mean(kl),
         "kl_min": min(kl),
         "kl_max": max(kl),
-        "top1": statistics.mean(fidelity.top1 for fidelity in measured),
-        "identical": statistics.mean(fidelity.identical for fidelity in measured),
-        "mirrors": sum(len(fidelity.agents) for fidelity in measured),
+        "top1": statistics.mean(fidelity.top1 for fidelity in of_workloads),
+        "identical": statistics.mean(fidelity.identical for fidelity in of_workloads),
+        "mirrors": sum(len(fidelity.agents) for fidelity in of_workloads),
+        "recall": _mean([of_workload.recall for of_workload in measured]),
+        "recall_none": _mean([of_workload.recall_none for of_workload in measured]),
     }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are; None if there are none."""
     numbers = [value for value in values if value is not None]
     return statistics.mean(numbers) if numbers else None
 
 
 def _headline(rows: Sequence[Row]) -> dict[str, float | None]:
-    headline: dict[str, float | None] = {}
-    for kind in (PIC, DEFAULT):
-        row = _find(rows, kind)
-        for name, key in _HEADLINE.items():
-            headline[f"{name}_{kind.mode}"] = None if row is None else row[key]
+    by_kind = {
+        (row["mode"], row["correction"]): row
+        for row in rows
+        if (row["dtype"], row["order"]) == ("float32", "same")
+    }
+    headline: dict[str, float | None] = {
+        f"{name}_{kind.mode}": by_kind.get((kind.mode, kind.label), {}).get(name)
+        for kind in (PIC, DEFAULT)
+        for name in _HEADLINE
+    }
     for name in ("kl", "kl_next"):
         above, below = headline[f"{name}_collective"], headline[f"{name}_pic"]
         headline[f"{name}_ratio"] = above / below if above is not None and below else None
     return headline
-
-
-def _find(rows: Sequence[Row], kind: Kind) -> Row | None:
-    wanted = {
-        "dtype": "float32",
-        "order": "same",
-        "mode": kind.mode,
-        "correction": kind.label,
-    }
-    return next((row for row in rows if wanted.items() <= row.items()), None)

@@ -14,22 +14,20 @@ What agents have said is given, so both ways read the same; their answers are ma
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 from rich.console import Console
 
-from tokendance.bench.arms import answer_params, load, make_engines, run_checked, wall_seconds
+from tokendance.bench.arms import generate_seconds, load, make_engine, run_checked, wall_seconds
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn, ratio, spread
 from tokendance.bench.workload import NEWS, TASK, RoundTexts, WorkloadSpec, write_texts
 from tokendance.llm import LLM
-from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
+from tokendance.rounds.prompts import Message, Part, Prompt, private
 from tokendance.server.app import create_app
 from tokendance.server.background import served
 from tokendance.server.settings import ServerSettings
@@ -79,45 +77,37 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         plan = _Plan(spec, rounds=3, answer_tokens=32, burst=128, lone_turns=40)
     model = load(settings)
     room = _room(plan)
-    library, over_http = (
-        make_engines(model, settings.engine, ["collective"], room)["collective"] for _ in range(2)
-    )
-    app = create_app(
-        over_http,
-        ServerSettings(
-            served_name=_NAME, api_keys=_KEYS, max_open_requests=max(256, 2 * plan.burst)
-        ),
-    )
+    library, over_http = (make_engine(model, settings.engine, room) for _ in range(2))
+    max_open = max(256, 2 * plan.burst)
+    server = ServerSettings(served_name=_NAME, api_keys=_KEYS, max_open_requests=max_open)
     table = LiveTable(console, "the library, and the same over HTTP", _COLUMNS)
-    rows: list[Row] = []
     with console.status("The people of the rounds write ..."):
-        conversation = _write(library, plan, settings.seed)
-    with served(app) as (port, _):
+        # What everybody says in each round; the people are those of the first.
+        said = [
+            write_texts(library, replace(plan.spec, seed=100 * settings.seed + number))
+            for number in range(plan.rounds)
+        ]
+    with served(create_app(over_http, server)) as (port, _):
         client = _Client(f"http://127.0.0.1:{port}")
-        for new in (
-            partial(_rounds, plan, conversation, library, client, settings.repeats),
-            partial(_lone, plan, conversation, library, client),
-            partial(_burst, plan, conversation, library, client),
-        ):
-            for row in new():
-                rows.append(row)
-                table.add(row)
-    found = {(row["what"], row["over"]): row for row in rows}
+        table.add(*_rounds(plan, said, library, client, settings.repeats))
+        table.add(*_lone(plan, said, library, client))
+        table.add(_burst(plan, said, library, client))
+    rows = {(row["what"], row["over"]): row for row in table.rows}
     headline: dict[str, float | None] = {
-        "round_speed": found["all rounds", _HTTP]["speed"],
-        "lone_latency": 1 / found["lone", _HTTP]["speed"],
-        "burst_answered": found["burst", _HTTP]["answered"],
+        "round_speed": rows["all rounds", _HTTP]["speed"],
+        "lone_latency": 1 / rows["lone", _HTTP]["speed"],
+        "burst_answered": rows["burst", _HTTP]["answered"],
     }
-    notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
-    notes.append(
+    note = (
         "speed: of the library's, the median of runs in turn. Answers have "
         f"{plan.answer_tokens} tokens. What the model reads over HTTP is what the library was "
         "given, as plain text in chat messages; nothing says what of it is shared."
     )
-    return SuiteResult("serve", settings.model, rows, headline, notes)
+    return SuiteResult("serve", settings.model, table.rows, headline, [note])
 
 
 def _room(plan: _Plan) -> int:
+    """Tokens that engines have room for: a conversation, or the burst, twice over."""
     spec = plan.spec
     of_agent = spec.private_tokens[1] + plan.rounds * (
         spec.agents * (spec.block_tokens + 30) + spec.block_tokens + 200
@@ -125,32 +115,12 @@ def _room(plan: _Plan) -> int:
     return 2 * max(spec.agents * of_agent, plan.burst * 800)
 
 
-# ---- what is said -------------------------------------------------------------------------------
-
-
-def _write(llm: LLM, plan: _Plan, seed: int) -> list[RoundTexts]:
-    """What everybody says in each round; the people are those of the first."""
-    return [
-        write_texts(
-            llm,
-            WorkloadSpec(
-                plan.spec.agents,
-                plan.spec.block_tokens,
-                plan.spec.private_tokens,
-                source=plan.spec.source,
-                seed=100 * seed + number,
-            ),
-        )
-        for number in range(plan.rounds)
-    ]
-
-
 def _messages(said: Sequence[RoundTexts], number: int, agent: int) -> list[Message]:
     """What an agent reads in a round: who it is, and what it has heard and said so far."""
     messages: list[Message] = [{"role": "system", "content": [private(said[0].systems[agent])]}]
     for earlier in range(number + 1):
-        heard = [shared(part.content) for part in said[earlier].blocks]
-        messages.append({"role": "user", "content": [private(NEWS), *heard, private(TASK)]})
+        content = [private(NEWS), *said[earlier].blocks, private(TASK)]
+        messages.append({"role": "user", "content": content})
         if earlier < number:
             own = said[earlier + 1].blocks[agent]
             messages.append({"role": "assistant", "content": [private(own.content)]})
@@ -166,11 +136,27 @@ def _as_text(llm: LLM, messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _joined(llm: LLM, parts: Sequence[Part]) -> str:
-    contents = [part.content for part in parts]
-    return "".join(one if isinstance(one, str) else llm.encoder.decode(one) for one in contents)
+    return "".join(
+        part.content if isinstance(part.content, str) else llm.encoder.decode(part.content)
+        for part in parts
+    )
 
 
-# ---- how it is sent -----------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """Of requests that were sent together.
+
+    Attributes:
+        seconds: until the last answer.
+        count: of them.
+        computed: prompt tokens.
+        reused: likewise.
+    """
+
+    seconds: float
+    count: int
+    computed: int
+    reused: int
 
 
 class _Client:
@@ -185,44 +171,31 @@ class _Client:
         """Go on with a key that shares nothing with what was sent before."""
         self._key = next(self._keys)
 
-    def ask(
-        self, conversations: Sequence[Sequence[dict[str, str]]], num_tokens: int
-    ) -> tuple[float, list[dict[str, Any]]]:
-        """Send all at once; return the seconds until the last answer, and the answers."""
+    def ask(self, conversations: Sequence[Sequence[dict[str, str]]], num_tokens: int) -> _Answers:
+        """Send all at once, and wait for the last answer."""
         return asyncio.run(self._ask(conversations, num_tokens))
 
     async def _ask(
         self, conversations: Sequence[Sequence[dict[str, str]]], num_tokens: int
-    ) -> tuple[float, list[dict[str, Any]]]:
-        limits = httpx.Limits(max_connections=None)
+    ) -> _Answers:
+        common = {"model": _NAME, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
         async with httpx.AsyncClient(
             base_url=self._address,
             timeout=None,
-            limits=limits,
+            limits=httpx.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {self._key}"},
         ) as client:
             await client.get("/health")  # what follows is not the first connection
-            bodies = [
-                {
-                    "model": _NAME,
-                    "messages": messages,
-                    "max_tokens": num_tokens,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                }
-                for messages in conversations
-            ]
+            bodies = [common | {"messages": messages} for messages in conversations]
             start = time.perf_counter()
             answers = await asyncio.gather(
                 *(client.post("/v1/chat/completions", json=body) for body in bodies)
             )
             seconds = time.perf_counter() - start
-        for answer in answers:
-            answer.raise_for_status()
-        return seconds, [answer.json() for answer in answers]
-
-
-# ---- what is measured ---------------------------------------------------------------------------
+        usages = [answer.raise_for_status().json()["usage"] for answer in answers]
+        reused = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+        num_prompt = sum(usage["prompt_tokens"] for usage in usages)
+        return _Answers(seconds, len(usages), num_prompt - reused, reused)
 
 
 def _rounds(
@@ -231,133 +204,119 @@ def _rounds(
     """Whole conversations in turn; a row for each round, and one for all."""
     agents = range(plan.spec.agents)
     seconds: dict[tuple[str, int], list[float]] = {}
-    tokens: dict[tuple[str, int], tuple[int, int]] = {}
+    tokens: dict[tuple[str, int], tuple[int, int]] = {}  # of the last turn
+
+    def note(over: str, number: int, round_s: float, computed: int, reused: int) -> float:
+        seconds.setdefault((over, number), []).append(round_s)
+        tokens[over, number] = computed, reused
+        return round_s
 
     def by_library() -> float:
         library.engine.forget()
+        total_s = 0.0
         for number in range(plan.rounds):
             prompts = [
                 Prompt(_messages(said, number, agent), agent=said[0].names[agent])
                 for agent in agents
             ]
             result = run_checked(library, prompts, plan.answer_tokens)
-            note(_LIBRARY, number, wall_seconds(result))
-            stats = result.stats
-            tokens[_LIBRARY, number] = stats.computed_tokens, stats.reused_tokens
-        return sum(seconds[_LIBRARY, number][-1] for number in range(plan.rounds))
+            counts = result.stats.computed_tokens, result.stats.reused_tokens
+            total_s += note(_LIBRARY, number, wall_seconds(result), *counts)
+        return total_s
 
     def by_http() -> float:
         client.become_unknown()
+        total_s = 0.0
         for number in range(plan.rounds):
             texts = [_as_text(library, _messages(said, number, agent)) for agent in agents]
-            taken, answers = client.ask(texts, plan.answer_tokens)
-            note(_HTTP, number, taken)
-            usages = [answer["usage"] for answer in answers]
-            reused = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
-            length = sum(usage["prompt_tokens"] for usage in usages)
-            tokens[_HTTP, number] = length - reused, reused
-        return sum(seconds[_HTTP, number][-1] for number in range(plan.rounds))
-
-    def note(over: str, number: int, taken: float) -> None:
-        seconds.setdefault((over, number), []).append(taken)
+            answers = client.ask(texts, plan.answer_tokens)
+            total_s += note(_HTTP, number, answers.seconds, answers.computed, answers.reused)
+        return total_s
 
     whole = in_turn({_LIBRARY: by_library, _HTTP: by_http}, repeats)
-    rows = []
+    rows: list[Row] = []
     for number in range(plan.rounds):
-        one = {over: seconds[over, number][-repeats:] for over in (_LIBRARY, _HTTP)}
-        counts = {over: tokens[over, number] for over in one}
-        rows += _pair(f"round {number + 1}", plan.spec.agents, one, counts)
+        of_round = {over: seconds[over, number][-repeats:] for over in whole}
+        counts = {over: tokens[over, number] for over in whole}
+        rows += _rows(f"round {number + 1}", plan.spec.agents, of_round, counts)
     total = {
-        over: tuple(sum(tokens[over, n][place] for n in range(plan.rounds)) for place in (0, 1))
-        for over in (_LIBRARY, _HTTP)
+        over: (
+            sum(tokens[over, number][0] for number in range(plan.rounds)),
+            sum(tokens[over, number][1] for number in range(plan.rounds)),
+        )
+        for over in whole
     }
-    return [*rows, *_pair("all rounds", plan.spec.agents, whole, total)]
+    return [*rows, *_rows("all rounds", plan.spec.agents, whole, total)]
 
 
 def _lone(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) -> list[Row]:
     """Requests that come alone, each with a text that was not there before."""
     texts = [
-        [{"role": "user", "content": f"{place}. {system} {TASK}"}]
-        for place in range(-(-2 * plan.lone_turns // plan.spec.agents) + 1)
+        f"{number}. {system} {TASK}"
+        for number in range(-(-2 * plan.lone_turns // plan.spec.agents) + 1)
         for system in said[0].systems
     ]
     own, theirs = iter(texts), iter(texts)
 
     def by_library() -> float:
-        messages = next(own)
-        start = time.perf_counter()
-        (output,) = library.generate(
-            [Prompt([{"role": "user", "content": messages[0]["content"]}])],
-            answer_params(plan.answer_tokens),
-        )
-        assert output.error is None
-        return time.perf_counter() - start
+        prompt = Prompt([{"role": "user", "content": next(own)}])
+        return generate_seconds(library, [prompt], plan.answer_tokens)
 
     def by_http() -> float:
         client.become_unknown()
-        return client.ask([next(theirs)], plan.answer_tokens)[0]
+        messages = [{"role": "user", "content": next(theirs)}]
+        return client.ask([messages], plan.answer_tokens).seconds
 
     library.engine.forget()
-    found = in_turn({_LIBRARY: by_library, _HTTP: by_http}, plan.lone_turns)
-    return _pair("lone", 1, found, {})
+    seconds = in_turn({_LIBRARY: by_library, _HTTP: by_http}, plan.lone_turns)
+    return _rows("lone", 1, seconds, {})
 
 
-def _burst(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) -> list[Row]:
+def _burst(plan: _Plan, said: list[RoundTexts], library: LLM, client: _Client) -> Row:
     """Requests at once that share a text, far more than run at a time."""
     client.become_unknown()
-    heard = _joined(library, said[0].blocks[:4])
-    systems = said[0].systems
+    blocks = _joined(library, said[0].blocks[:4])
+    systems = itertools.islice(itertools.cycle(said[0].systems), plan.burst)
     texts = [
         [
-            {"role": "system", "content": f"Number {place}. {systems[place % len(systems)][:400]}"},
-            {"role": "user", "content": f"{NEWS}{heard}{TASK}"},
+            {"role": "system", "content": f"Number {number}. {system[:400]}"},
+            {"role": "user", "content": f"{NEWS}{blocks}{TASK}"},
         ]
-        for place in range(plan.burst)
+        for number, system in enumerate(systems)
     ]
-    seconds, answers = client.ask(texts, 8)
-    reused = sum(one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in answers)
-    length = sum(one["usage"]["prompt_tokens"] for one in answers)
-    row = _row("burst", plan.burst, _HTTP, [seconds], None, (length - reused, reused))
-    return [{**row, "answered": len(answers)}]
+    answers = client.ask(texts, 8)
+    tokens = answers.computed, answers.reused
+    (row,) = _rows("burst", plan.burst, {_HTTP: [answers.seconds]}, {_HTTP: tokens})
+    return row | {"answered": answers.count}
 
 
-def _pair(
+def _rows(
     what: str,
     agents: int,
-    found: dict[str, list[float]],
-    tokens: dict[str, Any],
+    seconds: Mapping[str, Sequence[float]],
+    tokens: Mapping[str, tuple[int, int]],
 ) -> list[Row]:
-    speed = ratio(found[_LIBRARY], found[_HTTP])
-    return [
-        _row(what, agents, over, seconds, speed if over == _HTTP else None, tokens.get(over))
-        for over, seconds in found.items()
-    ]
-
-
-def _row(
-    what: str,
-    agents: int,
-    over: str,
-    seconds: Sequence[float],
-    speed: float | None,
-    tokens: tuple[int, int] | None,
-) -> Row:
-    computed, reused = tokens or (None, None)
-    return {
-        "what": what,
-        "agents": agents,
-        "over": over,
-        **spread(seconds),
-        "speed": speed,
-        "computed": computed,
-        "reused": reused,
-    }
+    """A row for each way: its seconds, and the tokens computed and reused, if they were counted."""
+    rows: list[Row] = []
+    for over, of_way in seconds.items():
+        computed, reused = tokens.get(over, (None, None))
+        compares = over == _HTTP and _LIBRARY in seconds
+        rows.append(
+            {
+                "what": what,
+                "agents": agents,
+                "over": over,
+                **spread(of_way),
+                "speed": ratio(seconds[_LIBRARY], of_way) if compares else None,
+                "computed": computed,
+                "reused": reused,
+            }
+        )
+    return rows
 
 
 def plot(result: SuiteResult, path: Path) -> None:
     """Draw seconds by round, a group of bars for each way."""
-    bars: dict[str, dict[str, float]] = {}
-    for row in result.rows:
-        if row["what"] != "burst":
-            bars.setdefault(row["over"], {})[row["what"]] = round(row["median"], 3)
-    draw_bars(path, bars, title=f"Over HTTP, {result.model}", y_label="seconds")
+    rows = [row for row in result.rows if row["what"] != "burst"]
+    title = f"Over HTTP, {result.model}"
+    draw_bars(path, rows, "over", "what", "median", title=title, y_label="seconds")

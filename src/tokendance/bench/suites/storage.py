@@ -16,31 +16,24 @@ in the other modes; the large one is a session that is stored on disk, whose fil
 
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from tokendance.bench.arms import load, make_engines
+from tokendance.bench.arms import TownRound, agent_caches, load, make_engine, make_engines, talk
 from tokendance.bench.plots import draw_lines
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.workload import read_people
-from tokendance.conversation import Agent
 from tokendance.disk.records import SessionKey
 from tokendance.llm import LLM
 from tokendance.options import ReuseMode
-from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
-from tokendance.rounds.prompts import Prompt
-from tokendance.rounds.segments import PrefixHashes
-from tokendance.rounds.trace import TraceAgent
 
 REPLAYED: tuple[ReuseMode, ...] = ("prefix", "pic-batched")
-TASK = "Answer the others in one sentence. What will you do now?"
 _COLUMNS = {
     "agents": "agents",
     "round": "round",
@@ -60,126 +53,72 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Played:
-    """One round: its prompts, and what was answered."""
-
-    prompts: list[Prompt]
-    answers: list[tuple[int, ...]]
-    result: RoundResult
-
-
-@dataclass(frozen=True, slots=True)
-class _Town:
-    """How many talk, for how long."""
-
-    agents: int
-    rounds: int
-    max_tokens: int
-
-
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
-    """Measure the suite; see the module.
-
-    Args:
-        settings: with the example town as source, 12 people take the place of 25.
-        console: to print on.
-    """
-    small, large = _Town(10, 5, 64), _Town(25, 8, 96)
-    if settings.tiny:
-        small = large = _Town(3, 2, 8)
+    """Measure the suite; see the module. The example town has 12 people in place of the 25."""
+    # (people, rounds, tokens of an answer)
+    small, large = ((3, 2, 8), (3, 2, 8)) if settings.tiny else ((10, 5, 64), (25, 8, 96))
     model = load(settings)
     people = read_people(settings.source)
     longest = 1000 if settings.tiny else model.shape.max_context
     table = LiveTable(console, "KV of agents over rounds, bfloat16", _COLUMNS)
-    rows: list[Row] = []
 
-    def add(row: Row) -> None:
-        rows.append(row)
-        table.add(row)
+    def add(llm: LLM, number: int, played: TownRound, disk_mib: float | None = None) -> None:
+        row = {
+            "agents": len(played.prompts),
+            "round": number,
+            "mode": llm.engine.options.reuse,
+            **_measure(llm, played),
+        }
+        table.add(row | {"disk_mib": disk_mib})
 
-    engines = make_engines(
-        model, settings.engine, ["collective", *REPLAYED], small.agents * min(longest, 6000)
-    )
-    played = []
-    for number, one in enumerate(_talk(engines["collective"], people, small, settings.seed), 1):
-        played.append(one)
-        add({"agents": small.agents, "round": number, "mode": "collective"}
-            | _measure(engines["collective"], one))  # fmt: skip
+    num_people, *length = small
+    room = num_people * min(longest, 6000)
+    engines = make_engines(model, settings.engine, ["collective", *REPLAYED], room)
+    rounds = []
+    llm = engines["collective"]
+    for played in talk(llm, people[:num_people], *length, settings.seed):
+        rounds.append(played)
+        add(llm, len(rounds), played)
     for mode in REPLAYED:
-        for number, one in enumerate(played, 1):
-            add({"agents": small.agents, "round": number, "mode": mode}
-                | _measure(engines[mode], _replay(engines[mode], one)))  # fmt: skip
-    del engines
-    people = people[: large.agents]
-    llm = make_engines(model, settings.engine, ["collective"], len(people) * longest)["collective"]
+        for number, played in enumerate(rounds, 1):
+            add(engines[mode], number, _replay(engines[mode], played))
+    del engines, llm
+    num_people, *length = large
+    people = people[:num_people]
+    llm = make_engine(model, settings.engine, len(people) * longest)
     with tempfile.TemporaryDirectory(prefix="tokendance-") as folder:
         llm.open_store(Path(folder) / "store")
         assert llm.tiers is not None
         index = llm.tiers.disk.index
-        for number, one in enumerate(_talk(llm, people, large, settings.seed), 1):
-            on_disk = index.usage(SessionKey("", "town")).num_bytes / 2**20
-            add({"agents": len(people), "round": number, "mode": "collective"}
-                | _measure(llm, one) | {"disk_mib": on_disk})  # fmt: skip
+        for number, played in enumerate(talk(llm, people, *length, settings.seed), 1):
+            add(llm, number, played, index.usage(SessionKey("", "town")).num_bytes / 2**20)
         llm.close()
-    last = rows[-1]
-    notes = ["A tiny run: the figures mean nothing."] if settings.tiny else []
+    last = table.rows[-1]
     keys = ("mirror_compression", "shared_compression", "resident_compression")
     headline = {key: last[key] for key in (*keys, "mirror_shared_compression")}
     headline["disk_compression"] = last["dense_mib"] / last["disk_mib"]
-    return SuiteResult("storage", settings.model, rows, headline, notes)
+    return SuiteResult("storage", settings.model, table.rows, headline)
 
 
-def _talk(llm: LLM, people: Sequence[TraceAgent], town: _Town, seed: int) -> Iterator[_Played]:
-    """Let people hear each other, in a session that is stored if the engine has a store."""
-    people = people[: town.agents]
-    session = llm.session("town", [Agent(one.name, one.system) for one in people])
+def _replay(llm: LLM, played: TownRound) -> TownRound:
+    """Run a round again, with the same answers."""
     # A forced answer has at least one token; one that ended at once is the token that ends it.
     end = (min(llm.model.stop_ids),)
-    for number in range(town.rounds):
-        params = {
-            one.name: SamplingParams(
-                max_tokens=town.max_tokens, temperature=0.7, seed=seed + 1000 * number + index
-            )
-            for index, one in enumerate(people)
-        }
-        prompts = session.ask(TASK, params).prompts
-        result = session.run(TASK, params)
-        result.raise_for_errors()
-        yield _Played(prompts, [output.token_ids or end for output in result.outputs], result)
-
-
-def _replay(llm: LLM, played: _Played) -> _Played:
-    """Run a round again, with the same answers."""
-    params = [
-        SamplingParams(max_tokens=len(answer), forced_tokens=answer) for answer in played.answers
-    ]
+    answers = [output.token_ids or end for output in played.result.outputs]
+    params = [SamplingParams(max_tokens=len(answer), forced_tokens=answer) for answer in answers]
     result = llm.run_round(played.prompts, params)
     result.raise_for_errors()
-    return _Played(played.prompts, played.answers, result)
+    return TownRound(played.prompts, result)
 
 
-def _measure(llm: LLM, played: _Played) -> Row:
-    """Ask the store where it has each agent's prompt and answer."""
-    caches: list[npt.NDArray[np.int32]] = []
-    shared: list[npt.NDArray[np.int32]] = []
-    for prompt, output in zip(played.prompts, played.result.outputs, strict=True):
-        encoded = llm.encoder.encode(prompt)
-        # The last token of an answer that was cut off has no KV yet.
-        count = len(output.token_ids) - (output.finish_reason != "stop")
-        answer = np.array(output.token_ids[:count], np.int32)
-        tokens = np.concatenate([encoded.token_ids, answer])
-        slots = llm.kv_store.match_slots(PrefixHashes(tokens, encoded.salt))
-        assert len(slots) == len(tokens), "the store has lost a part of an agent's cache"
-        caches.append(slots)
-        shared.append(
-            np.concatenate(
-                [
-                    np.empty(0, np.int32),
-                    *(slots[at : at + len(part)] for at, part in encoded.shared_segments()),
-                ]
-            )
-        )
+def _measure(llm: LLM, played: TownRound) -> Row:
+    """Count the slots in which the store has each agent's prompt and answer."""
+    caches = [cache.slots for cache in agent_caches(llm, played.result)]
+    shared = []
+    for prompt, slots in zip(played.prompts, caches, strict=True):
+        segments = llm.encoder.encode(prompt).shared_segments()
+        parts = [slots[start : start + len(segment)] for start, segment in segments]
+        shared.append(np.concatenate([np.empty(0, np.int32), *parts]))
     dense, stored = _total(caches)
     shared_dense, shared_stored = _total(shared)
     num_readers = np.bincount(np.concatenate(caches))
@@ -194,11 +133,11 @@ def _measure(llm: LLM, played: _Played) -> Row:
 
     mirrors = of_mirrors(caches)
     mib = llm.engine.kv_bytes_per_token / 2**20
-    resident = played.result.stats.kv_bytes.resident / 2**20
+    kv_bytes = played.result.stats.kv_bytes
     return {
         "dense_mib": dense * mib,
         "stored_mib": stored * mib,
-        "resident_mib": resident,
+        "resident_mib": kv_bytes.resident / 2**20,
         "shared_mib": shared_dense * mib,
         "shared_stored_mib": shared_stored * mib,
         "mirror_mib": statistics.mean(own for _, own in mirrors) * mib if mirrors else None,
@@ -207,9 +146,9 @@ def _measure(llm: LLM, played: _Played) -> Row:
         "mirror_shared_compression": _times(of_mirrors(shared)),
         "stored_compression": dense / stored,
         "shared_compression": shared_dense / shared_stored if shared_stored else None,
-        "resident_compression": played.result.stats.kv_bytes.dense / 2**20 / resident,
+        "resident_compression": kv_bytes.dense / kv_bytes.resident,
         "stored_mib_per_agent": stored * mib / len(caches),
-        "resident_mib_per_agent": resident / len(caches),
+        "resident_mib_per_agent": kv_bytes.resident / 2**20 / len(caches),
     }
 
 
@@ -227,18 +166,13 @@ def _total(caches: Sequence[npt.NDArray[np.int32]]) -> tuple[int, int]:
 
 def plot(result: SuiteResult, path: Path) -> None:
     """Draw stored bytes per agent over rounds, a line per mode and number of agents."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    points = []
     for row in result.rows:
-        name = f"{row['mode']}, {row['agents']} agents"
-        lines.setdefault(name, []).append((row["round"], row["stored_mib_per_agent"]))
+        at, agents = row["round"], row["agents"]
+        stored = row["stored_mib_per_agent"]
+        points.append({"line": f"{row['mode']}, {agents} agents", "round": at, "mib": stored})
         if row["mode"] == "collective":
-            dense = row["dense_mib"] / row["agents"]
-            name = f"dense, {row['agents']} agents"
-            lines.setdefault(name, []).append((row["round"], dense))
-    draw_lines(
-        path,
-        lines,
-        title=f"KV stored between rounds, {result.model}",
-        x_label="round",
-        y_label="MiB per agent",
-    )
+            dense = row["dense_mib"] / agents
+            points.append({"line": f"dense, {agents} agents", "round": at, "mib": dense})
+    title = f"KV stored between rounds, {result.model}"
+    draw_lines(path, points, "line", "round", "mib", title=title, y_label="MiB per agent")
