@@ -71,26 +71,28 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         }
         table.add(row | {"disk_mib": disk_mib})
 
-    num_people, *length = small
+    num_people, num_rounds, max_tokens = small
     room = num_people * min(longest, 6000)
     engines = make_engines(model, settings.engine, ["collective", *REPLAYED], room)
     rounds = []
     llm = engines["collective"]
-    for played in talk(llm, people[:num_people], *length, settings.seed):
+    for played in talk(llm, people[:num_people], num_rounds, max_tokens, settings.seed):
         rounds.append(played)
         add(llm, len(rounds), played)
     for mode in REPLAYED:
         for number, played in enumerate(rounds, 1):
             add(engines[mode], number, _replay(engines[mode], played))
     del engines, llm
-    num_people, *length = large
+    num_people, num_rounds, max_tokens = large
     people = people[:num_people]
     llm = make_engine(model, settings.engine, len(people) * longest)
     with tempfile.TemporaryDirectory(prefix="tokendance-") as folder:
         llm.open_store(Path(folder) / "store")
         assert llm.tiers is not None
         index = llm.tiers.disk.index
-        for number, played in enumerate(talk(llm, people, *length, settings.seed), 1):
+        for number, played in enumerate(
+            talk(llm, people, num_rounds, max_tokens, settings.seed), 1
+        ):
             add(llm, number, played, index.usage(SessionKey("", "town")).num_bytes / 2**20)
         llm.close()
     last = table.rows[-1]
