@@ -14,6 +14,7 @@ from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import timed
 from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec
+from tokendance.collector.correction import CorrectionPolicy
 from tokendance.conversation import Agent
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError
@@ -40,15 +41,22 @@ def load(settings: BenchSettings, dtype: str = "bfloat16") -> LoadedModel:
 
 
 def make_engine(
-    model: LoadedModel, options: EngineOptions, num_tokens: int, pool: KVPool | None = None
+    model: LoadedModel,
+    options: EngineOptions,
+    mode: ReuseMode,
+    num_tokens: int,
+    *,
+    correction: CorrectionPolicy | None = None,
+    pool: KVPool | None = None,
 ) -> LLM:
-    """Make an engine with room for `num_tokens`.
+    """Make an engine of a mode, with room for `num_tokens`, and `options` for the rest.
 
     Engines may take turns on a `pool` of that size: what one has stored, the next overwrites, so
     the store is to be cleared before each use.
     """
     budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
-    return LLM.from_loaded(model, replace(options, kv_budget=budget), pool=pool)
+    options = replace(options, reuse=mode, correction=correction, kv_budget=budget)
+    return LLM.from_loaded(model, options, pool=pool)
 
 
 def make_engines(
@@ -59,9 +67,7 @@ def make_engines(
     pool: KVPool | None = None,
 ) -> dict[str, LLM]:
     """Make an engine for each mode; see `make_engine`."""
-    return {
-        mode: make_engine(model, replace(options, reuse=mode), num_tokens, pool) for mode in modes
-    }
+    return {mode: make_engine(model, options, mode, num_tokens, pool=pool) for mode in modes}
 
 
 def context_too_short(model: LoadedModel) -> ConfigError:

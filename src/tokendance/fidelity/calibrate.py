@@ -7,7 +7,7 @@ once for a correction.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tokendance.bench.arms import make_engine
 from tokendance.bench.workload import Order, WorkloadSpec, write_texts
@@ -90,7 +90,7 @@ def _measure(
     for number in range(size.workloads):
         what = f"{private} private tokens, workload {number + 1} of {size.workloads}"
         on_status(f"{what}: texts and full computation ...")
-        exact = make_engine(model, replace(options, reuse="none"), num_tokens, pool)
+        exact = make_engine(model, options, "none", num_tokens, pool=pool)
         spec = WorkloadSpec(
             max(most, size.readers), size.block_tokens, (private // 4, private), seed=seed + number
         )
@@ -107,7 +107,7 @@ def _measure(
             num_before = max(num_before, prompt.shared_segments()[0][0])
         for edges in CORRECTIONS:
             on_status(f"{what}: {edges.first} + {edges.last} corrected ...")
-            llm = make_engine(model, replace(options, correction=edges), num_tokens, pool)
+            llm = make_engine(model, options, "collective", num_tokens, correction=edges, pool=pool)
             for kind, workload in rounds.items():
                 workload.warm(llm, keep=True)
                 fidelity = measure_fidelity(llm, workload.prompts(), references[kind])

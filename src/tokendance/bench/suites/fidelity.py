@@ -108,8 +108,8 @@ class _Plan:
     ) -> LLM:
         """An engine with memory for a round and the questions after it, with nothing evicted."""
         longest = self.spec.private_tokens[1] + self.spec.agents * (self.spec.block_tokens + 30)
-        options = replace(self.engine, reuse=mode, correction=correction)
-        return make_engine(model, options, 3 * self.spec.agents * (longest + 400))
+        num_tokens = 3 * self.spec.agents * (longest + 400)
+        return make_engine(model, self.engine, mode, num_tokens, correction=correction)
 
 
 def _make_plan(settings: BenchSettings) -> _Plan:

@@ -5,7 +5,6 @@ by `none` in one call and by transformers with SDPA prompt by prompt, without it
 the last token's logits only, which is the fastest that it offers.
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
             theirs = AutoModelForCausalLM.from_pretrained(
                 checkpoint_source(settings.model), dtype=model.dtype, attn_implementation="sdpa"
             ).eval()
-        options = replace(settings.engine, reuse="none")
-        ours = make_engine(model, options, 2 * sum(lengths))
+        ours = make_engine(model, settings.engine, "none", 2 * sum(lengths))
         prompts = _prompts(ours, lengths)
         times = in_turn(
             {

@@ -8,7 +8,7 @@ context, the run alone and each task alone, so without attention to private part
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -154,7 +154,6 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
             raise context_too_short(models["bfloat16"])
     table = LiveTable(console, "prefill of a round, private parts cached", _COLUMNS)
     best_dtype: dict[str, str] = {}
-
     longest = _longest(small[-1])
     engines = {dtype: _make_engines(model, settings, small[-1]) for dtype, model in models.items()}
     with started_vllm(
@@ -213,8 +212,10 @@ def _make_engines(
     room = agents * _longest(agents)
     pool = KVPool(model, room) if one_memory else None
     engines = make_engines(model, settings.engine, MODES, room, pool)
-    options = replace(settings.engine, correction=NO_CORRECTION)
-    return engines | {"floor": make_engine(model, options, room, pool)}
+    floor = make_engine(
+        model, settings.engine, "collective", room, correction=NO_CORRECTION, pool=pool
+    )
+    return engines | {"floor": floor}
 
 
 def _write_round(

@@ -77,7 +77,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         plan = _Plan(spec, rounds=3, answer_tokens=32, burst=128, lone_turns=40)
     model = load(settings)
     room = _room(plan)
-    library, over_http = (make_engine(model, settings.engine, room) for _ in range(2))
+    library, over_http = (make_engine(model, settings.engine, "collective", room) for _ in range(2))
     max_open = max(256, 2 * plan.burst)
     server = ServerSettings(served_name=_NAME, api_keys=_KEYS, max_open_requests=max_open)
     table = LiveTable(console, "the library, and the same over HTTP", _COLUMNS)

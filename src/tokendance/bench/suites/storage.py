@@ -85,14 +85,13 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     del engines, llm
     num_people, num_rounds, max_tokens = large
     people = people[:num_people]
-    llm = make_engine(model, settings.engine, len(people) * longest)
+    llm = make_engine(model, settings.engine, "collective", len(people) * longest)
     with tempfile.TemporaryDirectory(prefix="tokendance-") as folder:
         llm.open_store(Path(folder) / "store")
         assert llm.tiers is not None
         index = llm.tiers.disk.index
-        for number, played in enumerate(
-            talk(llm, people, num_rounds, max_tokens, settings.seed), 1
-        ):
+        speaking = talk(llm, people, num_rounds, max_tokens, settings.seed)
+        for number, played in enumerate(speaking, 1):
             add(llm, number, played, index.usage(SessionKey("", "town")).num_bytes / 2**20)
         llm.close()
     last = table.rows[-1]
