@@ -99,9 +99,9 @@ class SegmentUse:
         return self.start - self.source.start
 
     @property
-    def positions(self) -> slice:
-        """Of the segment in the request's prompt."""
-        return slice(self.start, self.start + self.source.num_tokens)
+    def stop(self) -> int:
+        """Position after its last token."""
+        return self.start + self.source.num_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,7 +188,7 @@ class RequestPlan:
         for start, stop in itertools.pairwise(edges):
             role = Role(self.roles[start])
             use = uses.get(start, use)
-            if role in _WITH_SOURCE and use is not None and start < use.positions.stop:
+            if role in _WITH_SOURCE and use is not None and start < use.stop:
                 spans.append(Span(start, stop, role, use.source, use.offset))
             elif spans and spans[-1].role is role and spans[-1].source is None:
                 spans[-1] = Span(spans[-1].start, stop, role)  # a use may begin inside the prefix
