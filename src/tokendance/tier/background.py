@@ -42,21 +42,13 @@ class _Group:
 
 @dataclass(slots=True)
 class _Round:
-    """What of a round is written in the background.
-
-    Attributes:
-        round_id: of the round.
-        seen_s: when a request of it was last seen.
-        left: groups that are not being written yet.
-        begun: groups that are, or are written.
-        num_bytes: most bytes of them.
-    """
+    """What of a round is written in the background."""
 
     round_id: RoundId
-    seen_s: float
-    left: list[_Group]
+    seen_s: float  # when a request of it was last seen
+    left: list[_Group]  # that are not being written yet
     begun: list[tuple[_Group, "Future[tuple[FileId, WrittenFile]]"]] = field(default_factory=list)
-    num_bytes: int = 0
+    num_bytes: int = 0  # at most, of what is begun
 
 
 class BackgroundWriter:

@@ -119,16 +119,10 @@ def _write(
     written: dict[FileId, WrittenFile],
     background_bytes: int,
 ) -> None:
-    """Write what is not on disk, as far as the budget has room for it.
+    """Write what is not on disk, as far as the budget has room for it, and add it to `written`.
 
-    Args:
-        levels: to read from and to write to.
-        key: of the session.
-        caches: slots of what agents have read and said.
-        segments: slots of shared segments.
-        old_files: files that hold what memory lacks.
-        written: files that have no name in the index yet; those written here are added.
-        background_bytes: of files that other sessions have written and not named.
+    All that is `written` has no name in the index yet, like the `background_bytes` of other
+    sessions. `old_files` hold what memory lacks.
     """
     disk = levels.disk
     new_bytes = sum(map(len, levels.unwritten(caches, segments, written))) * levels.row_bytes
@@ -171,12 +165,8 @@ def _record(files: SlotFiles, cache: SpokenCache, slots: Slots, num_exact: int) 
     """Where a cache is on disk, up to the first token that is not."""
     extents = files.extents_of(slots)
     length = int(extents[:, 2].sum())
-    return CacheRecord(
-        cache.token_ids[:length],
-        min(num_exact, length),
-        min(cache.num_prompt, length),
-        extents,
-    )
+    num_exact, num_prompt = min(num_exact, length), min(cache.num_prompt, length)
+    return CacheRecord(cache.token_ids[:length], num_exact, num_prompt, extents)
 
 
 def _segment_records(

@@ -38,12 +38,12 @@ class DiskTier:
         bytes_per_token: int,
         seconds_per_token: Callable[[], float | None],
     ) -> None:
-        """Write what is computed to `disk`.
+        """Write what is computed to `disk`, which `close` closes.
 
         Args:
             store: the index of what memory holds.
             memory: holds keys and values.
-            disk: the store on disk; `close` closes it.
+            disk: the store on disk.
             bytes_per_token: of KV in memory.
             seconds_per_token: what computing a token takes now; None while nobody knows.
         """
