@@ -271,7 +271,7 @@ def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) ->
     readers = llm.tiers.disk.index.readers(SessionKey("", "town"))
     for file in readers:
         rows = llm.tiers.disk.read(llm.tiers.disk.index.file(file))
-        slots = llm.tiers._files.slots_of(np.array([[file, 0, len(rows)]], np.int64))
+        slots = llm.tiers._levels.files.slots_of(np.array([[file, 0, len(rows)]], np.int64))
         now = llm.executor.read_kv(slots)
         assert np.array_equal(now.keys, rows.keys[:, :, : len(slots)])
     llm.close()
@@ -344,7 +344,7 @@ def test_memory_does_not_grow_with_rounds(roomy: LoadedModel, tmp_path: Path) ->
     sizes = []
     for _ in range(24):
         run(session, 1)
-        sizes.append((len(llm.tiers.disk.index.file_ids()), len(llm.tiers._files)))
+        sizes.append((len(llm.tiers.disk.index.file_ids()), len(llm.tiers._levels.files)))
     assert max(sizes[12:]) <= max(sizes[6:12])
     llm.engine.check_integrity()
     llm.close()

@@ -27,7 +27,7 @@ from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
-from tokendance.tier.cost import ReadCost
+from tokendance.tier.levels import ReadCost
 from tokendance.tier.slot_files import SlotFiles
 from tokendance.tier.tier import DiskTier
 

@@ -68,19 +68,6 @@ class CompressedTensor:
         return narrow(numbers.astype(np.float32, copy=False), self.dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CompressedLayer:
-    """One layer.
-
-    Attributes:
-        keys: a scale and a center for each channel and chunk.
-        values: a scale for each token and head.
-    """
-
-    keys: CompressedTensor
-    values: CompressedTensor
-
-
 def compress_keys(keys: KVArray, chunk_tokens: int = CHUNK_TOKENS) -> CompressedTensor:
     """Compress keys, each channel of each chunk of tokens by itself.
 

@@ -4,52 +4,27 @@ It is an SQLite file. What its tables are is in `schema.py`, and how a session b
 in `rows.py`.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId, Problem, SessionKey, StoredSession, StoreUsage
-from tokendance.disk.rows import cut_caches, read_session, session_id, write_session
+from tokendance.disk.rows import SESSION_ID, cut_caches, read_session, remove_caches, write_session
 from tokendance.disk.schema import open_database, storage_errors, transaction
 from tokendance.errors import CorruptFileError
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _raises_store_errors(method: _Method) -> _Method:
-    """Run a method of the index inside `storage_errors`."""
-
-    @functools.wraps(method)
-    def wrapper(self: "SessionIndex", *args: Any, **named: Any) -> Any:
-        with storage_errors(self.path):
-            return method(self, *args, **named)
-
-    return cast(_Method, wrapper)
 
 
 class SessionIndex:
     """Sessions, caches and files of one store; see the module.
 
     All methods raise a `StoreError` if the index cannot be read or written.
-
-    Attributes:
-        path: of the index.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str] | None, *, has_files: bool) -> None:
-        """Open an index, or make one.
-
-        Args:
-            path: of the index.
-            identity: see `DiskStore`.
-            has_files: whether there are files that it should name.
-
-        Raises:
-            StoreError: if it is damaged, of a newer version, or of another model.
-        """
+        """Open an index, or make one; see `open_database`."""
         self.path = path
         with storage_errors(path):
             self._database = open_database(path, identity, has_files=has_files)
@@ -60,105 +35,100 @@ class SessionIndex:
 
     # -- looking ------------------------------------------------------------------------------
 
+    def _select(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        with storage_errors(self.path):
+            return self._database.execute(statement, values).fetchall()
+
+    def _select_keys(self, which: str, *values: object) -> list[SessionKey]:
+        rows = self._select(f"SELECT tenant, name FROM sessions {which}", *values)
+        return [SessionKey(*row) for row in rows]
+
     @property
-    @_raises_store_errors
     def num_bytes(self) -> int:
         """Bytes of all KV files."""
-        (total,) = self._database.execute("SELECT total(num_bytes) FROM files").fetchone()
+        ((total,),) = self._select("SELECT total(num_bytes) FROM files")
         return int(total)
 
     @property
-    @_raises_store_errors
     def row_bytes(self) -> float:
         """Bytes of a token's KV, on average over all files."""
-        num_bytes, num_rows = self._database.execute(
-            "SELECT total(num_bytes), total(num_rows) FROM files"
-        ).fetchone()
-        return float(num_bytes) / float(num_rows) if num_rows else 0.0
+        ((average,),) = self._select("SELECT total(num_bytes) / total(num_rows) FROM files")
+        return average or 0.0
 
-    @_raises_store_errors
     def session_keys(self) -> list[SessionKey]:
         """All sessions, those used last first."""
-        rows = self._database.execute("SELECT tenant, name FROM sessions ORDER BY used_s DESC")
-        return [SessionKey(*row) for row in rows]
+        return self._select_keys("ORDER BY used_s DESC")
 
-    @_raises_store_errors
     def keys_with_kv(self) -> list[SessionKey]:
         """Sessions that have KV, those used longest ago first."""
-        rows = self._database.execute(
-            "SELECT tenant, name FROM sessions WHERE id IN (SELECT session FROM caches)"
-            " ORDER BY used_s"
-        )
-        return [SessionKey(*row) for row in rows]
+        return self._select_keys("WHERE id IN (SELECT session FROM caches) ORDER BY used_s")
 
-    @_raises_store_errors
+    def expired(self, now_s: float) -> list[SessionKey]:
+        """Sessions that have outlived their time."""
+        return self._select_keys("WHERE ttl_s IS NOT NULL AND used_s + ttl_s < ?", now_s)
+
     def session(self, key: SessionKey) -> StoredSession | None:
         """A session, or None if there is none of that name. Caches that are damaged are left out.
 
         Raises:
             CorruptFileError: if its state is damaged.
         """
-        return read_session(self._database, key)
+        with storage_errors(self.path):
+            return read_session(self._database, key)
 
-    @_raises_store_errors
     def usage(self, key: SessionKey) -> StoreUsage:
         """What a session takes; files that it shares with others count whole."""
         session = self.session(key)
         caches = session.caches.values() if session is not None else ()
         dense_rows = sum(len(cache.token_ids) for cache in caches)
-        num_files, num_rows, num_bytes = self._database.execute(
+        ((num_files, num_rows, num_bytes),) = self._select(
             "SELECT count(*), total(num_rows), total(num_bytes) FROM files WHERE id IN"
             " (SELECT file FROM refs JOIN caches ON cache = caches.id"
-            "  JOIN sessions ON session = sessions.id WHERE tenant = ? AND sessions.name = ?)",
-            (key.tenant, key.name),
-        ).fetchone()
-        return StoreUsage(int(num_files), int(num_rows), dense_rows, int(num_bytes))
+            f"  WHERE session = {SESSION_ID})",
+            *astuple(key),
+        )
+        return StoreUsage(num_files, int(num_rows), dense_rows, int(num_bytes))
 
-    @_raises_store_errors
     def readers(self, key: SessionKey) -> dict[FileId, tuple[int, list[str]]]:
         """For each file of a session its rows, and the agents whose caches refer to it."""
         readers: dict[FileId, tuple[int, list[str]]] = {}
-        for file, num_rows, agent in self._database.execute(
+        for file, num_rows, agent in self._select(
             "SELECT files.id, num_rows, agent FROM files JOIN refs ON file = files.id"
-            " JOIN caches ON cache = caches.id JOIN sessions ON session = sessions.id"
-            " WHERE tenant = ? AND sessions.name = ? AND run IS NULL"
+            f" JOIN caches ON cache = caches.id WHERE session = {SESSION_ID} AND run IS NULL"
             " ORDER BY files.id, caches.id",
-            (key.tenant, key.name),
+            *astuple(key),
         ):
             readers.setdefault(FileId(file), (num_rows, []))[1].append(agent)
         return readers
 
-    @_raises_store_errors
     def file_ids(self) -> set[FileId]:
         """All files that the index names."""
-        return {FileId(file) for (file,) in self._database.execute("SELECT id FROM files")}
+        return {FileId(file) for (file,) in self._select("SELECT id FROM files")}
 
-    @_raises_store_errors
     def own_files(self, key: SessionKey) -> set[FileId]:
         """Files that this session, and no other, refers to."""
-        rows = self._database.execute(
-            "SELECT DISTINCT file FROM refs JOIN caches ON cache = caches.id WHERE session = ?1"
+        rows = self._select(
+            f"SELECT file FROM refs JOIN caches ON cache = caches.id WHERE session = {SESSION_ID}"
             " AND NOT EXISTS (SELECT 1 FROM refs AS others JOIN caches AS theirs"
-            "  ON others.cache = theirs.id WHERE others.file = refs.file AND theirs.session <> ?1)",
-            (session_id(self._database, key),),
+            "  ON others.cache = theirs.id"
+            f" WHERE others.file = refs.file AND theirs.session <> {SESSION_ID})",
+            *astuple(key),
         )
         return {FileId(file) for (file,) in rows}
 
-    @_raises_store_errors
     def file(self, file: FileId) -> WrittenFile:
         """What the index says of a file.
 
         Raises:
             CorruptFileError: if there is none.
         """
-        row = self._database.execute(
-            "SELECT name, num_rows, num_bytes, checksum FROM files WHERE id = ?", (file,)
-        ).fetchone()
-        if row is None:
+        rows = self._select(
+            "SELECT name, num_rows, num_bytes, checksum FROM files WHERE id = ?", file
+        )
+        if not rows:
             raise CorruptFileError(f"The store has no file {file}. What it held is computed again.")
-        return WrittenFile(*row)
+        return WrittenFile(*rows[0])
 
-    @_raises_store_errors
     def damage(self) -> list[Problem]:
         """What of sessions and caches is not as it was written."""
         problems: list[Problem] = []
@@ -168,9 +138,9 @@ class SessionIndex:
             except CorruptFileError as error:
                 problems.append(Problem(str(error)))
                 continue
-            agents = self._database.execute(
-                "SELECT agent FROM caches WHERE session = ? AND run IS NULL",
-                (session_id(self._database, key),),
+            agents = self._select(
+                f"SELECT agent FROM caches WHERE session = {SESSION_ID} AND run IS NULL",
+                *astuple(key),
             )
             problems += [
                 Problem(
@@ -184,7 +154,6 @@ class SessionIndex:
 
     # -- changing: each returns the names of files that nothing refers to any more ----------------
 
-    @_raises_store_errors
     def put(self, session: StoredSession, files: Mapping[FileId, WrittenFile]) -> list[str]:
         """Name new files, and put a session in place of what it was."""
         with self._changing() as removed:
@@ -198,38 +167,25 @@ class SessionIndex:
             write_session(self._database, session)
         return removed
 
-    @_raises_store_errors
     def remove(self, key: SessionKey) -> tuple[bool, list[str]]:
         """Remove a session; also say whether there was one."""
         with self._changing() as removed:
             cursor = self._database.execute(
-                "DELETE FROM sessions WHERE tenant = ? AND name = ?", (key.tenant, key.name)
+                "DELETE FROM sessions WHERE tenant = ? AND name = ?", astuple(key)
             )
         return cursor.rowcount > 0, removed
 
-    @_raises_store_errors
     def drop_kv(self, key: SessionKey) -> list[str]:
         """Remove a session's caches."""
         with self._changing() as removed:
-            number = session_id(self._database, key)
-            self._database.execute("DELETE FROM caches WHERE session = ?", (number,))
+            remove_caches(self._database, key)
         return removed
 
-    @_raises_store_errors
     def forget_file(self, file: FileId) -> list[str]:
         """Take a file out: caches keep what stands before their first token that is in it."""
         with self._changing() as removed:
             cut_caches(self._database, file)
         return removed
-
-    @_raises_store_errors
-    def expired(self, now_s: float) -> list[SessionKey]:
-        """Sessions that have outlived their time."""
-        rows = self._database.execute(
-            "SELECT tenant, name FROM sessions WHERE ttl_s IS NOT NULL AND used_s + ttl_s < ?",
-            (now_s,),
-        )
-        return [SessionKey(*row) for row in rows.fetchall()]
 
     @contextmanager
     def _changing(self) -> Iterator[list[str]]:
@@ -240,7 +196,7 @@ class SessionIndex:
         """
         unused = "FROM files WHERE id NOT IN (SELECT file FROM refs)"
         removed: list[str] = []
-        with transaction(self._database):
+        with storage_errors(self.path), transaction(self._database):
             yield removed
             removed += [name for (name,) in self._database.execute(f"SELECT name {unused}")]
             self._database.execute(f"DELETE {unused}")
@@ -260,7 +216,4 @@ class SessionIndex:
                 for file, first, count in cache.extents.tolist():
                     assert first >= 0
                     assert first + count <= self.file(file).num_rows
-        (unused,) = self._database.execute(
-            "SELECT count(*) FROM files WHERE id NOT IN (SELECT file FROM refs)"
-        ).fetchone()
-        assert unused == 0
+        assert not self._select("SELECT id FROM files WHERE id NOT IN (SELECT file FROM refs)")

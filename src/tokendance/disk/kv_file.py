@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from safetensors.numpy import load, save
 
 from tokendance.disk.compression import (
     CHUNK_TOKENS,
-    CompressedLayer,
     CompressedTensor,
     NotFiniteError,
     compress_keys,
@@ -63,25 +62,27 @@ class WrittenFile:
     checksum: bytes
 
 
-def compress_rows(rows: KVRows) -> list[CompressedLayer]:
-    """Compress each layer's keys and values to a byte per number.
+CompressedRows = list[tuple[CompressedTensor, CompressedTensor]]
+"""Keys and values of each layer in a byte per number."""
+
+
+def compress_rows(rows: KVRows) -> CompressedRows:
+    """Compress each layer's keys and values.
 
     Raises:
         NotFiniteError: for numbers that are NaN or infinite.
     """
     return [
-        CompressedLayer(compress_keys(keys.swapaxes(0, 1)), compress_values(values.swapaxes(0, 1)))
+        (compress_keys(keys.swapaxes(0, 1)), compress_values(values.swapaxes(0, 1)))
         for keys, values in zip(rows.keys, rows.values, strict=True)
     ]
 
 
-def decompress_rows(positions: npt.NDArray[np.int32], layers: Sequence[CompressedLayer]) -> KVRows:
+def decompress_rows(positions: npt.NDArray[np.int32], layers: CompressedRows) -> KVRows:
     """Make rows of what `compress_rows` made of them, as near as a byte per number is."""
-    return KVRows(
-        positions,
-        np.stack([layer.keys.decompress().swapaxes(0, 1) for layer in layers]),
-        np.stack([layer.values.decompress().swapaxes(0, 1) for layer in layers]),
-    )
+    keys = np.stack([keys.decompress().swapaxes(0, 1) for keys, _ in layers])
+    values = np.stack([values.decompress().swapaxes(0, 1) for _, values in layers])
+    return KVRows(positions, keys, values)
 
 
 def file_bytes(rows: KVRows) -> int:
@@ -92,10 +93,8 @@ def file_bytes(rows: KVRows) -> int:
 def write_rows(folder: Path, rows: KVRows, *, compressed: bool = False) -> WrittenFile:
     """Write rows into a new file, flushed to the disk before it gets its name.
 
-    Args:
-        folder: to write into; `flush_folder` makes the name last.
-        rows: to write.
-        compressed: to a byte per number; rows that hold infinities stay as they are.
+    `flush_folder` makes the name last. Compressed, they have a byte per number; rows that hold
+    infinities stay as they are.
 
     Raises:
         StoreError: if the disk is full or cannot be written; nothing is left behind then.
@@ -171,17 +170,14 @@ def _plain_tensors(rows: KVRows) -> dict[str, npt.NDArray[Any]]:
 
 
 def _compressed_tensors(rows: KVRows) -> dict[str, npt.NDArray[Any]]:
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "positions": rows.positions,
-        "like": np.empty(0, rows.keys.dtype),
-    }
-    for number, layer in enumerate(compress_rows(rows)):
-        assert layer.keys.centers is not None
-        tensors[f"keys.{number}.codes"] = layer.keys.codes
-        tensors[f"keys.{number}.scales"] = layer.keys.scales
-        tensors[f"keys.{number}.centers"] = layer.keys.centers
-        tensors[f"values.{number}.codes"] = layer.values.codes
-        tensors[f"values.{number}.scales"] = layer.values.scales
+    like = np.empty(0, rows.keys.dtype)
+    tensors: dict[str, npt.NDArray[Any]] = {"positions": rows.positions, "like": like}
+    for layer, compressed in enumerate(compress_rows(rows)):
+        for name, tensor in zip(("keys", "values"), compressed, strict=True):
+            tensors[f"{name}.{layer}.codes"] = tensor.codes
+            tensors[f"{name}.{layer}.scales"] = tensor.scales
+            if tensor.centers is not None:
+                tensors[f"{name}.{layer}.centers"] = tensor.centers
     return tensors
 
 
@@ -190,21 +186,18 @@ def _rows_of(tensors: Mapping[str, npt.NDArray[Any]]) -> KVRows:
     positions = tensors["positions"]
     if "like" not in tensors:
         layers = range((len(tensors) - 1) // 2)
-        return KVRows(
-            positions,
-            np.stack([tensors[f"keys.{layer}"] for layer in layers]),
-            np.stack([tensors[f"values.{layer}"] for layer in layers]),
-        )
+        keys = np.stack([tensors[f"keys.{layer}"] for layer in layers])
+        values = np.stack([tensors[f"values.{layer}"] for layer in layers])
+        return KVRows(positions, keys, values)
     dtype = tensors["like"].dtype
-    compressed = []
-    for number in range((len(tensors) - 2) // 5):
+    compressed: CompressedRows = []
+    for layer in range((len(tensors) - 2) // 5):
         codes, scales, centers = (
-            tensors[f"keys.{number}.{part}"] for part in ("codes", "scales", "centers")
+            tensors[f"keys.{layer}.{part}"] for part in ("codes", "scales", "centers")
         )
-        keys = CompressedTensor(codes, scales, centers, CHUNK_TOKENS, dtype)
-        codes, scales = (tensors[f"values.{number}.{part}"] for part in ("codes", "scales"))
-        values = CompressedTensor(codes, scales, None, 1, dtype)
-        compressed.append(CompressedLayer(keys, values))
+        of_keys = CompressedTensor(codes, scales, centers, CHUNK_TOKENS, dtype)
+        codes, scales = (tensors[f"values.{layer}.{part}"] for part in ("codes", "scales"))
+        compressed.append((of_keys, CompressedTensor(codes, scales, None, 1, dtype)))
     return decompress_rows(positions, compressed)
 
 

@@ -5,6 +5,7 @@ is found wherever it is. The functions run inside whatever transaction is open.
 """
 
 import sqlite3
+from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
@@ -72,26 +73,14 @@ class _CacheRow(NamedTuple):
         return CacheRecord(token_ids, self.num_exact, self.num_prompt, self.extents)
 
     @property
-    def segment(self) -> SegmentRecord | None:
-        """What the row says of a shared segment, if it is one's."""
-        if self.run is None or self.place is None or self.rounds is None:
-            return None
-        return SegmentRecord(self.cache, self.run, self.place, self.rounds)
-
-    @property
     def checksum(self) -> bytes:
         return _checksum(*self)
 
 
 _COLUMNS = ", ".join(_CacheRow._fields)
 
-
-def session_id(database: sqlite3.Connection, key: SessionKey) -> int | None:
-    """The row of a session, or None if there is none of that name."""
-    row = database.execute(
-        "SELECT id FROM sessions WHERE tenant = ? AND name = ?", (key.tenant, key.name)
-    ).fetchone()
-    return None if row is None else int(row[0])
+SESSION_ID = "(SELECT id FROM sessions WHERE tenant = ?1 AND name = ?2)"
+"""The row of a session, for statements whose first two values are its tenant and name."""
 
 
 def read_session(database: sqlite3.Connection, key: SessionKey) -> StoredSession | None:
@@ -100,15 +89,15 @@ def read_session(database: sqlite3.Connection, key: SessionKey) -> StoredSession
     Raises:
         CorruptFileError: if its state is damaged.
     """
-    row = database.execute(
+    found = database.execute(
         "SELECT id, round, state, used_s, ttl_s, checksum FROM sessions"
         " WHERE tenant = ? AND name = ?",
-        (key.tenant, key.name),
+        astuple(key),
     ).fetchone()
-    if row is None:
+    if found is None:
         return None
-    number, round_number, state, used_s, ttl_s, checksum = row
-    if _checksum(key.tenant, key.name, round_number, state) != checksum:
+    number, round_number, state, used_s, ttl_s, checksum = found
+    if _checksum(*astuple(key), round_number, state) != checksum:
         raise CorruptFileError(
             f"What is stored of the session {key.name!r} is damaged. Remove it with "
             "`tokendance store rm`, or put a copy of the index back."
@@ -118,14 +107,13 @@ def read_session(database: sqlite3.Connection, key: SessionKey) -> StoredSession
     for *fields, checksum in database.execute(
         f"SELECT {_COLUMNS}, checksum FROM caches WHERE session = ? ORDER BY id", (number,)
     ):
-        cache_row = _CacheRow(*fields)
-        if cache_row.checksum != checksum:
+        row = _CacheRow(*fields)
+        if row.checksum != checksum:
             continue
-        segment = cache_row.segment
-        if segment is None:
-            caches[cache_row.agent] = cache_row.cache
+        if row.run is None or row.place is None or row.rounds is None:
+            caches[row.agent] = row.cache
         else:
-            segments.append(segment)
+            segments.append(SegmentRecord(row.cache, row.run, row.place, row.rounds))
     return StoredSession(key, round_number, state, caches, tuple(segments), used_s, ttl_s)
 
 
@@ -138,52 +126,49 @@ def write_session(database: sqlite3.Connection, session: StoredSession) -> None:
         " round = excluded.round, state = excluded.state, used_s = excluded.used_s,"
         " ttl_s = excluded.ttl_s, checksum = excluded.checksum",
         (
-            key.tenant,
-            key.name,
+            *astuple(key),
             session.round,
             session.state,
             session.used_s,
             session.ttl_s,
-            _checksum(key.tenant, key.name, session.round, session.state),
+            _checksum(*astuple(key), session.round, session.state),
         ),
     )
-    number = session_id(database, key)
-    database.execute("DELETE FROM caches WHERE session = ?", (number,))
-    rows = [_CacheRow.of(agent, cache) for agent, cache in session.caches.items()]
-    rows += [_CacheRow.of("", segment.cache, segment) for segment in session.segments]
-    marks = ", ".join("?" * (len(_CacheRow._fields) + 2))
-    for row in rows:
-        cursor = database.execute(
-            f"INSERT INTO caches (session, {_COLUMNS}, checksum) VALUES ({marks})",
-            (number, *row, row.checksum),
-        )
-        assert cursor.lastrowid is not None
-        _insert_refs(database, cursor.lastrowid, row.extents)
+    remove_caches(database, key)
+    (number,) = database.execute(f"SELECT {SESSION_ID}", astuple(key)).fetchone()
+    for agent, cache in session.caches.items():
+        _insert(database, None, number, _CacheRow.of(agent, cache))
+    for segment in session.segments:
+        _insert(database, None, number, _CacheRow.of("", segment.cache, segment))
+
+
+def remove_caches(database: sqlite3.Connection, key: SessionKey) -> None:
+    """Remove all caches and segments of a session."""
+    database.execute(f"DELETE FROM caches WHERE session = {SESSION_ID}", astuple(key))
 
 
 def cut_caches(database: sqlite3.Connection, file: FileId) -> None:
     """Let every cache that refers to a file end before its first token that is in it."""
-    for number, *fields in database.execute(
-        f"SELECT id, {_COLUMNS} FROM caches JOIN refs ON cache = id WHERE file = ?", (file,)
+    for number, session, *fields in database.execute(
+        f"SELECT id, session, {_COLUMNS} FROM caches JOIN refs ON cache = id WHERE file = ?",
+        (file,),
     ).fetchall():
         row = _CacheRow(*fields)
-        if row.run is not None:  # a shared segment is there whole, or not at all
-            database.execute("DELETE FROM caches WHERE id = ?", (number,))
-            continue
-        row = row.cut_before(file)
-        database.execute(
-            "UPDATE caches SET token_ids = ?, num_exact = ?, num_prompt = ?, pieces = ?,"
-            " checksum = ? WHERE id = ?",
-            (row.token_ids, row.num_exact, row.num_prompt, row.pieces, row.checksum, number),
-        )
-        database.execute("DELETE FROM refs WHERE cache = ?", (number,))
-        _insert_refs(database, number, row.extents)
+        database.execute("DELETE FROM caches WHERE id = ?", (number,))
+        if row.run is None:  # a shared segment is there whole, or not at all
+            _insert(database, number, session, row.cut_before(file))
 
 
-def _insert_refs(database: sqlite3.Connection, cache: int, extents: Extents) -> None:
+def _insert(database: sqlite3.Connection, number: int | None, session: int, row: _CacheRow) -> None:
+    """Insert a cache, under a new number for None, and what files it refers to."""
+    values = (number, session, *row, row.checksum)
+    marks = ", ".join("?" * len(values))
+    cursor = database.execute(
+        f"INSERT INTO caches (id, session, {_COLUMNS}, checksum) VALUES ({marks})", values
+    )
     database.executemany(
         "INSERT INTO refs VALUES (?, ?)",
-        [(cache, file) for file in np.unique(extents[:, 0]).tolist()],
+        [(cursor.lastrowid, file) for file in np.unique(row.extents[:, 0]).tolist()],
     )
 
 

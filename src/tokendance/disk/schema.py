@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokendance.errors import StoreError
 
-VERSION = 1
+_VERSION = 1
 
 # How long a change waits for another program that reads the index, and the engine with it.
 _LOCKED_S = 5.0
@@ -139,7 +139,7 @@ def open_database(
 
 
 def _create_tables(database: sqlite3.Connection, identity: Mapping[str, str]) -> None:
-    meta = {"version": str(VERSION), "identity": json.dumps(dict(identity))}
+    meta = {"version": str(_VERSION), "identity": json.dumps(dict(identity))}
     with transaction(database):
         for statement in filter(str.strip, _SCHEMA.split(";")):
             database.execute(statement)
@@ -164,10 +164,10 @@ def _check_meta(meta: Mapping[str, str], folder: Path, identity: Mapping[str, st
         version, stored = int(meta["version"]), dict(json.loads(meta["identity"]))
     except (KeyError, ValueError, TypeError):
         raise sqlite3.DatabaseError("it does not say what it is") from None
-    if version > VERSION:
+    if version > _VERSION:
         raise StoreError(
             f"{folder} was written by a newer version of TokenDance (format {version}, and this "
-            f"one reads up to {VERSION}). Use that version, or another folder."
+            f"one reads up to {_VERSION}). Use that version, or another folder."
         )
     if identity is None:
         return

@@ -46,8 +46,6 @@ class DiskStore:
         budget: most bytes of KV files.
         index: of what is there, to look at; only this class changes it.
         num_leftovers: files that were removed when it was opened.
-        compressed: whether new files take a byte per number; what was written before is read as it
-            is.
     """
 
     def __init__(
@@ -65,17 +63,18 @@ class DiskStore:
             folder: of the store; made if it does not exist.
             identity: what the KV depends on (weights, dtype, tokenizer, rotation), by name. None
                 opens a store that exists, only to look at it or to remove from it.
-            budget: see above.
-            compressed: see above.
+            budget: most bytes of KV files.
+            compressed: whether new files take a byte per number; what was written before is read
+                as it is.
             clock: seconds since 1970.
 
         Raises:
             StoreError: if it is in use, damaged, no store, of a newer version, or holds KV of
                 another model.
         """
-        self.folder = folder
         self.budget = budget
-        self.compressed = compressed
+        self.folder = folder
+        self._compressed = compressed
         self._files = folder / "kv"
         self._clock = clock
         with storage_errors(folder):
@@ -148,7 +147,7 @@ class DiskStore:
         """
         # Drawn, so that none is ever used again for something else.
         file = FileId(secrets.randbits(62))
-        return file, write_rows(self._files, rows, compressed=self.compressed)
+        return file, write_rows(self._files, rows, compressed=self._compressed)
 
     def discard(self, files: Iterable[WrittenFile]) -> None:
         """Remove files that were written and not named."""
@@ -174,14 +173,7 @@ class DiskStore:
     ) -> None:
         """Make a session durable as it is now, in place of what it was.
 
-        Args:
-            key: of the session.
-            round_number: of its next round.
-            state: what it needs to go on.
-            caches: by agent.
-            files: written since the last time.
-            segments: that its agents share.
-            ttl_s: see `StoredSession`.
+        Args as in `StoredSession`; `files` are those written since the last time.
 
         Raises:
             StoreError: if the index cannot be written; the session is then as it was before.
@@ -250,11 +242,7 @@ class DiskStore:
 
 
 def _take_lock(path: Path) -> int:
-    """Hold a file for this process alone.
-
-    Raises:
-        StoreError: if another process does.
-    """
+    """Hold a file for this process alone."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         import fcntl

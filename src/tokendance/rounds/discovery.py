@@ -94,7 +94,7 @@ class _ComparedText:
 
     token_ids: TokenIds
     grams: Hashes
-    begin: int
+    begin: int = 0
 
 
 class Discovery:
@@ -137,16 +137,14 @@ class Discovery:
         compared = [
             *new,
             *earlier,
-            *(_ComparedText(text.token_ids, text.grams, 0) for text in segments),
+            *(_ComparedText(text.token_ids, text.grams) for text in segments),
         ]
         shared = self._find_shared(compared)
-
-        in_new, in_earlier = shared[: len(new)], shared[len(new) : len(new) + len(earlier)]
-
         cut = {
             key: build_prompt(_cut(prompt, ranges), self._salt)
-            for (key, prompt), ranges in zip(distinct.items(), in_new, strict=True)
+            for (key, prompt), ranges in zip(distinct.items(), shared, strict=False)
         }
+        in_earlier = shared[len(new) : len(new) + len(earlier)]
         self._remember(cut.values(), new, now)
         result = [cut[prompt.tobytes()] for prompt in prompts]
         return DiscoveryResult(result, self._with_segments_of(result, earlier, in_earlier))
@@ -158,17 +156,17 @@ class Discovery:
 
         Those that have gone on since are part of what they have become, and leave the index.
         """
-        earlier = [text for text in matching if text.is_prompt][-_MAX_EARLIER_PROMPTS:]
-        begins = _common_prefix_lengths(
-            [text.token_ids for text in earlier], [text.token_ids for text in new]
-        )
-        pairs = list(zip(earlier, begins, strict=True))
-        self._index.discard(text for text, begin in pairs if begin == len(text.token_ids))
-        return [
-            _ComparedText(text.token_ids, text.grams, begin)
-            for text, begin in pairs
-            if begin < len(text.token_ids)
-        ]
+        sorted_new = sorted((text.token_ids for text in new), key=_bytes)
+        earlier: list[_ComparedText] = []
+        has_gone_on: list[IndexedText] = []
+        for text in [text for text in matching if text.is_prompt][-_MAX_EARLIER_PROMPTS:]:
+            begin = _common_prefix_length(text.token_ids, sorted_new)
+            if begin < len(text.token_ids):
+                earlier.append(_ComparedText(text.token_ids, text.grams, begin))
+            else:
+                has_gone_on.append(text)
+        self._index.discard(has_gone_on)
+        return earlier
 
     def _find_shared(self, texts: Sequence[_ComparedText]) -> list[list[tuple[int, int]]]:
         """Ranges (begin, end) of positions of each text that another one has, too."""
@@ -218,25 +216,23 @@ class Discovery:
         self._index.check_integrity()
 
 
-def _common_prefix_lengths(texts: Sequence[TokenIds], prompts: Sequence[TokenIds]) -> list[int]:
-    """Length of the longest prefix that each text has in common with any of the prompts.
+def _common_prefix_length(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
+    """Length of the longest prefix that a text has in common with any of some prompts.
 
-    Among sorted prompts that is with one of the two between which the text would stand.
+    As the prompts are sorted by their bytes, that is with one of the two between which the text
+    would stand.
     """
-    by_bytes = {prompt.tobytes(): prompt for prompt in prompts}
-    keys = sorted(by_bytes)
-    lengths = []
-    for text in texts:
-        index = bisect.bisect(keys, text.tobytes())
-        neighbours = [by_bytes[key] for key in keys[max(0, index - 1) : index + 1]]
-        lengths.append(max(_common_prefix_length(text, prompt) for prompt in neighbours))
-    return lengths
+    index = bisect.bisect(prompts, text.tobytes(), key=_bytes)
+    longest = 0
+    for prompt in prompts[max(0, index - 1) : index + 1]:
+        length = min(len(text), len(prompt))
+        differing = np.flatnonzero(text[:length] != prompt[:length])
+        longest = max(longest, int(differing[0]) if len(differing) else length)
+    return longest
 
 
-def _common_prefix_length(text: TokenIds, other: TokenIds) -> int:
-    length = min(len(text), len(other))
-    differing = np.flatnonzero(text[:length] != other[:length])
-    return int(differing[0]) if len(differing) else length
+def _bytes(token_ids: TokenIds) -> bytes:
+    return token_ids.tobytes()
 
 
 def _cut(prompt: TokenIds, shared: Sequence[tuple[int, int]]) -> list[tuple[TokenIds, bool]]:

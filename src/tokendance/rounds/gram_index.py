@@ -6,7 +6,7 @@ found there have to be compared with it.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +42,7 @@ class GramIndex:
     """Texts by their grams; the least recently used are evicted first."""
 
     def __init__(self, max_tokens: int, prompt_ttl_s: float) -> None:
-        """Make an empty index.
-
-        Args:
-            max_tokens: of all texts together.
-            prompt_ttl_s: whole prompts are dropped that were not used for so many seconds.
-        """
+        """Make an index for `max_tokens` in all; prompts go when they are not used for so long."""
         self._max_tokens = max_tokens
         self._prompt_ttl_s = prompt_ttl_s
         self._texts: OrderedDict[int, IndexedText] = OrderedDict()  # least recently used first
@@ -63,21 +58,14 @@ class GramIndex:
         return self._num_tokens * _BYTES_PER_TOKEN
 
     def lookup(self, grams: Hashes, now: float) -> list[IndexedText]:
-        """Find the texts that have any of these grams, and mark them as used.
+        """Find the texts that have any of these grams, and mark them as used at `now`, in seconds.
 
-        Args:
-            grams: uint64, in any order.
-            now: clock time in seconds.
-
-        Returns:
-            The texts, least recently used first.
+        The least recently used come first.
         """
-        self._remove(
-            [
-                number
-                for number, text in self._texts.items()
-                if text.is_prompt and now - text.used_s > self._prompt_ttl_s
-            ]
+        self.discard(
+            text
+            for text in self._texts.values()
+            if text.is_prompt and now - text.used_s > self._prompt_ttl_s
         )
         # A gram may stand in a text a thousand times, so its range of the array is marked by its
         # two ends and not entry by entry.
@@ -96,11 +84,6 @@ class GramIndex:
 
         A text that is in the index already is only marked as used. One that has no gram, or is
         longer than the whole index may be, is left out.
-
-        Args:
-            texts: token ids of each, and hashes of its grams.
-            now: clock time in seconds.
-            is_prompt: whether they are whole prompts.
         """
         added: list[IndexedText] = []
         for token_ids, grams in texts:
@@ -115,22 +98,20 @@ class GramIndex:
                 self._num_tokens += len(token_ids)
                 self._next_number += 1
                 added.append(text)
-        self._remove(self._least_recently_used(self._num_tokens - self._max_tokens))
+        self.discard(self._least_recently_used(self._num_tokens - self._max_tokens))
         self._insert_grams([text for text in added if text.number in self._texts])
 
     def _touch(self, text: IndexedText, now: float) -> None:
         text.used_s = now
         self._texts.move_to_end(text.number)
 
-    def _least_recently_used(self, num_tokens: int) -> list[int]:
-        """Numbers of the texts that were used longest ago, with at least so many tokens in all."""
-        numbers = []
-        for number, text in self._texts.items():
+    def _least_recently_used(self, num_tokens: int) -> Iterator[IndexedText]:
+        """The texts that were used longest ago, with at least so many tokens in all."""
+        for text in self._texts.values():
             if num_tokens <= 0:
                 break
-            numbers.append(number)
+            yield text
             num_tokens -= len(text.token_ids)
-        return numbers
 
     def _insert_grams(self, texts: Sequence[IndexedText]) -> None:
         """Insert the grams of all texts at once, since each insertion copies the whole array."""
@@ -147,16 +128,14 @@ class GramIndex:
 
     def discard(self, texts: Iterable[IndexedText]) -> None:
         """Remove some texts of the index."""
-        self._remove([text.number for text in texts])
-
-    def _remove(self, numbers: Sequence[int]) -> None:
-        if not numbers:
+        gone = list(texts)
+        if not gone:
             return
-        for number in numbers:
-            text = self._texts.pop(number)
+        for text in gone:
+            del self._texts[text.number]
             del self._number_of[text.token_ids.tobytes(), text.is_prompt]
             self._num_tokens -= len(text.token_ids)
-        kept = ~np.isin(self._text_numbers, numbers)
+        kept = ~np.isin(self._text_numbers, [text.number for text in gone])
         self._grams = self._grams[kept]
         self._text_numbers = self._text_numbers[kept]
 

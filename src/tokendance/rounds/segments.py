@@ -21,8 +21,7 @@ _DIGEST_BYTES = 16
 def make_salt(*names: str) -> Salt:
     """Hash what must never share KV (model, tokenizer, tenant) into one key.
 
-    Args:
-        names: any strings; their boundaries count ("ab", "c" differs from "a", "bc").
+    The boundaries of names count: "ab", "c" differs from "a", "bc".
     """
     digest = hashlib.blake2b(digest_size=32)
     for name in names:
@@ -86,9 +85,7 @@ class PrefixHashes:
     def match(self, page_size: int, look_up: Callable[[ChainHash], Page | None]) -> list[Page]:
         """Find the longest known beginning, page by page.
 
-        Args:
-            page_size: tokens per page; a page that ends a text may be short, and is the last then.
-            look_up: gives what is known of a hash.
+        A page that ends a text may be short, and is the last then.
         """
         pages: list[Page] = []
         for start in range(0, len(self.token_ids), page_size):

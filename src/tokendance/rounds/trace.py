@@ -13,7 +13,7 @@ round before.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -135,12 +135,7 @@ def _read_agent(record: Mapping[str, Any]) -> TraceAgent:
 
 def _read_round(record: Mapping[str, Any], trace: Trace) -> TraceRound:
     requests = tuple(
-        TraceRequest(
-            _text(item, "agent"),
-            _text(item, "private_history"),
-            _text(item, "task"),
-            _text(item, "recorded_output"),
-        )
+        TraceRequest(*(_text(item, field.name) for field in fields(TraceRequest)))
         for item in _list(record, "requests")
     )
     for request in requests:

@@ -37,21 +37,13 @@ _MAX_PASSES = 4
 
 @dataclass(slots=True)
 class _Path:
-    """A path without branches, as it stands in one text.
+    """A path without branches, as it stands in one text, from token `begin` to before `end`."""
 
-    Attributes:
-        key: the hash of its first gram: the same for the path wherever it stands.
-        begin: position of its first token in the text.
-        end: position after its last token.
-        branches_before: whether it is reached from several sides; the beginning of a text is one.
-        branches_after: whether it goes on to several; the end of a text is one.
-    """
-
-    key: int
+    key: int  # hash of its first gram: the same for the path wherever it stands
     begin: int
     end: int
-    branches_before: bool
-    branches_after: bool
+    branches_before: bool  # reached from several sides; the beginning of a text is one
+    branches_after: bool  # goes on to several; the end of a text is one
 
 
 def find_shared(
@@ -70,10 +62,10 @@ def find_shared(
         that cannot be settled.
     """
     collapsed = [_collapse_runs(text, gram_size) for text in grams]
-    all_paths = _find_paths([text.grams for text in collapsed], range(len(grams)))
-    for paths, text in zip(all_paths, collapsed, strict=True):
+    all_paths = _find_paths([text for text, _, _ in collapsed], range(len(grams)))
+    for paths, (_, begins, ends) in zip(all_paths, collapsed, strict=True):
         for path in paths:  # from indices of grams to positions of tokens
-            path.begin, path.end = int(text.begins[path.begin]), int(text.ends[path.end - 1])
+            path.begin, path.end = int(begins[path.begin]), int(ends[path.end - 1])
     shared = [[replace(path) for path in paths] for paths in all_paths]
     _settle_overlaps(shared, min_tokens)
     for length in _SEQUENCE_LENGTHS:
@@ -86,48 +78,31 @@ def find_shared(
     return [_disjoint_ranges(paths) for paths in shared]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _CollapsedText:
-    """A text's grams, with each run of equal neighbours made one gram.
-
-    Attributes:
-        grams: uint64 (m,); a run's hash depends on its length.
-        begins: int64 (m,), position of the first token of each.
-        ends: int64 (m,), position after its last.
-    """
-
-    grams: Hashes
-    begins: Int64Array
-    ends: Int64Array
-
-
-def _collapse_runs(grams: Hashes, gram_size: int) -> _CollapsedText:
+def _collapse_runs(grams: Hashes, gram_size: int) -> tuple[Hashes, Int64Array, Int64Array]:
     """Make one gram of neighbours that are equal: a ruler, blank lines, one token many times.
 
     Such a gram follows itself and is followed by something else: a branch behind each of them.
+
+    Returns:
+        The grams (a run's hash depends on its length), the position of the first token of each,
+        and that after its last.
     """
     changes = grams[1:] != grams[:-1]
     if changes.all():  # most often
         begins = np.arange(len(grams))
-        return _CollapsedText(grams, begins, begins + gram_size)
+        return grams, begins, begins + gram_size
     begins = np.flatnonzero(np.append(True, changes))
     lengths = np.diff(np.append(begins, len(grams)))
     run_hashes = np.maximum((grams[begins] ^ lengths.astype(np.uint64)) * _SPREAD, np.uint64(1))
-    return _CollapsedText(
-        np.where(lengths > 1, run_hashes, grams[begins]), begins, begins + lengths - 1 + gram_size
-    )
+    collapsed = np.where(lengths > 1, run_hashes, grams[begins])
+    return collapsed, begins, begins + lengths - 1 + gram_size
 
 
 def _find_paths(grams: Sequence[Hashes], text_of: Sequence[int]) -> list[list[_Path]]:
-    """Find the paths of some sequences of grams.
+    """For each sequence of grams, its paths through grams that several texts have.
 
-    Args:
-        grams: of each sequence, uint64.
-        text_of: the text that each sequence is of.
-
-    Returns:
-        For each sequence, in their order, its paths through grams that several texts have. Their
-        `begin` and `end` are indices of grams.
+    `text_of` says of which text each sequence is. `begin` and `end` of the paths are indices of
+    grams.
     """
     counts = np.array([len(sequence) for sequence in grams])
     if counts.sum() == 0:
@@ -176,14 +151,15 @@ def _paths_of_sequence(
     begins = np.flatnonzero(is_cut & is_shared)
     ends = np.flatnonzero(np.append(is_cut[1:] | ~is_shared[1:], True) & is_shared) + 1
     return [
-        _Path(
-            int(gram[begin]),
-            begin,
-            end,
-            bool(branches_before[begin]),
-            bool(branches_after[end - 1]),
+        _Path(*path)
+        for path in zip(
+            gram[begins].tolist(),
+            begins.tolist(),
+            ends.tolist(),
+            branches_before[begins].tolist(),
+            branches_after[ends - 1].tolist(),
+            strict=True,
         )
-        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
     ]
 
 
@@ -192,13 +168,9 @@ def _settle_overlaps(
 ) -> None:
     """Drop short paths, and shorten those that overlap, each alike wherever it stands.
 
-    What two paths have in common goes to the settled one, if one of them is settled. Otherwise it
-    goes to the later one if only that one has a branch between them, else to the earlier one.
-
-    Args:
-        texts: the paths of each text in their order; changed in place.
-        min_tokens: shorter paths are dropped.
-        settled: keys of paths that stay as they are; they do not overlap.
+    What two paths have in common goes to the settled one, if one of them is settled; these, given
+    by their keys, do not overlap. Otherwise it goes to the later one if only that one has a branch
+    between them, else to the earlier one.
     """
     for _ in range(_MAX_PASSES):
         for paths in texts:
@@ -228,18 +200,9 @@ def _join_short_paths(
     """Join short paths that follow each other in several texts alike.
 
     Where a text repeats itself there is a branch behind the repeated words, and so a cut, even if
-    all texts repeat them alike. What is too short by itself is therefore compared once more, with
-    paths in the place of tokens: "to be or not to be that is" is shared as a whole although "to be"
-    goes on in two ways.
-
-    Args:
-        texts: all paths of each text in their order.
-        settled: keys of the paths that are long enough by themselves.
-        gram_size: tokens of a gram.
-        length: paths of a gram of paths.
-
-    Returns:
-        For each text the joined paths, each of at least `length` short ones.
+    all texts repeat them alike. What is too short by itself (`settled` has the keys of the others)
+    is therefore compared once more, with paths in the place of tokens, `length` to a gram: "to be
+    or not to be that is" is shared as a whole although "to be" goes on in two ways.
     """
     rows: list[list[_Path]] = []  # of short paths, each beginning one gram after the one before
     text_of: list[int] = []

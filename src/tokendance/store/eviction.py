@@ -18,15 +18,7 @@ _LEAST_COST = 0.01
 
 @dataclass(slots=True, eq=False, repr=False)
 class _Node:
-    """An entry in a queue.
-
-    Attributes:
-        entry: that waits.
-        queue: in which it waits.
-        used: when it was used last.
-        before: its neighbour that was used before it; None at the beginning of the queue.
-        after: likewise after it, at the end.
-    """
+    """An entry in a queue, and its neighbours there, which were used before and after it."""
 
     entry: Entry
     queue: "_Queue"

@@ -84,14 +84,9 @@ class KVStore:
         return len(self.slot_ready)
 
     def match_prefix(self, text: PrefixHashes, *, exact: bool) -> list[StoredPage]:
-        """Find the longest known beginning of a text, page by page. Changes nothing.
+        """Find the pages of the longest known beginning of a text, valid until the next eviction.
 
-        Args:
-            text: hashes what it is asked for.
-            exact: leave out pages that hold reused KV of another context.
-
-        Returns:
-            The pages, valid until the next eviction.
+        Changes nothing. `exact` leaves out pages that hold reused KV of another context.
         """
 
         def look_up(chain: ChainHash) -> StoredPage | None:
@@ -143,7 +138,9 @@ class KVStore:
             entry = self._prefix.get((chain, exact))
             if entry is None:
                 page = slots[start:stop].copy()
-                entry = StoredPage(chain, stop - start, exact, slots=page, pages=self._pages(page))
+                entry = StoredPage(
+                    chain, stop - start, exact, slots=page, pages=pages_of(page, size)
+                )
                 self._prefix[chain, exact] = entry
                 self._add(entry)
                 new.append(entry)
@@ -156,11 +153,9 @@ class KVStore:
         segments: Sequence[tuple[SegmentHash, int, Slots]],
         round_id: RoundId | None = None,
     ) -> list[StoredSegment]:
-        """Publish the segments of a run.
+        """Publish the segments of a run: hash, position in the owner's prompt, and slots of each.
 
-        Args:
-            segments: hash, position in the owner's prompt, and slots of each, in its order.
-            round_id: in which the owner computes them, if it does.
+        `round_id` is that in which the owner computes them, if it does.
         """
         run = RunId(self._num_runs)
         self._num_runs += 1
@@ -174,7 +169,7 @@ class KVStore:
                 start,
                 round_id,
                 slots=slots.copy(),
-                pages=self._pages(slots),
+                pages=pages_of(slots, self.page_size),
             )
             self._segments.setdefault(segment, []).append(cached)
             self._add(cached)
@@ -186,9 +181,7 @@ class KVStore:
     ) -> None:
         """Publish parts of an earlier prompt as segments, where these are not cached yet.
 
-        Args:
-            text: the whole prompt; only as much of it is looked at as is known.
-            parts: first position, position after the last, and hash of each.
+        Of each part: first position, position after the last, and hash.
         """
         missing = [part for part in parts if part[2] not in self._segments]
         if not missing:
@@ -287,25 +280,18 @@ class KVStore:
 
     # -- bookkeeping --------------------------------------------------------------------------
 
-    def _pages(self, slots: Slots) -> PageIds:
-        return pages_of(slots, self.pool.page_size)
-
     def _add(self, entry: Entry) -> None:
         self.order.add(entry)
         self.pool.retain(entry.pages, Holder.INDEX)
 
     def check_integrity(self, request_pages: Iterable[PageIds]) -> None:
-        """Assert that counts, indexes and requests agree.
-
-        Args:
-            request_pages: the pages of each request that runs.
-        """
+        """Assert that counts, indexes and the pages of each request that runs agree."""
         expected = np.zeros((len(Holder), self.pool.num_pages), np.int32)
         for pages in itertools.chain(request_pages, *self.loading.values()):
             expected[Holder.REQUEST][pages] += 1
         for entry in self.order:
             expected[Holder.INDEX][entry.pages] += 1
-            assert np.array_equal(entry.pages, self._pages(entry.slots))
+            assert np.array_equal(entry.pages, pages_of(entry.slots, self.page_size))
         self.pool.check_integrity(expected)
         published = set(self._prefix.values()) | set(
             itertools.chain.from_iterable(self._segments.values())

@@ -10,5 +10,5 @@ files of each agent's own tokens; what earlier rounds wrote is referred to again
 
 Rows of a file lie in the order of their slots. When they are read again (`loader.py`) they take
 slots in the same order, so attention finds ranges of slots as long as before. Which slots hold
-which rows is known in `slot_files.py`, and when reading is quicker than computing in `cost.py`.
+which rows is known in `slot_files.py`, and when reading is quicker than computing in `levels.py`.
 """

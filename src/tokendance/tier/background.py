@@ -15,15 +15,11 @@ import numpy.typing as npt
 
 from tokendance.disk.kv_file import WrittenFile, file_bytes
 from tokendance.disk.records import FileId, SessionKey
-from tokendance.disk.store import DiskStore
 from tokendance.engine.request import Request
 from tokendance.errors import StoreError
 from tokendance.store.entries import RoundId, Slots
-from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
-from tokendance.tier.caches import match_computed
-from tokendance.tier.memory import RowMemory
-from tokendance.tier.slot_files import SlotFiles
+from tokendance.tier.levels import Levels
 
 log = logging.getLogger("tokendance.store")
 
@@ -46,44 +42,23 @@ class _Group:
 
 @dataclass(slots=True)
 class _Round:
-    """What of a round is written in the background.
-
-    Attributes:
-        round_id: of the round.
-        seen_s: when a request of it was last seen.
-        left: groups that are not being written yet.
-        begun: groups that are, or are written.
-        num_bytes: most bytes of them.
-    """
+    """What of a round is written in the background."""
 
     round_id: RoundId
-    seen_s: float
-    left: list[_Group]
+    seen_s: float  # when a request of it was last seen
+    left: list[_Group]  # that are not being written yet
     begun: list[tuple[_Group, "Future[tuple[FileId, WrittenFile]]"]] = field(default_factory=list)
-    num_bytes: int = 0
+    num_bytes: int = 0  # at most, of what is begun
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class BackgroundWriter:
-    """Writes files on a thread of its own; all methods are called on the engine's.
+    """Writes files on a thread of its own; all methods are called on the engine's."""
 
-    Attributes:
-        store: the index of what `memory` holds.
-        memory: to read rows from.
-        disk: to write to.
-        files: what of memory is on disk.
-        row_bytes: of a token in a file that is not compressed.
-    """
-
-    store: KVStore
-    memory: RowMemory
-    disk: DiskStore
-    files: SlotFiles
-    row_bytes: int
-    _thread: ThreadPoolExecutor = field(
-        init=False, default_factory=lambda: ThreadPoolExecutor(1, "store")
-    )
-    _rounds: dict[SessionKey, _Round] = field(init=False, default_factory=dict)
+    def __init__(self, levels: Levels) -> None:
+        """Begin without rounds."""
+        self._levels = levels
+        self._thread = ThreadPoolExecutor(1, "store")
+        self._rounds: dict[SessionKey, _Round] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -96,12 +71,7 @@ class BackgroundWriter:
         return min(seen_s) + _ABANDONED_S if seen_s else None
 
     def after_step(self, now: float, requests: Collection[Request]) -> None:
-        """Begin to write the next file of each round all of which decodes.
-
-        Args:
-            now: seconds, on any clock that is the same for all calls.
-            requests: of rounds that are under way; those without a session are passed over.
-        """
+        """Begin to write the next file of each round all of which decodes; see `DiskTier`."""
         rounds: dict[SessionKey, list[Request]] = {}
         for request in requests:
             if request.session is not None:
@@ -131,35 +101,32 @@ class BackgroundWriter:
     def _begin(self, now: float, key: SessionKey, together: Sequence[Request]) -> None:
         """Plan the files of a round, and make room for them."""
         prompts = [request.prompt for request in together if request.error is None]
-        caches = [match_computed(self.store, prompt.prefix_hashes)[1] for prompt in prompts]
-        self.files.forget_all_but(self.disk.index.file_ids())
-        groups = self.files.unwritten(caches, ())
+        levels, stamps = self._levels, self._levels.store.slot_stamp
+        caches = [levels.match_computed(prompt.prefix_hashes)[1] for prompt in prompts]
+        left = [_Group(slots, stamps[slots]) for slots in levels.unwritten(caches, (), ())]
         self.drop(key)
-        stamps = self.store.slot_stamp
-        left = [_Group(slots, stamps[slots]) for slots in groups]
         self._rounds[key] = _Round(together[0].round_id, now, left)
-        num_bytes = sum(map(len, groups)) * self.row_bytes
-        self.disk.make_room(num_bytes + self.num_bytes, key)
+        num_bytes = sum(len(group.slots) for group in left) * levels.row_bytes
+        levels.disk.make_room(num_bytes + self.num_bytes, key)
 
     def _write_next(self, key: SessionKey) -> None:
         """Begin to write the next group of a session's round, if the thread is free for it."""
         jobs = [job for round_ in self._rounds.values() for _, job in round_.begun]
         if sum(not job.done() for job in jobs) >= _MAX_UNDER_WAY:
             return
-        round_ = self._rounds[key]
-        while round_.left and not round_.left[0].is_unchanged(self.store):
+        levels, round_ = self._levels, self._rounds[key]
+        while round_.left and not round_.left[0].is_unchanged(levels.store):
             del round_.left[0]
         if not round_.left:
             return
         slots = round_.left[0].slots
-        room = self.disk.budget - self.disk.num_bytes - self.num_bytes
-        rows: KVRows | None = None
-        if len(slots) * self.row_bytes <= room:
-            rows = self.memory.read_kv(slots)
+        room = levels.disk.budget - levels.disk.num_bytes - self.num_bytes
+        fits = len(slots) * levels.row_bytes <= room
+        rows = levels.memory.read_kv(slots) if fits else None
         if rows is None or file_bytes(rows) > room:
             round_.left.clear()  # what is begun may still be collected
             return
-        round_.begun.append((round_.left.pop(0), self._thread.submit(self.disk.write, rows)))
+        round_.begun.append((round_.left.pop(0), self._thread.submit(levels.disk.write, rows)))
         round_.num_bytes += file_bytes(rows)
 
     def collect(self, key: SessionKey) -> list[tuple[FileId, WrittenFile, Slots]]:
@@ -178,15 +145,15 @@ class BackgroundWriter:
                 log.warning("KV could not be written in the background: %s", error)
                 continue
             file, written = job.result()
-            if group.is_unchanged(self.store):
+            if group.is_unchanged(self._levels.store):
                 collected.append((file, written, group.slots))
             else:
-                self.disk.discard([written])
+                self._levels.disk.discard([written])
         return collected
 
     def drop(self, key: SessionKey) -> None:
         """Remove what a session's round has written."""
-        self.disk.discard([written for _, written, _ in self.collect(key)])
+        self._levels.disk.discard([written for _, written, _ in self.collect(key)])
 
     def close(self) -> None:
         """Remove what nobody has collected, and end the thread."""

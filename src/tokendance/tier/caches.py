@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokendance.disk.records import SessionKey
-from tokendance.rounds.segments import PrefixHashes, Salt, TokenIds
-from tokendance.store.entries import Slots, StoredPage
-from tokendance.store.kv_store import KVStore, slots_of
+from tokendance.rounds.segments import Salt, TokenIds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,15 +48,3 @@ class SessionSnapshot:
     shared_segments: Collection[TokenIds]
     salt: Salt
     ttl_s: float | None = None
-
-
-def match_computed(store: KVStore, text: PrefixHashes) -> tuple[list[StoredPage], Slots]:
-    """Find what memory has of a text, up to the first token whose KV is still to be computed."""
-    pages = store.match_prefix(text, exact=False)
-    slots = slots_of(pages)
-    is_ready = store.slot_ready[slots]
-    if is_ready.all():
-        return pages, slots
-    slots = slots[: int(np.argmin(is_ready))]
-    ends = np.cumsum([page.num_tokens for page in pages])
-    return pages[: int(np.searchsorted(ends, len(slots), side="right"))], slots

@@ -12,15 +12,12 @@ from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import Extents, FileId, SegmentRecord, StoredSession
 from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError
-from tokendance.rounds.segments import PrefixHashes, Salt, hash_segment
+from tokendance.rounds.segments import PrefixHashes, Salt, SegmentHash, hash_segment
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
-from tokendance.tier.caches import match_computed
-from tokendance.tier.cost import ReadCost
-from tokendance.tier.memory import RowMemory
-from tokendance.tier.slot_files import SlotFiles
+from tokendance.tier.levels import Levels
 
 log = logging.getLogger("tokendance.store")
 
@@ -50,153 +47,71 @@ Restoring = Generator[_Read, None, Restored]
 """A session that is being read: it yields a file, and is to go on when that file is there."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Loader:
-    """Reads files into memory, and publishes what they hold as if it had been computed.
+def restoring(levels: Levels, session: StoredSession, salt: Salt, *, always: bool) -> Restoring:
+    """Read files into memory, and publish what they hold as if it had been computed.
 
-    Attributes:
-        store: the index of what `memory` holds.
-        memory: to write rows into.
-        disk: to read from.
-        files: what of memory is on disk.
-        cost: of reading; what is read tells it how fast that is.
+    See `DiskTier.restoring`.
     """
-
-    store: KVStore
-    memory: RowMemory
-    disk: DiskStore
-    files: SlotFiles
-    cost: ReadCost
-
-    def restoring(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restoring:
-        """See `DiskTier.restoring`."""
-        problems: list[str] = []
-        missing: dict[FileId, WrittenFile] = {}
-        for file_id in self._missing(session, salt):
-            try:
-                missing[file_id] = self.disk.index.file(file_id)
-            except CorruptFileError as error:
-                problems.append(str(error))
-        if not (always or self.cost.pays(missing.values())):
-            return Restored(0, 0, sum(file.num_rows for file in missing.values()), ())
-        num_rows = num_bytes = 0
-        seconds = 0.0
-        damaged: list[FileId] = []
-        reader = object()
-        with ThreadPoolExecutor(_NUM_THREADS, "store") as threads:
-            held = self.store.loading.setdefault(reader, [])
-            try:
-                for file, reading in _read_ahead(self.disk, missing, threads):
-                    yield reading
-                    while not reading.done():
-                        yield reading
-                    try:
-                        rows, read_s = reading.result()
-                    except CorruptFileError as error:
-                        log.warning("%s", error)
-                        problems.append(str(error))
-                        damaged.append(file)
-                        continue
-                    start = time.perf_counter()
-                    pages = self._load(file, rows)
-                    if pages is None:
-                        break
-                    held.append(pages)
-                    seconds += read_s / _NUM_THREADS + time.perf_counter() - start
-                    num_rows += len(rows)
-                    num_bytes += missing[file].num_bytes
-                num_lacking = self._publish(session, salt)
-            finally:
-                del self.store.loading[reader]
-                for pages in held:
-                    self.store.pool.release(pages, Holder.REQUEST)
-        for file in damaged:
-            self.disk.forget_file(file)
-        if num_bytes:
-            self.cost.note_read(num_bytes, seconds)
-        return Restored(num_rows, num_bytes, num_lacking, tuple(problems))
-
-    def _missing(self, session: StoredSession, salt: Salt) -> list[FileId]:
-        """Files that memory lacks, in the order in which agents have their tokens."""
-        unpublished = self._unpublished(session, salt)
-        wanted: list[Extents] = [segment.cache.extents for segment in unpublished]
-        for cache in session.caches.values():
-            _, slots = match_computed(self.store, PrefixHashes(cache.token_ids, salt))
-            wanted.append(cache.extents[np.cumsum(cache.extents[:, 2]) > len(slots)])
-        extents = np.concatenate([np.empty((0, 3), np.int64), *wanted])
-        return [
-            file
-            for file in map(FileId, dict.fromkeys(extents[:, 0].tolist()))
-            if not self.files.in_memory(file, extents[extents[:, 0] == file])
-        ]
-
-    def _load(self, file: FileId, rows: KVRows) -> PageIds | None:
-        """Put a file's rows into memory; return the pages, held, or None if there is no room."""
-        if not self.store.make_room(self.store.num_pages([len(rows)])):
-            return None
-        (slots,), pages = self.store.take_slots([len(rows)])
+    problems: list[str] = []
+    missing: dict[FileId, WrittenFile] = {}
+    for file_id in _missing(levels, session, salt):
         try:
-            self.memory.write_kv(slots, rows)
-        except BaseException:
-            self.store.pool.release(pages, Holder.REQUEST)
-            raise
-        self.store.slot_ready[slots] = True
-        self.files.note(file, slots)
-        return pages
+            missing[file_id] = levels.disk.index.file(file_id)
+        except CorruptFileError as error:
+            problems.append(str(error))
+    if not (always or levels.cost.pays(missing.values())):
+        return Restored(0, 0, sum(file.num_rows for file in missing.values()), ())
+    num_rows = num_bytes = 0
+    seconds = 0.0
+    damaged: list[FileId] = []
+    reader = object()
+    with ThreadPoolExecutor(_NUM_THREADS, "store") as threads:
+        held = levels.store.loading.setdefault(reader, [])
+        try:
+            for file, reading in _read_ahead(levels.disk, missing, threads):
+                yield reading
+                while not reading.done():
+                    yield reading
+                try:
+                    rows, read_s = reading.result()
+                except CorruptFileError as error:
+                    log.warning("%s", error)
+                    problems.append(str(error))
+                    damaged.append(file)
+                    continue
+                start = time.perf_counter()
+                pages = _load(levels, file, rows)
+                if pages is None:
+                    break
+                held.append(pages)
+                seconds += read_s / _NUM_THREADS + time.perf_counter() - start
+                num_rows += len(rows)
+                num_bytes += missing[file].num_bytes
+            num_lacking = _publish(levels, session, salt)
+        finally:
+            del levels.store.loading[reader]
+            for pages in held:
+                levels.store.pool.release(pages, Holder.REQUEST)
+    for file in damaged:
+        levels.disk.forget_file(file)
+    if num_bytes:
+        levels.cost.note_read(num_bytes, seconds)
+    return Restored(num_rows, num_bytes, num_lacking, tuple(problems))
 
-    # -- publishing ---------------------------------------------------------------------------
 
-    def _publish(self, session: StoredSession, salt: Salt) -> int:
-        """Publish what memory has of a session; return how many tokens it lacks."""
-        num_lacking = 0
-        for cache in session.caches.values():
-            text = PrefixHashes(cache.token_ids, salt)
-            _, slots = match_computed(self.store, text)
-            slots = np.concatenate([slots, self.files.slots_of(cache.extents, len(slots))])
-            # The prompt by itself, too: an answer may be told otherwise than it was generated.
-            for length in {min(cache.num_prompt, len(slots)), len(slots)}:
-                num_exact = min(cache.num_exact, length)
-                self.store.publish_prefix(text, slots[:length], num_exact)
-            pages, _ = match_computed(self.store, text)
-            self.files.mark_on_disk(pages)
-            num_lacking += len(cache.token_ids) - len(slots)
-        self.cost.tell(self.store.order)
-        runs: dict[int, list[SegmentRecord]] = {}
-        for segment in self._unpublished(session, salt):
-            runs.setdefault(segment.run, []).append(segment)
-        for run in runs.values():
-            self._publish_run(sorted(run, key=lambda segment: segment.index), salt)
-        return num_lacking
-
-    def _unpublished(self, session: StoredSession, salt: Salt) -> list[SegmentRecord]:
-        """Shared segments of which the store has no copy."""
-        return [
-            segment
-            for segment in session.segments
-            if not self.store.all_cached(hash_segment(segment.cache.token_ids, salt))
-        ]
-
-    def _publish_run(self, run: Sequence[SegmentRecord], salt: Salt) -> None:
-        in_memory = [
-            (segment, slots)
-            for segment in run
-            if len(slots := self.files.slots_of(segment.cache.extents))
-            == len(segment.cache.token_ids)
-        ]
-        entries = self.store.publish_run(
-            [
-                (hash_segment(segment.cache.token_ids, salt), self._position(slots), slots)
-                for segment, slots in in_memory
-            ]
-        )
-        for (segment, _), entry in zip(in_memory, entries, strict=True):
-            entry.verified = True
-            # Rounds of another process: their numbers are below all that rounds have here.
-            entry.rounds = {RoundId(-2 - number) for number in range(segment.num_rounds)}
-
-    def _position(self, slots: Slots) -> int:
-        """Position that the first of some slots has in the prompt of who computed it."""
-        return int(self.memory.read_kv(slots[:1]).positions[0])
+def _missing(levels: Levels, session: StoredSession, salt: Salt) -> list[FileId]:
+    """Files that memory lacks, in the order in which agents have their tokens."""
+    unpublished = _unpublished(levels.store, session, salt)
+    wanted: list[Extents] = [segment.cache.extents for segment in unpublished]
+    for cache in session.caches.values():
+        _, slots = levels.match_computed(PrefixHashes(cache.token_ids, salt))
+        wanted.append(cache.extents[np.cumsum(cache.extents[:, 2]) > len(slots)])
+    extents = np.concatenate([np.empty((0, 3), np.int64), *wanted])
+    return [
+        file
+        for file in map(FileId, dict.fromkeys(extents[:, 0].tolist()))
+        if not levels.files.in_memory(file, extents[extents[:, 0] == file])
+    ]
 
 
 def _read_ahead(
@@ -214,3 +129,72 @@ def _read_ahead(
         if len(waiting) > _NUM_THREADS:
             yield waiting.pop(0)
     yield from waiting
+
+
+def _load(levels: Levels, file: FileId, rows: KVRows) -> PageIds | None:
+    """Put a file's rows into memory; return the pages, held, or None if there is no room."""
+    store = levels.store
+    if not store.make_room(store.num_pages([len(rows)])):
+        return None
+    (slots,), pages = store.take_slots([len(rows)])
+    try:
+        levels.memory.write_kv(slots, rows)
+    except BaseException:
+        store.pool.release(pages, Holder.REQUEST)
+        raise
+    store.slot_ready[slots] = True
+    levels.files.note(file, slots)
+    return pages
+
+
+# -- publishing -------------------------------------------------------------------------------
+
+
+def _publish(levels: Levels, session: StoredSession, salt: Salt) -> int:
+    """Publish what memory has of a session; return how many tokens it lacks."""
+    store, files = levels.store, levels.files
+    num_lacking = 0
+    for cache in session.caches.values():
+        text = PrefixHashes(cache.token_ids, salt)
+        _, slots = levels.match_computed(text)
+        slots = np.concatenate([slots, files.slots_of(cache.extents, len(slots))])
+        # The prompt by itself, too: an answer may be told otherwise than it was generated.
+        for length in {min(cache.num_prompt, len(slots)), len(slots)}:
+            store.publish_prefix(text, slots[:length], min(cache.num_exact, length))
+        pages, _ = levels.match_computed(text)
+        files.mark_on_disk(pages)
+        num_lacking += len(cache.token_ids) - len(slots)
+    levels.cost.tell(store.order)
+    runs: dict[int, list[SegmentRecord]] = {}
+    for segment in _unpublished(store, session, salt):
+        runs.setdefault(segment.run, []).append(segment)
+    for run in runs.values():
+        _publish_run(levels, sorted(run, key=lambda segment: segment.index), salt)
+    return num_lacking
+
+
+def _unpublished(store: KVStore, session: StoredSession, salt: Salt) -> list[SegmentRecord]:
+    """Shared segments of which the store has no copy."""
+    return [
+        segment
+        for segment in session.segments
+        if not store.all_cached(hash_segment(segment.cache.token_ids, salt))
+    ]
+
+
+def _publish_run(levels: Levels, run: Sequence[SegmentRecord], salt: Salt) -> None:
+    in_memory: list[SegmentRecord] = []
+    parts: list[tuple[SegmentHash, int, Slots]] = []
+    for segment in run:
+        token_ids = segment.cache.token_ids
+        slots = levels.files.slots_of(segment.cache.extents)
+        if len(slots) == len(token_ids):
+            # Where the first token stood in the prompt of who computed it.
+            start = int(levels.memory.read_kv(slots[:1]).positions[0])
+            in_memory.append(segment)
+            parts.append((hash_segment(token_ids, salt), start, slots))
+    entries = levels.store.publish_run(parts)
+    for segment, entry in zip(in_memory, entries, strict=True):
+        entry.verified = True
+        # Rounds of another process: their numbers are below all that rounds have here.
+        entry.rounds = {RoundId(-2 - number) for number in range(segment.num_rounds)}

@@ -76,11 +76,8 @@ class SlotFiles:
     def unwritten(self, caches: Sequence[Slots], segments: Sequence[Slots]) -> list[Slots]:
         """Slots that are not on disk, in groups each of which makes a file.
 
-        What several caches have comes first, then each cache's own tokens.
-
-        Args:
-            caches: the slots of each agent's tokens.
-            segments: those of shared segments; where no cache has them they go with what is shared.
+        What several caches have comes first, then each cache's own tokens. Slots of segments that
+        no cache has go with what is shared.
         """
         num_readers = np.zeros(len(self._stamp), np.int64)
         for slots in caches:
@@ -101,9 +98,7 @@ class SlotFiles:
     def sparse(self, needed: Iterable[Slots], least_share: float) -> list[FileId]:
         """Files of whose rows some are needed, and less than a share.
 
-        Args:
-            needed: slots of what is needed; a slot may be among them more than once.
-            least_share: of the rows of a file.
+        A slot may be needed more than once.
         """
         is_needed = np.zeros(len(self._stamp), np.bool_)
         for slots in needed:
@@ -115,9 +110,9 @@ class SlotFiles:
         rows = np.unique(file_index * stride + self._row[needed_slots])
         counts = np.bincount(rows // stride, minlength=len(files))
         return [
-            FileId(file)
-            for file, count in zip(files.tolist(), counts.tolist(), strict=True)
-            if count < least_share * len(self._slots[FileId(file)])
+            file
+            for file, count in zip(map(FileId, files.tolist()), counts.tolist(), strict=True)
+            if count < least_share * len(self._slots[file])
         ]
 
     def mark_on_disk(self, pages: Sequence[StoredPage]) -> None:

@@ -10,10 +10,9 @@ from tokendance.rounds.segments import Salt
 from tokendance.store.kv_store import KVStore
 from tokendance.tier.background import BackgroundWriter
 from tokendance.tier.caches import SessionSnapshot
-from tokendance.tier.cost import ReadCost
-from tokendance.tier.loader import Loader, Restored, Restoring
-from tokendance.tier.memory import RowMemory
-from tokendance.tier.saver import Saver
+from tokendance.tier.levels import Levels, ReadCost, RowMemory
+from tokendance.tier.loader import Restored, Restoring, restoring
+from tokendance.tier.saver import save
 from tokendance.tier.slot_files import SlotFiles
 
 _POSITION_BYTES = 4  # which a file has for each row, besides its KV
@@ -39,23 +38,21 @@ class DiskTier:
         bytes_per_token: int,
         seconds_per_token: Callable[[], float | None],
     ) -> None:
-        """Write what is computed to `disk`.
+        """Write what is computed to `disk`, which `close` closes.
 
         Args:
             store: the index of what memory holds.
             memory: holds keys and values.
-            disk: the store on disk; `close` closes it.
+            disk: the store on disk.
             bytes_per_token: of KV in memory.
             seconds_per_token: what computing a token takes now; None while nobody knows.
         """
         self.disk = disk
         self.bytes_on_disk = disk.num_bytes
-        self._files = files = SlotFiles(store)
         cost = ReadCost(bytes_per_token, seconds_per_token)
         row_bytes = bytes_per_token + _POSITION_BYTES
-        self._background = BackgroundWriter(store, memory, disk, files, row_bytes)
-        self._saver = Saver(store, memory, disk, files, self._background, cost, row_bytes)
-        self._loader = Loader(store, memory, disk, files, cost)
+        self._levels = Levels(store, memory, disk, SlotFiles(store), cost, row_bytes)
+        self._background = BackgroundWriter(self._levels)
 
     def save(self, snapshot: SessionSnapshot, stored: StoredSession | None = None) -> None:
         """Make a session durable as it is now; KV that does not fit the budget is left out.
@@ -67,7 +64,7 @@ class DiskTier:
         Raises:
             StoreError: if the disk cannot be written; what was durable before still is.
         """
-        self._saver.save(snapshot, stored)
+        save(self._levels, self._background, snapshot, stored)
         self.bytes_on_disk = self.disk.num_bytes
 
     def restore(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restored:
@@ -94,7 +91,7 @@ class DiskTier:
         Yields:
             A file that is being read: a step before it is there does nothing.
         """
-        return self._loader.restoring(session, salt, always=always)
+        return restoring(self._levels, session, salt, always=always)
 
     def after_step(self, now: float, requests: Collection[Request]) -> None:
         """Begin to write what rounds of sessions have read, while they decode.

@@ -1,0 +1,103 @@
+"""Memory and disk, between which KV moves, and what is known of both."""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tokendance.disk.kv_file import WrittenFile
+from tokendance.disk.records import FileId
+from tokendance.disk.store import DiskStore
+from tokendance.rounds.segments import PrefixHashes
+from tokendance.store.entries import Slots, StoredPage
+from tokendance.store.eviction import EvictionOrder
+from tokendance.store.kv_rows import KVRows
+from tokendance.store.kv_store import KVStore, slots_of
+from tokendance.tier.slot_files import SlotFiles
+
+# Assumed until files have been read here.
+_FIRST_BYTES_PER_S = 500e6
+
+
+class RowMemory(Protocol):
+    """Memory whose slots can be copied out and in; every executor is one."""
+
+    def read_kv(self, slots: Slots) -> KVRows:
+        """Copy the KV of slots out of memory, with the positions of its keys."""
+        ...
+
+    def write_kv(self, slots: Slots, rows: KVRows) -> None:
+        """Copy rows into slots.
+
+        Raises:
+            StoreError: if they are of another shape or dtype.
+        """
+        ...
+
+
+class ReadCost:
+    """Compares the speed at which files were read last with that of the last large prefill."""
+
+    def __init__(self, bytes_per_token: int, seconds_per_token: Callable[[], float | None]) -> None:
+        """Begin with an assumed speed of the disk; for the arguments see `DiskTier`."""
+        self._bytes_per_token = bytes_per_token
+        self._seconds_per_token = seconds_per_token
+        self._bytes_per_s = _FIRST_BYTES_PER_S
+
+    def note_read(self, num_bytes: int, seconds: float) -> None:
+        """Take the speed of what has just been read."""
+        self._bytes_per_s = num_bytes / seconds
+
+    def pays(self, files: Collection[WrittenFile]) -> bool:
+        """Whether reading files takes less time than computing what they hold. Changes nothing."""
+        compute_s = self._seconds_per_token()
+        if compute_s is None:
+            return True
+        read_s = sum(file.num_bytes for file in files) / self._bytes_per_s
+        return read_s < compute_s * sum(file.num_rows for file in files)
+
+    def tell(self, order: EvictionOrder) -> None:
+        """Tell the order of eviction what an entry on disk costs, as a share of computing it."""
+        compute_s = self._seconds_per_token()
+        if compute_s is not None:
+            order.disk_cost = self._bytes_per_token / self._bytes_per_s / compute_s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Levels:
+    """What saving and loading work on.
+
+    Attributes:
+        store: the index of what `memory` holds.
+        memory: holds keys and values.
+        disk: the store on disk.
+        files: what of memory is on disk.
+        cost: of reading files.
+        row_bytes: of a token in a file that is not compressed.
+    """
+
+    store: KVStore
+    memory: RowMemory
+    disk: DiskStore
+    files: SlotFiles
+    cost: ReadCost
+    row_bytes: int
+
+    def match_computed(self, text: PrefixHashes) -> tuple[list[StoredPage], Slots]:
+        """What memory has of a text, up to the first token whose KV is still to be computed."""
+        pages = self.store.match_prefix(text, exact=False)
+        slots = slots_of(pages)
+        is_ready = self.store.slot_ready[slots]
+        if is_ready.all():
+            return pages, slots
+        slots = slots[: int(np.argmin(is_ready))]
+        ends = np.cumsum([page.num_tokens for page in pages])
+        return pages[: int(np.searchsorted(ends, len(slots), side="right"))], slots
+
+    def unwritten(
+        self, caches: Sequence[Slots], segments: Sequence[Slots], unnamed: Iterable[FileId]
+    ) -> list[Slots]:
+        """See `SlotFiles.unwritten`; files count that the index names, or that are `unnamed`."""
+        self.files.forget_all_but(self.disk.index.file_ids().union(unnamed))
+        return self.files.unwritten(caches, segments)
