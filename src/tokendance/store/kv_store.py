@@ -142,9 +142,9 @@ class KVStore:
                     chain, stop - start, exact, slots=page, pages=pages_of(page, size)
                 )
                 self._prefix[chain, exact] = entry
-                self._add(entry)
                 new.append(entry)
             touched.append(entry)
+        self._add(new)
         self.touch(touched)
         return new
 
@@ -172,8 +172,8 @@ class KVStore:
                 pages=pages_of(slots, self.page_size),
             )
             self._segments.setdefault(segment, []).append(cached)
-            self._add(cached)
             new.append(cached)
+        self._add(new)
         return new
 
     def publish_parts(
@@ -280,9 +280,12 @@ class KVStore:
 
     # -- bookkeeping --------------------------------------------------------------------------
 
-    def _add(self, entry: Entry) -> None:
-        self.order.add(entry)
-        self.pool.retain(entry.pages, Holder.INDEX)
+    def _add(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self.order.add(entry)
+        if entries:
+            pages = np.concatenate([entry.pages for entry in entries])
+            self.pool.retain(pages, Holder.INDEX)
 
     def check_integrity(self, request_pages: Iterable[PageIds]) -> None:
         """Assert that counts, indexes and the pages of each request that runs agree."""

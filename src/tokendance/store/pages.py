@@ -81,9 +81,9 @@ class PagePool:
         return pages
 
     def retain(self, pages: PageIds, holder: Holder) -> None:
-        """Add one reference to each of `pages`, which are distinct."""
-        self.num_free -= self._count_free(pages)
-        self._refs[holder][pages] += 1
+        """Add one reference to each of `pages`, and as many to one that is named several times."""
+        self.num_free -= self._count_free(np.unique(pages))
+        np.add.at(self._refs[holder], pages, 1)
 
     def release(self, pages: PageIds, holder: Holder) -> None:
         """Drop one reference from each of `pages`, which are distinct."""
@@ -92,7 +92,7 @@ class PagePool:
         self.num_free += self._count_free(pages)
 
     def _count_free(self, pages: PageIds) -> int:
-        """How many of `pages` nobody holds."""
+        """How many of `pages`, which are distinct, nobody holds."""
         return len(pages) - int(np.count_nonzero(self._refs[:, pages].any(axis=0)))
 
     def check_integrity(self, expected: npt.NDArray[np.int32]) -> None:
