@@ -18,15 +18,10 @@ Extents = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SessionKey:
-    """A session's place: names are free text and never become a path.
+    """A session's place: names are free text and never become a path."""
 
-    Attributes:
-        tenant: whose; "" where there are no tenants.
-        name: 1 to 256 characters.
-    """
-
-    tenant: str
-    name: str
+    tenant: str  # "" where there are no tenants
+    name: str  # 1 to 256 characters
 
     def __post_init__(self) -> None:
         try:
@@ -100,29 +95,17 @@ class StoredSession:
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """What a session, or the store, takes on disk.
-
-    Attributes:
-        files: of KV.
-        stored_rows: tokens in these files.
-        dense_rows: tokens of one full cache for each agent.
-        num_bytes: of the files.
-    """
+    """What a session takes on disk."""
 
     files: int
-    stored_rows: int
-    dense_rows: int
-    num_bytes: int
+    stored_rows: int  # tokens in these files
+    dense_rows: int  # tokens of one full cache for each agent
+    num_bytes: int  # of the files
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it was written.
-
-    Attributes:
-        text: what, and what follows.
-        file: that is damaged, if it is one.
-    """
+    """Something that is not as it was written: what, and what follows; and which file, if any."""
 
     text: str
     file: FileId | None = None

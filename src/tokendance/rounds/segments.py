@@ -67,9 +67,8 @@ class PrefixHashes:
 
     def of(self, length: int, page_size: int) -> ChainHash:
         """Hash the first `length` tokens, at least one, in pages of `page_size`."""
-        known = self._hashes.get((page_size, length))
-        if known is not None:
-            return known
+        if (page_size, length) in self._hashes:
+            return self._hashes[page_size, length]
         last = (length - 1) // page_size * page_size
         first = last
         while first > 0 and (page_size, first) not in self._hashes:
