@@ -55,19 +55,12 @@ class CacheRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentRecord:
-    """What is stored of a shared segment, for agents whose next prompts have it elsewhere.
+    """What is stored of a shared segment, for agents whose next prompts have it elsewhere."""
 
-    Attributes:
-        cache: its tokens; never exact for anybody.
-        run: segments of one number were computed in one context.
-        index: among the segments of its run.
-        num_rounds: in which it has been reused.
-    """
-
-    cache: CacheRecord
-    run: int
-    index: int
-    num_rounds: int
+    cache: CacheRecord  # its tokens; never exact for anybody
+    run: int  # segments of one number were computed in one context
+    index: int  # among the segments of its run
+    num_rounds: int  # in which it has been reused
 
 
 @dataclass(frozen=True, slots=True, eq=False)

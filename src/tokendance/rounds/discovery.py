@@ -64,28 +64,18 @@ class DiscoveryConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EarlierPrompt:
-    """An earlier prompt that has shared segments of new ones.
-
-    Attributes:
-        token_ids: int32, of the whole prompt.
-        segments: (begin, end, hash) of each of these segments; begin and end are positions.
-    """
+    """An earlier prompt that has shared segments of new ones."""
 
     token_ids: TokenIds
-    segments: tuple[tuple[int, int, SegmentHash], ...]
+    segments: tuple[tuple[int, int, SegmentHash], ...]  # the positions (begin, end), and the hash
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiscoveryResult:
-    """What was found in prompts that arrived together.
+    """What was found in prompts that arrived together."""
 
-    Attributes:
-        prompts: the same prompts in the same order, cut into private and shared segments.
-        earlier: earlier prompts that have some of the shared segments.
-    """
-
-    prompts: list[EncodedPrompt]
-    earlier: list[EarlierPrompt]
+    prompts: list[EncodedPrompt]  # the same in the same order, cut into segments
+    earlier: list[EarlierPrompt]  # that have some of the shared segments
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,15 +22,10 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a prompt before it is tokenized.
-
-    Attributes:
-        content: text, or token ids that are taken as they are.
-        shared: whether other prompts may have the same part.
-    """
+    """A part of a prompt before it is tokenized; token ids are taken as they are."""
 
     content: str | tuple[int, ...]
-    shared: bool
+    shared: bool  # whether other prompts may have the same part
 
     def __post_init__(self) -> None:
         if isinstance(self.content, str):

@@ -109,17 +109,11 @@ class PrefixHashes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """A run of token ids in a prompt.
+    """A run of token ids in a prompt."""
 
-    Attributes:
-        token_ids: int32, read-only, at least one.
-        shared: what this prompt says of the segment: other prompts may have it too.
-        hash: of the content, salted.
-    """
-
-    token_ids: TokenIds
-    shared: bool
-    hash: SegmentHash
+    token_ids: TokenIds  # read-only, at least one
+    shared: bool  # what this prompt says of the segment: other prompts may have it too
+    hash: SegmentHash  # of the content, salted
 
     def __len__(self) -> int:
         return len(self.token_ids)
