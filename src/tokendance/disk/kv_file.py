@@ -47,19 +47,12 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """A file that is on disk.
+    """A file that is on disk."""
 
-    Attributes:
-        name: in its folder.
-        num_rows: tokens in it.
-        num_bytes: its size.
-        checksum: of its bytes.
-    """
-
-    name: str
-    num_rows: int
+    name: str  # in its folder
+    num_rows: int  # tokens in it
     num_bytes: int
-    checksum: bytes
+    checksum: bytes  # of its bytes
 
 
 CompressedRows = list[tuple[CompressedTensor, CompressedTensor]]

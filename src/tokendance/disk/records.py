@@ -18,15 +18,10 @@ Extents = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SessionKey:
-    """A session's place: names are free text and never become a path.
+    """A session's place: names are free text and never become a path."""
 
-    Attributes:
-        tenant: whose; "" where there are no tenants.
-        name: 1 to 256 characters.
-    """
-
-    tenant: str
-    name: str
+    tenant: str  # "" where there are no tenants
+    name: str  # 1 to 256 characters
 
     def __post_init__(self) -> None:
         try:
@@ -60,19 +55,12 @@ class CacheRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentRecord:
-    """What is stored of a shared segment, for agents whose next prompts have it elsewhere.
+    """What is stored of a shared segment, for agents whose next prompts have it elsewhere."""
 
-    Attributes:
-        cache: its tokens; never exact for anybody.
-        run: segments of one number were computed in one context.
-        index: among the segments of its run.
-        num_rounds: in which it has been reused.
-    """
-
-    cache: CacheRecord
-    run: int
-    index: int
-    num_rounds: int
+    cache: CacheRecord  # its tokens; never exact for anybody
+    run: int  # segments of one number were computed in one context
+    index: int  # among the segments of its run
+    num_rounds: int  # in which it has been reused
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,29 +88,17 @@ class StoredSession:
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """What a session, or the store, takes on disk.
-
-    Attributes:
-        files: of KV.
-        stored_rows: tokens in these files.
-        dense_rows: tokens of one full cache for each agent.
-        num_bytes: of the files.
-    """
+    """What a session takes on disk."""
 
     files: int
-    stored_rows: int
-    dense_rows: int
-    num_bytes: int
+    stored_rows: int  # tokens in these files
+    dense_rows: int  # tokens of one full cache for each agent
+    num_bytes: int  # of the files
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it was written.
-
-    Attributes:
-        text: what, and what follows.
-        file: that is damaged, if it is one.
-    """
+    """Something that is not as it was written: what, and what follows; and which file, if any."""
 
     text: str
     file: FileId | None = None

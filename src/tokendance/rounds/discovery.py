@@ -22,7 +22,7 @@ New prompts are also compared with two kinds of earlier texts (`gram_index.py`):
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,28 +64,18 @@ class DiscoveryConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EarlierPrompt:
-    """An earlier prompt that has shared segments of new ones.
-
-    Attributes:
-        token_ids: int32, of the whole prompt.
-        segments: (begin, end, hash) of each of these segments; begin and end are positions.
-    """
+    """An earlier prompt that has shared segments of new ones."""
 
     token_ids: TokenIds
-    segments: tuple[tuple[int, int, SegmentHash], ...]
+    segments: tuple[tuple[int, int, SegmentHash], ...]  # the positions (begin, end), and the hash
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiscoveryResult:
-    """What was found in prompts that arrived together.
+    """What was found in prompts that arrived together."""
 
-    Attributes:
-        prompts: the same prompts in the same order, cut into private and shared segments.
-        earlier: earlier prompts that have some of the shared segments.
-    """
-
-    prompts: list[EncodedPrompt]
-    earlier: list[EarlierPrompt]
+    prompts: list[EncodedPrompt]  # the same in the same order, cut into segments
+    earlier: list[EarlierPrompt]  # that have some of the shared segments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,9 +110,9 @@ class Discovery:
         Args:
             prompts: int32 token ids of each.
             now: clock time in seconds.
-            prefix_lengths: tokens at the beginning of each prompt that are found by its prefix, if
-                there are any. They are not compared: what an agent itself has said, and reads
-                there, would cut what it reads of all later.
+            prefix_lengths: tokens at the beginning of each prompt that are found by its prefix.
+                They are not compared: what an agent itself has said, and reads there, would cut
+                what it reads of all later.
         """
         # Several answers to one prompt are no reason to call it shared.
         distinct = {prompt.tobytes(): prompt for prompt in prompts}
@@ -145,9 +135,16 @@ class Discovery:
             for (key, prompt), ranges in zip(distinct.items(), shared, strict=False)
         }
         in_earlier = shared[len(new) : len(new) + len(earlier)]
-        self._remember(cut.values(), new, now)
-        result = [cut[prompt.tobytes()] for prompt in prompts]
-        return DiscoveryResult(result, self._with_segments_of(result, earlier, in_earlier))
+        found = {
+            segment.hash: segment.token_ids
+            for prompt in cut.values()
+            for _, segment in prompt.shared_segments()
+        }
+        self._remember(found.values(), new, now)
+        return DiscoveryResult(
+            [cut[prompt.tobytes()] for prompt in prompts],
+            self._with_segments(found.keys(), earlier, in_earlier),
+        )
 
     def _earlier_prompts(
         self, matching: Sequence[IndexedText], new: Sequence[_ComparedText]
@@ -156,7 +153,7 @@ class Discovery:
 
         Those that have gone on since are part of what they have become, and leave the index.
         """
-        sorted_new = sorted((text.token_ids for text in new), key=_bytes)
+        sorted_new = sorted((text.token_ids for text in new), key=np.ndarray.tobytes)
         earlier: list[_ComparedText] = []
         has_gone_on: list[IndexedText] = []
         for text in [text for text in matching if text.is_prompt][-_MAX_EARLIER_PROMPTS:]:
@@ -179,14 +176,13 @@ class Discovery:
             for text, ranges in zip(texts, shared, strict=True)
         ]
 
-    def _with_segments_of(
+    def _with_segments(
         self,
-        prompts: Sequence[EncodedPrompt],
+        wanted: Collection[SegmentHash],
         earlier: Sequence[_ComparedText],
         shared: Sequence[Sequence[tuple[int, int]]],
     ) -> list[EarlierPrompt]:
-        """Earlier prompts that have shared segments of `prompts`; `shared` are their ranges."""
-        wanted = {segment.hash for prompt in prompts for _, segment in prompt.shared_segments()}
+        """Earlier prompts that have some of these segments; `shared` are their ranges."""
         recalled: list[EarlierPrompt] = []
         for text, ranges in zip(earlier, shared, strict=True):
             hashed = (
@@ -198,14 +194,9 @@ class Discovery:
         return recalled
 
     def _remember(
-        self, segmented: Iterable[EncodedPrompt], new: Sequence[_ComparedText], now: float
+        self, segments: Iterable[TokenIds], new: Sequence[_ComparedText], now: float
     ) -> None:
-        segments = {
-            segment.hash: segment.token_ids
-            for prompt in segmented
-            for _, segment in prompt.shared_segments()
-        }
-        hashed = [(token_ids, self._hasher.hashes(token_ids)) for token_ids in segments.values()]
+        hashed = [(token_ids, self._hasher.hashes(token_ids)) for token_ids in segments]
         self._index.add(hashed, now, is_prompt=False)
         if self._config.recent_s > 0:
             prompts = [(text.token_ids, text.grams) for text in new]
@@ -222,17 +213,13 @@ def _common_prefix_length(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
     As the prompts are sorted by their bytes, that is with one of the two between which the text
     would stand.
     """
-    index = bisect.bisect(prompts, text.tobytes(), key=_bytes)
+    index = bisect.bisect(prompts, text.tobytes(), key=np.ndarray.tobytes)
     longest = 0
     for prompt in prompts[max(0, index - 1) : index + 1]:
         length = min(len(text), len(prompt))
         differing = np.flatnonzero(text[:length] != prompt[:length])
         longest = max(longest, int(differing[0]) if len(differing) else length)
     return longest
-
-
-def _bytes(token_ids: TokenIds) -> bytes:
-    return token_ids.tobytes()
 
 
 def _cut(prompt: TokenIds, shared: Sequence[tuple[int, int]]) -> list[tuple[TokenIds, bool]]:

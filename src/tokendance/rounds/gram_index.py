@@ -21,21 +21,13 @@ _BYTES_PER_TOKEN = 4 + 4 + 8 + 8 + 8
 
 @dataclass(slots=True, eq=False)
 class IndexedText:
-    """A text of the index.
-
-    Attributes:
-        token_ids: int32 (n,).
-        grams: uint64, hashes of its grams.
-        is_prompt: True for a whole prompt, False for a segment that several prompts shared.
-        used_s: clock time at which a prompt last had one of its grams.
-        number: counts texts in the order in which they were added.
-    """
+    """A text of the index."""
 
     token_ids: TokenIds
     grams: Hashes
-    is_prompt: bool
-    used_s: float
-    number: int
+    is_prompt: bool  # or a segment that several prompts shared
+    used_s: float  # clock time at which a prompt last had one of its grams
+    number: int  # in the order in which texts were added
 
 
 class GramIndex:

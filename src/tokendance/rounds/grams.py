@@ -29,13 +29,9 @@ class GramHasher:
         self._inverse = np.uint64(pow(int(self._base), -1, 2**64))
 
     def hashes(self, token_ids: TokenIds) -> Hashes:
-        """Hash the gram that begins at each position; never 0.
+        """Hash the gram that begins at each position of int32 (n,) token ids; never 0.
 
-        Args:
-            token_ids: int32 (n,).
-
-        Returns:
-            uint64 (n - gram_size + 1,), or (0,) for a text shorter than a gram.
+        There are n - gram_size + 1, or none of a text shorter than a gram.
         """
         count = len(token_ids) - self.gram_size + 1
         if count <= 0:

@@ -22,15 +22,10 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a prompt before it is tokenized.
-
-    Attributes:
-        content: text, or token ids that are taken as they are.
-        shared: whether other prompts may have the same part.
-    """
+    """A part of a prompt before it is tokenized; token ids are taken as they are."""
 
     content: str | tuple[int, ...]
-    shared: bool
+    shared: bool  # whether other prompts may have the same part
 
     def __post_init__(self) -> None:
         if isinstance(self.content, str):
@@ -131,14 +126,12 @@ def message_parts(message: Message) -> list[Part]:
     content = message.get("content")
     may_share = message.get("role") != "system"
     name = strip_separator(str(message.get("name") or ""))
-    if name and isinstance(content, str):
-        content = f"{name}: {content}"
-        name = ""
-    parts = [Part(f"{name}: ", False)] if name else []
+    prefix = f"{name}: " if name else ""
+    if isinstance(content, str):
+        return split_text(prefix + content, shared_without_separator=may_share)
+    parts = [Part(prefix, False)] if prefix else []
     if content is None:
         return parts
-    if isinstance(content, str):
-        return split_text(content, shared_without_separator=may_share)
     if not isinstance(content, Sequence):
         raise PromptError(
             f"A message's content is a {type(content).__name__}. Give it text or a list of parts."

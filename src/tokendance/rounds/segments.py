@@ -67,9 +67,8 @@ class PrefixHashes:
 
     def of(self, length: int, page_size: int) -> ChainHash:
         """Hash the first `length` tokens, at least one, in pages of `page_size`."""
-        known = self._hashes.get((page_size, length))
-        if known is not None:
-            return known
+        if (page_size, length) in self._hashes:
+            return self._hashes[page_size, length]
         last = (length - 1) // page_size * page_size
         first = last
         while first > 0 and (page_size, first) not in self._hashes:
@@ -110,17 +109,11 @@ class PrefixHashes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """A run of token ids in a prompt.
+    """A run of token ids in a prompt."""
 
-    Attributes:
-        token_ids: int32, read-only, at least one.
-        shared: what this prompt says of the segment: other prompts may have it too.
-        hash: of the content, salted.
-    """
-
-    token_ids: TokenIds
-    shared: bool
-    hash: SegmentHash
+    token_ids: TokenIds  # read-only, at least one
+    shared: bool  # what this prompt says of the segment: other prompts may have it too
+    hash: SegmentHash  # of the content, salted
 
     def __len__(self) -> int:
         return len(self.token_ids)

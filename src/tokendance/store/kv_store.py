@@ -161,15 +161,9 @@ class KVStore:
         self._num_runs += 1
         new: list[StoredSegment] = []
         for index, (segment, start, slots) in enumerate(segments):
+            own, pages = slots.copy(), pages_of(slots, self.page_size)
             cached = StoredSegment(
-                segment,
-                len(slots),
-                run,
-                index,
-                start,
-                round_id,
-                slots=slots.copy(),
-                pages=pages_of(slots, self.page_size),
+                segment, len(slots), run, index, start, round_id, slots=own, pages=pages
             )
             self._segments.setdefault(segment, []).append(cached)
             new.append(cached)

@@ -11,15 +11,10 @@ from tokendance.rounds.segments import Salt, TokenIds
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SpokenCache:
-    """What an agent has read and said, all of which may have KV.
+    """What an agent has read and said, all of which may have KV."""
 
-    Attributes:
-        token_ids: int32, prompt and answer.
-        num_prompt: length of the prompt.
-    """
-
-    token_ids: TokenIds
-    num_prompt: int
+    token_ids: TokenIds  # prompt and answer
+    num_prompt: int  # length of the prompt
 
     @classmethod
     def of(cls, prompt: TokenIds, answer: Sequence[int]) -> "SpokenCache":

@@ -26,19 +26,12 @@ _NUM_THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was read of a session.
+    """What was read of a session."""
 
-    Attributes:
-        rows: tokens whose KV was read.
-        num_bytes: of the files.
-        computed: tokens that are left to compute again.
-        problems: what was wrong with files, a sentence each.
-    """
-
-    rows: int
-    num_bytes: int
-    computed: int
-    problems: tuple[str, ...]
+    rows: int  # tokens whose KV was read
+    num_bytes: int  # of the files
+    computed: int  # tokens that are left to compute again
+    problems: tuple[str, ...]  # what was wrong with files, a sentence each
 
 
 # A file's rows, and the seconds that reading them took.
