@@ -12,7 +12,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm frameworks
-.PHONY: clean
+.PHONY: clean gpu
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,10 @@ format: $(STAMP) ## let ruff mend what it can
 
 bench: demo-weights ## the figures of docs/benchmarks.md (an hour or two)
 	$(BIN)/tokendance bench all --out bench-results
+
+# Needs no environment: where there is none, $(PYTHON) has torch, transformers, Triton and pytest.
+gpu: ## what the engine does on a GPU (5 minutes); ARGS="--device cpu --tiny" tries it without one
+	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m tokendance.bench.gpu $(ARGS)
 
 vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline (minutes, 4 GB)
 

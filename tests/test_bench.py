@@ -184,6 +184,11 @@ def test_runs_in_turn_leave_out_the_warm_up() -> None:
     assert ratio(found["b"], found["a"]) == pytest.approx((2 / 3 + 5 / 4) / 2)
 
 
+def test_turns_end_in_time_and_one_of_them_counts() -> None:
+    assert in_turn({"a": lambda: 1.0}, repeats=5, until_s=0.0) == {"a": [1.0]}
+    assert in_turn({"a": lambda: 1.0}, repeats=2, until_s=1e9) == {"a": [1.0, 1.0]}
+
+
 def test_a_run_between_two_of_its_base() -> None:
     order: list[str] = []
     seconds = {"base": iter([99.0, 1.0, 3.0, 5.0]), "a": iter([8.0]), "b": iter([2.0])}

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
 
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import timed
@@ -28,6 +28,9 @@ from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, PromptLike, private, shared
 from tokendance.rounds.segments import PrefixHashes, TokenIds
 from tokendance.rounds.trace import TraceAgent
+
+if TYPE_CHECKING:  # it is not there where only the engine is (bench.gpu)
+    from rich.console import Console
 
 DTYPES = ("bfloat16", "float32")
 BLOCK_TOKENS = WorkloadSpec().block_tokens
@@ -232,7 +235,7 @@ def vllm_round(vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int) -
 @contextmanager
 def started_vllm(
     settings: BenchSettings,
-    console: Console,
+    console: "Console",
     model: LoadedModel,
     notes: list[str],
     *,

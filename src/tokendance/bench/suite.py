@@ -7,6 +7,7 @@ alike.
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -14,10 +15,12 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from rich.console import Console
+
+if TYPE_CHECKING:  # it is not there where only the engine is (bench.gpu)
+    from rich.console import Console
 
 Row = dict[str, Any]
 Kind = TypeVar("Kind", bound=Hashable)
@@ -56,7 +59,7 @@ class LiveTable:
         rows: all that were added.
     """
 
-    def __init__(self, console: Console, title: str, columns: Mapping[str, str]) -> None:
+    def __init__(self, console: "Console", title: str, columns: Mapping[str, str]) -> None:
         """Print title and headings; `columns` has the heading of each key of a row."""
         self.rows: list[Row] = []
         self._console = console
@@ -84,18 +87,28 @@ def _cell(value: object) -> str:
 
 
 def in_turn(
-    kinds: Mapping[Kind, Callable[[], float]], repeats: int, warm_up: int = 1
+    kinds: Mapping[Kind, Callable[[], float]],
+    repeats: int,
+    warm_up: int = 1,
+    *,
+    until_s: float = math.inf,
 ) -> dict[Kind, list[float]]:
     """Return what each kind's runs return, in turn, after `warm_up` turns that do not count.
 
-    Every other turn goes backwards, so that no kind is always the one that runs later.
+    Every other turn goes backwards, so that no kind is always the one that runs later. One turn
+    counts; after it, none begins that would end later than `until_s`, a clock time.
     """
     values: dict[Kind, list[float]] = {name: [] for name in kinds}
+    turn_s = 0.0
     for turn in range(repeats + warm_up):
+        start = time.perf_counter()
+        if turn > warm_up and start + turn_s > until_s:
+            break
         for name in list(kinds)[:: -1 if turn % 2 else 1]:
             value = kinds[name]()
             if turn >= warm_up:
                 values[name].append(value)
+        turn_s = time.perf_counter() - start
     return values
 
 

@@ -157,16 +157,20 @@ class RoundWorkload:
             keep: what it has of them already; not for engines that share their KV memory with
                 others, who write over it.
         """
-        store = llm.kv_store
-        encoded = self.encoded(llm)
-        beginnings = [prompt.segments[0].token_ids for prompt in encoded]
-        kept: set[Entry] = set()
-        if keep:
-            for token_ids in beginnings:
-                hashes = PrefixHashes(token_ids, encoded[0].salt)
-                kept.update(store.match_prefix(hashes, exact=True))
-        store.clear(keep=kept)
-        llm.generate([ids.tolist() for ids in beginnings], SamplingParams(max_tokens=1))
+        keep_private_parts(llm, self.encoded(llm), keep=keep)
+
+
+def keep_private_parts(llm: LLM, prompts: Sequence[EncodedPrompt], *, keep: bool = False) -> None:
+    """Leave an engine with the first segments of prompts in its store; see `RoundWorkload.warm`."""
+    store = llm.kv_store
+    beginnings = [prompt.segments[0].token_ids for prompt in prompts]
+    kept: set[Entry] = set()
+    if keep:
+        for token_ids in beginnings:
+            hashes = PrefixHashes(token_ids, prompts[0].salt)
+            kept.update(store.match_prefix(hashes, exact=True))
+    store.clear(keep=kept)
+    llm.generate([ids.tolist() for ids in beginnings], SamplingParams(max_tokens=1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,12 +112,29 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
         missing = [*report["missing_keys"], *report["mismatched_keys"]]
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them.")
-    module = module.to(target).eval()
+    return prepare_model(name, module.to(target), tokenizer, chosen, target)
+
+
+def prepare_model(
+    name: str, module: nn.Module, tokenizer: Any, dtype: torch.dtype, device: torch.device
+) -> LoadedModel:
+    """Make a model of transformers ready to be served.
+
+    Args:
+        name: what to call it.
+        module: made with the attention `hook.ATTENTION_NAME`; its linear layers may be replaced.
+        tokenizer: its own.
+        dtype: of its weights.
+        device: where it lies.
+
+    Raises:
+        UnsupportedModelError: if the arithmetic does not hold for it.
+    """
+    module.eval()
     pack_linear_layers(module)
-    shape, layers = probe(module, config)
-    return LoadedModel(
-        name, module, tokenizer, shape, layers, chosen, target, _stop_ids(module, tokenizer)
-    )
+    shape, layers = probe(module, module.config)
+    stop_ids = _stop_ids(module, tokenizer)
+    return LoadedModel(name, module, tokenizer, shape, layers, dtype, device, stop_ids)
 
 
 def why_not_loadable(name: str) -> str | None:

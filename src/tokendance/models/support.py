@@ -186,7 +186,8 @@ def _probe_offset(config: Any) -> int:
 def _layers(model: nn.Module, config: Any, recorder: _Probe) -> tuple[LayerKind, ...]:
     """What each layer has of its own; layers that are alike share one object."""
     offset = np.array([_probe_offset(config)])
-    ropes = [(rope, rope.tables(offset, rope.inv_freq.device)) for rope in _ropes(model)]
+    device = recorder.queries[0].device
+    ropes = [(rope, rope.tables(offset, device)) for rope in _ropes(model)]
     kinds: dict[tuple[int, int | None], LayerKind] = {}
     layers = []
     for layer in sorted(recorder.queries):
@@ -216,7 +217,11 @@ def _declared_window(config: Any, layer: int) -> int | None:
 
 
 def _ropes(model: nn.Module) -> list[Rope]:
-    """Rotations that a model's layers may have: its sets of frequencies, in each layout."""
+    """Rotations that a model's layers may have: its sets of frequencies, in each layout.
+
+    They are kept on the CPU, where each step makes its tables: reading them from a GPU would wait
+    for all that it has been given to do.
+    """
     frequencies: list[Tensor] = []
     for name, buffer in model.named_buffers():
         own_name = name.rpartition(".")[2]
@@ -227,7 +232,8 @@ def _ropes(model: nn.Module) -> list[Rope]:
             frequencies.append(buffer)
     if not frequencies:
         raise refusal("no rotary frequencies were found in it")
-    return [Rope(inv_freq.float(), layout) for inv_freq in frequencies for layout in RopeLayout]
+    frequencies = [inv_freq.float().cpu() for inv_freq in frequencies]
+    return [Rope(inv_freq, layout) for inv_freq in frequencies for layout in RopeLayout]
 
 
 def _residual(heads: Tensor, rope: Rope, tables: tuple[Tensor, Tensor]) -> float:
