@@ -73,7 +73,7 @@ bench: demo-weights ## the figures of docs/benchmarks.md (an hour or two)
 
 # Needs no environment: where there is none, $(PYTHON) has torch, transformers, Triton and pytest.
 gpu: ## what the engine does on a GPU (5 minutes); ARGS="--device cpu --tiny" tries it without one
-	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m tokendance.bench.gpu $(ARGS)
+	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m gpu $(ARGS)
 
 vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline (minutes, 4 GB)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tokendance.bench.gpu.worker import Figures, Job, Parts, Worker
+from gpu.worker import Figures, Job, Parts, Worker
 
-SOURCES = Path(__file__).parents[1] / "src"
+ROOT = Path(__file__).parents[1]
+PATHS = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
 # What is not there on a machine that has only torch, transformers, Triton, numpy and tests.
 MISSING = (
     "cyclopts", "rich", "pydantic", "fastapi", "uvicorn", "llguidance", "prometheus_client",
@@ -26,9 +27,9 @@ def test_it_runs_with_nothing_but_the_library(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(hides)
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "tokendance.bench.gpu", "--device", "cpu", "--tiny"],
+        [sys.executable, "-m", "gpu", "--device", "cpu", "--tiny"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{SOURCES}", "OUT": str(out)},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{PATHS}", "OUT": str(out)},
         capture_output=True,
         text=True,
         check=False,
@@ -60,7 +61,8 @@ def test_it_runs_with_nothing_but_the_library(tmp_path: Path) -> None:
 
 def test_without_the_device_all_else_is_left_out(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tokendance.bench.gpu", "--device", "none", "--out", str(tmp_path)],
+        [sys.executable, "-m", "gpu", "--device", "none", "--out", str(tmp_path)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -131,7 +133,7 @@ def test_a_part_that_fails_keeps_its_figures_and_harms_no_other(part: str, why: 
 
 
 def test_the_share_of_time_in_which_a_device_is_idle() -> None:
-    from tokendance.bench.gpu.profiling import covered, kernel_figures
+    from gpu.profiling import covered, kernel_figures
 
     assert covered([]) == 0
     assert covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4

@@ -29,7 +29,7 @@ from tokendance.rounds.prompts import Prompt, PromptLike, private, shared
 from tokendance.rounds.segments import PrefixHashes, TokenIds
 from tokendance.rounds.trace import TraceAgent
 
-if TYPE_CHECKING:  # it is not there where only the engine is (bench.gpu)
+if TYPE_CHECKING:  # it is not there where only the engine is (gpu/)
     from rich.console import Console
 
 DTYPES = ("bfloat16", "float32")

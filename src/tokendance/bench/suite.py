@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-if TYPE_CHECKING:  # it is not there where only the engine is (bench.gpu)
+if TYPE_CHECKING:  # it is not there where only the engine is (gpu/)
     from rich.console import Console
 
 Row = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What the engine does on a GPU: `make gpu`, or `python -m tokendance.bench.gpu`.
+"""What the engine does on a GPU: `make gpu`, or `python -m gpu`.
 
 Minutes on one GPU, without a network: the models are random ones of real shapes. It needs a
 checkout, and Python with torch, transformers, Triton, numpy, pytest and hypothesis; the package

@@ -9,13 +9,8 @@ from typing import Any
 
 import torch
 
-from tokendance.attention.names import AttentionName
-from tokendance.bench.arms import AHEAD_TOKENS, DecodingRound, run_checked
-from tokendance.bench.gpu.profiling import profile_work
-from tokendance.bench.gpu.worker import Figures, Job, Parts
-from tokendance.bench.pic import PicExecutor
-from tokendance.bench.suite import in_turn, ratio, spread
-from tokendance.bench.synthetic import (
+from gpu.profiling import profile_work
+from gpu.synthetic import (
     QWEN25_7B,
     as_model,
     matmul_weights,
@@ -23,6 +18,11 @@ from tokendance.bench.synthetic import (
     random_prompts_around,
     random_round,
 )
+from gpu.worker import Figures, Job, Parts
+from tokendance.attention.names import AttentionName
+from tokendance.bench.arms import AHEAD_TOKENS, DecodingRound, run_checked
+from tokendance.bench.pic import PicExecutor
+from tokendance.bench.suite import in_turn, ratio, spread
 from tokendance.bench.workload import WorkloadSpec, keep_private_parts
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.torch_executor import TorchExecutor

@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gpu.worker import Figures, Job, Worker
 from tokendance.attention.names import AttentionName
-from tokendance.bench.gpu.worker import Figures, Job, Worker
 
-CHECKOUT = Path(__file__).parents[4]
+CHECKOUT = Path(__file__).parents[1]
 TESTS = "tests/test_attention_on_device.py"
 BACKENDS = ("torch", "triton")
 # In this order, with the seconds that each may take. Loading torch and making the large model are
@@ -92,7 +92,7 @@ class _Settings:
 
 def _read_settings() -> _Settings:
     parser = argparse.ArgumentParser(
-        prog="python -m tokendance.bench.gpu",
+        prog="python -m gpu",
         description="What the engine does on a GPU. The last line is all of it, as JSON.",
     )
     parser.add_argument("--device", default="cuda", help="as torch names it; cpu to try it out")

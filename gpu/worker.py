@@ -44,7 +44,7 @@ Parts = Mapping[str, Callable[[Job], Iterator[Figures]]]
 
 def load_parts() -> Parts:
     """Import the parts, and torch with them."""
-    from tokendance.bench.gpu.parts import PARTS
+    from gpu.parts import PARTS
 
     return PARTS
 
