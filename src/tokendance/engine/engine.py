@@ -373,7 +373,6 @@ class Engine:
                 request.arrived_s,
                 request.first_token_s,
                 request.plan is not None and bool(request.plan.uses),
-                finished.num_left == 0,
             )
         )
 

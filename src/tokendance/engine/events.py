@@ -15,11 +15,17 @@ from tokendance.store.entries import RoundId, RunId
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class Event:
+    """Something that has happened, at a clock time in seconds."""
+
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted(Event):
     """A request has memory, and begins (anew, if it was admitted before).
 
     Attributes:
-        time_s: clock time.
         request: which.
         round_id: of its round.
         agent: whose it is.
@@ -28,7 +34,6 @@ class Admitted:
             plans refer to them.
     """
 
-    time_s: float
     request: RequestId
     round_id: RoundId
     agent: str
@@ -37,18 +42,16 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundStarted:
+class RoundStarted(Event):
     """The first requests of a round were admitted.
 
     Attributes:
-        time_s: clock time.
         added_s: when the first of its requests was added.
         round_id: which.
         num_requests: that have been added, those that wait included.
         admitted: those that begin now, in their order.
     """
 
-    time_s: float
     added_s: float
     round_id: RoundId
     num_requests: int
@@ -56,11 +59,10 @@ class RoundStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(Event):
     """A forward pass has ended.
 
     Attributes:
-        time_s: clock time of its end.
         seconds: that it took.
         num_tokens: that it computed, by request.
         num_running: requests, before any of them ended.
@@ -68,7 +70,6 @@ class StepDone:
         resident_pages: distinct pages that the running requests of each round held.
     """
 
-    time_s: float
     seconds: float
     num_tokens: Mapping[RequestId, int]
     num_running: int
@@ -77,53 +78,43 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstToken:
+class FirstToken(Event):
     """A request has its first token; its prompt is computed."""
 
-    time_s: float
     request: RequestId
     round_id: RoundId
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(Event):
     """A request is done, or has failed.
 
     Attributes:
-        time_s: clock time.
         request: which.
         round_id: of its round.
         output: what the caller gets.
         arrived_s: clock time at which it came.
         first_token_s: clock time of its first token, if it had one.
         reused_segments: whether it read segments of another context.
-        is_last: whether no other request of its round is waiting or running.
     """
 
-    time_s: float
     request: RequestId
     round_id: RoundId
     output: Output
     arrived_s: float
     first_token_s: float | None
     reused_segments: bool
-    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Evicted:
+class Evicted(Event):
     """Entries gave way to make room.
 
     Attributes:
-        time_s: clock time.
         num_entries: pages of prompts and cached segments.
     """
 
-    time_s: float
     num_entries: int
-
-
-Event = RoundStarted | Admitted | StepDone | FirstToken | Finished | Evicted
 
 
 class EngineObserver(Protocol):
