@@ -274,6 +274,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
         max_reuse_rounds: int = 16,
         model: LoadedModel = tiny,
         executor: Executor | None = None,
+        **others: Any,
     ) -> LLM:
         page_bytes = model.shape.kv_bytes_per_token(model.dtype) * page_size
         options = EngineOptions(
@@ -283,6 +284,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
             kv_budget=num_pages * page_bytes,
             page_size=page_size,
             max_reuse_rounds=max_reuse_rounds,
+            **others,
         )
         made.append(LLM.from_loaded(model, options, executor=executor))
         return made[-1]
