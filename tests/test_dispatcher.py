@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 
 from conftest import said
+from fake_executor import FakeExecutor
 from test_server_sessions import FakeDurable
 from tokendance import LLM, SamplingParams
 from tokendance.engine.request import Request, RequestId
 from tokendance.errors import AbortedError, EngineError, StoreError
-from tokendance.executor.fake import FakeExecutor
 from tokendance.fidelity.idle_shadows import IDLE_S
 from tokendance.rounds.discovery import Discovery
 from tokendance.rounds.segments import Salt, build_prompt
