@@ -96,10 +96,10 @@ class Desk:
 
     def is_answered(self, job: Job) -> bool:
         """Whether a job was told all that there is to say, and that this was all."""
-        (*_, last) = self._events[job] or [None]
+        events, request = self._events[job], job.request
+        last = events[-1] if events else None
         if not isinstance(last, Done) or last.output.error is not None:
             return False
-        request = job.request
         assert list(last.output.token_ids) == self.tokens(job)
         assert self.tokens(job) == said(request.prompt.token_ids.tolist(), request.max_new_tokens)
         return True
