@@ -1,4 +1,4 @@
-"""Tiny random models with a byte-like tokenizer, made once per test run."""
+"""Tiny random models with a byte-like tokenizer, made once per test run; how much is tried."""
 
 import importlib.util
 import os
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +52,23 @@ from tokendance.models import hook
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.models.support import ModelShape
 from tokendance.options import EngineOptions, ReuseMode
+
+# How many random examples are tried: all of them, or a quarter while somebody waits (make test).
+# How long one takes says nothing on a machine that does something else, too.
+settings.register_profile("ci", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("developer", settings.get_profile("ci"), max_examples=25)
+settings.load_profile("ci")  # `--hypothesis-profile` comes after it
+
+
+def is_thorough() -> bool:
+    """Whether everything is tried at its full size, as CI does."""
+    return settings.get_current_profile_name() == "ci"
+
+
+def examples(count: int) -> int:
+    """So many random examples where everything is tried, and a quarter of them elsewhere."""
+    return count if is_thorough() else max(1, count // 4)
+
 
 VOCAB = 300
 SPECIALS = 3
@@ -152,11 +170,21 @@ def save_model(folder: Path, architecture: str, **changes: object) -> None:
     make_tokenizer().save_pretrained(folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the demo models run in one process, which loads the weights once."""
+    for item in items:
+        if item.get_closest_marker("demo") is not None:
+            item.add_marker(pytest.mark.xdist_group("demo"))
+
+
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny models gain nothing from threads, which wait for each other while others work."""
     is_demo = request.node.get_closest_marker("demo") is not None
-    torch.set_num_threads((os.cpu_count() or 1) if is_demo else 1)
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    num_threads = max(1, (os.cpu_count() or 1) // num_processes)
+    torch.set_num_threads(num_threads if is_demo else 1)
 
 
 @pytest.fixture(scope="session")
@@ -246,6 +274,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
         max_reuse_rounds: int = 16,
         model: LoadedModel = tiny,
         executor: Executor | None = None,
+        **others: Any,
     ) -> LLM:
         page_bytes = model.shape.kv_bytes_per_token(model.dtype) * page_size
         options = EngineOptions(
@@ -255,6 +284,7 @@ def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
             kv_budget=num_pages * page_bytes,
             page_size=page_size,
             max_reuse_rounds=max_reuse_rounds,
+            **others,
         )
         made.append(LLM.from_loaded(model, options, executor=executor))
         return made[-1]

@@ -1,9 +1,12 @@
 """A server for tests: on a free port of this machine, in a thread of its own."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import httpx
 import uvicorn
@@ -16,13 +19,62 @@ from tokendance.server.settings import ServerSettings
 
 HELLO = [{"role": "user", "content": "hello there"}]
 
+# Of each server, woken whenever something may have changed in it.
+_changes: WeakKeyDictionary[ServerContext, threading.Condition] = WeakKeyDictionary()
+
 
 @contextmanager
 def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, ServerContext, uvicorn.Server]]:
     """Serve a model, as `tiny` unless told otherwise: the port, the server, and what runs it."""
     app = create_app(llm, ServerSettings(**{"port": 0, "served_name": "tiny", **settings}))
+    server: ServerContext = app.state.context
+    changed = _changes[server] = threading.Condition()
+    _notify(changed, server.worker, "_put")
+    _notify(changed, server.worker._dispatcher, "tick")
     with served(app) as (port, runner):
-        yield port, app.state.context, runner
+        _notify(changed, runner, "on_tick")  # ten times a second, for what has no event
+        yield port, server, runner
+
+
+def _notify(changed: threading.Condition, owner: object, name: str) -> None:
+    """Have a method wake those who wait in `wait_until`."""
+    method = getattr(owner, name)
+
+    def notify(*arguments: Any) -> Any:
+        result = method(*arguments)
+        with changed:
+            changed.notify_all()
+        return result
+
+    setattr(owner, name, notify)
+
+
+def wait_until(server: ServerContext, condition: Callable[[], object]) -> None:
+    """Wait until something is so of a server; it is looked at whenever the server has done a thing.
+
+    Raises:
+        AssertionError: if it is not so after a minute.
+    """
+    changed = _changes[server]
+    with changed:
+        assert changed.wait_for(condition, 60)
+
+
+@contextmanager
+def held(server: ServerContext) -> Iterator[None]:
+    """Keep the engine's thread from doing anything meanwhile; then it takes all that has come."""
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        assert may_go_on.wait(60)
+
+    server.worker._put(hold)
+    assert is_held.wait(60)
+    try:
+        yield
+    finally:
+        may_go_on.set()
 
 
 @contextmanager
@@ -39,6 +91,17 @@ def chat(client: httpx.Client, messages: Any = HELLO, **fields: Any) -> httpx.Re
     """Ask for a short and certain answer."""
     body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8, **fields}
     return client.post("/v1/chat/completions", json=body)
+
+
+@contextmanager
+def asking(
+    client: httpx.Client, path: str = "/v1/chat/completions", **fields: Any
+) -> Iterator[HTTPConnection]:
+    """Ask, and go away at the end of the context, whatever has come until then."""
+    with closing(HTTPConnection("127.0.0.1", client.base_url.port, timeout=60)) as connection:
+        headers = {"content-type": "application/json"}
+        connection.request("POST", path, json.dumps({"model": "tiny", **fields}), headers)
+        yield connection
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:

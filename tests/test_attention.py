@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from tokendance.attention.backends import make_backend, native_is_there
 from tokendance.attention.interface import Backend, LayerKind, PackedBatch, PackedRequest
 from tokendance.attention.merge import merge_rows
@@ -157,7 +158,7 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, backend: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     seed=st.integers(0, 2**32 - 1),
     agents=st.integers(1, 6),
@@ -189,7 +190,7 @@ def test_every_backend_equals_the_reference(
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12))
 @given(
     seed=st.integers(0, 2**32 - 1),
     agents=st.integers(1, 4),

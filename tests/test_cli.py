@@ -48,6 +48,9 @@ Run = Callable[..., Done]
 @pytest.fixture
 def tokendance(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs the command line in this process; white space is evened out."""
+    # A line for each option. The console for help lasts as long as the process, so that this has
+    # to be so whichever test asks for help first.
+    monkeypatch.setenv("COLUMNS", "1000")
 
     def run(*arguments: str) -> Done:
         capfd.readouterr()
@@ -74,7 +77,7 @@ def model(model_folder: Callable[..., Path]) -> str:
 
 def test_the_installed_command() -> None:
     done = subprocess.run(
-        [Path(sys.executable).with_name("tokendance"), "run", "no-such-file.jsonl"],
+        [Path(sys.executable).with_name("tokendance"), "serve", "--config", "no-such-file.toml"],
         capture_output=True,
         text=True,
         check=False,
@@ -228,9 +231,8 @@ def test_help_and_models(tokendance: Run, model: str) -> None:
     assert "yes" in listed.stdout
 
 
-def help_of(command: str, monkeypatch: pytest.MonkeyPatch, tokendance: Run) -> dict[str, str]:
+def help_of(command: str, tokendance: Run) -> dict[str, str]:
     """The help of each option of a command, white space evened out."""
-    monkeypatch.setenv("COLUMNS", "10000")  # a line for each
     text = tokendance(command, "--help").stdout
     entries = [line.split() for line in text.split("│") if line.strip().startswith("--")]
     return {name: " ".join(rest) for name, *rest in entries}
@@ -248,9 +250,9 @@ def help_of(command: str, monkeypatch: pytest.MonkeyPatch, tokendance: Run) -> d
     ],
 )
 def test_each_option_is_in_the_help_with_its_text_and_default(
-    command: str, options: Any, monkeypatch: pytest.MonkeyPatch, tokendance: Run
+    command: str, options: Any, tokendance: Run
 ) -> None:
-    shown = help_of(command, monkeypatch, tokendance)
+    shown = help_of(command, tokendance)
     texts = {
         one.arg_name: one.description for one in docstring_parser.parse(options.__doc__).params
     }
@@ -269,12 +271,10 @@ def test_each_option_is_in_the_help_with_its_text_and_default(
             assert entry.endswith(f"[default: {field.default}]")
 
 
-def test_commands_that_run_a_model_take_what_makes_sense_there(
-    monkeypatch: pytest.MonkeyPatch, tokendance: Run
-) -> None:
+def test_commands_that_run_a_model_take_what_makes_sense_there(tokendance: Run) -> None:
     common = {"--device", "--attention", "--max-num-batched-tokens", "--threads"}
     for command in ("bench", "calibrate"):
-        shown = help_of(command, monkeypatch, tokendance).keys()
+        shown = help_of(command, tokendance).keys()
         assert common <= shown
         assert not {"--reuse", "--kv-budget", "--store", "--engine"} & shown
     assert "--dtype" in shown

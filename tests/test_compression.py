@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from tokendance.disk.compression import (
     CompressedTensor,
     NotFiniteError,
@@ -59,7 +60,7 @@ def assert_near(numbers: KVArray, found: CompressedTensor) -> None:
     assert (np.abs(true - near) <= allowed * 1.001 + SMALLEST[numbers.dtype]).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(tensors(), st.integers(1, 80))
 def test_no_number_is_farther_off_than_half_a_scale(numbers: KVArray, chunk_tokens: int) -> None:
     before = numbers.copy()

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from conftest import examples
 from tokendance import Agent, Prompt, SamplingParams
 from tokendance.conversation import Asked, Conversation
 from tokendance.errors import RequestError, RoundError
@@ -318,5 +319,5 @@ class Talks(RuleBasedStateMachine):
 
 def test_any_order_of_events() -> None:
     run_state_machine_as_test(
-        Talks, settings=settings(max_examples=30, stateful_step_count=15, deadline=None)
+        Talks, settings=settings(max_examples=examples(30), stateful_step_count=15)
     )

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from tokendance.rounds.discovery import (
     Discovery,
     DiscoveryConfig,
@@ -108,7 +109,7 @@ def test_prompts_of_long_ago_are_forgotten() -> None:
         assert shared(only_together.segment([prompt], 0.0).prompts[0]) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
     times=st.lists(st.floats(0, 300), min_size=40, max_size=40),
@@ -123,7 +124,7 @@ def test_the_memory_stays_within_its_bounds(lengths: list[int], times: list[floa
         discovery.check_integrity()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=12),
     num_agents=st.integers(1, 3),
@@ -228,7 +229,7 @@ def test_short_and_lone_text_is_private() -> None:
     assert shared(discover([[1, 2]])[0]) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(
     blocks=st.lists(
         st.lists(st.integers(0, 3), min_size=2 * GRAM, max_size=20), min_size=1, max_size=4

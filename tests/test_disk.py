@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from tokendance.cli import app as command_line
 from tokendance.disk.kv_file import WrittenFile, checksum_of
 from tokendance.disk.records import CacheRecord, FileId, SessionKey
@@ -439,7 +440,7 @@ def test_killed_at_any_moment_it_holds_what_it_reported(tmp_path: Path) -> None:
     assert min(reported.values()) > 10  # it did get to write
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=25))
 def test_any_order_of_changes_keeps_the_books(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int]]

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from conftest import SPECIALS, VOCAB, said
+from conftest import SPECIALS, VOCAB, examples, said
 from fake_executor import FakeExecutor
 from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.collector.plan import RequestPlan
@@ -464,5 +464,5 @@ def test_whatever_happens_all_say_what_they_would(fake: LoadedModel) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
-        FakeMachine, settings=settings(max_examples=100, stateful_step_count=25, deadline=None)
+        FakeMachine, settings=settings(max_examples=examples(100), stateful_step_count=25)
     )

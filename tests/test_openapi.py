@@ -17,6 +17,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
+from conftest import examples
 from serving import serving
 from tokendance import LLM
 from tokendance.models.loader import LoadedModel
@@ -104,8 +105,7 @@ def test_answers_are_what_the_document_says(
 
     @given(operation.as_strategy(mode))
     @settings(
-        max_examples=40 if method == "POST" else 3,
-        deadline=None,
+        max_examples=examples(40) if method == "POST" else 3,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

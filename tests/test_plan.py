@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.collector.correction import Edges, Mask, Reuse
 from tokendance.collector.plan import RequestPlan, ReuseRules, Role, plan_request
@@ -229,7 +230,7 @@ def test_where_no_correction_is_enough_nothing_is_reused_out_of_context() -> Non
 # -- properties -------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(data=st.data())
 def test_every_position_is_had_in_one_way(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))

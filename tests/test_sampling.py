@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import examples
 from tokendance import SamplingParams
 from tokendance.engine.stops import text_up_to_stop
 from tokendance.executor.sampler import sample
@@ -96,7 +97,7 @@ def test_neighbours_and_greedy_rows_change_nothing() -> None:
     assert together[0] == int(logits[0].argmax())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     uniform=st.one_of(st.just(0.0), st.just(1 - 2**-53), st.floats(0, 1, exclude_max=True)),
     likely=st.integers(0, 599),
@@ -162,7 +163,7 @@ def decode_with_fallback(token_ids: Sequence[int]) -> str:
     return "".join(pieces)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     text=st.text("ab é🧀\n", min_size=1, max_size=60),
     # Half a character is never there, and may be asked for.

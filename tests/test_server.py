@@ -1,15 +1,20 @@
-"""The server over HTTP, with a tiny random model."""
+"""The server over HTTP, with a tiny random model, or with none where it does not matter.
+
+What happens over time is in `test_dispatcher.py`, whose clock is its own.
+"""
 
 import asyncio
 import itertools
 import json
+import logging
+import queue
 import re
+import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http.client import HTTPConnection
+from contextlib import AbstractContextManager, suppress
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,9 @@ import pytest
 from cyclopts import UnknownOptionError
 from pydantic import ValidationError
 
-from serving import HELLO, chat, events, serving
+from conftest import SPECIALS, VOCAB
+from fake_executor import FakeExecutor
+from serving import HELLO, asking, chat, events, held, serving, wait_until
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.disk.kv_file import WrittenFile
@@ -27,6 +34,7 @@ from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, ModelNotFoundError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
+from tokendance.rounds.discovery import Discovery
 from tokendance.server.app import create_app
 from tokendance.server.context import ServerContext
 from tokendance.server.jobs import Job
@@ -36,6 +44,8 @@ from tokendance.server.settings import ServerSettings
 from tokendance.server.window import ArrivalWindow
 from tokendance.store.kv_rows import KVRows
 
+MakeLLM = Callable[..., LLM]
+Served = tuple[httpx.Client, ServerContext]
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
 NEWS = "The baker says that bread is out until noon, so come back later."
 
@@ -45,13 +55,51 @@ def roomy(model_folder: Callable[..., Path]) -> LoadedModel:
     return load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
 
 
-@pytest.fixture
-def served(
-    make_llm: Callable[..., LLM], roomy: LoadedModel
-) -> Iterator[tuple[httpx.Client, ServerContext]]:
-    llm = make_llm(num_pages=2000, model=roomy)
-    with serving(llm, max_body=100_000, max_messages=50) as both:
+def without_model(fake: LoadedModel) -> LLM:
+    num_slots = 2000 * 16
+    options = EngineOptions(kv_budget=num_slots * fake.shape.kv_bytes_per_token(fake.dtype))
+    return LLM.from_loaded(fake, options, executor=FakeExecutor(num_slots, VOCAB, SPECIALS))
+
+
+@pytest.fixture(scope="module")
+def server_without_model(fake: LoadedModel) -> Iterator[Served]:
+    with serving(without_model(fake), max_body=100_000, max_messages=50) as both:
         yield both
+
+
+@pytest.fixture(scope="module")
+def server_with_model(roomy: LoadedModel) -> Iterator[Served]:
+    with serving(LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))) as both:
+        yield both
+
+
+@pytest.fixture
+def served(server_without_model: Served) -> Iterator[Served]:
+    """A server that several tests share, which has forgotten what the one before has asked."""
+    yield server_without_model
+    forget(server_without_model[1])
+
+
+@pytest.fixture
+def served_model(server_with_model: Served) -> Iterator[Served]:
+    """The same, where answers are those of a model."""
+    yield server_with_model
+    forget(server_with_model[1])
+
+
+def forget(server: ServerContext) -> None:
+    """Let a server be as it was when it began, but for its figures; nothing is left of anyone."""
+    engine, dispatcher = server.llm.engine, server.worker._dispatcher
+
+    def forget() -> None:
+        engine.check_integrity()
+        engine.forget()
+        dispatcher._discoveries.clear()
+        assert not any(dispatcher.counts.values())
+        assert engine.status().resident_pages == engine.status().stored_pages == 0
+
+    asyncio.run(server.worker.call(forget))
+    wait_until(server, lambda: not server.admission.num_open)  # a stream ends after its last event
 
 
 LONG_ROUND = [
@@ -60,14 +108,7 @@ LONG_ROUND = [
 ]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_an_answer_has_openais_shape(served: tuple[httpx.Client, ServerContext]) -> None:
+def test_an_answer_has_openais_shape(served: Served) -> None:
     client, server = served
     document = chat(client).json()
     choice = document["choices"][0]
@@ -87,18 +128,16 @@ def test_an_answer_has_openais_shape(served: tuple[httpx.Client, ServerContext])
     assert server.admission.num_open == 0
 
 
-def test_an_answer_is_what_the_library_gives(
-    served: tuple[httpx.Client, ServerContext], roomy: LoadedModel
-) -> None:
-    client, _ = served
+def test_an_answer_is_what_the_library_gives(served_model: Served, roomy: LoadedModel) -> None:
+    client, _ = served_model
     text = chat(client, max_tokens=12, ignore_eos=True).json()["choices"][0]["message"]["content"]
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**22))
     expected = llm.generate([Prompt(HELLO)], SamplingParams(max_tokens=12, ignore_eos=True))
     assert text == expected[0].text
 
 
-def test_a_stream_holds_no_stop_text(served: tuple[httpx.Client, ServerContext]) -> None:
-    client, server = served
+def test_a_stream_holds_no_stop_text(served_model: Served) -> None:
+    client, server = served_model
     encoder = server.llm.encoder
     forced = {str(encoder.text_ids(one)[0]): 100.0 for one in "E"}
     for stop in (["EEE"], ["E"], ["EE", "x"]):
@@ -111,8 +150,8 @@ def test_a_stream_holds_no_stop_text(served: tuple[httpx.Client, ServerContext])
 
 
 @pytest.mark.parametrize("stop", [None, ["e"]])
-def test_a_stream_says_the_same(served: tuple[httpx.Client, ServerContext], stop: Any) -> None:
-    client, _ = served
+def test_a_stream_says_the_same(served_model: Served, stop: Any) -> None:
+    client, _ = served_model
     fields = {"max_tokens": 20, "ignore_eos": True, "stop": stop, "n": 2, "seed": 3}
     fields |= {"temperature": 1}
     whole = chat(client, **fields).json()
@@ -129,7 +168,7 @@ def test_a_stream_says_the_same(served: tuple[httpx.Client, ServerContext], stop
         assert deltas[-1]["finish_reason"] == expected["finish_reason"]
 
 
-def test_contents_that_clients_send(served: tuple[httpx.Client, ServerContext]) -> None:
+def test_contents_that_clients_send(served: Served) -> None:
     client, _ = served
     conversation: list[dict[str, Any]] = [
         {"role": "developer", "content": "be brief"},
@@ -159,8 +198,8 @@ def test_contents_that_clients_send(served: tuple[httpx.Client, ServerContext]) 
     assert lengths[0] - lengths[1] == len("Ann: ") + len("Bob: ")
 
 
-def test_log_probabilities_and_biases(served: tuple[httpx.Client, ServerContext]) -> None:
-    client, _ = served
+def test_log_probabilities_and_biases(served_model: Served) -> None:
+    client, _ = served_model
     choice = chat(client, logprobs=True, top_logprobs=3).json()["choices"][0]
     content = choice["logprobs"]["content"]
     assert content
@@ -174,7 +213,7 @@ def test_log_probabilities_and_biases(served: tuple[httpx.Client, ServerContext]
     assert len(set(tokens)) == 1
 
 
-def test_completions_of_text_and_ids(served: tuple[httpx.Client, ServerContext]) -> None:
+def test_completions_of_text_and_ids(served: Served) -> None:
     client, _ = served
 
     def complete(prompt: Any, **fields: Any) -> dict[str, Any]:
@@ -223,7 +262,7 @@ def test_completions_of_text_and_ids(served: tuple[httpx.Client, ServerContext])
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(
-    served: tuple[httpx.Client, ServerContext], fields: dict[str, Any], status: int, param: str
+    served: Served, fields: dict[str, Any], status: int, param: str
 ) -> None:
     client, server = served
     response = chat(client, **fields)
@@ -234,9 +273,7 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert chat(client).status_code == 200
 
 
-def test_bodies_that_are_no_request(
-    served: tuple[httpx.Client, ServerContext], make_llm: Callable[..., LLM]
-) -> None:
+def test_bodies_that_are_no_request(served: Served, make_fake_llm: MakeLLM) -> None:
     client, _ = served
     url = "/v1/chat/completions"
     headers = {"content-type": "application/json"}
@@ -245,7 +282,7 @@ def test_bodies_that_are_no_request(
     assert client.post(url, content=b"x" * 200_000).status_code == 413
     chunks = (b"x" * 1000 for _ in range(200))  # does not say how long it is
     assert client.post(url, content=chunks).status_code == 413
-    with serving(make_llm(), max_body_objects=20) as (few, _):
+    with serving(make_fake_llm(), max_body_objects=20) as (few, _):
         assert few.post(url, content=b'[{"a":"}"},' * 21).status_code == 413
         parts = [{"type": "text", "text": "x"}]
         for count, status in ((18, 200), (21, 413)):
@@ -278,7 +315,7 @@ def test_not_all_mistakes_of_a_body_are_listed(fields: dict[str, Any]) -> None:
     assert invalid.value.error_count() < 10
 
 
-def test_texts_that_no_context_holds_are_not_tokenized(make_llm: Callable[..., LLM]) -> None:
+def test_texts_that_no_context_holds_are_not_tokenized(make_llm: MakeLLM) -> None:
     words = "word " * 20_000
     call = {"function": {"name": "f", "arguments": words}}
     ref = {"type": "block", "id": "b"}
@@ -307,8 +344,8 @@ def test_texts_that_no_context_holds_are_not_tokenized(make_llm: Callable[..., L
             assert "characters" in agent["error"]["message"]
 
 
-def test_json_is_sure_to_parse(served: tuple[httpx.Client, ServerContext]) -> None:
-    client, _ = served
+def test_json_is_sure_to_parse(served_model: Served) -> None:
+    client, _ = served_model
     schema = {
         "type": "object",
         "properties": {
@@ -328,8 +365,8 @@ def test_json_is_sure_to_parse(served: tuple[httpx.Client, ServerContext]) -> No
         assert 0 <= found["count"] <= 99
 
 
-def test_tool_calls_are_sure_to_parse(served: tuple[httpx.Client, ServerContext]) -> None:
-    client, _ = served
+def test_tool_calls_are_sure_to_parse(served_model: Served) -> None:
+    client, _ = served_model
     parameters = {
         "type": "object",
         "properties": {"where": {"enum": ["pub", "park"]}},
@@ -369,9 +406,17 @@ def prompts_of_a_round(agents: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def together(client: httpx.Client, prompts: list[Any], **fields: Any) -> list[httpx.Response]:
+def together(
+    client: httpx.Client, server: ServerContext, prompts: list[Any], **fields: Any
+) -> list[httpx.Response]:
+    """Ask all at once, so that they are in one window, however long it is."""
+    worker = server.worker
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: chat(client, prompt, **fields), prompts))
+        with held(server):
+            asked = [pool.submit(chat, client, prompt, **fields) for prompt in prompts]
+            # Each is announced, and then handed in.
+            wait_until(server, lambda: worker._inbox.qsize() == 2 * len(prompts))
+        return [one.result(60) for one in asked]
 
 
 def cached(response: httpx.Response) -> int:
@@ -379,76 +424,73 @@ def cached(response: httpx.Response) -> int:
     return count
 
 
-def test_requests_that_come_together_share(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm(num_pages=2000)
-    with serving(llm, window_ms=200, window_share=1.0) as (client, _):
-        responses = together(client, prompts_of_a_round(5))
-        assert all(response.status_code == 200 for response in responses)
-        reused = sorted(cached(response) for response in responses)
-        assert reused[0] < len(NEWS) // 2  # who computes it
-        assert all(count >= 0.8 * len(NEWS) - 10 for count in reused[1:])
-        assert 'tokendance_round_agents_bucket{le="5.0"} 1.0' in client.get("/metrics").text
-        # One that comes late finds it, too.
-        late = chat(client, prompts_of_a_round(6)[5])
-        assert cached(late) >= 0.8 * len(NEWS) - 10
+def test_requests_that_come_together_share(served: Served) -> None:
+    client, server = served
+    responses = together(client, server, prompts_of_a_round(5))
+    assert all(response.status_code == 200 for response in responses)
+    reused = sorted(cached(response) for response in responses)
+    assert reused[0] < len(NEWS) // 2  # who computes it
+    assert all(count >= 0.8 * len(NEWS) - 10 for count in reused[1:])
+    buckets = re.findall(r'round_agents_bucket\{le="(\S+)"\} (\S+)', client.get("/metrics").text)
+    counts = {bound: float(count) for bound, count in buckets}
+    assert counts["5.0"] == counts["3.0"] + 1
+    # One that comes late finds it, too.
+    late = chat(client, prompts_of_a_round(6)[5])
+    assert cached(late) >= 0.8 * len(NEWS) - 10
 
 
-def test_one_that_goes_on_alone_finds_what_it_has_reused(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm(num_pages=2000)
-    with serving(llm, window_ms=200, window_share=1.0) as (client, _):
-        prompts = prompts_of_a_round(3)
-        lengths = [one.json()["usage"]["prompt_tokens"] for one in together(client, prompts)]
-        for prompt, length in zip(prompts, lengths, strict=True):
-            more = [{"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
-            # Whoever computed the news for the others, and those whose KV is not exact.
-            assert cached(chat(client, [*prompt, *more])) >= length - 1
+def test_one_that_goes_on_alone_finds_what_it_has_reused(served: Served) -> None:
+    client, server = served
+    prompts = prompts_of_a_round(3)
+    lengths = [one.json()["usage"]["prompt_tokens"] for one in together(client, server, prompts)]
+    for prompt, length in zip(prompts, lengths, strict=True):
+        more = [{"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
+        # Whoever computed the news for the others, and those whose KV is not exact.
+        assert cached(chat(client, [*prompt, *more])) >= length - 1
 
 
-def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm(num_pages=2000)
-    with serving(llm, window_ms=0, round_wait=30.0) as (client, server):
-        first, second, third = prompts_of_a_round(3)
-        asked = {"round": {"id": "r1", "size": 3}}
-        with ThreadPoolExecutor(3) as pool:
-            waiting = [pool.submit(chat, client, prompt, **asked) for prompt in (first, second)]
-            time.sleep(0.3)
-            assert not any(one.done() for one in waiting)
-            responses = [chat(client, third, **asked), *(one.result() for one in waiting)]
+def test_a_round_with_an_id_waits_for_all(make_fake_llm: MakeLLM) -> None:
+    llm = make_fake_llm(num_pages=2000)
+    first, second, third = prompts_of_a_round(3)
+    with (
+        serving(llm, window_ms=0, round_wait=60.0) as (client, server),
+        ThreadPoolExecutor(3) as pool,
+    ):
+        arrivals = server.worker._dispatcher.arrivals
+
+        def num_waiting() -> int:
+            return sum(len(named.waiting) for named in arrivals._named.values())
+
+        asked: dict[str, Any] = {"round": {"id": "r1", "size": 3}}
+        waiting = [pool.submit(chat, client, prompt, **asked) for prompt in (first, second)]
+        wait_until(server, lambda: num_waiting() == 2)
+        assert chat(client).status_code == 200
+        assert not any(one.done() for one in waiting)
+        responses = [chat(client, third, **asked), *(one.result(60) for one in waiting)]
         assert sorted(cached(response) > 40 for response in responses) == [False, True, True]
-        assert not server.worker._dispatcher.arrivals.num_named
+        assert not arrivals.num_named
         # One that goes away before its round begins leaves nothing behind.
-        with pytest.raises(httpx.ReadTimeout):
-            client.post(
-                "/v1/chat/completions",
-                json={"model": "tiny", "messages": first, "round": {"id": "r2", "size": 9}},
-                timeout=0.3,
-            )
-        deadline = time.monotonic() + 20
-        while server.worker._dispatcher.arrivals.num_named and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not server.worker._dispatcher.arrivals.num_named
-        assert server.admission.num_open == 0
+        with asking(client, messages=first, round={"id": "r2", "size": 9}):
+            wait_until(server, lambda: num_waiting() == 1)
+        wait_until(server, lambda: not arrivals.num_named)
+        wait_until(server, lambda: server.admission.num_open == 0)
         # Nor does it count when it asks again.
         asked = {"round": {"id": "r3", "size": 3}}
-        with ThreadPoolExecutor(2) as pool:
-            waiting = [pool.submit(chat, client, first, **asked)]
-            wait_until(lambda: server.admission.num_open == 1)
-            for _ in range(2):
-                with pytest.raises(httpx.ReadTimeout):
-                    client.post(
-                        "/v1/chat/completions",
-                        json={"model": "tiny", "messages": second, **asked},
-                        timeout=0.3,
-                    )
-                wait_until(lambda: server.admission.num_open == 1)
-            waiting.append(pool.submit(chat, client, second, **asked))
-            time.sleep(0.3)
-            assert not any(one.done() for one in waiting)
-            responses = [chat(client, third, **asked), *(one.result() for one in waiting)]
+        waiting = [pool.submit(chat, client, first, **asked)]
+        wait_until(server, lambda: num_waiting() == 1)
+        for _ in range(2):
+            with asking(client, messages=second, **asked):
+                wait_until(server, lambda: num_waiting() == 2)
+            wait_until(server, lambda: num_waiting() == 1)
+        waiting.append(pool.submit(chat, client, second, **asked))
+        wait_until(server, lambda: num_waiting() == 2)
+        assert chat(client).status_code == 200
+        assert not any(one.done() for one in waiting)
+        responses = [chat(client, third, **asked), *(one.result(60) for one in waiting)]
         assert all(response.status_code == 200 for response in responses)
 
 
-def test_a_whole_round_in_one_call(served: tuple[httpx.Client, ServerContext]) -> None:
+def test_a_whole_round_in_one_call(served: Served) -> None:
     client, server = served
     blocks = {"x": NEWS, "y": NEWS[::-1]}
     listed = [{"type": "block", "id": name} for name in blocks]
@@ -482,7 +524,7 @@ def test_a_whole_round_in_one_call(served: tuple[httpx.Client, ServerContext]) -
             assert event["message"] == found[event["index"]]["message"]
     body["agents"] = [agents[0], agents[0]]
     assert client.post("/v1/rounds", json=body).json()["error"]["param"] == "agents"
-    assert server.admission.num_open == 0
+    wait_until(server, lambda: not server.admission.num_open)
 
 
 def ask_session(client: httpx.Client, names: str, task: str, **fields: Any) -> httpx.Response:
@@ -539,21 +581,19 @@ def test_a_session_remembers_and_lasts(roomy: LoadedModel, tmp_path: Path) -> No
         on_disk = re.search(r"\ntokendance_kv_bytes_on_disk (\S+)", client.get("/metrics").text)
         assert on_disk is not None
         assert float(on_disk[1]) > 10_000
-        assert server.admission.num_open == 0
+        wait_until(server, lambda: not server.admission.num_open)
     llm.engine.check_integrity()
     llm.close()
 
 
-def test_a_round_that_is_refused_leaves_a_session_as_it_was(
-    served: tuple[httpx.Client, ServerContext],
-) -> None:
-    client, _ = served
-    assert ask_session(client, "ab", "one").status_code == 200
-    assert ask_session(client, "ac", "two", blocks={"a": "b"}).status_code == 400
-    here = [{"agent": name, "task": "two", "max_tokens": 3} for name in "ab"]
-    assert ask_session(client, "", "", agents=here).status_code == 200
-    new = [*here, {"agent": "c", "task": "two"}]
-    assert "Say who it is" in ask_session(client, "", "", agents=new).json()["error"]["message"]
+def test_a_round_that_is_refused_leaves_a_session_as_it_was(make_fake_llm: MakeLLM) -> None:
+    with serving(make_fake_llm()) as (client, _):
+        assert ask_session(client, "ab", "one").status_code == 200
+        assert ask_session(client, "ac", "two", blocks={"a": "b"}).status_code == 400
+        here = [{"agent": name, "task": "two", "max_tokens": 3} for name in "ab"]
+        assert ask_session(client, "", "", agents=here).status_code == 200
+        new = [*here, {"agent": "c", "task": "two"}]
+        assert "Say who it is" in ask_session(client, "", "", agents=new).json()["error"]["message"]
 
 
 def test_chat_requests_may_name_a_session(roomy: LoadedModel, tmp_path: Path) -> None:
@@ -594,16 +634,15 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
     roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of a round that all clients have left, in a server that nobody asks."""
-    monkeypatch.setattr("tokendance.tier.background._ABANDONED_S", 0.3)
+    monkeypatch.setattr("tokendance.tier.background._ABANDONED_S", 0.05)
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
     files = tmp_path / "store" / "kv"
     with serving(llm, default_max_tokens=2000) as (client, server):
-        client.timeout = httpx.Timeout(1.0)
-        with pytest.raises(httpx.ReadTimeout):
-            ask_session(client, "ab", "Speak.", agents=LONG_ROUND)
-        wait_until(lambda: server.admission.num_open == 0 and not llm.engine.has_work)
-        wait_until(lambda: not any(files.iterdir()))
+        with asking(client, "/v1/rounds", session="town", agents=LONG_ROUND):
+            wait_until(server, lambda: any(files.iterdir()))
+        wait_until(server, lambda: server.admission.num_open == 0 and not llm.engine.has_work)
+        wait_until(server, lambda: not any(files.iterdir()))
         assert llm.tiers is not None
         assert llm.tiers.due_s() is None
     llm.close()
@@ -641,7 +680,7 @@ def test_others_are_answered_while_a_session_is_read(
 
         llm.tiers.disk.read = wait_and_read  # type: ignore[method-assign]
         asked = own.submit(ask, client, 1)
-        wait_until(lambda: any(llm.kv_store.loading.values()))
+        wait_until(server, lambda: any(llm.kv_store.loading.values()))
         assert chat(client).status_code == 200
         asyncio.run(server.worker.call(llm.engine.check_integrity))
         assert not asked.done()
@@ -676,28 +715,31 @@ def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
 
 
 @pytest.mark.parametrize("where", ["discovery", "adding", "step"])
-def test_an_engine_that_fails_answers_all(roomy: LoadedModel, where: str) -> None:
+def test_an_engine_that_fails_answers_all(
+    fake: LoadedModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     """What has just been taken out of a queue, too."""
-    llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
+    llm = without_model(fake)
 
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    with serving(llm, round_wait=0.5) as (client, server):
+    with serving(llm, round_wait=0.0) as (client, server):
         assert chat(client).status_code == 200
         if where == "discovery":
-            for one in server.worker._dispatcher._discoveries.values():
-                one.segment = fail  # type: ignore[method-assign,assignment]
+            monkeypatch.setattr(Discovery, "segment", fail)
         else:
             name = "add" if where == "adding" else "tick"
-            setattr(llm.engine, name, fail)
+            monkeypatch.setattr(llm.engine, name, fail)
         with ThreadPoolExecutor(4) as pool:
-            asked = [
-                pool.submit(chat, client, **fields)
-                for fields in ({}, {"n": 2}, {"round": {"id": "r", "size": 2}})
-            ]
-            asked.append(pool.submit(ask_round, client))
-            *answers, of_round = [one.result(30) for one in asked]
+            with held(server):
+                asked = [
+                    pool.submit(chat, client, **fields)
+                    for fields in ({}, {"n": 2}, {"round": {"id": "r", "size": 2}})
+                ]
+                asked.append(pool.submit(ask_round, client))
+                wait_until(server, lambda: server.worker._inbox.qsize() == 2 * 3 + 1)
+            *answers, of_round = [one.result(60) for one in asked]
         codes = [one.status_code for one in answers]
         failed = ["error" in one for one in of_round.json().get("agents", [{"error": 503}])]
         if where == "discovery":  # nothing is found then, and that is all
@@ -717,33 +759,33 @@ def ask_round(client: httpx.Client) -> httpx.Response:
 
 
 def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Path) -> None:
-    """Whoever of its requests ends last, or goes away before it begins."""
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
     assert llm.tiers is not None
+    index = llm.tiers.disk.index
 
-    def ask(client: httpx.Client, name: str, **fields: Any) -> httpx.Response:
-        given = {"id": fields.pop("id"), "size": 2, "agent": name, "session": name}
-        return chat(client, prompts_of_a_round(1)[0], round=given, **fields)
+    def of(name: str, **fields: Any) -> dict[str, Any]:
+        return {"id": "r", "size": 2, "agent": name, "session": name, **fields}
 
-    with serving(llm, round_wait=1.0) as (client, server), ThreadPoolExecutor(2) as pool:
-        for one in [pool.submit(ask, client, name, id="1") for name in "ab"]:
+    with serving(llm, round_wait=60.0) as (client, server), ThreadPoolExecutor(2) as pool:
+        prompt = prompts_of_a_round(1)[0]
+        for one in [pool.submit(chat, client, prompt, round=of(name)) for name in "ab"]:
             assert one.result(60).status_code == 200
-        assert {key.name for key in llm.tiers.disk.index.session_keys()} == {"a", "b"}
-        assert ask(client, "c", id="2").status_code == 200  # nobody else came
-        client.timeout = httpx.Timeout(0.1)
-        with pytest.raises(httpx.ReadTimeout):
-            ask(client, "d", id="3")
-        wait_until(lambda: not server.worker._dispatcher.arrivals.num_named)
-        assert {key.name for key in llm.tiers.disk.index.session_keys()} == {"a", "b", "c"}
+        assert {key.name for key in index.session_keys()} == {"a", "b"}
+        # Not of who goes away before the round begins.
+        arrivals = server.worker._dispatcher.arrivals
+        with asking(client, messages=prompt, round=of("d")):
+            wait_until(server, lambda: arrivals.num_named == 1)
+        wait_until(server, lambda: not arrivals.num_named)
+        assert {key.name for key in index.session_keys()} == {"a", "b"}
     llm.close()
 
 
 def test_sessions_of_one_tenant_do_not_displace_anothers(
-    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tokendance.server.sessions._MAX_SESSIONS", 3)
-    with serving(make_llm(num_pages=2000), api_keys=("one", "two")) as (client, _):
+    with serving(make_fake_llm(num_pages=2000), api_keys=("one", "two")) as (client, _):
 
         def ask(tenant: str, session: str, **fields: Any) -> httpx.Response:
             client.headers["authorization"] = f"Bearer {tenant}"
@@ -807,8 +849,8 @@ def test_how_long_a_session_lasts_can_be_said_anew(roomy: LoadedModel, tmp_path:
     llm.close()
 
 
-def test_agents_asked_one_after_another_share(make_llm: Callable[..., LLM]) -> None:
-    with serving(make_llm(num_pages=2000)) as (client, _):
+def test_agents_asked_one_after_another_share(make_fake_llm: MakeLLM) -> None:
+    with serving(make_fake_llm(num_pages=2000)) as (client, _):
         reused = [cached(chat(client, prompt)) for prompt in prompts_of_a_round(4)]
         assert reused[0] == 0
         assert all(count >= 0.8 * len(NEWS) - 10 for count in reused[1:])
@@ -826,46 +868,65 @@ def test_agents_asked_one_after_another_share(make_llm: Callable[..., LLM]) -> N
         assert 'tokendance_first_token_seconds_count{reuse="collective"} 3.0' in text
 
 
-def test_agents_one_after_another_share_nothing_where_it_is_off(
-    make_llm: Callable[..., LLM],
-) -> None:
-    with serving(make_llm(num_pages=2000), recent=0.0) as (client, _):
+def test_agents_one_after_another_share_nothing_where_it_is_off(make_fake_llm: MakeLLM) -> None:
+    with serving(make_fake_llm(num_pages=2000), recent=0.0) as (client, _):
         assert [cached(chat(client, prompt)) for prompt in prompts_of_a_round(3)] == [0, 0, 0]
 
 
-def test_shadows_run_while_nobody_waits(roomy: LoadedModel) -> None:
+def test_shadows_run_while_nobody_waits(
+    roomy: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokendance.fidelity.idle_shadows.IDLE_S", 0.01)
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24, shadow=1.0))
-    with serving(llm, window_ms=200, window_share=1.0) as (client, _):
-        together(client, prompts_of_a_round(4))
-        deadline = time.monotonic() + 60
-        while "tokendance_shadow_kl_nats_count 3.0" not in client.get("/metrics").text:
-            assert time.monotonic() < deadline, client.get("/metrics").text
-            time.sleep(0.1)
+    with serving(llm) as (client, server):
+        together(client, server, prompts_of_a_round(4))
+        wait_until(server, lambda: b"shadow_kl_nats_count 3.0" in server.metrics.text())
     assert not llm.engine.has_work
 
 
-def test_a_request_has_an_id_and_a_line(
-    served: tuple[httpx.Client, ServerContext], caplog: pytest.LogCaptureFixture
-) -> None:
+class Lines(logging.Handler):
+    """Hands over what is logged, as JSON: a line is written after the answer has gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.put(JsonFormatter().format(record))
+
+    def get(self) -> dict[str, Any]:
+        line: dict[str, Any] = json.loads(self._lines.get(timeout=60))
+        return line
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    log, handler = logging.getLogger("tokendance.server.requests"), Lines()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield handler
+    log.setLevel(logging.NOTSET)
+    log.removeHandler(handler)
+
+
+def test_a_request_has_an_id_and_a_line(served: Served, lines: Lines) -> None:
     client, _ = served
     secret = "the secret of the mill"
-    with caplog.at_level("INFO", logger="tokendance.server.requests"):
-        answer = chat(client, [{"role": "user", "content": secret}])
-        own = client.get("/v1/models", headers={"x-request-id": "mine-1"})
-        bad = client.get("/v1/models", headers={"x-request-id": "a b"})
-        wait_until(lambda: len(caplog.records) == 3)  # a line is written after the answer has gone
-    assert own.headers["x-request-id"] == "mine-1"
+    answer = chat(client, [{"role": "user", "content": secret}])
+    first = lines.get()
+    assert first["id"] == answer.headers["x-request-id"]
+    assert first["status"] == 200
+    assert first["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    assert secret not in json.dumps(first)
+    own = client.get("/v1/models", headers={"x-request-id": "mine-1"})
+    assert own.headers["x-request-id"] == lines.get()["id"] == "mine-1"
+    bad = client.get("/v1/models", headers={"x-request-id": "a b"})
+    assert bad.headers["x-request-id"] == lines.get()["id"]
     assert bad.headers["x-request-id"].startswith("req-")
-    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
-    assert [line["id"] for line in lines[1:]] == ["mine-1", bad.headers["x-request-id"]]
-    assert lines[0]["id"] == answer.headers["x-request-id"]
-    assert lines[0]["status"] == 200
-    assert lines[0]["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
-    assert not any(secret in json.dumps(line) for line in lines)
 
 
-def test_tenants_share_nothing(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm(num_pages=2000)
+def test_tenants_share_nothing(make_fake_llm: MakeLLM) -> None:
+    llm = make_fake_llm(num_pages=2000)
     with serving(llm, api_keys=("one", "two")) as (client, _):
         assert chat(client).status_code == 401
         client.headers["authorization"] = "Bearer three"
@@ -876,8 +937,8 @@ def test_tenants_share_nothing(make_llm: Callable[..., LLM]) -> None:
             assert cached(chat(client)) > 0
 
 
-def test_who_has_no_key_is_refused_unread(make_llm: Callable[..., LLM]) -> None:
-    with serving(make_llm(), api_keys=("one",), max_body=1000) as (client, _):
+def test_who_has_no_key_is_refused_unread(make_fake_llm: MakeLLM) -> None:
+    with serving(make_fake_llm(), api_keys=("one",), max_body=1000) as (client, _):
         for key, size, status in (("two", 500, 401), ("one", 2000, 413), ("two", 2000, 401)):
             # The body is announced and never sent.
             head = HTTPConnection("127.0.0.1", client.base_url.port, timeout=20)
@@ -891,61 +952,45 @@ def test_who_has_no_key_is_refused_unread(make_llm: Callable[..., LLM]) -> None:
             head.close()
 
 
-def test_a_body_that_never_comes_is_not_waited_for(make_llm: Callable[..., LLM]) -> None:
-    with serving(make_llm(), body_timeout=0.2) as (client, _):
-        slow = HTTPConnection("127.0.0.1", client.base_url.port, timeout=20)
-        slow.putrequest("POST", "/v1/chat/completions")
-        slow.putheader("Content-Length", "100")
-        slow.endheaders(b"{")
-        assert slow.getresponse().status == 408
-        slow.close()
-        assert chat(client).status_code == 200
+def test_a_body_that_never_comes_is_not_waited_for(make_fake_llm: MakeLLM) -> None:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1})
+    with serving(make_fake_llm(), body_timeout=0.05) as (client, _):
+        for content, status in (("{", 408), (body, 200)):
+            with socket.create_connection(("127.0.0.1", client.base_url.port or 0), 60) as slow:
+                slow.sendall(f"{head}content-length: {len(body)}\r\n\r\n{content}".encode())
+                answer = HTTPResponse(slow)
+                answer.begin()
+                assert answer.status == status
+                answer.close()
 
 
-def test_what_needs_a_key(make_llm: Callable[..., LLM]) -> None:
+def test_what_needs_a_key(make_fake_llm: MakeLLM) -> None:
     paths = ["/metrics", "/openapi.json", "/docs", "/v1/models", "/nothing"]
-    with serving(make_llm(), api_keys=("one",)) as (client, _):
+    with serving(make_fake_llm(), api_keys=("one",)) as (client, _):
         assert [client.get(path).status_code for path in paths] == [401] * 5
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
         client.headers["authorization"] = "Bearer one"
         assert [client.get(path).status_code for path in paths] == [200] * 4 + [404]
-    with serving(make_llm(), api_keys=("one",), open_metrics=True) as (client, _):
+    with serving(make_fake_llm(), api_keys=("one",), open_metrics=True) as (client, _):
         assert client.get("/metrics").status_code == 200
         assert client.get("/v1/models").status_code == 401
 
 
-def test_too_many_are_told_to_come_back(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm(num_pages=2000)
-    with serving(llm, max_open_requests=1, round_wait=0.5) as (client, server):
-        with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(chat, client, round={"id": "r", "size": 2})
-            while server.admission.num_open == 0:
-                time.sleep(0.01)
+def test_too_many_are_told_to_come_back(make_fake_llm: MakeLLM) -> None:
+    with serving(make_fake_llm(), max_open_requests=1, round_wait=60.0) as (client, server):
+        with asking(client, messages=HELLO, round={"id": "r", "size": 2}):
+            wait_until(server, lambda: server.admission.num_open)
             refused = chat(client)
             assert refused.status_code == 429
             assert refused.headers["retry-after"] == "1"
-            assert first.result().status_code == 200
+        wait_until(server, lambda: not server.admission.num_open)
         assert chat(client).status_code == 200
-
-
-def test_a_client_that_goes_away_frees_its_pages(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm(num_pages=2000)
-    with serving(llm, default_max_tokens=400) as (client, server):
-        body = {"model": "tiny", "messages": HELLO, "ignore_eos": True, "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            next(response.iter_bytes())
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/chat/completions", json=body | {"stream": False}, timeout=0.05)
-        deadline = time.monotonic() + 20
-        while (server.admission.num_open or llm.engine.has_work) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert server.admission.num_open == 0
-        assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_its_pages_are_free_within_one_step(
-    make_llm: Callable[..., LLM], roomy: LoadedModel, stream: bool
+    make_llm: MakeLLM, roomy: LoadedModel, stream: bool
 ) -> None:
     """Requests that run when a step begins, and the step before which the server learns of it."""
     llm = make_llm(num_pages=2000, model=roomy)
@@ -971,54 +1016,47 @@ def test_its_pages_are_free_within_one_step(
         engine.tick = counted_tick  # type: ignore[method-assign]
         server.worker.cancel = noted_cancel  # type: ignore[method-assign]
 
-        def begin(text: str) -> HTTPConnection:
+        def saying(text: str) -> AbstractContextManager[HTTPConnection]:
             messages = [{"role": "user", "content": text}]
-            body = {"model": "tiny", "messages": messages, "ignore_eos": True, "stream": stream}
-            connection = HTTPConnection("127.0.0.1", client.base_url.port)
-            head = {"content-type": "application/json"}
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), head)
-            return connection
+            return asking(client, messages=messages, ignore_eos=True, stream=stream)
 
-        neighbour = begin("I stay")
-        wait_until(lambda: len(running) > 1)
-        (stays,) = running[-1]
-        leaver = begin("I go")
-        wait_until(lambda: len(running[-1]) == 2)
-        (leaves,) = running[-1] - {stays}
-        leaver.close()
-        wait_until(lambda: leaves in taken_back)
-        first = taken_back[leaves]
-        wait_until(lambda: len(running) > first + 3)
-        # The step of that number may have begun at that very moment; no later one has it.
-        assert all(one == {stays} for one in running[first + 1 :])
-        assert leaves.allocation is None
-        neighbour.close()
-        wait_until(lambda: not server.admission.num_open and not engine.has_work)
+        with saying("I stay"):
+            wait_until(server, lambda: len(running) > 1)
+            (stays,) = running[-1]
+            with saying("I go"):
+                wait_until(server, lambda: len(running[-1]) == 2)
+                (leaves,) = running[-1] - {stays}
+            wait_until(server, lambda: leaves in taken_back)
+            first = taken_back[leaves]
+            wait_until(server, lambda: len(running) > first + 3)
+            # The step of that number may have begun at that very moment; no later one has it.
+            assert all(one == {stays} for one in running[first + 1 :])
+            assert leaves.allocation is None
+        wait_until(server, lambda: not server.admission.num_open and not engine.has_work)
     assert engine.status().resident_pages == 0
 
 
-def test_an_engine_that_fails_leaves_nobody_waiting(tiny: LoadedModel) -> None:
-    llm = LLM.from_loaded(tiny, EngineOptions(kv_budget=2**22))
-    with serving(llm, round_wait=60.0) as (client, server):
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(chat, client, round={"id": "r", "size": 2})
-            while server.admission.num_open == 0:
-                time.sleep(0.01)
-            time.sleep(0.2)
+def test_an_engine_that_fails_leaves_nobody_waiting(
+    fake: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = without_model(fake)
 
-            def fail() -> None:
-                raise RuntimeError("out of order")
+    def fail(_: float) -> None:
+        raise RuntimeError("out of order")
 
-            llm.engine.tick = fail  # type: ignore[assignment, method-assign]
-            assert chat(client).status_code == 503
-            assert waiting.result().status_code == 503
+    with serving(llm, round_wait=60.0) as (client, server), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(chat, client, round={"id": "r", "size": 2})
+        wait_until(server, lambda: server.worker._dispatcher.arrivals.num_named)
+        monkeypatch.setattr(llm.engine, "tick", fail)
+        assert chat(client).status_code == 503
+        assert waiting.result(60).status_code == 503
         assert chat(client).status_code == 503
         assert client.get("/health").status_code == 503
         assert server.admission.num_open == 0
 
 
-def test_who_no_longer_waits_for_the_engine_harms_nobody(make_llm: Callable[..., LLM]) -> None:
-    with serving(make_llm()) as (client, server):
+def test_who_no_longer_waits_for_the_engine_harms_nobody(make_fake_llm: MakeLLM) -> None:
+    with serving(make_fake_llm()) as (client, server):
         busy = threading.Event()
 
         def hold() -> None:
@@ -1037,11 +1075,10 @@ def test_who_no_longer_waits_for_the_engine_harms_nobody(make_llm: Callable[...,
         assert chat(client).status_code == 200
 
 
-def test_many_at_once_are_all_answered(make_llm: Callable[..., LLM]) -> None:
-    llm = make_llm(num_pages=300)
-    with serving(llm) as (client, _):
+def test_many_at_once_are_all_answered(make_fake_llm: MakeLLM) -> None:
+    with serving(make_fake_llm(num_pages=300)) as (client, server):
         prompts = [[{"role": "user", "content": f"{NEWS} {index}"}] for index in range(64)]
-        responses = together(client, prompts, max_tokens=4)
+        responses = together(client, server, prompts, max_tokens=4)
         assert [response.status_code for response in responses] == [200] * 64
 
 
@@ -1081,8 +1118,8 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
         command_line(["serve", "--config", str(file)])
 
 
-def test_the_engine_ends_however_the_server_does(make_llm: Callable[..., LLM]) -> None:
-    app = create_app(make_llm(), ServerSettings())
+def test_the_engine_ends_however_the_server_does(make_fake_llm: MakeLLM) -> None:
+    app = create_app(make_fake_llm(), ServerSettings())
     worker = app.state.context.worker
 
     async def break_off() -> None:
@@ -1096,16 +1133,14 @@ def test_the_engine_ends_however_the_server_does(make_llm: Callable[..., LLM]) -
     assert not worker.is_alive
 
 
-def test_a_session_has_not_heard_a_round_that_the_server_broke_off(
-    served: tuple[httpx.Client, ServerContext],
-) -> None:
-    client, server = served
+def test_a_session_has_not_heard_a_round_that_the_server_broke_off(roomy: LoadedModel) -> None:
+    llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     body = {"model": "tiny", "session": "town", "agents": LONG_ROUND}
-    with ThreadPoolExecutor() as pool:
+    with serving(llm) as (client, server), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/v1/rounds", json=body)
-        wait_until(lambda: len(server.worker._dispatcher._live) == len(LONG_ROUND))
+        wait_until(server, lambda: len(server.worker._dispatcher._live) == len(LONG_ROUND))
         server.worker.hurry()
-        agents = answer.result().json()["agents"]
+        agents = answer.result(60).json()["agents"]
     assert [one["error"]["message"] for one in agents] == ["The server is stopping."] * 2
     (warning,) = [one["warning"] for one in agents if "warning" in one]
     assert "has not heard it" in warning

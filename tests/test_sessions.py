@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from conftest import examples
 from tokendance import LLM, Agent, SamplingParams, Session
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId, SessionKey
@@ -519,5 +520,5 @@ def towns(roomy: LoadedModel, tmp_path: Path) -> type[Towns]:
 
 def test_any_order_of_events_keeps_the_books(towns: type[Towns]) -> None:
     run_state_machine_as_test(
-        towns, settings=settings(max_examples=10, stateful_step_count=12, deadline=None)
+        towns, settings=settings(max_examples=examples(10), stateful_step_count=12)
     )

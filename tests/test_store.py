@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from conftest import examples
 from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.errors import BudgetError
 from tokendance.models.loader import LoadedModel
@@ -45,7 +46,7 @@ def test_a_page_lives_as_long_as_somebody_holds_it() -> None:
         pool.release(pages, Holder.INDEX)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=40))
 def test_pool_hands_out_each_page_once(actions: list[tuple[bool, int]]) -> None:
     pool = PagePool(20, 16)
@@ -307,5 +308,5 @@ def test_books_balance_whatever_happens(tiny: LoadedModel) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
-        EngineMachine, settings=settings(max_examples=40, stateful_step_count=20, deadline=None)
+        EngineMachine, settings=settings(max_examples=examples(40), stateful_step_count=20)
     )

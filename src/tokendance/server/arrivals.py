@@ -5,7 +5,7 @@ A client may name its round, and then it begins when all are there, or when nobo
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tokendance.server.jobs import Job, RoundKey
@@ -110,25 +110,25 @@ class Arrivals:
 
     def take(
         self, now: float, *, all_now: bool = False
-    ) -> list[tuple[list[Job], NamedRound | None]]:
+    ) -> Iterator[tuple[list[Job], NamedRound | None]]:
         """Hand over the rounds that begin now, each with its name, if it has one.
+
+        One after the other: if one cannot be begun, the others are still here.
 
         Args:
             now: clock time.
             all_now: do not wait for others.
         """
-        rounds: list[tuple[list[Job], NamedRound | None]] = []
         jobs = self.window.take_all() if all_now else self.window.take(now)
         if jobs:
-            rounds.append((jobs, None))
+            yield jobs, None
         for named in self._named.values():
             if not named.waiting or self._is_loading(named):
                 continue
             if all_now or now >= named.due_s(self._round_wait_s):
                 jobs, named.waiting = named.waiting, []
                 named.num_live += len(jobs)
-                rounds.append((jobs, named))
-        return rounds
+                yield jobs, named
 
     def remove(self, job: Job) -> bool:
         """Take a job back that has not begun; say whether there was one."""
