@@ -415,7 +415,7 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
             assert not any(one.done() for one in waiting)
             responses = [chat(client, third, **asked), *(one.result() for one in waiting)]
         assert sorted(cached(response) > 40 for response in responses) == [False, True, True]
-        assert not server.worker._dispatcher.arrivals.num_named
+        assert not server.engine_thread._dispatcher.arrivals.num_named
         # One that goes away before its round begins leaves nothing behind.
         with pytest.raises(httpx.ReadTimeout):
             client.post(
@@ -424,9 +424,9 @@ def test_a_round_with_an_id_waits_for_all(make_llm: Callable[..., LLM]) -> None:
                 timeout=0.3,
             )
         deadline = time.monotonic() + 20
-        while server.worker._dispatcher.arrivals.num_named and time.monotonic() < deadline:
+        while server.engine_thread._dispatcher.arrivals.num_named and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not server.worker._dispatcher.arrivals.num_named
+        assert not server.engine_thread._dispatcher.arrivals.num_named
         assert server.admission.num_open == 0
         # Nor does it count when it asks again.
         asked = {"round": {"id": "r3", "size": 3}}
@@ -604,8 +604,8 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
             ask_session(client, "ab", "Speak.", agents=LONG_ROUND)
         wait_until(lambda: server.admission.num_open == 0 and not llm.engine.has_work)
         wait_until(lambda: not any(files.iterdir()))
-        assert llm.tiers is not None
-        assert llm.tiers.due_s() is None
+        assert llm.tier is not None
+        assert llm.tier.due_s() is None
     llm.close()
 
 
@@ -631,19 +631,19 @@ def test_others_are_answered_while_a_session_is_read(
         serving(llm := start(), round_wait=30.0) as (client, server),
         ThreadPoolExecutor(1) as own,
     ):
-        assert llm.tiers is not None
+        assert llm.tier is not None
         reads, may_read = itertools.count(), threading.Event()
-        read = llm.tiers.disk.read
+        read = llm.tier.disk.read
 
         def wait_and_read(file: WrittenFile) -> KVRows:
             assert next(reads) == 0 or may_read.wait(60)  # all but the first wait
             return read(file)
 
-        llm.tiers.disk.read = wait_and_read  # type: ignore[method-assign]
+        llm.tier.disk.read = wait_and_read  # type: ignore[method-assign]
         asked = own.submit(ask, client, 1)
         wait_until(lambda: any(llm.kv_store.loading.values()))
         assert chat(client).status_code == 200
-        asyncio.run(server.worker.call(llm.engine.check_integrity))
+        asyncio.run(server.engine_thread.call(llm.engine.check_integrity))
         assert not asked.done()
         may_read.set()
         assert asked.result(60).status_code == 200
@@ -658,7 +658,7 @@ def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
 ) -> None:
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
+    assert llm.tier is not None
     with serving(llm) as (client, _):
         assert ask_session(client, "ab", "one").status_code == 200
         llm.kv_store.clear()
@@ -666,11 +666,11 @@ def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
         def fail(_: WrittenFile) -> KVRows:
             raise MemoryError
 
-        read = llm.tiers.disk.read
-        llm.tiers.disk.read = fail  # type: ignore[method-assign,assignment]
+        read = llm.tier.disk.read
+        llm.tier.disk.read = fail  # type: ignore[method-assign,assignment]
         assert ask_session(client, "ab", "two").status_code == 507
         assert chat(client).status_code == 200
-        llm.tiers.disk.read = read  # type: ignore[method-assign]
+        llm.tier.disk.read = read  # type: ignore[method-assign]
         assert ask_session(client, "ab", "two").json()["round"] == 2
     llm.close()
 
@@ -686,7 +686,7 @@ def test_an_engine_that_fails_answers_all(roomy: LoadedModel, where: str) -> Non
     with serving(llm, round_wait=0.5) as (client, server):
         assert chat(client).status_code == 200
         if where == "discovery":
-            for one in server.worker._dispatcher._discoveries.values():
+            for one in server.engine_thread._dispatcher._discoveries.values():
                 one.segment = fail  # type: ignore[method-assign,assignment]
         else:
             name = "add" if where == "adding" else "tick"
@@ -720,7 +720,7 @@ def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Pa
     """Whoever of its requests ends last, or goes away before it begins."""
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
+    assert llm.tier is not None
 
     def ask(client: httpx.Client, name: str, **fields: Any) -> httpx.Response:
         given = {"id": fields.pop("id"), "size": 2, "agent": name, "session": name}
@@ -729,13 +729,13 @@ def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Pa
     with serving(llm, round_wait=1.0) as (client, server), ThreadPoolExecutor(2) as pool:
         for one in [pool.submit(ask, client, name, id="1") for name in "ab"]:
             assert one.result(60).status_code == 200
-        assert {key.name for key in llm.tiers.disk.index.session_keys()} == {"a", "b"}
+        assert {key.name for key in llm.tier.disk.index.session_keys()} == {"a", "b"}
         assert ask(client, "c", id="2").status_code == 200  # nobody else came
         client.timeout = httpx.Timeout(0.1)
         with pytest.raises(httpx.ReadTimeout):
             ask(client, "d", id="3")
-        wait_until(lambda: not server.worker._dispatcher.arrivals.num_named)
-        assert {key.name for key in llm.tiers.disk.index.session_keys()} == {"a", "b", "c"}
+        wait_until(lambda: not server.engine_thread._dispatcher.arrivals.num_named)
+        assert {key.name for key in llm.tier.disk.index.session_keys()} == {"a", "b", "c"}
     llm.close()
 
 
@@ -766,8 +766,8 @@ def test_what_cannot_be_stored_is_answered_with_a_warning(
 ) -> None:
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
-    disk = llm.tiers.disk
+    assert llm.tier is not None
+    disk = llm.tier.disk
     with serving(llm) as (client, _):
         assert ask_session(client, "ab", "one").status_code == 200
         commit = disk.commit
@@ -793,8 +793,8 @@ def test_what_cannot_be_stored_is_answered_with_a_warning(
 def test_how_long_a_session_lasts_can_be_said_anew(roomy: LoadedModel, tmp_path: Path) -> None:
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
-    disk = llm.tiers.disk
+    assert llm.tier is not None
+    disk = llm.tier.disk
     with serving(llm) as (client, _):
         for given, expected in ((None, None), (50.0, 50.0), (None, 50.0), (1e6, 1e6)):
             assert ask_session(client, "ab", "Speak.", ttl_s=given).status_code == 200
@@ -960,7 +960,7 @@ def test_its_pages_are_free_within_one_step(
         tick(now)
 
     with serving(llm, default_max_tokens=3900) as (client, server):
-        cancel = server.worker.cancel
+        cancel = server.engine_thread.cancel
 
         def noted_cancel(jobs: Iterable[Job]) -> None:
             given = list(jobs)
@@ -969,7 +969,7 @@ def test_its_pages_are_free_within_one_step(
             cancel(given)
 
         engine.tick = counted_tick  # type: ignore[method-assign]
-        server.worker.cancel = noted_cancel  # type: ignore[method-assign]
+        server.engine_thread.cancel = noted_cancel  # type: ignore[method-assign]
 
         def begin(text: str) -> HTTPConnection:
             messages = [{"role": "user", "content": text}]
@@ -1025,8 +1025,8 @@ def test_who_no_longer_waits_for_the_engine_harms_nobody(make_llm: Callable[...,
             busy.wait(60)
 
         async def leave() -> None:
-            server.worker._put(hold)
-            waiting = asyncio.ensure_future(server.worker.call(lambda: None))
+            server.engine_thread._put(hold)
+            waiting = asyncio.ensure_future(server.engine_thread.call(lambda: None))
             await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -1083,17 +1083,17 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
 
 def test_the_engine_ends_however_the_server_does(make_llm: Callable[..., LLM]) -> None:
     app = create_app(make_llm(), ServerSettings())
-    worker = app.state.context.worker
+    thread = app.state.context.engine_thread
 
     async def break_off() -> None:
         with suppress(asyncio.CancelledError):
             async with app.router.lifespan_context(app):
-                assert worker.is_alive
+                assert thread.is_alive
                 raise asyncio.CancelledError
         assert len(asyncio.all_tasks()) == 1  # this one
 
     asyncio.run(break_off())
-    assert not worker.is_alive
+    assert not thread.is_alive
 
 
 def test_a_session_has_not_heard_a_round_that_the_server_broke_off(
@@ -1103,8 +1103,8 @@ def test_a_session_has_not_heard_a_round_that_the_server_broke_off(
     body = {"model": "tiny", "session": "town", "agents": LONG_ROUND}
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(client.post, "/v1/rounds", json=body)
-        wait_until(lambda: len(server.worker._dispatcher._live) == len(LONG_ROUND))
-        server.worker.hurry()
+        wait_until(lambda: len(server.engine_thread._dispatcher._live) == len(LONG_ROUND))
+        server.engine_thread.hurry()
         agents = answer.result().json()["agents"]
     assert [one["error"]["message"] for one in agents] == ["The server is stopping."] * 2
     (warning,) = [one["warning"] for one in agents if "warning" in one]

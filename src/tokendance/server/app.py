@@ -37,7 +37,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        context.worker.start()
+        context.engine_thread.start()
         giving_back = asyncio.create_task(give_back_memory())
         drain_s = 0.0  # where the server is told to end at once
         try:
@@ -46,7 +46,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         finally:
             giving_back.cancel()
             context.admission.is_draining = True
-            await anyio.to_thread.run_sync(context.worker.stop, drain_s)
+            await anyio.to_thread.run_sync(context.engine_thread.stop, drain_s)
 
     app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
     app.state.context = context
@@ -116,7 +116,7 @@ def _add_operations(app: FastAPI, context: ServerContext) -> None:
     @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> JSONResponse:
         """Whether the engine runs."""
-        alive = context.worker.is_alive
+        alive = context.engine_thread.is_alive
         return status("ok" if alive else "failed", is_well=alive)
 
     @app.get("/ready", response_model=Status, responses=unwell)

@@ -50,9 +50,9 @@ class ServerContext:
         self.settings = settings
         self.keys = ApiKeys(settings)
         self.metrics = Metrics(llm)
-        self.worker = EngineThread(make_dispatcher(llm, self.metrics, settings))
-        self.admission = Admission(settings, lambda: self.worker.is_alive)
-        self.sessions = Sessions(llm, self.worker)
+        self.engine_thread = EngineThread(make_dispatcher(llm, self.metrics, settings))
+        self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
+        self.sessions = Sessions(llm, self.engine_thread)
         self.grammars = Grammars(llm.model)
         self.tools = find_tool_format(llm.encoder)
         self.started_s = int(time.time())

@@ -72,7 +72,7 @@ class Metrics:
         self._gauge(
             "kv_bytes_on_disk",
             "KV in the store's files.",
-            lambda: llm.tiers.bytes_on_disk if llm.tiers is not None else 0,
+            lambda: llm.tier.bytes_on_disk if llm.tier is not None else 0,
         )
         self._shadow_kl = Histogram(
             "tokendance_shadow_kl_nats",

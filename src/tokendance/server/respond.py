@@ -219,7 +219,7 @@ async def begin(
     context: ServerContext, tenant: str, read: Callable[[], Ask]
 ) -> tuple[list[Job], Listener]:
     """Read a request on another thread, while others of its round wait for it, and hand it in."""
-    context.worker.arrive()
+    context.engine_thread.arrive()
     listener = Listener()
     try:
         ask = await context.in_thread(tenant, read)
@@ -229,9 +229,9 @@ async def begin(
             for job in jobs:
                 job.session = chat
     except BaseException:
-        context.worker.withdraw()
+        context.engine_thread.withdraw()
         raise
-    context.worker.submit(jobs, announced=True)
+    context.engine_thread.submit(jobs, announced=True)
     return jobs, listener
 
 
@@ -247,8 +247,8 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         request.state.jobs = jobs
         if body.stream:
             events = _events(endpoint, jobs, listener)
-            return ReleasingStream(events, context.worker, jobs, stack.pop_all())
-        with taken_back(context.worker, jobs):
+            return ReleasingStream(events, context.engine_thread, jobs, stack.pop_all())
+        with taken_back(context.engine_thread, jobs):
             answers = await unless_gone(request, _collect(context, jobs, listener))
         usage = usage_of([answer.output for answer in answers], body.n or 1)
         return JSONResponse(dump(endpoint.whole(answers, usage)))

@@ -77,10 +77,12 @@ def add_rounds(app: FastAPI, context: ServerContext) -> None:
                 endpoint = SessionRound(context, tenant, body, session)
             jobs = await endpoint.begin()
             request.state.jobs = jobs
-            context.worker.submit_round(jobs)
+            context.engine_thread.submit_round(jobs)
             if body.stream:
-                return ReleasingStream(endpoint.events(), context.worker, jobs, stack.pop_all())
-            with taken_back(context.worker, jobs):
+                return ReleasingStream(
+                    endpoint.events(), context.engine_thread, jobs, stack.pop_all()
+                )
+            with taken_back(context.engine_thread, jobs):
                 return JSONResponse(dump(await unless_gone(request, endpoint.whole())))
 
 
@@ -216,7 +218,7 @@ class SessionRound(RoundEndpoint):
             jobs = await super().begin()
         except InputError as error:
             raise bad_request(str(error), "agents") from error
-        await self.context.worker.restore(self._session)
+        await self.context.engine_thread.restore(self._session)
         return jobs
 
     def read(self) -> None:

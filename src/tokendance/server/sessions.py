@@ -78,11 +78,11 @@ class Sessions:
             key: of the session.
             salt: of its prompts.
         """
-        if self._llm.tiers is None:
+        if self._llm.tier is None:
             return None
         opened = self._opened(tenant, key)
         if opened.chat is None:
-            opened.chat = KeptChat(key, salt, self._llm.tiers)
+            opened.chat = KeptChat(key, salt, self._llm.tier)
         return opened.chat
 
     @asynccontextmanager
@@ -135,7 +135,7 @@ class Sessions:
     async def _load(self, key: SessionKey, encoder: PromptEncoder) -> Session:
         """A session as it is on disk, or a new one."""
         conversation = Conversation(encoder, self._llm.model.shape.max_context)
-        session = Session(conversation, self._llm.run_round, key=key, tier=self._llm.tiers)
+        session = Session(conversation, self._llm.run_round, key=key, tier=self._llm.tier)
         await self._worker.call(session.load)
         return session
 
