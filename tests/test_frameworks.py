@@ -107,9 +107,9 @@ def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
     with serving(llm, served_name=demo.ALIAS) as (http, server), pytest.MonkeyPatch.context() as m:
         submit = server.engine_thread.submit
 
-        def record(jobs: Sequence[Job], *, announced: bool = False) -> None:
+        def record(jobs: Sequence[Job]) -> None:
             requests.extend(job.request for job in jobs)
-            submit(jobs, announced=announced)
+            submit(jobs)
 
         m.setattr(server.engine_thread, "submit", record)
         script = CLIENTS / f"{client}.py"

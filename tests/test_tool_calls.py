@@ -136,9 +136,9 @@ def test_tools_go_the_way_of_the_chat_template(
         heard: list[str] = []
         submit = server.engine_thread.submit
 
-        def record(jobs: Sequence[Job], *, announced: bool = False) -> None:
+        def record(jobs: Sequence[Job]) -> None:
             heard.extend(model.tokenizer.decode(job.request.prompt.token_ids) for job in jobs)
-            submit(jobs, announced=announced)
+            submit(jobs)
 
         server.engine_thread.submit = record  # type: ignore[method-assign]
         for choice in ("required", "auto"):

@@ -11,7 +11,7 @@ from tokendance.server.settings import ServerSettings
 class Admission:
     """Counts the requests that are being answered.
 
-    Some places are each tenant's own, and the others go to who comes first:
+    Some of the room is each tenant's own, and the rest goes to who comes first:
 
         max_open_requests   [ own | own | own |   for all    ]
 

@@ -4,7 +4,6 @@ Most rounds have no name: what arrives within moments of each other begins toget
 A client may name its round, and then it begins when all are there, or when nobody else comes.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -67,22 +66,28 @@ class Arrivals:
         self.window = window
         self._loader = loader
         self._round_wait_s = round_wait_s
-        self._named: OrderedDict[RoundKey, NamedRound] = OrderedDict()
+        self._named: dict[RoundKey | None, NamedRound] = {}  # None is no key of it
 
     @property
     def num_named(self) -> int:
         """Named rounds that have not ended."""
         return len(self._named)
 
+    def announce(self, count: int) -> None:
+        """Have rounds without a name wait for requests that are still being read.
+
+        Args:
+            count: how many more there are; negative for fewer.
+        """
+        self.window.num_expected += count
+
     def add(self, jobs: Sequence[Job], now: float) -> None:
         """Take jobs of one request."""
-        for job in jobs:
-            if job.key is None:
+        key = jobs[0].key
+        if key is None:
+            for job in jobs:
                 self.window.add(job, now)
-        if jobs and jobs[0].key is not None:
-            self._add_named(jobs, jobs[0].key, now)
-
-    def _add_named(self, jobs: Sequence[Job], key: RoundKey, now: float) -> None:
+            return
         named = self._named.setdefault(key, NamedRound([], now, now))
         if not named.waiting:
             named.first_s = now
@@ -90,23 +95,24 @@ class Arrivals:
         named.last_s = now
         named.num_requests += 1
         named.size = jobs[0].round_size or named.size
-        chat = jobs[0].session
+        chat = jobs[0].chat
         if chat is not None and chat not in named.chats:  # once for the whole round
             named.chats[chat] = False
             self._loader.begin(chat)
 
     def due_s(self) -> float | None:
         """When a round begins if nobody else comes; None while nobody waits."""
-        due = [
-            named.due_s(self._round_wait_s)
-            for named in self._named.values()
-            if named.waiting and not self._is_loading(named)
-        ]
+        due = [named.due_s(self._round_wait_s) for named in self._ready()]
         window_s = self.window.due_s()
         return min([*due, *([] if window_s is None else [window_s])], default=None)
 
-    def _is_loading(self, named: NamedRound) -> bool:
-        return any(chat in self._loader for chat in named.chats)
+    def _ready(self) -> list[NamedRound]:
+        """Named rounds with jobs that wait for nothing but others of their round."""
+        return [
+            named
+            for named in self._named.values()
+            if named.waiting and not any(chat in self._loader for chat in named.chats)
+        ]
 
     def take(
         self, now: float, *, all_now: bool = False
@@ -121,9 +127,7 @@ class Arrivals:
         jobs = self.window.take_all() if all_now else self.window.take(now)
         if jobs:
             rounds.append((jobs, None))
-        for named in self._named.values():
-            if not named.waiting or self._is_loading(named):
-                continue
+        for named in self._ready():
             if all_now or now >= named.due_s(self._round_wait_s):
                 jobs, named.waiting = named.waiting, []
                 named.num_live += len(jobs)
@@ -131,34 +135,33 @@ class Arrivals:
         return rounds
 
     def remove(self, job: Job) -> bool:
-        """Take a job back that has not begun; say whether there was one."""
-        named = self._named.get(job.key) if job.key is not None else None
-        if named is None or job.key is None:
+        """Take a job back that has not begun; return whether there was one."""
+        named = self._named.get(job.key)
+        if named is None:
             return self.window.remove(job)
         if job not in named.waiting:
             return False
         named.waiting.remove(job)
         return True
 
-    def note_gone(self, key: RoundKey) -> None:
+    def note_gone(self, key: RoundKey | None) -> None:
         """Note that a request was taken back before it began: its round is smaller by it."""
-        if key in self._named:
-            self._named[key].num_requests -= 1
+        if (named := self._named.get(key)) is not None:
+            named.num_requests -= 1
 
     def note_done(self, job: Job, *, has_answer: bool) -> None:
         """Note that a job that had begun is done."""
-        named = self._named.get(job.key) if job.key is not None else None
-        if named is None:
+        if (named := self._named.get(job.key)) is None:
             return
         named.num_live -= 1
-        if job.session is not None and has_answer:
-            job.session.note(job.request)
-            named.chats[job.session] = True
+        if job.chat is not None and has_answer:
+            job.chat.note(job.request)
+            named.chats[job.chat] = True
 
     def end_if_done(self, key: RoundKey | None) -> list[KeptChat]:
         """Let go of a named round of which nobody is left; return the sessions to be stored."""
-        named = self._named.get(key) if key is not None else None
-        if named is None or key is None or named.waiting or named.num_live > 0:
+        named = self._named.get(key)
+        if named is None or named.waiting or named.num_live > 0:
             return []
         del self._named[key]
         return [chat for chat, has_answers in named.chats.items() if has_answers]
@@ -170,4 +173,5 @@ class Arrivals:
 
     def __bool__(self) -> bool:
         """Whether somebody waits."""
-        return self.window.due_s() is not None or any(n.waiting for n in self._named.values())
+        waiting = any(named.waiting for named in self._named.values())
+        return waiting or self.window.due_s() is not None

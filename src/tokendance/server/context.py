@@ -2,7 +2,9 @@
 
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -32,11 +34,11 @@ class ServerContext:
     """A model, what runs it, and all that is shared by the requests to it.
 
     Attributes:
-        llm: the model; only the worker touches its engine.
+        llm: the model; only `engine_thread` touches its engine.
         settings: of the server.
         keys: who may ask.
         metrics: what Prometheus reads.
-        worker: runs the engine.
+        engine_thread: runs the engine; it is not started here.
         admission: who is let in.
         sessions: that are open.
         grammars: for answers that have to parse.
@@ -45,7 +47,6 @@ class ServerContext:
     """
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
-        """Prepare; the worker is not started."""
         self.llm = llm
         self.settings = settings
         self.keys = ApiKeys(settings)
@@ -56,8 +57,10 @@ class ServerContext:
         self.grammars = Grammars(llm.model)
         self.tools = find_tool_format(llm.encoder)
         self.started_s = int(time.time())
-        self._encoders: dict[str, PromptEncoder] = {}  # by tenant
-        self._limiters: dict[str, anyio.CapacityLimiter] = {}  # likewise
+        self._encoders: dict[str, PromptEncoder] = {}  # by tenant, like the next
+        self._limiters = defaultdict[str, anyio.CapacityLimiter](
+            partial(anyio.CapacityLimiter, _THREADS)
+        )
 
     @property
     def model_name(self) -> str:
@@ -83,10 +86,10 @@ class ServerContext:
                 code="model_not_found",
             )
 
-    def head(self, kind: str) -> dict[str, Any]:
-        """What every answer begins with; `kind` begins its id."""
+    def head(self, id_prefix: str) -> dict[str, Any]:
+        """What every answer begins with."""
         return {
-            "id": f"{kind}-{secrets.token_hex(12)}",
+            "id": f"{id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": self.model_name,
         }
@@ -104,8 +107,6 @@ class ServerContext:
 
         Each tenant has a few of the threads, so that none keeps the others waiting.
         """
-        if tenant not in self._limiters:
-            self._limiters[tenant] = anyio.CapacityLimiter(_THREADS)
         return await anyio.to_thread.run_sync(work, limiter=self._limiters[tenant])
 
     def token_text(self, token: int) -> str:

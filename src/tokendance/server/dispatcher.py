@@ -51,12 +51,12 @@ class Dispatcher:
         shadows: IdleShadows,
         discovery: DiscoveryConfig,
     ) -> None:
-        """Drive an engine.
+        """Drive an engine, which nobody else may use then.
 
         Args:
-            engine: nobody else may use it.
+            engine: to drive.
             arrivals: empty.
-            loader: likewise.
+            loader: empty.
             shadows: give way to jobs.
             discovery: what counts as shared text.
         """
@@ -91,24 +91,26 @@ class Dispatcher:
         for job in jobs:
             self._live[job.request] = job  # so that they are answered even if what follows fails
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
-        for salt, together in by_salt.items():
-            prompts = [job.request.prompt for job in together]
-            num_known = [self._engine.num_known(prompt) for prompt in prompts]
-            self._discover(salt, together, num_known)
+        for salt, of_tenant in by_salt.items():
+            # Tokens at the beginning of each prompt whose KV is there already.
+            num_cached = [self._engine.num_known(job.request.prompt) for job in of_tenant]
+            self._discover(salt, of_tenant, num_cached)
             own_round = self._engine.new_round_id() if round_id is None else round_id
-            for job, known in zip(together, num_known, strict=True):
+            for job, count in zip(of_tenant, num_cached, strict=True):
                 request = job.request
                 request.round_id = own_round
                 # A lone request that shares nothing is computed exactly, unless it goes on from
                 # what was not.
-                request.in_round = bool(request.prompt.shared_segments()) or known > 0
-                job.alone = len(together) == 1
-            self._engine.add([job.request for job in together])
+                request.in_round = bool(request.prompt.shared_segments()) or count > 0
+                job.is_alone = len(of_tenant) == 1
+            self._engine.add([job.request for job in of_tenant])
 
-    def _discover(self, salt: Salt, jobs: Sequence[Job], num_known: Sequence[int]) -> None:
+    def _discover(self, salt: Salt, jobs: Sequence[Job], num_cached: Sequence[int]) -> None:
         """Cut the prompts of jobs into segments, where clients have not; by what is shared."""
         unmarked = [
-            (job, known) for job, known in zip(jobs, num_known, strict=True) if not job.marked
+            (job.request, count)
+            for job, count in zip(jobs, num_cached, strict=True)
+            if not job.marked
         ]
         if not unmarked or not self._engine.options.reuses_segments:
             return
@@ -118,27 +120,27 @@ class Dispatcher:
                 self._discoveries.popitem(last=False)
         self._discoveries.move_to_end(salt)
         try:
-            found = self._discoveries[salt].segment(
-                [job.request.prompt.token_ids for job, _ in unmarked],
+            shared = self._discoveries[salt].segment(
+                [request.prompt.token_ids for request, _ in unmarked],
                 self._now,
-                [known for _, known in unmarked],
+                [count for _, count in unmarked],
             )
         except Exception:  # nothing is found then, and all are served
             log.exception("prompts could not be compared; what was remembered is forgotten")
             del self._discoveries[salt]
             return
-        self._engine.recall(found.earlier, salt)
-        for (job, _), prompt in zip(unmarked, found.prompts, strict=True):
-            job.request.prompt = prompt
+        self._engine.recall(shared.heard, salt)
+        for (request, _), prompt in zip(unmarked, shared.prompts, strict=True):
+            request.prompt = prompt
 
     def cancel(self, jobs: Iterable[Job], why: str = "The request was taken back.") -> None:
         """End jobs, wherever they are; nothing happens to those that are done."""
-        gone: set[RoundKey] = set()
+        gone: set[RoundKey | None] = set()
         for job in jobs:
             if self.arrivals.remove(job):
                 refuse([job], why)
                 self._end_if_done(job.key)
-                gone |= {job.key} if job.key is not None else set()
+                gone.add(job.key)
             elif job.request in self._live:
                 self._engine.abort(job.request, why)
         for key in gone:
@@ -147,15 +149,12 @@ class Dispatcher:
     # -- one turn -------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Begin what is due, compute one step, and tell what is new."""
+        """Begin what is due, compute one step, and tell the jobs what is new."""
         self._now = now
         for jobs, named in self.arrivals.take(now, all_now=self._is_stopping):
-            if named is None:
-                self.begin(jobs)
-            else:
-                if named.round_id is None:
-                    named.round_id = self._engine.new_round_id()
-                self.begin(jobs, named.round_id)
+            if named is not None and named.round_id is None:
+                named.round_id = self._engine.new_round_id()
+            self.begin(jobs, named.round_id if named is not None else None)
         if self._is_stopping:
             self._shadows.close()
         elif self._live:
@@ -175,10 +174,9 @@ class Dispatcher:
             return self.loader.pause_s
         if self._is_stopping:
             return 0.0
-        due = [
-            due_s for due_s in (self.arrivals.due_s(), self._engine.due_s()) if due_s is not None
-        ]
-        return max(0.0, min(due) - now) if due else None
+        times_s = (self.arrivals.due_s(), self._engine.due_s())
+        due_s = min((time_s for time_s in times_s if time_s is not None), default=None)
+        return max(0.0, due_s - now) if due_s is not None else None
 
     def _publish(self) -> None:
         """Tell jobs what is new, and let go of those that are done."""
@@ -196,7 +194,7 @@ class Dispatcher:
     def _finish(self, job: Job, output: Output) -> None:
         del self._live[job.request]
         request = job.request
-        if job.alone and output.error is None and request.finished_s and request.arrived_s:
+        if job.is_alone and output.error is None and request.finished_s and request.arrived_s:
             self.arrivals.window.note_lone(request.finished_s - request.arrived_s)
         self.arrivals.note_done(job, has_answer=output.error is None)
         self._end_if_done(job.key)

@@ -22,17 +22,11 @@ class KeptChat:
     """
 
     def __init__(self, key: SessionKey, salt: Salt, tier: DiskTier) -> None:
-        """Begin with nothing said.
-
-        Args:
-            key: under which it is stored.
-            salt: of its prompts.
-            tier: where it is stored.
-        """
+        """Begin with nothing said, in prompts of a salt."""
         self.key = key
         self._salt = salt
         self._tier = tier
-        # By agent, who spoke last at the end: its last prompt, and that with the answer.
+        # By agent, the last to speak at the end: its last prompt, and that with the answer.
         self._spoken: dict[str, tuple[EncodedPrompt, SpokenCache]] = {}
 
     def restoring(self) -> Restoring | None:
@@ -51,7 +45,7 @@ class KeptChat:
             del self._spoken[next(iter(self._spoken))]
 
     def save(self) -> None:
-        """Make it durable as it is now; who has not spoken since the server began is kept, too.
+        """Make it durable as it is now, with agents that have not spoken since the server began.
 
         Raises:
             StoreError: if the disk cannot be written; what was durable before still is.

@@ -39,11 +39,8 @@ class Durable(Protocol):
 
 
 @contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """Make an error of one session of whatever is raised.
-
-    Args:
-        what: could not be done to it, for the message.
+def storage_errors(action: str) -> Iterator[None]:
+    """Turn whatever is raised into an error of one session, which could not be "read" or "stored".
 
     Raises:
         TokenDanceError: as it was raised; a StoreError in place of any other exception.
@@ -53,8 +50,10 @@ def storage_errors(what: str) -> Iterator[None]:
     except TokenDanceError:
         raise
     except Exception as error:
-        log.exception("a session could not be %s", what)
-        raise StoreError(f"The session could not be {what}. The server's log says why.") from error
+        log.exception("a session could not be %s", action)
+        raise StoreError(
+            f"The session could not be {action}. The server's log says why."
+        ) from error
 
 
 def try_to_save(session: Durable) -> TokenDanceError | None:
@@ -79,20 +78,24 @@ class _Loading:
 
     Attributes:
         steps: what is left to do.
-        waiting: called at its end, with what was wrong.
+        on_loaded: all are called at its end, with what was wrong.
         file: that was being read when it was last looked at.
     """
 
     steps: Restoring
-    waiting: list[OnLoaded]
+    on_loaded: list[OnLoaded]
     file: Future[Any] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its next step has to wait for a file."""
+        return self.file is not None and not self.file.done()
 
 
 class Loader:
     """All sessions that are being loaded."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._loading: dict[SessionKey, _Loading] = {}
 
     def __contains__(self, session: Durable) -> bool:
@@ -110,7 +113,7 @@ class Loader:
         """
         assert session.key is not None
         if session in self:
-            self._loading[session.key].waiting.append(on_loaded)
+            self._loading[session.key].on_loaded.append(on_loaded)
             return
         try:
             with storage_errors("read"):
@@ -126,13 +129,12 @@ class Loader:
     @property
     def pause_s(self) -> float:
         """How long nothing has to be done, if the engine has nothing to compute either."""
-        files = [loading.file for loading in self._loading.values()]
-        return _PAUSE_S if all(file is not None and not file.done() for file in files) else 0.0
+        return _PAUSE_S if all(loading.waits for loading in self._loading.values()) else 0.0
 
     def go_on(self) -> None:
         """Do a step for each session whose file is there."""
         for key, loading in list(self._loading.items()):
-            if loading.file is not None and not loading.file.done():
+            if loading.waits:
                 continue
             try:
                 with storage_errors("read"):
@@ -151,5 +153,5 @@ class Loader:
             self._end(key, AbortedError("The engine has stopped."))
 
     def _end(self, key: SessionKey, error: TokenDanceError | None) -> None:
-        for on_loaded in self._loading.pop(key).waiting:
+        for on_loaded in self._loading.pop(key).on_loaded:
             on_loaded(error)

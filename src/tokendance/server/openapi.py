@@ -16,7 +16,7 @@ _ERRORS = {
     503: "The server stops, or its engine has failed.",
     507: "The store cannot be read.",
 }
-_WITH_BODY = (400, 404, 408, 413, 429, 503)
+_ERRORS_OF_BODIES = {400, 404, 408, 413, 429, 503}
 _TEXT_OR_NONE = {"type": ["string", "null"]}
 _ERROR = {
     "type": "object",
@@ -57,7 +57,7 @@ class DocumentedAPI(FastAPI):
         components = document.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
         schemas["Error"] = _ERROR
-        # What FastAPI says of bodies that do not fit is not what is answered here.
+        # FastAPI describes answers of its own to bodies that do not fit, which are not given here.
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         open_paths = self.state.context.keys.open_paths
@@ -65,15 +65,15 @@ class DocumentedAPI(FastAPI):
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                responses = operation["responses"]
-                responses.pop("422", None)
-                statuses = list(_WITH_BODY) if "requestBody" in operation else []
-                statuses += [404] if "{" in path else []
-                statuses += [409, 507] if path == "/v1/rounds" else []
+                operation["responses"].pop("422", None)
+                statuses = set(_ERRORS_OF_BODIES if "requestBody" in operation else ())
+                statuses |= {404} if "{" in path else set()
+                statuses |= {409, 507} if path == "/v1/rounds" else set()
                 if open_paths is not None and path not in open_paths:
                     operation["security"] = [{"key": []}]
-                    statuses.append(401)
-                responses.update({str(status): _error(status) for status in sorted(statuses)})
+                    statuses.add(401)
+                errors = {str(status): _error(status) for status in sorted(statuses)}
+                operation["responses"].update(errors)
         return document
 
 

@@ -21,6 +21,13 @@ class CachedTokens(BaseModel):
     cached_tokens: int
 
 
+class _Document(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class Usage(BaseModel):
     """Tokens of a request."""
 
@@ -65,13 +72,10 @@ class ChatChoice(BaseModel):
     finish_reason: Literal[FinishReason, "tool_calls"]
 
 
-class ChatAnswer(BaseModel):
+class ChatAnswer(_Document):
     """Answer of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -99,13 +103,10 @@ class ChatChunkChoice(BaseModel):
     logprobs: dict[str, Any] | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(_Document):
     """Event of a stream of /v1/chat/completions; the last may have the usage, and no choices."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
@@ -122,13 +123,10 @@ class TextChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class TextAnswer(BaseModel):
+class TextAnswer(_Document):
     """Answer of /v1/completions."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -142,13 +140,10 @@ class TextChunkChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
-class TextChunk(BaseModel):
+class TextChunk(_Document):
     """Event of a stream of /v1/completions; the last may have the usage, and no choices."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[TextChunkChoice]
     usage: Usage | None = None
 
@@ -174,13 +169,10 @@ class AgentError(BaseModel):
     warning: str | None = None
 
 
-class RoundAnswer(BaseModel):
+class RoundAnswer(_Document):
     """Answer of /v1/rounds; `session` and `round` are there for a round of a session."""
 
-    id: str
     object: Literal["round"]
-    created: int
-    model: str
     session: str | None = None
     round: int | None = None
     agents: list[AgentAnswer | AgentError]
