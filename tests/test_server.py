@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import re
 import threading
 import time
@@ -28,12 +29,12 @@ from tokendance.errors import ConfigError, ModelNotFoundError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
 from tokendance.server.app import create_app
+from tokendance.server.arrivals import ArrivalWindow
 from tokendance.server.context import ServerContext
 from tokendance.server.jobs import Job
 from tokendance.server.logs import JsonFormatter
 from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
-from tokendance.server.window import ArrivalWindow
 from tokendance.store.kv_rows import KVRows
 
 # 64 tokens for the tiny tokenizer, whose tokens are characters.
@@ -1058,7 +1059,7 @@ def test_the_window() -> None:
     assert window.due_s() == pytest.approx(20.05)
     assert window.remove("3")
     assert not window.remove("3")
-    assert len(window.take_all()) == 39
+    assert len(window.take(math.inf)) == 39
     window.add("c", 30.0)
     window.num_expected = 1  # somebody is still being read
     assert window.due_s() == pytest.approx(30.05)

@@ -182,13 +182,18 @@ def _check_books(server: ServerContext, watch: Watch) -> None:
 def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
     """What is left of requests when nobody asks any more; nothing, after a moment."""
     engine, thread = server.llm.engine, server.engine_thread
+    dispatcher = thread._dispatcher
+    window = dispatcher.arrivals.window
 
     def found() -> dict[str, int]:
         return {
             "open requests": server.admission.num_open,
             "running requests": engine.status().num_running,
             "waiting requests": engine.status().num_waiting,
-            **thread._dispatcher.counts,
+            "jobs": len(dispatcher._live),
+            "named rounds": dispatcher.arrivals.num_named,
+            "jobs in the window": 0 if window.due_s() is None else 1,
+            "announced requests": window.num_expected,
             "rounds": engine.status().num_rounds,
             "shadows": server.llm.shadows.num_pending,
             "pages held by requests": engine.status().resident_pages,
@@ -247,7 +252,8 @@ def _errors_noted(watch: Watch) -> Iterator[None]:
 
 def _remembered_mib(server: ServerContext) -> float:
     """What discovery remembers: in ten minutes it fills up to its bound, for each tenant."""
-    return server.engine_thread._dispatcher.remembered_bytes / 2**20
+    discoveries = server.engine_thread._dispatcher._discoveries.values()
+    return sum(discovery.num_bytes for discovery in discoveries) / 2**20
 
 
 _COUNTS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

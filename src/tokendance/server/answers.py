@@ -9,7 +9,7 @@ from tokenizers.decoders import DecodeStream
 
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
-from tokendance.server.jobs import Done, Event, Job, NewTokens
+from tokendance.server.jobs import Event, Job, NewTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,42 +51,31 @@ class Listener:
     async def _until_done(self, num_jobs: int) -> AsyncIterator[tuple[int, Event]]:
         while num_jobs > 0:
             index, event = await self._events.get()
-            num_jobs -= isinstance(event, Done)
+            num_jobs -= isinstance(event, Output)
             yield index, event
 
     async def outputs(self, num_jobs: int) -> AsyncIterator[tuple[int, Output]]:
         """Index and whole answer of each job as it ends, until all have."""
         async for index, event in self._until_done(num_jobs):
-            if isinstance(event, Done):
-                yield index, event.output
+            if isinstance(event, Output):
+                yield index, event
 
     async def deltas(self, jobs: Mapping[int, Job], tokenizer: object) -> AsyncIterator[Delta]:
-        """What is new of the answers, until all jobs are done.
-
-        Args:
-            jobs: by index.
-            tokenizer: see `TextStream`.
-        """
+        """What is new of the answers to jobs, by index, until all are done."""
         streams = {i: TextStream(tokenizer, job.request.params.stop) for i, job in jobs.items()}
         async for index, event in self._until_done(len(jobs)):
             if isinstance(event, NewTokens):
                 text = streams[index].add(event.token_ids)
                 yield Delta(index, text, event.token_ids, event.logprobs)
             else:
-                text = streams[index].finish(event.output.text)
-                yield Delta(index, text, output=event.output)
+                yield Delta(index, streams[index].finish(event.text), output=event)
 
 
 class TextStream:
     """Turns the tokens of one answer into text, and keeps back what may become a stop text."""
 
     def __init__(self, tokenizer: object, stop: Sequence[str]) -> None:
-        """Begin an answer.
-
-        Args:
-            tokenizer: of transformers, a fast one.
-            stop: texts that end the answer and are not part of it.
-        """
+        """Begin an answer that stop texts end; the tokenizer is a fast one of transformers."""
         self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop

@@ -69,8 +69,8 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
             text, calls = self._split(output.text)
             message = AnswerMessage(role="assistant", content=text)
             if calls:
-                called = [CalledTool(**_called(function)) for function in calls]
-                message = AnswerMessage(role="assistant", content=text or None, tool_calls=called)
+                message.content = text or None
+                message.tool_calls = [CalledTool(**_called(function)) for function in calls]
             choices.append(
                 ChatChoice(
                     index=index,
@@ -84,37 +84,39 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
     def chunks(self, delta: Delta) -> list[ChatChunk]:
         """The role first, then text and calls, and at last the reason why it has ended."""
         index, text = delta.index, delta.text
-        chunks: list[ChatChunk] = []
+        choices: list[ChatChunkChoice] = []
+
+        def add(delta: ChatDelta, **fields: Any) -> None:
+            fields = {"finish_reason": None, **fields}
+            choices.append(ChatChunkChoice(index=index, delta=delta, **fields))
+
         if index not in self._held:
             self._held[index] = ""
-            chunks.append(self._chunk(index, ChatDelta(role="assistant", content="")))
+            add(ChatDelta(role="assistant", content=""))
         if self.body.may_call:
             self._held[index] += text
             text = ""
         if delta.logprobs:
             logprobs = self._logprobs(delta.token_ids, delta.logprobs)
-            chunks.append(self._chunk(index, ChatDelta(content=text), logprobs=logprobs))
+            add(ChatDelta(content=text), logprobs=logprobs)
         elif text:
-            chunks.append(self._chunk(index, ChatDelta(content=text)))
-        if delta.output is None:
-            return chunks
-        text, calls = self._split(self._held[index])
-        if text:
-            chunks.append(self._chunk(index, ChatDelta(content=text)))
-        if calls:
-            called = [StreamedTool(index=i, **_called(call)) for i, call in enumerate(calls)]
-            chunks.append(self._chunk(index, ChatDelta(tool_calls=called)))
-        reason = "tool_calls" if calls else finish_reason(delta.output)
-        chunks.append(self._chunk(index, ChatDelta(), finish_reason=reason))
-        return chunks
+            add(ChatDelta(content=text))
+        if delta.output is not None:
+            text, calls = self._split(self._held[index])
+            if text:
+                add(ChatDelta(content=text))
+            if calls:
+                called = [StreamedTool(index=i, **_called(call)) for i, call in enumerate(calls)]
+                add(ChatDelta(tool_calls=called))
+            add(ChatDelta(), finish_reason="tool_calls" if calls else finish_reason(delta.output))
+        return [self._chunk([choice]) for choice in choices]
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         """An event without a choice."""
-        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[], usage=usage)
+        return self._chunk([], usage=usage)
 
-    def _chunk(self, index: int, delta: ChatDelta, **fields: Any) -> ChatChunk:
-        choice = ChatChunkChoice(index=index, delta=delta, **{"finish_reason": None, **fields})
-        return ChatChunk(**self.head, object="chat.completion.chunk", choices=[choice])
+    def _chunk(self, choices: list[ChatChunkChoice], **fields: Any) -> ChatChunk:
+        return ChatChunk(**self.head, object="chat.completion.chunk", choices=choices, **fields)
 
     def _split(self, text: str) -> tuple[str, list[CalledFunction]]:
         """An answer's words, and the calls that it makes."""

@@ -8,7 +8,6 @@ from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta
 from tokendance.server.chat import check_length
-from tokendance.server.context import ServerContext
 from tokendance.server.errors import bad_request
 from tokendance.server.protocol import CompletionRequest
 from tokendance.server.respond import Answer, PromptEndpoint, finish_reason
@@ -20,11 +19,6 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
 
     id_prefix = "cmpl"
     prompt_field = "prompt"
-
-    def __init__(self, context: ServerContext, tenant: str, body: CompletionRequest) -> None:
-        """Take a request; see `Endpoint`."""
-        super().__init__(context, tenant, body)
-        self.head["object"] = "text_completion"
 
     def read(self) -> None:
         """Encode the prompts."""
@@ -53,7 +47,7 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
             )
             for index, answer in enumerate(answers)
         ]
-        return TextAnswer(**self.head, choices=choices, usage=usage)
+        return TextAnswer(**self.head, object="text_completion", choices=choices, usage=usage)
 
     def chunks(self, delta: Delta) -> list[TextChunk]:
         """Text if there is any, and the reason why it has ended."""
@@ -63,11 +57,11 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
         choice = TextChunkChoice(
             index=delta.index, text=delta.text, logprobs=None, finish_reason=reason
         )
-        return [TextChunk(**self.head, choices=[choice])]
+        return [TextChunk(**self.head, object="text_completion", choices=[choice])]
 
     def usage_chunk(self, usage: Usage) -> TextChunk:
         """An event without a choice."""
-        return TextChunk(**self.head, choices=[], usage=usage)
+        return TextChunk(**self.head, object="text_completion", choices=[], usage=usage)
 
     def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
         if not answer.logprobs:

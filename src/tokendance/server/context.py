@@ -31,7 +31,7 @@ _THREADS = 4
 
 
 class ServerContext:
-    """A model, what runs it, and all that is shared by the requests to it.
+    """A model, what runs it, and all that requests to it share.
 
     Attributes:
         llm: the model; only `engine_thread` touches its engine.
@@ -73,11 +73,7 @@ class ServerContext:
         return 128 * self.llm.model.shape.max_context
 
     def check_model(self, name: str) -> None:
-        """Refuse another model's name.
-
-        Raises:
-            ApiError: 404.
-        """
+        """Raise ApiError for another model's name."""
         if name != self.model_name:
             raise ApiError(
                 404,
@@ -103,10 +99,7 @@ class ServerContext:
         return self._encoders[tenant]
 
     async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
-        """Do something of a tenant's that takes a while, such as reading prompts, on a thread.
-
-        Each tenant has a few of the threads, so that none keeps the others waiting.
-        """
+        """Do a tenant's work on one of its threads, so that no tenant keeps others waiting."""
         return await anyio.to_thread.run_sync(work, limiter=self._limiters[tenant])
 
     def token_text(self, token: int) -> str:

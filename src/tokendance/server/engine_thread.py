@@ -38,7 +38,7 @@ class EngineThread:
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        """Prepare to drive a dispatcher, which nobody else may use then; `start` begins."""
+        """Prepare to drive a dispatcher, which nobody else may use then."""
         self._dispatcher = dispatcher
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -67,17 +67,17 @@ class EngineThread:
 
         `submit` or `withdraw` has to follow.
         """
-        self._put(lambda: self._dispatcher.arrivals.announce(1))
+        self._put(lambda: self._dispatcher.arrivals.expect(1))
 
     def withdraw(self) -> None:
         """Take an announcement back."""
-        self._put(lambda: self._dispatcher.arrivals.announce(-1))
+        self._put(lambda: self._dispatcher.arrivals.expect(-1))
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Hand in the jobs of a request that was announced; they wait for others of their round."""
 
         def take() -> None:
-            self._dispatcher.arrivals.announce(-1)
+            self._dispatcher.arrivals.expect(-1)
             self._dispatcher.arrivals.add(jobs, time.perf_counter())
 
         if not self._put(take):
@@ -98,7 +98,19 @@ class EngineThread:
         Raises:
             ApiError: 503 if there is no thread any more.
         """
-        return await self._result_of(lambda future: _settle(future, work))
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever waited for it has gone
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if not self._put(run):
+            raise as_api_error(AbortedError("The engine has stopped."))
+        return await asyncio.wrap_future(future)
 
     async def restore(self, session: Session) -> None:
         """Read what memory lacks of a session, while others are answered.
@@ -107,36 +119,23 @@ class EngineThread:
             TokenDanceError: if it cannot be read.
             ApiError: 503 if there is no thread any more.
         """
-
-        def begin(future: Future[None]) -> None:
-            def on_loaded(error: TokenDanceError | None) -> None:
-                def outcome() -> None:
-                    if error is not None:
-                        raise error
-
-                _settle(future, outcome)
-
-            self._dispatcher.loader.begin(session, on_loaded)
-
-        await self._result_of(begin)
-
-    async def _result_of(self, begin: Callable[[Future[Result]], None]) -> Result:
-        """Begin something on the engine's thread, and wait until its future has a result."""
-        future: Future[Result] = Future()
-        if not self._put(lambda: begin(future)):
-            raise as_api_error(AbortedError("The engine has stopped."))
-        return await asyncio.wrap_future(future)
+        loaded: Future[TokenDanceError | None] = Future()
+        loaded.set_running_or_notify_cancel()  # it can be set though nobody waits any more
+        await self.call(lambda: self._dispatcher.loader.begin(session, loaded.set_result))
+        if (error := await asyncio.wrap_future(loaded)) is not None:
+            raise error
 
     def stop(self, drain_s: float) -> None:
         """Finish what is under way, for so many seconds at most, then end the thread."""
-        self._stop_by(time.perf_counter() + drain_s)
+        self._stop_in(drain_s)
         self._thread.join(drain_s + 10.0)
 
     def hurry(self) -> None:
         """End what is under way, and then the thread; who waits is told."""
-        self._stop_by(time.perf_counter())
+        self._stop_in(0.0)
 
-    def _stop_by(self, deadline_s: float) -> None:
+    def _stop_in(self, seconds: float) -> None:
+        deadline_s = time.perf_counter() + seconds
         self._put(lambda: self._dispatcher.stop_by(deadline_s))
 
     def _put(self, command: Callable[[], None]) -> bool:
@@ -180,13 +179,3 @@ class EngineThread:
                     command()
                 except Exception:  # of an engine that has failed
                     log.exception("what came last could not be taken")
-
-
-def _settle(future: Future[Result], work: Callable[[], Result]) -> None:
-    """Do something, and give a future the result; not if whoever waited for it has gone."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)

@@ -18,14 +18,8 @@ class NewTokens:
     logprobs: tuple[TokenLogprobs, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A job is done, or has failed; nothing follows."""
-
-    output: Output
-
-
-Event = NewTokens | Done
+# The output comes last, when a job is done or has failed.
+Event = NewTokens | Output
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ class KeptChat:
     """
 
     def __init__(self, key: SessionKey, salt: Salt, tier: DiskTier) -> None:
-        """Begin with nothing said, in prompts of a salt."""
         self.key = key
         self._salt = salt
         self._tier = tier
@@ -37,10 +36,8 @@ class KeptChat:
     def note(self, request: Request) -> None:
         """Take what an agent has read and said, in a request without an error."""
         self._spoken.pop(request.agent, None)
-        self._spoken[request.agent] = (
-            request.prompt,
-            SpokenCache.of(request.prompt.token_ids, request.generated),
-        )
+        cache = SpokenCache.of(request.prompt.token_ids, request.generated)
+        self._spoken[request.agent] = (request.prompt, cache)
         if len(self._spoken) > _MAX_AGENTS:
             del self._spoken[next(iter(self._spoken))]
 

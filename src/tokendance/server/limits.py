@@ -1,7 +1,4 @@
-"""What is refused before a body is read: an ASGI middleware.
-
-Who has no key, and whose body is too large or takes too long, is told so at once.
-"""
+"""What is refused before a body is read: who has no key, bodies too large, bodies too slow."""
 
 import json
 from collections.abc import Callable
@@ -20,18 +17,12 @@ _DISCARD_S = 10.0
 
 
 class Limits:
-    """Stands before an application; see the module."""
+    """ASGI middleware; see the module."""
 
     def __init__(
         self, app: ASGIApp, tenant_of: Callable[[Scope], str], settings: ServerSettings
     ) -> None:
-        """Stand before an application.
-
-        Args:
-            app: to protect.
-            tenant_of: says who asks, by the head of a request; raises ApiError if nobody may.
-            settings: of the server.
-        """
+        """Protect an application; `tenant_of` says who asks, or raises ApiError for nobody."""
         self._app = app
         self._tenant_of = tenant_of
         self._max_bytes = settings.max_body_bytes

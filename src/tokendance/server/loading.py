@@ -21,6 +21,7 @@ log = logging.getLogger("tokendance.server")
 # Where all wait for the disk, and there is nothing to compute.
 _PAUSE_S = 0.002
 
+# Called when a session is loaded, with what was wrong.
 OnLoaded = Callable[[TokenDanceError | None], None]
 
 
@@ -40,11 +41,7 @@ class Durable(Protocol):
 
 @contextmanager
 def storage_errors(action: str) -> Iterator[None]:
-    """Turn whatever is raised into an error of one session, which could not be "read" or "stored".
-
-    Raises:
-        TokenDanceError: as it was raised; a StoreError in place of any other exception.
-    """
+    """Where a session is "read" or "stored": raise a StoreError in place of unexpected errors."""
     try:
         yield
     except TokenDanceError:
@@ -74,21 +71,15 @@ def _log_error(error: TokenDanceError | None) -> None:
 
 @dataclass(slots=True)
 class _Loading:
-    """A session that is being loaded.
-
-    Attributes:
-        steps: what is left to do.
-        on_loaded: all are called at its end, with what was wrong.
-        file: that was being read when it was last looked at.
-    """
+    """A session that is being loaded: the steps that are left, and the file that is being read."""
 
     steps: Restoring
     on_loaded: list[OnLoaded]
     file: Future[Any] | None = None
 
     @property
-    def waits(self) -> bool:
-        """Whether its next step has to wait for a file."""
+    def is_waiting(self) -> bool:
+        """Whether the next step has to wait for the file."""
         return self.file is not None and not self.file.done()
 
 
@@ -105,12 +96,7 @@ class Loader:
         return bool(self._loading)
 
     def begin(self, session: Durable, on_loaded: OnLoaded = _log_error) -> None:
-        """Begin to load what memory lacks of a session's KV.
-
-        Args:
-            session: that has a key; if it is being loaded already, this waits with the others.
-            on_loaded: called at the end, with what was wrong.
-        """
+        """Begin to load what memory lacks of a session's KV; at the end `on_loaded` is called."""
         assert session.key is not None
         if session in self:
             self._loading[session.key].on_loaded.append(on_loaded)
@@ -129,12 +115,12 @@ class Loader:
     @property
     def pause_s(self) -> float:
         """How long nothing has to be done, if the engine has nothing to compute either."""
-        return _PAUSE_S if all(loading.waits for loading in self._loading.values()) else 0.0
+        return _PAUSE_S if all(loading.is_waiting for loading in self._loading.values()) else 0.0
 
     def go_on(self) -> None:
         """Do a step for each session whose file is there."""
         for key, loading in list(self._loading.items()):
-            if loading.waits:
+            if loading.is_waiting:
                 continue
             try:
                 with storage_errors("read"):

@@ -53,9 +53,7 @@ class Metrics:
             lambda: status().stored_pages * page_bytes,
         )
         self._gauge(
-            "kv_bytes_budget",
-            "Most KV that there can be.",
-            lambda: status().num_pages * page_bytes,
+            "kv_bytes_budget", "Most KV that there can be.", lambda: status().num_pages * page_bytes
         )
         self._gauge(
             "kv_bytes_on_disk",
@@ -109,5 +107,5 @@ class Metrics:
             self._per_token.labels(mode).observe(between)
 
     def text(self) -> bytes:
-        """Write all of it in Prometheus' format."""
+        """All of it in Prometheus' format."""
         return generate_latest(self._registry)

@@ -17,23 +17,8 @@ _ERRORS = {
     507: "The store cannot be read.",
 }
 _ERRORS_OF_BODIES = {400, 404, 408, 413, 429, 503}
-_TEXT_OR_NONE = {"type": ["string", "null"]}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _TEXT_OR_NONE,
-                "code": _TEXT_OR_NONE,
-            },
-        }
-    },
-}
+_TEXT, _TEXT_OR_NONE = {"type": "string"}, {"type": ["string", "null"]}
+_FIELDS = {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NONE, "code": _TEXT_OR_NONE}
 _RETRY_AFTER = {
     "Retry-After": {
         "required": True,
@@ -56,7 +41,7 @@ class DocumentedAPI(FastAPI):
         document = super().openapi()
         components = document.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
-        schemas["Error"] = _ERROR
+        schemas["Error"] = _object({"error": _object(_FIELDS)})
         # FastAPI describes answers of its own to bodies that do not fit, which are not given here.
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
@@ -75,6 +60,10 @@ class DocumentedAPI(FastAPI):
                 errors = {str(status): _error(status) for status in sorted(statuses)}
                 operation["responses"].update(errors)
         return document
+
+
+def _object(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(fields), "properties": fields}
 
 
 def _error(status: int) -> dict[str, Any]:

@@ -16,17 +16,12 @@ from tokendance.server.settings import ServerSettings
 # Pydantic lists all mistakes of a body, of which the client is told the first. So that there are
 # never a million, lists fail at their first mistake, and documents have no more fields than this.
 _MAX_FIELDS = 256
-_MAX_BLOCKS = 4096
-_MAX_BIASES = 1024
 
 
 def _check_size(value: Any, limit: int) -> Any:
     if isinstance(value, dict) and len(value) > limit:
-        raise PydanticCustomError(
-            "too_many_fields",
-            "It has {count} fields, and at most {limit} are taken",
-            {"count": len(value), "limit": limit},
-        )
+        message = f"It has {len(value)} fields, and at most {limit} are taken"
+        raise PydanticCustomError("too_many_fields", message)
     return value
 
 
@@ -36,7 +31,10 @@ def _at_most(limit: int) -> BeforeValidator:
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Speaker = Annotated[str, Field(max_length=256)]
+TokenList = Annotated[list[int], Field(fail_fast=True)]
 MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
+Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
+Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
 
 
 class _Body(BaseModel):
@@ -147,7 +145,7 @@ class RoundField(_Body):
 
 
 class Sampling(_Body):
-    """What requests of both kinds say of how tokens are chosen."""
+    """What requests of all kinds say of how tokens are chosen."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -159,9 +157,7 @@ class Sampling(_Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: (
-        Annotated[dict[str, float], Field(max_length=_MAX_BIASES), _at_most(_MAX_BIASES)] | None
-    ) = None
+    logit_bias: Biases | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
@@ -202,12 +198,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | Annotated[list[int], Field(fail_fast=True)]
+        | TokenList
         | Annotated[list[str], Field(fail_fast=True, max_length=1024)]
-        | Annotated[
-            list[Annotated[list[int], Field(fail_fast=True)]],
-            Field(fail_fast=True, max_length=1024),
-        ]
+        | Annotated[list[TokenList], Field(fail_fast=True, max_length=1024)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -276,7 +269,7 @@ class RoundRequest(_Body):
 
     model: str
     agents: Annotated[list[RoundAgent], Field(fail_fast=True, min_length=1, max_length=512)]
-    blocks: Annotated[dict[str, str], Field(max_length=_MAX_BLOCKS), _at_most(_MAX_BLOCKS)] = {}
+    blocks: Blocks = {}
     stream: bool | None = None
     session: Name | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None
@@ -294,10 +287,9 @@ def refuse_unsupported(body: Sampling) -> None:
     if isinstance(body, CompletionRequest):
         if body.logprobs is not None and body.stream:
             raise bad_request("logprobs with stream is not supported here.", "logprobs")
-        if body.echo:
-            raise bad_request("echo is not supported. Leave it out.", "echo")
-        if body.suffix:
-            raise bad_request("suffix is not supported. Leave it out.", "suffix")
+        for name in ("echo", "suffix"):
+            if getattr(body, name):
+                raise bad_request(f"{name} is not supported. Leave it out.", name)
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is not supported. Use n.", "best_of")
     if isinstance(body, ChatRequest):

@@ -53,8 +53,8 @@ class Endpoint(ABC, Generic[Body]):
         id_prefix: begins the id of its answer.
         prompt_field: of the body, named where a prompt cannot be run.
         num_agents: see `Admission.admitted`.
-        jobs: one for each answer, by the answer's index; `read` fills them in.
-        listener: to which the jobs tell their events; there while the body is read.
+        jobs: by the index of the answer that each gives; `read` fills them in.
+        listener: hears the jobs' events; there once `read_on_thread` is called.
     """
 
     id_prefix: str
@@ -63,11 +63,7 @@ class Endpoint(ABC, Generic[Body]):
     listener: Listener
 
     def __init__(self, context: ServerContext, tenant: str, body: Body) -> None:
-        """Take a request of a tenant.
-
-        Raises:
-            ApiError: 404 if it asks for another model.
-        """
+        """Take a tenant's request; an ApiError says that it cannot be answered."""
         context.check_model(body.model)
         self.context = context
         self.tenant = tenant
@@ -78,22 +74,11 @@ class Endpoint(ABC, Generic[Body]):
 
     @abstractmethod
     def read(self) -> None:
-        """Make jobs of the body; called on a thread of the tenant's.
-
-        Raises:
-            ApiError: for what cannot be answered.
-        """
+        """Make jobs of the body, on a thread of the tenant's; an ApiError says what is wrong."""
 
     @abstractmethod
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Have the body read, and hand the jobs to the engine's thread.
-
-        Args:
-            stack: closed when the answer has been sent.
-
-        Raises:
-            ApiError: for what cannot be answered.
-        """
+        """Have the body read, and hand the jobs in; `stack` is closed when the answer was sent."""
 
     @abstractmethod
     async def whole(self) -> BaseModel:
@@ -132,7 +117,7 @@ class Endpoint(ABC, Generic[Body]):
 
         Args:
             body: of the request, or of an agent of a round.
-            prompts: that were read of it.
+            prompts: that it has.
             first: index of the first answer; the others follow.
             constraint: of each answer.
             marked: see `Job`.
@@ -187,11 +172,7 @@ class PromptEndpoint(Endpoint[PromptBody]):
         """The last event of a stream, for clients who ask for the usage."""
 
     def check_choices(self, num_prompts: int) -> None:
-        """Refuse more answers than one request may have.
-
-        Raises:
-            ApiError: naming the field.
-        """
+        """Raise ApiError for more answers than one request may have."""
         choices, most = self.body.n or 1, self.context.settings.max_choices
         if choices * num_prompts > most:
             raise bad_request(
@@ -201,7 +182,7 @@ class PromptEndpoint(Endpoint[PromptBody]):
             )
 
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Read the body, while others of its round wait for it, and hand the jobs in."""
+        """Have the body read, while others of its round wait for it, and hand the jobs in."""
         del stack
         engine_thread = self.context.engine_thread
         engine_thread.announce()
@@ -219,11 +200,7 @@ class PromptEndpoint(Endpoint[PromptBody]):
         engine_thread.submit(jobs)
 
     async def whole(self) -> BaseModel:
-        """Wait for all answers.
-
-        Raises:
-            TokenDanceError: if one could not be given.
-        """
+        """Wait for all answers; the first error is raised."""
         outputs: dict[int, Output] = {}
         async for index, output in self.listener.outputs(len(self.jobs)):
             if output.error is not None:
@@ -269,8 +246,12 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Do something unless the client goes away before it is done."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+
+    async def wait_for_end() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -281,11 +262,6 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
             waiting.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await waiting
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def usage_of(outputs: Sequence[Output], choices: int) -> Usage:

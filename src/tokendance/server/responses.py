@@ -15,17 +15,17 @@ def dump(document: BaseModel) -> dict[str, Any]:
     return document.model_dump(exclude_unset=True)
 
 
-class CachedTokens(BaseModel):
-    """Of the prompt's tokens, those that were not computed."""
-
-    cached_tokens: int
-
-
 class _Document(BaseModel):
     id: str
     object: str
     created: int
     model: str
+
+
+class CachedTokens(BaseModel):
+    """Of the prompt's tokens, those that were not computed."""
+
+    cached_tokens: int
 
 
 class Usage(BaseModel):
@@ -35,9 +35,6 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-
-
-# ---- /v1/chat/completions ------------------------------------------------------------------------
 
 
 class CalledFunction(BaseModel):
@@ -111,9 +108,6 @@ class ChatChunk(_Document):
     usage: Usage | None = None
 
 
-# ---- /v1/completions -----------------------------------------------------------------------------
-
-
 class TextChoice(BaseModel):
     """One of the ways in which a text goes on."""
 
@@ -148,9 +142,6 @@ class TextChunk(_Document):
     usage: Usage | None = None
 
 
-# ---- /v1/rounds ----------------------------------------------------------------------------------
-
-
 class AgentAnswer(BaseModel):
     """What an agent of a round says; who ends last may have to warn that it is not stored."""
 
@@ -176,9 +167,6 @@ class RoundAnswer(_Document):
     session: str | None = None
     round: int | None = None
     agents: list[AgentAnswer | AgentError]
-
-
-# ---- what operators ask --------------------------------------------------------------------------
 
 
 class ModelCard(BaseModel):

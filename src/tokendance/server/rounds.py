@@ -50,11 +50,7 @@ class RoundEndpoint(Endpoint[RoundRequest]):
     id_prefix = "round"
 
     def __init__(self, context: ServerContext, tenant: str, body: RoundRequest) -> None:
-        """Take a request.
-
-        Raises:
-            ApiError: for another model, or two agents of one name.
-        """
+        """Take a tenant's request; see `Endpoint`."""
         super().__init__(context, tenant, body)
         for name, count in Counter(agent.agent for agent in body.agents).items():
             if count > 1:
@@ -69,11 +65,7 @@ class RoundEndpoint(Endpoint[RoundRequest]):
         self.context.engine_thread.submit_round(await self.read_on_thread())
 
     async def end(self, outputs: dict[int, Output]) -> str | None:
-        """Do what is to be done before the last answer is sent; return a warning that goes with it.
-
-        Args:
-            outputs: of all jobs, by index.
-        """
+        """Do what is to be done before the last answer is sent; a warning may go with that."""
         del outputs
         return None
 
@@ -101,11 +93,7 @@ class RoundEndpoint(Endpoint[RoundRequest]):
             yield index, entry
 
     def add_job(self, index: int, prompt: EncodedPrompt) -> None:
-        """Add the job of one agent.
-
-        Raises:
-            ApiError: for what goes with the round only, and for a prompt that cannot be run.
-        """
+        """Add the job of one agent; see `add_jobs`."""
         agent = self.body.agents[index]
         for name in ("round", "stream", "stream_options"):
             if getattr(agent, name) is not None:

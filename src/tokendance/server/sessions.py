@@ -15,8 +15,7 @@ a restart.
 If the round of a chat request names a session, the client keeps what was said, and the server the
 KV of it (`kept_chats.py`).
 
-What reads and writes the store (`Session.load`, `restoring` and `save`, and those of `KeptChat`)
-happens on the engine's thread: see `loading.py`.
+The store is read and written on the engine's thread: see `loading.py`.
 """
 
 import asyncio
@@ -49,8 +48,7 @@ _MAX_SESSIONS = 1024
 class _Open:
     """A session that is open: of rounds, once `session` is loaded, or of chats.
 
-    Attributes:
-        lock: held by the one round that a session of rounds can have at a time.
+    The lock is held by the one round that a session can have at a time.
     """
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -59,7 +57,7 @@ class _Open:
 
 
 class Sessions:
-    """All open sessions of a server, by tenant and key."""
+    """All open sessions of a server."""
 
     def __init__(self, llm: LLM, engine_thread: EngineThread) -> None:
         self._llm = llm
@@ -80,12 +78,7 @@ class Sessions:
     async def round_of(
         self, body: RoundRequest, tenant: str, encoder: PromptEncoder
     ) -> AsyncIterator[Session]:
-        """Hold a session for a round, with exactly the agents that the request names.
-
-        Args:
-            body: the request.
-            tenant: whose session it is.
-            encoder: of the tenant's prompts.
+        """Hold a tenant's session for a round, with exactly the agents that the request names.
 
         Raises:
             RoundError: for a new agent that does not say who it is.
@@ -126,8 +119,9 @@ class Sessions:
 
     async def _load(self, key: SessionKey, encoder: PromptEncoder) -> Session:
         """A session as it is on disk, or a new one."""
-        conversation = Conversation(encoder, self._llm.model.shape.max_context)
-        session = Session(conversation, self._llm.run_round, key=key, tier=self._llm.tier)
+        llm = self._llm
+        conversation = Conversation(encoder, llm.model.shape.max_context)
+        session = Session(conversation, llm.run_round, key=key, tier=llm.tier)
         await self._engine_thread.call(session.load)
         return session
 
@@ -144,11 +138,7 @@ class Sessions:
 
 
 def _admit(session: Session, body: RoundRequest) -> None:
-    """Let who is new join, and who is not named leave.
-
-    Raises:
-        RoundError: for a new agent that does not say who it is; nothing has changed then.
-    """
+    """Let new agents join, and those that are not named leave; on a RoundError nothing changes."""
     present = {agent.name for agent in session.agents}
     named = {agent.agent for agent in body.agents}
     new = [agent for agent in body.agents if agent.agent not in present]
