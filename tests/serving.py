@@ -15,6 +15,7 @@ from tokendance import LLM
 from tokendance.server.app import create_app
 from tokendance.server.background import served
 from tokendance.server.context import ServerContext
+from tokendance.server.dispatcher import Dispatcher
 from tokendance.server.settings import ServerSettings
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -29,8 +30,8 @@ def listening(llm: LLM, **settings: Any) -> Iterator[tuple[int, ServerContext, u
     app = create_app(llm, ServerSettings(**{"port": 0, "served_name": "tiny", **settings}))
     server: ServerContext = app.state.context
     changed = _changes[server] = threading.Condition()
-    _notify(changed, server.worker, "_put")
-    _notify(changed, server.worker._dispatcher, "tick")
+    _notify(changed, server.engine_thread, "_put")
+    _notify(changed, server.engine_thread._dispatcher, "tick")
     with served(app) as (port, runner):
         _notify(changed, runner, "on_tick")  # ten times a second, for what has no event
         yield port, server, runner
@@ -69,7 +70,7 @@ def held(server: ServerContext) -> Iterator[None]:
         is_held.set()
         assert may_go_on.wait(60)
 
-    server.worker._put(hold)
+    server.engine_thread._put(hold)
     assert is_held.wait(60)
     try:
         yield
@@ -109,3 +110,14 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+def held_by(dispatcher: Dispatcher) -> dict[str, int]:
+    """What a dispatcher holds; nothing when all are answered."""
+    arrivals = dispatcher.arrivals
+    return {
+        "jobs": len(dispatcher._live),
+        "named rounds": arrivals.num_named,
+        "jobs in the window": 0 if arrivals.window.due_s() is None else 1,
+        "announced requests": arrivals.window.num_expected,
+    }

@@ -9,16 +9,18 @@ import pytest
 
 from conftest import said
 from fake_executor import FakeExecutor
+from serving import held_by
 from test_server_sessions import FakeDurable
 from tokendance import LLM, SamplingParams
 from tokendance.engine.request import Request, RequestId
 from tokendance.errors import AbortedError, EngineError, StoreError
 from tokendance.fidelity.idle_shadows import IDLE_S
+from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery
 from tokendance.rounds.segments import Salt, build_prompt
 from tokendance.server import dispatcher
 from tokendance.server.dispatcher import make_dispatcher
-from tokendance.server.jobs import Done, Event, Job, NewTokens, RoundKey
+from tokendance.server.jobs import Event, Job, NewTokens, RoundKey
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
@@ -61,7 +63,7 @@ class Desk:
         request = self.llm.request_of(prompt, params, f"agent {number}", RoundId(-1))
         events: list[Event] = []
         key = None if name is None else RoundKey(salt, name)
-        job = Job(request, events.append, key, size, session=cast(KeptChat, session))
+        job = Job(request, events.append, key, size, chat=cast(KeptChat, session))
         self._events[job] = events
         self.arrivals.add([job], self.now)
         return job
@@ -91,32 +93,32 @@ class Desk:
     def tokens(self, job: Job) -> list[int]:
         """What a job was told so far."""
         events = self._events[job]
-        assert not any(isinstance(event, Done) for event in events[:-1])
+        assert not any(isinstance(event, Output) for event in events[:-1])
         return [token for one in events if isinstance(one, NewTokens) for token in one.token_ids]
 
     def is_answered(self, job: Job) -> bool:
         """Whether a job was told all that there is to say, and that this was all."""
         events, request = self._events[job], job.request
         last = events[-1] if events else None
-        if not isinstance(last, Done) or last.output.error is not None:
+        if not isinstance(last, Output) or last.error is not None:
             return False
-        assert list(last.output.token_ids) == self.tokens(job)
+        assert list(last.token_ids) == self.tokens(job)
         assert self.tokens(job) == said(request.prompt.token_ids.tolist(), request.max_new_tokens)
         return True
 
     def refusal(self, job: Job) -> str:
         """Why a job has no answer."""
         last = self._events[job][-1]
-        assert isinstance(last, Done)
-        assert isinstance(last.output.error, AbortedError)
-        return str(last.output.error)
+        assert isinstance(last, Output)
+        assert isinstance(last.error, AbortedError)
+        return str(last.error)
 
     def is_empty(self) -> bool:
         """Whether nothing is left of anybody."""
         self.llm.engine.check_integrity()
         return not (
             self.llm.engine.has_work
-            or any(self.dispatcher.counts.values())
+            or any(held_by(self.dispatcher).values())
             or self.llm.engine.status().resident_pages
         )
 

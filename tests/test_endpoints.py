@@ -9,13 +9,13 @@ from tokendance.errors import BudgetError
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.server.answers import Delta
-from tokendance.server.chat_routes import ChatEndpoint
-from tokendance.server.completion_routes import CompletionEndpoint
+from tokendance.server.chat import ChatEndpoint
+from tokendance.server.completions import CompletionEndpoint
 from tokendance.server.context import ServerContext
 from tokendance.server.protocol import ChatRequest, CompletionRequest
 from tokendance.server.respond import Answer, usage_of
 from tokendance.server.responses import dump
-from tokendance.server.round_routes import _entry
+from tokendance.server.rounds import _entry
 from tokendance.server.tool_calls import ToolFormat
 
 CONTEXT = cast(
@@ -58,7 +58,7 @@ def chat(**fields: Any) -> ChatEndpoint:
 
 def whole(endpoint: ChatEndpoint | CompletionEndpoint, *answers: Answer) -> dict[str, Any]:
     usage = usage_of([answer.output for answer in answers], len(answers))
-    return dump(endpoint.whole(answers, usage))
+    return dump(endpoint.document(answers, usage))
 
 
 def chunks(endpoint: ChatEndpoint | CompletionEndpoint, *deltas: Delta) -> list[dict[str, Any]]:

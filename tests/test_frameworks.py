@@ -105,13 +105,13 @@ def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
     llm = LLM.from_loaded(model, EngineOptions(kv_budget=2**30, shadow=float(agents == 3)))
     requests: list[Request] = []
     with serving(llm, served_name=demo.ALIAS) as (http, server), pytest.MonkeyPatch.context() as m:
-        submit = server.worker.submit
+        submit = server.engine_thread.submit
 
-        def record(jobs: Sequence[Job], *, announced: bool = False) -> None:
+        def record(jobs: Sequence[Job]) -> None:
             requests.extend(job.request for job in jobs)
-            submit(jobs, announced=announced)
+            submit(jobs)
 
-        m.setattr(server.worker, "submit", record)
+        m.setattr(server.engine_thread, "submit", record)
         script = CLIENTS / f"{client}.py"
         url = str(http.base_url).rstrip("/")
         ended = subprocess.run(

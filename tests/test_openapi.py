@@ -53,7 +53,7 @@ def client(tiny: LoadedModel) -> Iterator[httpx.Client]:
         client.headers.update(KEY)
         yield client
         assert server.admission.num_open == 0
-        assert server.worker.is_alive
+        assert server.engine_thread.is_alive
     llm.engine.check_integrity()
 
 

@@ -103,6 +103,6 @@ def test_the_budget_is_a_number_a_text_or_a_share_of_the_memory(tiny: LoadedMode
 def test_a_store_may_be_one_of_the_options(tiny: LoadedModel, tmp_path: Path) -> None:
     options = EngineOptions(kv_budget=2**22, store=tmp_path / "kv", store_budget="1MiB")
     llm = LLM.from_loaded(tiny, options)
-    assert llm.tiers is not None
+    assert llm.tier is not None
     llm.close()
     assert (tmp_path / "kv" / "index.sqlite").exists()

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import queue
 import re
 import socket
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 
 from conftest import SPECIALS, VOCAB
 from fake_executor import FakeExecutor
-from serving import HELLO, asking, chat, events, held, serving, wait_until
+from serving import HELLO, asking, chat, events, held, held_by, serving, wait_until
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.disk.kv_file import WrittenFile
@@ -36,12 +37,12 @@ from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
 from tokendance.rounds.discovery import Discovery
 from tokendance.server.app import create_app
+from tokendance.server.arrivals import ArrivalWindow
 from tokendance.server.context import ServerContext
 from tokendance.server.jobs import Job
 from tokendance.server.logs import JsonFormatter
 from tokendance.server.protocol import ChatRequest, RoundRequest
 from tokendance.server.settings import ServerSettings
-from tokendance.server.window import ArrivalWindow
 from tokendance.store.kv_rows import KVRows
 
 MakeLLM = Callable[..., LLM]
@@ -89,16 +90,16 @@ def served_model(server_with_model: Served) -> Iterator[Served]:
 
 def forget(server: ServerContext) -> None:
     """Let a server be as it was when it began, but for its figures; nothing is left of anyone."""
-    engine, dispatcher = server.llm.engine, server.worker._dispatcher
+    engine, dispatcher = server.llm.engine, server.engine_thread._dispatcher
 
     def forget() -> None:
         engine.check_integrity()
         engine.forget()
         dispatcher._discoveries.clear()
-        assert not any(dispatcher.counts.values())
+        assert not any(held_by(dispatcher).values())
         assert engine.status().resident_pages == engine.status().stored_pages == 0
 
-    asyncio.run(server.worker.call(forget))
+    asyncio.run(server.engine_thread.call(forget))
     wait_until(server, lambda: not server.admission.num_open)  # a stream ends after its last event
 
 
@@ -410,7 +411,7 @@ def together(
     client: httpx.Client, server: ServerContext, prompts: list[Any], **fields: Any
 ) -> list[httpx.Response]:
     """Ask all at once, so that they are in one window, however long it is."""
-    worker = server.worker
+    worker = server.engine_thread
     with ThreadPoolExecutor(len(prompts)) as pool:
         with held(server):
             asked = [pool.submit(chat, client, prompt, **fields) for prompt in prompts]
@@ -456,7 +457,7 @@ def test_a_round_with_an_id_waits_for_all(make_fake_llm: MakeLLM) -> None:
         serving(llm, window_ms=0, round_wait=60.0) as (client, server),
         ThreadPoolExecutor(3) as pool,
     ):
-        arrivals = server.worker._dispatcher.arrivals
+        arrivals = server.engine_thread._dispatcher.arrivals
 
         def num_waiting() -> int:
             return sum(len(named.waiting) for named in arrivals._named.values())
@@ -643,8 +644,8 @@ def test_what_nobody_saves_is_removed_while_nothing_happens(
             wait_until(server, lambda: any(files.iterdir()))
         wait_until(server, lambda: server.admission.num_open == 0 and not llm.engine.has_work)
         wait_until(server, lambda: not any(files.iterdir()))
-        assert llm.tiers is not None
-        assert llm.tiers.due_s() is None
+        assert llm.tier is not None
+        assert llm.tier.due_s() is None
     llm.close()
 
 
@@ -670,19 +671,19 @@ def test_others_are_answered_while_a_session_is_read(
         serving(llm := start(), round_wait=30.0) as (client, server),
         ThreadPoolExecutor(1) as own,
     ):
-        assert llm.tiers is not None
+        assert llm.tier is not None
         reads, may_read = itertools.count(), threading.Event()
-        read = llm.tiers.disk.read
+        read = llm.tier.disk.read
 
         def wait_and_read(file: WrittenFile) -> KVRows:
             assert next(reads) == 0 or may_read.wait(60)  # all but the first wait
             return read(file)
 
-        llm.tiers.disk.read = wait_and_read  # type: ignore[method-assign]
+        llm.tier.disk.read = wait_and_read  # type: ignore[method-assign]
         asked = own.submit(ask, client, 1)
         wait_until(server, lambda: any(llm.kv_store.loading.values()))
         assert chat(client).status_code == 200
-        asyncio.run(server.worker.call(llm.engine.check_integrity))
+        asyncio.run(server.engine_thread.call(llm.engine.check_integrity))
         assert not asked.done()
         may_read.set()
         assert asked.result(60).status_code == 200
@@ -697,7 +698,7 @@ def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
 ) -> None:
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
+    assert llm.tier is not None
     with serving(llm) as (client, _):
         assert ask_session(client, "ab", "one").status_code == 200
         llm.kv_store.clear()
@@ -705,11 +706,11 @@ def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
         def fail(_: WrittenFile) -> KVRows:
             raise MemoryError
 
-        read = llm.tiers.disk.read
-        llm.tiers.disk.read = fail  # type: ignore[method-assign,assignment]
+        read = llm.tier.disk.read
+        llm.tier.disk.read = fail  # type: ignore[method-assign,assignment]
         assert ask_session(client, "ab", "two").status_code == 507
         assert chat(client).status_code == 200
-        llm.tiers.disk.read = read  # type: ignore[method-assign]
+        llm.tier.disk.read = read  # type: ignore[method-assign]
         assert ask_session(client, "ab", "two").json()["round"] == 2
     llm.close()
 
@@ -738,7 +739,7 @@ def test_an_engine_that_fails_answers_all(
                     for fields in ({}, {"n": 2}, {"round": {"id": "r", "size": 2}})
                 ]
                 asked.append(pool.submit(ask_round, client))
-                wait_until(server, lambda: server.worker._inbox.qsize() == 2 * 3 + 1)
+                wait_until(server, lambda: server.engine_thread._inbox.qsize() == 2 * 3 + 1)
             *answers, of_round = [one.result(60) for one in asked]
         codes = [one.status_code for one in answers]
         failed = ["error" in one for one in of_round.json().get("agents", [{"error": 503}])]
@@ -761,8 +762,8 @@ def ask_round(client: httpx.Client) -> httpx.Response:
 def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Path) -> None:
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
-    index = llm.tiers.disk.index
+    assert llm.tier is not None
+    index = llm.tier.disk.index
 
     def of(name: str, **fields: Any) -> dict[str, Any]:
         return {"id": "r", "size": 2, "agent": name, "session": name, **fields}
@@ -773,7 +774,7 @@ def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Pa
             assert one.result(60).status_code == 200
         assert {key.name for key in index.session_keys()} == {"a", "b"}
         # Not of who goes away before the round begins.
-        arrivals = server.worker._dispatcher.arrivals
+        arrivals = server.engine_thread._dispatcher.arrivals
         with asking(client, messages=prompt, round=of("d")):
             wait_until(server, lambda: arrivals.num_named == 1)
         wait_until(server, lambda: not arrivals.num_named)
@@ -808,8 +809,8 @@ def test_what_cannot_be_stored_is_answered_with_a_warning(
 ) -> None:
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
-    disk = llm.tiers.disk
+    assert llm.tier is not None
+    disk = llm.tier.disk
     with serving(llm) as (client, _):
         assert ask_session(client, "ab", "one").status_code == 200
         commit = disk.commit
@@ -835,8 +836,8 @@ def test_what_cannot_be_stored_is_answered_with_a_warning(
 def test_how_long_a_session_lasts_can_be_said_anew(roomy: LoadedModel, tmp_path: Path) -> None:
     llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
     llm.open_store(tmp_path / "store")
-    assert llm.tiers is not None
-    disk = llm.tiers.disk
+    assert llm.tier is not None
+    disk = llm.tier.disk
     with serving(llm) as (client, _):
         for given, expected in ((None, None), (50.0, 50.0), (None, 50.0), (1e6, 1e6)):
             assert ask_session(client, "ab", "Speak.", ttl_s=given).status_code == 200
@@ -1005,7 +1006,7 @@ def test_its_pages_are_free_within_one_step(
         tick(now)
 
     with serving(llm, default_max_tokens=3900) as (client, server):
-        cancel = server.worker.cancel
+        cancel = server.engine_thread.cancel
 
         def noted_cancel(jobs: Iterable[Job]) -> None:
             given = list(jobs)
@@ -1014,7 +1015,7 @@ def test_its_pages_are_free_within_one_step(
             cancel(given)
 
         engine.tick = counted_tick  # type: ignore[method-assign]
-        server.worker.cancel = noted_cancel  # type: ignore[method-assign]
+        server.engine_thread.cancel = noted_cancel  # type: ignore[method-assign]
 
         def saying(text: str) -> AbstractContextManager[HTTPConnection]:
             messages = [{"role": "user", "content": text}]
@@ -1046,7 +1047,7 @@ def test_an_engine_that_fails_leaves_nobody_waiting(
 
     with serving(llm, round_wait=60.0) as (client, server), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(chat, client, round={"id": "r", "size": 2})
-        wait_until(server, lambda: server.worker._dispatcher.arrivals.num_named)
+        wait_until(server, lambda: server.engine_thread._dispatcher.arrivals.num_named)
         monkeypatch.setattr(llm.engine, "tick", fail)
         assert chat(client).status_code == 503
         assert waiting.result(60).status_code == 503
@@ -1063,8 +1064,8 @@ def test_who_no_longer_waits_for_the_engine_harms_nobody(make_fake_llm: MakeLLM)
             busy.wait(60)
 
         async def leave() -> None:
-            server.worker._put(hold)
-            waiting = asyncio.ensure_future(server.worker.call(lambda: None))
+            server.engine_thread._put(hold)
+            waiting = asyncio.ensure_future(server.engine_thread.call(lambda: None))
             await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -1095,7 +1096,7 @@ def test_the_window() -> None:
     assert window.due_s() == pytest.approx(20.05)
     assert window.remove("3")
     assert not window.remove("3")
-    assert len(window.take_all()) == 39
+    assert len(window.take(math.inf)) == 39
     window.add("c", 30.0)
     window.num_expected = 1  # somebody is still being read
     assert window.due_s() == pytest.approx(30.05)
@@ -1120,17 +1121,17 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
 
 def test_the_engine_ends_however_the_server_does(make_fake_llm: MakeLLM) -> None:
     app = create_app(make_fake_llm(), ServerSettings())
-    worker = app.state.context.worker
+    thread = app.state.context.engine_thread
 
     async def break_off() -> None:
         with suppress(asyncio.CancelledError):
             async with app.router.lifespan_context(app):
-                assert worker.is_alive
+                assert thread.is_alive
                 raise asyncio.CancelledError
         assert len(asyncio.all_tasks()) == 1  # this one
 
     asyncio.run(break_off())
-    assert not worker.is_alive
+    assert not thread.is_alive
 
 
 def test_a_session_has_not_heard_a_round_that_the_server_broke_off(roomy: LoadedModel) -> None:
@@ -1138,8 +1139,8 @@ def test_a_session_has_not_heard_a_round_that_the_server_broke_off(roomy: Loaded
     body = {"model": "tiny", "session": "town", "agents": LONG_ROUND}
     with serving(llm) as (client, server), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/v1/rounds", json=body)
-        wait_until(server, lambda: len(server.worker._dispatcher._live) == len(LONG_ROUND))
-        server.worker.hurry()
+        wait_until(server, lambda: len(server.engine_thread._dispatcher._live) == len(LONG_ROUND))
+        server.engine_thread.hurry()
         agents = answer.result(60).json()["agents"]
     assert [one["error"]["message"] for one in agents] == ["The server is stopping."] * 2
     (warning,) = [one["warning"] for one in agents if "warning" in one]

@@ -150,7 +150,7 @@ def worker() -> FakeWorker:
 def opened(tier: FakeTier, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> Sessions:
     monkeypatch.setattr(sessions, "_MAX_SESSIONS", 3)
     model = SimpleNamespace(shape=SimpleNamespace(max_context=100))
-    llm = SimpleNamespace(tiers=tier, model=model, run_round=None)
+    llm = SimpleNamespace(tier=tier, model=model, run_round=None)
     return Sessions(cast(LLM, llm), cast(EngineThread, worker))
 
 
@@ -224,6 +224,6 @@ def test_both_kinds_are_saved_in_one_way(
 
 
 def test_without_a_store_no_chat_is_kept(opened: Sessions) -> None:
-    opened._llm.tiers = None
+    opened._llm.tier = None
     assert chat(opened, "talk") is None
     assert not opened._open[""]

@@ -75,8 +75,8 @@ def test_a_session_goes_on_where_the_last_process_stopped(
         assert session.round == len(parts)
         parts += run(session, rounds)
         llm.engine.check_integrity()
-        assert llm.tiers is not None
-        llm.tiers.disk.check_integrity()
+        assert llm.tier is not None
+        llm.tier.disk.check_integrity()
         llm.close()
     assert words(parts) == words(whole)
     assert computed(parts) == computed(whole)  # nothing is computed twice
@@ -98,8 +98,8 @@ def test_without_kv_a_session_says_the_same(roomy: LoadedModel, tmp_path: Path) 
     """What is stored of what was said is enough; KV saves computing it."""
     llm = open_llm(roomy, tmp_path / "store")
     first = run(llm.session("town", PEOPLE, params=ANSWER), 2)
-    assert llm.tiers is not None
-    llm.tiers.disk.drop_kv(SessionKey("", "town"))
+    assert llm.tier is not None
+    llm.tier.disk.drop_kv(SessionKey("", "town"))
     llm.kv_store.clear()
     (third,) = run(llm.session("town", params=ANSWER), 1)
     assert len(third.outputs) == 3
@@ -115,8 +115,8 @@ def test_the_stored_form_is_shared(roomy: LoadedModel, tmp_path: Path) -> None:
     """A round adds what is new: one run, and each agent's own tokens."""
     llm = open_llm(roomy, tmp_path / "store")
     session = llm.session("town", PEOPLE, params=ANSWER)
-    assert llm.tiers is not None
-    disk, key = llm.tiers.disk, SessionKey("", "town")
+    assert llm.tier is not None
+    disk, key = llm.tier.disk, SessionKey("", "town")
     before = disk.index.usage(key)
     for _ in range(4):
         (result,) = run(session, 1)
@@ -144,10 +144,10 @@ def test_a_damaged_file_costs_what_it_held(roomy: LoadedModel, tmp_path: Path) -
     whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
     llm = open_llm(roomy, tmp_path / "store")
     run(llm.session("town", PEOPLE, params=ANSWER), 2)
-    assert llm.tiers is not None
-    readers = llm.tiers.disk.index.readers(SessionKey("", "town"))
+    assert llm.tier is not None
+    readers = llm.tier.disk.index.readers(SessionKey("", "town"))
     file = next(file for file, (_, names) in readers.items() if names == ["Bo"])
-    path = tmp_path / "store" / "kv" / llm.tiers.disk.index.file(file).name
+    path = tmp_path / "store" / "kv" / llm.tier.disk.index.file(file).name
     llm.close()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -158,8 +158,8 @@ def test_a_damaged_file_costs_what_it_held(roomy: LoadedModel, tmp_path: Path) -
     expected = {output.agent: output.computed_tokens for output in whole[2].outputs}
     for output in third.outputs:
         assert (output.computed_tokens > expected[output.agent]) == (output.agent == "Bo")
-    assert llm.tiers is not None
-    llm.tiers.disk.check_integrity()
+    assert llm.tier is not None
+    llm.tier.disk.check_integrity()
     llm.close()
 
 
@@ -178,11 +178,11 @@ def test_two_sessions_share_nothing_but_text(roomy: LoadedModel, tmp_path: Path)
 
 def test_a_budget_on_disk_is_kept(roomy: LoadedModel, tmp_path: Path) -> None:
     llm = open_llm(roomy, tmp_path / "store", budget="300KiB")
-    assert llm.tiers is not None
+    assert llm.tier is not None
     for name in "abc":
         run(llm.session(name, PEOPLE, params=ANSWER), 3)
-        llm.tiers.disk.check_integrity()
-        assert llm.tiers.disk.num_bytes <= 300 * 2**10
+        llm.tier.disk.check_integrity()
+        assert llm.tier.disk.num_bytes <= 300 * 2**10
     assert {llm.session(name).round for name in "abc"} == {3}
     llm.close()
 
@@ -193,21 +193,21 @@ def test_a_store_that_fails_says_so_and_keeps_the_round_before(
     llm = open_llm(roomy, tmp_path / "store")
     session = llm.session("town", PEOPLE, params=ANSWER)
     run(session, 1)
-    assert llm.tiers is not None
+    assert llm.tier is not None
 
     def fail(*_: object, **__: object) -> None:
         raise StoreError("The disk is full.")
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm.tiers.disk, "commit", fail)
+        patched.setattr(llm.tier.disk, "commit", fail)
         with pytest.raises(NotStoredError, match="full") as raised:
             session.run("Speak.")
     assert len(raised.value.result.outputs) == 3  # nothing that was computed is lost
-    llm.tiers.disk.check_integrity()
+    llm.tier.disk.check_integrity()
     assert llm.session("town").round == 1
     run(session, 1)  # and it goes on when there is room again
     assert llm.session("town").round == 3
-    llm.tiers.disk.check_integrity()
+    llm.tier.disk.check_integrity()
     llm.close()
 
 
@@ -216,8 +216,8 @@ def test_prompts_are_written_while_the_round_decodes(
 ) -> None:
     whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
     llm = open_llm(roomy, tmp_path / "store")
-    assert llm.tiers is not None
-    disk = llm.tiers.disk
+    assert llm.tier is not None
+    disk = llm.tier.disk
     written: list[tuple[str, int]] = []  # by which thread, and how many rows
     write = disk.write
 
@@ -243,10 +243,10 @@ def test_prompts_are_written_while_the_round_decodes(
 def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) -> None:
     """Somebody else may be about to compute the words of a session exactly."""
     llm = open_llm(roomy, tmp_path / "store")
-    assert llm.tiers is not None
+    assert llm.tier is not None
     session = llm.session("town", PEOPLE, params=SamplingParams(max_tokens=30, ignore_eos=True))
     run(session, 1)
-    after_step, engine = llm.tiers.after_step, llm.engine
+    after_step, engine = llm.tier.after_step, llm.engine
     unready: list[int] = []
 
     def interfere(now: float, requests: Collection[Request]) -> None:
@@ -264,15 +264,15 @@ def test_only_what_is_computed_is_written(roomy: LoadedModel, tmp_path: Path) ->
             unready.append(int(np.count_nonzero(~llm.kv_store.slot_ready[slots])))
         after_step(now, requests)
 
-    llm.tiers.after_step = interfere  # type: ignore[method-assign]
+    llm.tier.after_step = interfere  # type: ignore[method-assign]
     run(session, 1)
     while engine.has_work:
         engine.tick()
     assert unready[0] > 0
-    readers = llm.tiers.disk.index.readers(SessionKey("", "town"))
+    readers = llm.tier.disk.index.readers(SessionKey("", "town"))
     for file in readers:
-        rows = llm.tiers.disk.read(llm.tiers.disk.index.file(file))
-        slots = llm.tiers._levels.files.slots_of(np.array([[file, 0, len(rows)]], np.int64))
+        rows = llm.tier.disk.read(llm.tier.disk.index.file(file))
+        slots = llm.tier._levels.files.slots_of(np.array([[file, 0, len(rows)]], np.int64))
         now = llm.executor.read_kv(slots)
         assert np.array_equal(now.keys, rows.keys[:, :, : len(slots)])
     llm.close()
@@ -283,20 +283,20 @@ def test_a_store_that_fails_ahead_costs_nothing(
 ) -> None:
     whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 2)
     llm = open_llm(roomy, tmp_path / "store")
-    assert llm.tiers is not None
+    assert llm.tier is not None
     session = llm.session("town", PEOPLE, params=ANSWER)
     parts = run(session, 1)
-    file_ids, calls = llm.tiers.disk.index.file_ids, itertools.count()
+    file_ids, calls = llm.tier.disk.index.file_ids, itertools.count()
 
     def fail_first() -> set[FileId]:
         if next(calls) == 0:
             raise StoreError("The index cannot be read.")
         return file_ids()
 
-    monkeypatch.setattr(llm.tiers.disk.index, "file_ids", fail_first)
+    monkeypatch.setattr(llm.tier.disk.index, "file_ids", fail_first)
     parts += run(session, 1)
     assert words(parts) == words(whole)
-    llm.tiers.disk.check_integrity()
+    llm.tier.disk.check_integrity()
     llm.close()
 
 
@@ -306,8 +306,8 @@ def test_what_goes_ahead_may_fail(
 ) -> None:
     whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
     llm = open_llm(roomy, tmp_path / "store")
-    assert llm.tiers is not None
-    disk = llm.tiers.disk
+    assert llm.tier is not None
+    disk = llm.tier.disk
     session = llm.session("town", PEOPLE, params=ANSWER)
     parts = run(session, 1)
     if whose == "thread":
@@ -341,11 +341,11 @@ def test_what_goes_ahead_may_fail(
 def test_memory_does_not_grow_with_rounds(roomy: LoadedModel, tmp_path: Path) -> None:
     llm = open_llm(roomy, tmp_path / "store", pages=300)
     session = llm.session("town", PEOPLE, params=ANSWER, max_history=2)
-    assert llm.tiers is not None
+    assert llm.tier is not None
     sizes = []
     for _ in range(24):
         run(session, 1)
-        sizes.append((len(llm.tiers.disk.index.file_ids()), len(llm.tiers._levels.files)))
+        sizes.append((len(llm.tier.disk.index.file_ids()), len(llm.tier._levels.files)))
     assert max(sizes[12:]) <= max(sizes[6:12])
     llm.engine.check_integrity()
     llm.close()
@@ -368,8 +368,8 @@ def test_files_most_of_which_is_forgotten_are_written_anew(
     whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER, max_history=2), 9)
     llm = open_llm(roomy, tmp_path / "store")
     session = llm.session("town", PEOPLE, params=ANSWER, max_history=2)
-    assert llm.tiers is not None
-    disk, key = llm.tiers.disk, SessionKey("", "town")
+    assert llm.tier is not None
+    disk, key = llm.tier.disk, SessionKey("", "town")
     written: set[FileId] = set()
     parts = []
     for _ in range(8):
@@ -381,8 +381,8 @@ def test_files_most_of_which_is_forgotten_are_written_anew(
         written |= disk.index.file_ids()
     llm.close()
     llm = open_llm(roomy, tmp_path / "store")
-    assert llm.tiers is not None
-    assert llm.tiers.disk.verify() == []
+    assert llm.tier is not None
+    assert llm.tier.disk.verify() == []
     parts += run(llm.session("town", params=ANSWER, max_history=2), 1)
     llm.close()
     assert words(parts) == words(whole)
@@ -394,8 +394,8 @@ def test_what_memory_has_evicted_stays_on_disk(roomy: LoadedModel, tmp_path: Pat
     llm = open_llm(roomy, tmp_path / "store")
     session = llm.session("town", PEOPLE, params=ANSWER)
     parts = run(session, 2)
-    assert llm.tiers is not None
-    disk, key = llm.tiers.disk, SessionKey("", "town")
+    assert llm.tier is not None
+    disk, key = llm.tier.disk, SessionKey("", "town")
     before = disk.index.readers(key)
     llm.kv_store.clear()
     session.save()
@@ -415,8 +415,8 @@ def test_what_is_read_again_in_part_has_one_place_on_disk(
     llm = open_llm(roomy, tmp_path / "store")
     session = llm.session("town", PEOPLE, params=ANSWER)
     run(session, 4)
-    assert llm.tiers is not None
-    disk, key = llm.tiers.disk, SessionKey("", "town")
+    assert llm.tier is not None
+    disk, key = llm.tier.disk, SessionKey("", "town")
     before = disk.index.usage(key)
     entries = list(llm.kv_store.order.in_turn())
     for entry in entries[: int(share * len(entries))]:
@@ -492,8 +492,8 @@ class Towns(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("ab"))
     def drop(self, name: str) -> None:
-        assert self.llm.tiers is not None
-        existed = self.llm.tiers.disk.remove(SessionKey("", name))
+        assert self.llm.tier is not None
+        existed = self.llm.tier.disk.remove(SessionKey("", name))
         assert existed == (name in self.rounds)
         self.rounds.pop(name, None)
         self.open.pop(name, None)
@@ -503,9 +503,9 @@ class Towns(RuleBasedStateMachine):
         if not hasattr(self, "llm"):
             return
         self.llm.engine.check_integrity()
-        assert self.llm.tiers is not None
-        self.llm.tiers.disk.check_integrity()
-        assert {key.name for key in self.llm.tiers.disk.index.session_keys()} == set(self.rounds)
+        assert self.llm.tier is not None
+        self.llm.tier.disk.check_integrity()
+        assert {key.name for key in self.llm.tier.disk.index.session_keys()} == set(self.rounds)
 
     def teardown(self) -> None:
         if hasattr(self, "llm"):

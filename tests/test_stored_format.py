@@ -113,13 +113,13 @@ def test_its_sessions_go_on(
     result.raise_for_errors()
     assert [output.prompt_tokens for output in result.outputs] == wanted["prompt_tokens"]
     assert [output.computed_tokens for output in result.outputs] == wanted["computed_tokens"]
-    assert llm.tiers is not None
-    chat = llm.tiers.disk.session(SessionKey("tenant", "chat"))
+    assert llm.tier is not None
+    chat = llm.tier.disk.session(SessionKey("tenant", "chat"))
     assert chat is not None
-    restored = llm.tiers.restore(chat, llm.encoder.salt, always=True)
+    restored = llm.tier.restore(chat, llm.encoder.salt, always=True)
     assert [restored.rows, restored.computed] == [
         EXPECTED["chat"]["rows"],
         EXPECTED["chat"]["computed"],
     ]
-    llm.tiers.disk.check_integrity()
+    llm.tier.disk.check_integrity()
     llm.close()

@@ -134,13 +134,13 @@ def test_tools_go_the_way_of_the_chat_template(
     }
     with serving(make_llm(num_pages=2000, model=model)) as (client, server):
         heard: list[str] = []
-        submit = server.worker.submit
+        submit = server.engine_thread.submit
 
-        def record(jobs: Sequence[Job], *, announced: bool = False) -> None:
+        def record(jobs: Sequence[Job]) -> None:
             heard.extend(model.tokenizer.decode(job.request.prompt.token_ids) for job in jobs)
-            submit(jobs, announced=announced)
+            submit(jobs)
 
-        server.worker.submit = record  # type: ignore[method-assign]
+        server.engine_thread.submit = record  # type: ignore[method-assign]
         for choice in ("required", "auto"):
             answer = chat(client, tool_choice=choice, **fields).json()["choices"][0]
             if choice == "required":

@@ -58,7 +58,7 @@ class LLM:
         kv_store: what the engine knows of KV, and where that lies.
         executor: holds the KV.
         shadows: mirrors that are kept to be computed again.
-        tiers: memory and disk, where sessions last; None without a store.
+        tier: memory and disk, where sessions last; None without a store.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class LLM:
         self.engine.observe(self._figures)
         self.shadows = Shadows(options.shadow)
         self.engine.attach(self.shadows)
-        self.tiers: DiskTier | None = None
+        self.tier: DiskTier | None = None
         if options.store is not None:
             self.open_store(Path(options.store), options.store_budget, int8=options.store_int8)
 
@@ -157,14 +157,14 @@ class LLM:
             compressed=int8,
             budget=NO_BUDGET if budget is None else parse_bytes(budget),
         )
-        self.tiers = DiskTier(
+        self.tier = DiskTier(
             self.kv_store,
             self.executor,
             disk,
             bytes_per_token=self.engine.kv_bytes_per_token,
             seconds_per_token=self.engine.seconds_per_token,
         )
-        self.engine.attach(self.tiers)
+        self.engine.attach(self.tier)
 
     def generate(
         self,
@@ -272,7 +272,7 @@ class LLM:
             self.encoder, self.model.shape.max_context, params=params, max_history=max_history
         )
         key = SessionKey("", name) if name is not None else None
-        session = Session(conversation, self.run_round, key=key, tier=self.tiers, ttl_s=ttl_s)
+        session = Session(conversation, self.run_round, key=key, tier=self.tier, ttl_s=ttl_s)
         session.load()
         for agent in agents:
             if session.round == 0 or agent.name not in {here.name for here in session.agents}:
@@ -281,10 +281,10 @@ class LLM:
 
     def close(self) -> None:
         """Let others use the store. An LLM without one needs no closing."""
-        if self.tiers is not None:
-            self.engine.detach(self.tiers)
-            self.tiers.close()
-            self.tiers = None
+        if self.tier is not None:
+            self.engine.detach(self.tier)
+            self.tier.close()
+            self.tier = None
 
     def check_shadow(self) -> ShadowReport | None:
         """Compute one mirror again, exactly, and compare; None if none waits.
@@ -398,8 +398,8 @@ class LLM:
             for request in requests:
                 self.engine.abort(request)
             for session in {request.session for request in requests}:
-                if self.tiers is not None and session is not None:
-                    self.tiers.give_up(session)
+                if self.tier is not None and session is not None:
+                    self.tier.give_up(session)
             raise
 
 

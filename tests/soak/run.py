@@ -176,19 +176,24 @@ def _check_books(server: ServerContext, watch: Watch) -> None:
         except AssertionError as error:
             watch.problems.append(f"under load: {error}")
 
-    server.worker._put(check)
+    server.engine_thread._put(check)
 
 
 def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
     """What is left of requests when nobody asks any more; nothing, after a moment."""
-    engine, worker = server.llm.engine, server.worker
+    engine, thread = server.llm.engine, server.engine_thread
+    dispatcher = thread._dispatcher
+    window = dispatcher.arrivals.window
 
     def found() -> dict[str, int]:
         return {
             "open requests": server.admission.num_open,
             "running requests": engine.status().num_running,
             "waiting requests": engine.status().num_waiting,
-            **worker._dispatcher.counts,
+            "jobs": len(dispatcher._live),
+            "named rounds": dispatcher.arrivals.num_named,
+            "jobs in the window": 0 if window.due_s() is None else 1,
+            "announced requests": window.num_expected,
             "rounds": engine.status().num_rounds,
             "shadows": server.llm.shadows.num_pending,
             "pages held by requests": engine.status().resident_pages,
@@ -198,8 +203,8 @@ def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
 
     _wait(lambda: not any(found().values()))
     left = [f"left at the end: {count} {what}" for what, count in found().items() if count]
-    if not worker.is_alive:
-        return [*left, f"the engine has failed: {worker.failure!r}"]
+    if not thread.is_alive:
+        return [*left, f"the engine has failed: {thread.failure!r}"]
     engine.check_integrity()
     return left
 
@@ -247,7 +252,8 @@ def _errors_noted(watch: Watch) -> Iterator[None]:
 
 def _remembered_mib(server: ServerContext) -> float:
     """What discovery remembers: in ten minutes it fills up to its bound, for each tenant."""
-    return server.worker._dispatcher.remembered_bytes / 2**20
+    discoveries = server.engine_thread._dispatcher._discoveries.values()
+    return sum(discovery.num_bytes for discovery in discoveries) / 2**20
 
 
 _COUNTS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

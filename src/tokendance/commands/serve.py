@@ -55,7 +55,7 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
         with objects_frozen():
             _DrainingServer(config, app.state.context, console).run()
     finally:
-        if app.state.context.worker.is_running:
+        if app.state.context.engine_thread.is_running:
             # In the middle of a step, which would crash without its model. What is stored is whole.
             log.error("the engine did not end in time, and is broken off")
             logging.shutdown()
@@ -107,7 +107,7 @@ class _DrainingServer(uvicorn.Server):
             )
 
     def _end(self) -> None:
-        self._context.worker.hurry()
+        self._context.engine_thread.hurry()
         asyncio.get_running_loop().call_later(_TELL_S, self._cut_off)
 
     def _cut_off(self) -> None:

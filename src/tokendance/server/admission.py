@@ -11,7 +11,7 @@ from tokendance.server.settings import ServerSettings
 class Admission:
     """Counts the requests that are being answered.
 
-    Some places are each tenant's own, and the others go to who comes first:
+    Some of the room is each tenant's own, and the rest goes to who comes first:
 
         max_open_requests   [ own | own | own |   for all    ]
 
@@ -20,12 +20,7 @@ class Admission:
     """
 
     def __init__(self, settings: ServerSettings, is_serving: Callable[[], bool]) -> None:
-        """Begin with none.
-
-        Args:
-            settings: how many there may be.
-            is_serving: says whether there is anybody who would answer.
-        """
+        """Let in as many as the settings say, while `is_serving` says that somebody answers."""
         num_tenants = max(1, len(settings.api_keys))
         self._num_own = max(1, settings.max_open_requests // (2 * num_tenants))
         self._num_for_all = settings.max_open_requests - self._num_own * num_tenants

@@ -1,8 +1,7 @@
 """The application: routes, errors, and what operators need."""
 
 import asyncio
-import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,19 +14,28 @@ from starlette.exceptions import HTTPException
 from tokendance import __version__
 from tokendance.errors import TokenDanceError
 from tokendance.llm import LLM
-from tokendance.server.chat_routes import add_chat
-from tokendance.server.completion_routes import add_completions
+from tokendance.server.auth import Tenant
+from tokendance.server.chat import ChatEndpoint
+from tokendance.server.completions import CompletionEndpoint
 from tokendance.server.context import ServerContext
-from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.errors import ApiError, as_api_error
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
 from tokendance.server.malloc import give_back_memory
-from tokendance.server.openapi import DocumentedAPI
-from tokendance.server.responses import ModelCard, ModelList, Status, dump
-from tokendance.server.round_routes import add_rounds
+from tokendance.server.openapi import DocumentedAPI, whole_or_stream
+from tokendance.server.protocol import ChatRequest, CompletionRequest, RoundRequest
+from tokendance.server.respond import respond
+from tokendance.server.responses import (
+    ChatAnswer,
+    ModelCard,
+    ModelList,
+    RoundAnswer,
+    Status,
+    TextAnswer,
+    dump,
+)
+from tokendance.server.rounds import LoneRound, SessionRound
 from tokendance.server.settings import ServerSettings
-
-_SHAPES = {"str", "int", "float", "bool", "list", "dict"}
 
 
 def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
@@ -37,7 +45,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        context.worker.start()
+        context.engine_thread.start()
         giving_back = asyncio.create_task(give_back_memory())
         drain_s = 0.0  # where the server is told to end at once
         try:
@@ -46,65 +54,41 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         finally:
             giving_back.cancel()
             context.admission.is_draining = True
-            await anyio.to_thread.run_sync(context.worker.stop, drain_s)
+            await anyio.to_thread.run_sync(context.engine_thread.stop, drain_s)
 
     app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
     app.state.context = context
-    _add_errors(app)
+    for kind in (ApiError, TokenDanceError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
     _add_operations(app, context)
-    add_chat(app, context)
-    add_completions(app, context)
-    add_rounds(app, context)
-    app.add_middleware(
-        Limits,
-        tenant_of=context.keys.authenticate,
-        max_body_bytes=settings.max_body_bytes,
-        max_body_objects=settings.max_body_objects,
-        body_timeout_s=settings.body_timeout,
-    )
+    _add_endpoints(app, context)
+    app.add_middleware(Limits, tenant_of=context.keys.authenticate, settings=settings)
     app.add_middleware(RequestLog)
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        del request
-        return JSONResponse(error.body(), error.status, error.headers)
-
-    @app.exception_handler(TokenDanceError)
-    async def engine_error(request: Request, error: TokenDanceError) -> JSONResponse:
-        return await api_error(request, as_api_error(error))
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        # It is in the log with its traceback; the client learns no more than that.
-        del error
-        return await api_error(request, ApiError(500, "The server failed on this request."))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = _field(first["loc"]) if first["type"] != "json_invalid" else None
-        text = f"{param or 'The body'}: {first['msg']}."
-        return await api_error(request, bad_request(text, param))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        headers = dict(error.headers or {})
-        return await api_error(
-            request, ApiError(error.status_code, str(error.detail), headers=headers)
-        )
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    del request
+    answer = as_api_error(error)
+    return JSONResponse(answer.body(), answer.status, answer.headers)
 
 
-def _field(place: Sequence[str | int]) -> str | None:
-    """The name of a field, from where pydantic found it.
+def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
+    @app.post("/v1/chat/completions", responses=whole_or_stream(ChatAnswer))
+    async def chat(body: ChatRequest, request: Request, tenant: Tenant) -> Response:
+        """Answer a conversation."""
+        return await respond(ChatEndpoint(context, tenant, body), request)
 
-    Which of several shapes it might have had is a part of the place, and not of the name.
-    """
-    parts = [str(part) for part in place if part != "body"]
-    named = [part for part in parts if re.fullmatch("[a-z_]+|[0-9]+", part) and part not in _SHAPES]
-    return ".".join(named) or None
+    @app.post("/v1/completions", responses=whole_or_stream(TextAnswer))
+    async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
+        """Go on with texts, or with token ids."""
+        return await respond(CompletionEndpoint(context, tenant, body), request)
+
+    @app.post("/v1/rounds", responses=whole_or_stream(RoundAnswer))
+    async def rounds(body: RoundRequest, request: Request, tenant: Tenant) -> Response:
+        """Answer all agents of a round."""
+        kind = LoneRound if body.session is None else SessionRound
+        return await respond(kind(context, tenant, body), request)
 
 
 def _add_operations(app: FastAPI, context: ServerContext) -> None:
@@ -116,8 +100,8 @@ def _add_operations(app: FastAPI, context: ServerContext) -> None:
     @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> JSONResponse:
         """Whether the engine runs."""
-        alive = context.worker.is_alive
-        return status("ok" if alive else "failed", is_well=alive)
+        is_alive = context.engine_thread.is_alive
+        return status("ok" if is_alive else "failed", is_well=is_alive)
 
     @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> JSONResponse:

@@ -1,21 +1,88 @@
-"""Arrivals: jobs that have come and not begun, until their round is there.
+"""Arrivals: jobs that wait for others of their round.
 
-Most rounds have no name: what arrives within moments of each other begins together (`window.py`).
+Most rounds have no name. Requests of such a round come within milliseconds of each other when their
+answers are gathered. So a request waits in a window until nothing has come for a gap, and never
+longer than a share of what a lone request takes here, which is measured as they end. Whoever comes
+later begins a round of its own, and still finds what the earlier one has computed.
+
 A client may name its round, and then it begins when all are there, or when nobody else comes.
 """
 
-from collections import OrderedDict
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from tokendance.server.jobs import Job, RoundKey
 from tokendance.server.kept_chats import KeptChat
-from tokendance.server.loading import Loader
-from tokendance.server.window import ArrivalWindow
+from tokendance.server.loading import Loader, try_to_save
 from tokendance.store.entries import RoundId
+
+Item = TypeVar("Item")
+
+# A lone request's seconds before any was measured, and how fast the estimate follows.
+_FIRST_GUESS_S = 0.5
+_SMOOTHING = 0.2
+# The longest that anything waits in the window.
+_LONGEST_S = 0.1
 
 # A named round whose requests keep coming waits so many times as long as for one.
 _LONGEST_WAITS = 10
+
+
+@dataclass(slots=True)
+class ArrivalWindow(Generic[Item]):
+    """Holds what makes a round without a name. The clock is the caller's.
+
+    Attributes:
+        gap_s: seconds without an arrival after which a round begins.
+        share: of a lone request's seconds; the longest that anything waits.
+        lone_s: estimate of a lone request's seconds.
+        num_expected: requests that have arrived and are still being read.
+    """
+
+    gap_s: float
+    share: float
+    lone_s: float = _FIRST_GUESS_S
+    num_expected: int = 0
+    _items: list[Item] = field(default_factory=list)
+    _first_s: float = 0.0
+    _last_s: float = 0.0
+
+    def add(self, item: Item, now: float) -> None:
+        """Take an arrival."""
+        if not self._items:
+            self._first_s = now
+        self._last_s = now
+        self._items.append(item)
+
+    def remove(self, item: Item) -> bool:
+        """Take one back; return whether it was still here."""
+        if item not in self._items:
+            return False
+        self._items.remove(item)
+        return True
+
+    def due_s(self) -> float | None:
+        """When the round begins if nothing else arrives; None while nothing waits."""
+        if not self._items:
+            return None
+        longest_s = min(_LONGEST_S, self.share * self.lone_s)
+        if self.num_expected > 0:
+            return self._first_s + longest_s
+        return min(self._last_s + min(self.gap_s, longest_s), self._first_s + longest_s)
+
+    def take(self, now: float) -> list[Item]:
+        """Hand over what begins now; nothing if it is too early."""
+        due_s = self.due_s()
+        if due_s is None or now < due_s:
+            return []
+        items, self._items = self._items, []
+        return items
+
+    def note_lone(self, seconds: float) -> None:
+        """Learn from a request that ran alone."""
+        self.lone_s += _SMOOTHING * (seconds - self.lone_s)
 
 
 @dataclass(slots=True)
@@ -24,10 +91,10 @@ class NamedRound:
 
     Attributes:
         waiting: jobs that have not begun.
-        first_s: when the first of them came.
+        first_s: when the first of them came, on the clock.
         last_s: when the last of them came.
         size: requests of it, if a client has said.
-        num_requests: that have come and not gone before it began.
+        num_requests: that have come, but for those that were taken back before it began.
         round_id: of the engine, once it has begun.
         num_live: jobs that have begun and are not done.
         chats: sessions whose KV it goes on from, and whether somebody has answered in it.
@@ -50,39 +117,35 @@ class NamedRound:
 
 
 class Arrivals:
-    """What has come and not begun. The clock is the caller's.
+    """Jobs that have come and not begun, and named rounds until they end; on the caller's clock.
 
     Attributes:
         window: holds jobs of rounds without a name.
     """
 
     def __init__(self, window: ArrivalWindow[Job], loader: Loader, round_wait_s: float) -> None:
-        """Begin with nobody.
-
-        Args:
-            window: for jobs of rounds without a name.
-            loader: named rounds wait for sessions that it loads.
-            round_wait_s: a named round begins so long after its last request, if it is not full.
-        """
+        """Begin with nobody; `round_wait_s` after its last request a named round begins anyway."""
         self.window = window
         self._loader = loader
         self._round_wait_s = round_wait_s
-        self._named: OrderedDict[RoundKey, NamedRound] = OrderedDict()
+        self._named: dict[RoundKey | None, NamedRound] = {}  # None is no key of it
 
     @property
     def num_named(self) -> int:
         """Named rounds that have not ended."""
         return len(self._named)
 
+    def expect(self, count: int) -> None:
+        """Note that so many more requests are being read; negative for fewer."""
+        self.window.num_expected += count
+
     def add(self, jobs: Sequence[Job], now: float) -> None:
         """Take jobs of one request."""
-        for job in jobs:
-            if job.key is None:
+        key = jobs[0].key
+        if key is None:
+            for job in jobs:
                 self.window.add(job, now)
-        if jobs and jobs[0].key is not None:
-            self._add_named(jobs, jobs[0].key, now)
-
-    def _add_named(self, jobs: Sequence[Job], key: RoundKey, now: float) -> None:
+            return
         named = self._named.setdefault(key, NamedRound([], now, now))
         if not named.waiting:
             named.first_s = now
@@ -90,84 +153,76 @@ class Arrivals:
         named.last_s = now
         named.num_requests += 1
         named.size = jobs[0].round_size or named.size
-        chat = jobs[0].session
+        chat = jobs[0].chat
         if chat is not None and chat not in named.chats:  # once for the whole round
             named.chats[chat] = False
             self._loader.begin(chat)
 
     def due_s(self) -> float | None:
         """When a round begins if nobody else comes; None while nobody waits."""
-        due = [
-            named.due_s(self._round_wait_s)
-            for named in self._named.values()
-            if named.waiting and not self._is_loading(named)
-        ]
+        due = [named.due_s(self._round_wait_s) for named in self._ready()]
         window_s = self.window.due_s()
         return min([*due, *([] if window_s is None else [window_s])], default=None)
 
-    def _is_loading(self, named: NamedRound) -> bool:
-        return any(chat in self._loader for chat in named.chats)
+    def _ready(self) -> list[NamedRound]:
+        """Named rounds with jobs that wait for nothing but others of their round."""
+        return [
+            named
+            for named in self._named.values()
+            if named.waiting and not any(chat in self._loader for chat in named.chats)
+        ]
 
-    def take(
-        self, now: float, *, all_now: bool = False
-    ) -> Iterator[tuple[list[Job], NamedRound | None]]:
-        """Hand over the rounds that begin now, each with its name, if it has one.
+    def take(self, now: float) -> Iterator[tuple[list[Job], NamedRound | None]]:
+        """Hand over the rounds that begin by a clock time, each with its name if it has one.
 
         One after the other: if one cannot be begun, the others are still here.
-
-        Args:
-            now: clock time.
-            all_now: do not wait for others.
         """
-        jobs = self.window.take_all() if all_now else self.window.take(now)
-        if jobs:
+        if jobs := self.window.take(now):
             yield jobs, None
-        for named in self._named.values():
-            if not named.waiting or self._is_loading(named):
-                continue
-            if all_now or now >= named.due_s(self._round_wait_s):
+        for named in self._ready():
+            if now >= named.due_s(self._round_wait_s):
                 jobs, named.waiting = named.waiting, []
                 named.num_live += len(jobs)
                 yield jobs, named
 
-    def remove(self, job: Job) -> bool:
-        """Take a job back that has not begun; say whether there was one."""
-        named = self._named.get(job.key) if job.key is not None else None
-        if named is None or job.key is None:
-            return self.window.remove(job)
-        if job not in named.waiting:
-            return False
-        named.waiting.remove(job)
-        return True
-
-    def note_gone(self, key: RoundKey) -> None:
-        """Note that a request was taken back before it began: its round is smaller by it."""
-        if key in self._named:
-            self._named[key].num_requests -= 1
+    def remove(self, jobs: Sequence[Job]) -> list[Job]:
+        """Take back the jobs of one request, and return those that had not begun."""
+        named = self._named.get(jobs[0].key) if jobs else None
+        if named is None:
+            return [job for job in jobs if self.window.remove(job)]
+        removed = [job for job in jobs if job in named.waiting]
+        if removed:
+            named.waiting = [job for job in named.waiting if job not in removed]
+            named.num_requests -= 1
+            self._end_if_done(removed[0].key)
+        return removed
 
     def note_done(self, job: Job, *, has_answer: bool) -> None:
         """Note that a job that had begun is done."""
-        named = self._named.get(job.key) if job.key is not None else None
-        if named is None:
+        if (named := self._named.get(job.key)) is None:
             return
         named.num_live -= 1
-        if job.session is not None and has_answer:
-            job.session.note(job.request)
-            named.chats[job.session] = True
+        if job.chat is not None and has_answer:
+            job.chat.note(job.request)
+            named.chats[job.chat] = True
+        self._end_if_done(job.key)
 
-    def end_if_done(self, key: RoundKey | None) -> list[KeptChat]:
-        """Let go of a named round of which nobody is left; return the sessions to be stored."""
-        named = self._named.get(key) if key is not None else None
-        if named is None or key is None or named.waiting or named.num_live > 0:
-            return []
+    def _end_if_done(self, key: RoundKey | None) -> None:
+        """Let go of a named round of which nobody is left, and store its sessions."""
+        named = self._named[key]
+        if named.waiting or named.num_live > 0:
+            return
         del self._named[key]
-        return [chat for chat, has_answers in named.chats.items() if has_answers]
+        for chat, has_answers in named.chats.items():
+            if has_answers:
+                try_to_save(chat)
 
     def take_waiting(self) -> list[Job]:
         """Hand over everybody who has not begun, when nobody will."""
         waiting = [job for named in self._named.values() for job in named.waiting]
-        return [*self.window.take_all(), *waiting]
+        return [*self.window.take(math.inf), *waiting]
 
     def __bool__(self) -> bool:
         """Whether somebody waits."""
-        return self.window.due_s() is not None or any(n.waiting for n in self._named.values())
+        waiting = any(named.waiting for named in self._named.values())
+        return waiting or self.window.due_s() is not None

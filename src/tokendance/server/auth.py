@@ -2,8 +2,9 @@
 
 import hashlib
 import hmac
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 from starlette.types import Scope
 
 from tokendance.server.errors import ApiError
@@ -11,14 +12,13 @@ from tokendance.server.settings import ServerSettings
 
 
 class ApiKeys:
-    """The keys that may ask.
+    """The keys that may ask; without any, everybody may.
 
     Attributes:
         open_paths: that need no key; None if none does.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
-        """Take the keys of the settings; without any, everybody may ask."""
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self.open_paths: set[str] | None = None
         if settings.api_keys:
@@ -30,14 +30,14 @@ class ApiKeys:
         """The tenant, by the key in the head of a request; "" where none is needed.
 
         Raises:
-            ApiError: 401 without a key that is known.
+            ApiError: 401 without a key of the settings.
         """
         if self.open_paths is None or scope["path"] in self.open_paths:
             return ""
         header = dict(scope["headers"]).get(b"authorization", b"")
         digest = hashlib.sha256(header.removeprefix(b"Bearer ").strip()).digest()
-        # All are compared, so that time tells nothing about them.
-        if not sum(hmac.compare_digest(known, digest) for known in self._digests):
+        # The digest is compared with all of them, so that the time it takes tells nothing.
+        if not sum(hmac.compare_digest(own, digest) for own in self._digests):
             raise ApiError(
                 401,
                 "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
@@ -47,7 +47,10 @@ class ApiKeys:
         return digest.hex()
 
 
-async def tenant_of(request: Request) -> str:
-    """Who asks; `Limits` has found it before the body was read."""
+async def _tenant_of(request: Request) -> str:
     tenant: str = request.state.tenant
     return tenant
+
+
+Tenant = Annotated[str, Depends(_tenant_of)]
+"""A route's parameter: who asks. `Limits` has put it down before the body was read."""

@@ -1,46 +1,156 @@
-"""From a chat request to what the engine runs."""
+"""POST /v1/chat/completions: a conversation is answered."""
 
 import json
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokendance.errors import PromptError
+from tokendance.executor.step import TokenLogprobs
 from tokendance.models.encoder import PromptEncoder
-from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import SEPARATOR, Prompt
 from tokendance.rounds.segments import EncodedPrompt
+from tokendance.server.answers import Delta
+from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, bad_request
 from tokendance.server.grammar import GrammarConstraint, Grammars
-from tokendance.server.protocol import ChatMessage, ChatRequest, NamedTool, Sampling, Tool
-from tokendance.server.settings import ServerSettings
+from tokendance.server.protocol import ChatMessage, ChatRequest, NamedTool, Tool
+from tokendance.server.respond import Answer, PromptEndpoint, finish_reason
+from tokendance.server.responses import (
+    AnswerMessage,
+    CalledFunction,
+    CalledTool,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    StreamedTool,
+    Usage,
+)
 from tokendance.server.tool_calls import NO_PARAMETERS, ToolFormat
 
 _ROLES = {"developer": "system", "function": "tool"}
 
-# ---- the prompt ---------------------------------------------------------------------------------
+
+class ChatEndpoint(PromptEndpoint[ChatRequest]):
+    """A conversation that is answered."""
+
+    id_prefix = "chatcmpl"
+
+    def __init__(self, context: ServerContext, tenant: str, body: ChatRequest) -> None:
+        """Take a request; see `Endpoint`."""
+        super().__init__(context, tenant, body)
+        # Of a stream: by answer, text that may become a call and is not sent as text.
+        self._held: dict[int, str] = {}
+
+    def read(self) -> None:
+        """Make a prompt of the messages."""
+        context, body = self.context, self.body
+        if len(body.messages) > context.settings.max_messages:
+            raise ApiError(
+                413,
+                f"There are {len(body.messages)} messages, and at most "
+                f"{context.settings.max_messages} are taken.",
+                param="messages",
+            )
+        prompt = encode_chat(body, self.encoder, context.tools, context.max_characters)
+        constraint = constraint_of(body, context.grammars, context.tools)
+        self.check_choices(1)
+        # Separators in the messages say where blocks begin.
+        marked = any(SEPARATOR in text for message in body.messages for text in _texts(message))
+        self.add_jobs(body, [prompt], constraint=constraint, marked=marked)
+
+    def document(self, answers: Sequence[Answer], usage: Usage) -> ChatAnswer:
+        """A message for each answer."""
+        choices = []
+        for index, answer in enumerate(answers):
+            output = answer.output
+            text, calls = self._split(output.text)
+            message = AnswerMessage(role="assistant", content=text)
+            if calls:
+                message.content = text or None
+                message.tool_calls = [CalledTool(**_called(function)) for function in calls]
+            choices.append(
+                ChatChoice(
+                    index=index,
+                    message=message,
+                    logprobs=self._logprobs(output.token_ids, answer.logprobs),
+                    finish_reason="tool_calls" if calls else finish_reason(output),
+                )
+            )
+        return ChatAnswer(**self.head, object="chat.completion", choices=choices, usage=usage)
+
+    def chunks(self, delta: Delta) -> list[ChatChunk]:
+        """The role first, then text and calls, and at last the reason why it has ended."""
+        index, text = delta.index, delta.text
+        choices: list[ChatChunkChoice] = []
+
+        def add(delta: ChatDelta, **fields: Any) -> None:
+            fields = {"finish_reason": None, **fields}
+            choices.append(ChatChunkChoice(index=index, delta=delta, **fields))
+
+        if index not in self._held:
+            self._held[index] = ""
+            add(ChatDelta(role="assistant", content=""))
+        if self.body.may_call:
+            self._held[index] += text
+            text = ""
+        if delta.logprobs:
+            logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+            add(ChatDelta(content=text), logprobs=logprobs)
+        elif text:
+            add(ChatDelta(content=text))
+        if delta.output is not None:
+            text, calls = self._split(self._held[index])
+            if text:
+                add(ChatDelta(content=text))
+            if calls:
+                called = [StreamedTool(index=i, **_called(call)) for i, call in enumerate(calls)]
+                add(ChatDelta(tool_calls=called))
+            add(ChatDelta(), finish_reason="tool_calls" if calls else finish_reason(delta.output))
+        return [self._chunk([choice]) for choice in choices]
+
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
+        """An event without a choice."""
+        return self._chunk([], usage=usage)
+
+    def _chunk(self, choices: list[ChatChunkChoice], **fields: Any) -> ChatChunk:
+        return ChatChunk(**self.head, object="chat.completion.chunk", choices=choices, **fields)
+
+    def _split(self, text: str) -> tuple[str, list[CalledFunction]]:
+        """An answer's words, and the calls that it makes."""
+        return self.context.tools.split(text) if self.body.may_call else (text, [])
+
+    def _logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.context.token_text(token)
+            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+        return {
+            "content": [
+                entry(token, chosen.logprob)
+                | {"top_logprobs": [entry(other, logprob) for other, logprob in chosen.top]}
+                for token, chosen in zip(token_ids, logprobs, strict=False)
+            ],
+            "refusal": None,
+        }
 
 
-def check_length(texts: Iterable[str], limit: int, param: str = "messages") -> None:
-    """Refuse texts of a prompt that no context could hold, before they are tokenized.
+def _called(function: CalledFunction) -> dict[str, Any]:
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
-    Raises:
-        ApiError: if they have more than `limit` characters.
-    """
-    total = sum(map(len, texts))
-    if total > limit:
-        raise bad_request(
-            f"The prompt has {total} characters, more than the model's context can hold.",
-            param,
-            "context_length_exceeded",
-        )
+
+# ---- the prompt ----------------------------------------------------------------------------------
 
 
 def encode_chat(
-    body: ChatRequest,
-    encoder: PromptEncoder,
-    tools: ToolFormat,
-    settings: ServerSettings,
-    limit: int,
+    body: ChatRequest, encoder: PromptEncoder, tools: ToolFormat, max_characters: int
 ) -> EncodedPrompt:
     """Encode a conversation.
 
@@ -51,13 +161,6 @@ def encode_chat(
     Raises:
         ApiError: for what no template could take.
     """
-    if len(body.messages) > settings.max_messages:
-        raise ApiError(
-            413,
-            f"There are {len(body.messages)} messages, and at most {settings.max_messages} are "
-            "taken.",
-            param="messages",
-        )
     messages = [_as_message(message, tools) for message in body.messages]
     listed = [_as_tool(tool) for tool in body.tools or () if body.may_call]
     if listed and not tools.in_template:
@@ -68,19 +171,35 @@ def encode_chat(
             messages.insert(0, {"role": "system", "content": [_text(text)]})
         listed = []
     texts = [part["text"] for message in messages for part in message["content"]]
-    check_length([*texts, *map(json.dumps, listed)], limit)
+    check_length([*texts, *map(json.dumps, listed)], max_characters)
     try:
         return encoder.encode(Prompt(messages, tools=listed))
     except PromptError as error:
         try:
-            return encoder.encode(Prompt(_tamed(messages), tools=listed))
+            return encoder.encode(Prompt(_in_turn(messages), tools=listed))
         except PromptError:
             raise bad_request(str(error), "messages") from error
 
 
-def is_marked(body: ChatRequest) -> bool:
-    """Whether a conversation says by separators where its blocks begin."""
-    return any(SEPARATOR in text for message in body.messages for text in _texts(message))
+def check_length(texts: Iterable[str], max_characters: int, param: str = "messages") -> None:
+    """Refuse texts of a prompt that no context could hold, before they are tokenized.
+
+    Raises:
+        ApiError: if they have more characters than that.
+    """
+    total = sum(map(len, texts))
+    if total > max_characters:
+        raise bad_request(
+            f"The prompt has {total} characters, more than the model's context can hold.",
+            param,
+            "context_length_exceeded",
+        )
+
+
+def as_message(role: str, content: Any, name: str | None) -> dict[str, Any]:
+    """A message as `Prompt` takes it: its role is one that templates know."""
+    message = {"role": _ROLES.get(role, role), "content": content}
+    return {**message, "name": name} if name else message
 
 
 def _as_message(message: ChatMessage, tools: ToolFormat) -> dict[str, Any]:
@@ -90,20 +209,14 @@ def _as_message(message: ChatMessage, tools: ToolFormat) -> dict[str, Any]:
             tools.write(call.function.name, _parsed(call.function.arguments))
             for call in message.tool_calls or ()
         ]
-        said = "\n" if any(texts) and calls else ""
-        texts.append(said + "\n".join(calls))
+        break_ = "\n" if any(texts) and calls else ""
+        texts.append(break_ + "\n".join(calls))
     return as_message(message.role, [_text(text) for text in texts if text], message.name)
 
 
 def _as_tool(tool: Tool) -> dict[str, Any]:
     function = tool.function.model_dump(exclude_none=True)
     return {"type": "function", "function": {**function, **NO_PARAMETERS, **function}}
-
-
-def as_message(role: str, content: Any, name: str | None) -> dict[str, Any]:
-    """A message as `Prompt` takes it: its role is one that templates know."""
-    found = {"role": _ROLES.get(role, role), "content": content}
-    return {**found, "name": name} if name else found
 
 
 def _texts(message: ChatMessage) -> list[str]:
@@ -125,7 +238,7 @@ def _parsed(arguments: str) -> Any:
         return arguments
 
 
-def _tamed(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same words as user and assistant in turn, the user first."""
     joined: list[dict[str, Any]] = []
     for message in messages:
@@ -142,53 +255,7 @@ def _tamed(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
-# ---- how it is sampled --------------------------------------------------------------------------
-
-
-def sampling_params(
-    body: Sampling, settings: ServerSettings, vocab_size: int, choice: int = 0
-) -> SamplingParams:
-    """What the engine is told; OpenAI's defaults where the client says nothing.
-
-    Args:
-        body: the request.
-        settings: of the server.
-        vocab_size: of the model.
-        choice: which of the `n` answers.
-    """
-    wanted = body.max_tokens
-    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
-        wanted = body.max_completion_tokens
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if any(not text for text in stop):
-        raise bad_request("A stop text is empty.", "stop")
-    top = None
-    if isinstance(body, ChatRequest):
-        top = (body.top_logprobs or 0) if body.logprobs else None
-    else:
-        top = getattr(body, "logprobs", None)
-    return SamplingParams(
-        max_tokens=wanted or settings.default_max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        seed=None if body.seed is None else (body.seed + choice) % 2**63,
-        stop=stop,
-        ignore_eos=bool(body.ignore_eos),
-        top_logprobs=top,
-        logit_bias=_logit_bias(body, vocab_size),
-    )
-
-
-def _logit_bias(body: Sampling, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    found: list[tuple[int, float]] = []
-    for key, bias in (body.logit_bias or {}).items():
-        if not key.isdecimal() or len(key) > 9 or int(key) >= vocab_size:
-            raise bad_request(f"logit_bias names {key[:20]!r}, no token id.", "logit_bias")
-        if not -100 <= bias <= 100:
-            raise bad_request("A logit_bias lies between -100 and 100.", "logit_bias")
-        found.append((int(key), bias))
-    return tuple(found)
+# ---- what the answer has to look like ------------------------------------------------------------
 
 
 def constraint_of(

@@ -2,7 +2,9 @@
 
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -29,14 +31,14 @@ _THREADS = 4
 
 
 class ServerContext:
-    """A model, what runs it, and all that is shared by the requests to it.
+    """A model, what runs it, and all that requests to it share.
 
     Attributes:
-        llm: the model; only the worker touches its engine.
+        llm: the model; only `engine_thread` touches its engine.
         settings: of the server.
         keys: who may ask.
         metrics: what Prometheus reads.
-        worker: runs the engine.
+        engine_thread: runs the engine; it is not started here.
         admission: who is let in.
         sessions: that are open.
         grammars: for answers that have to parse.
@@ -45,19 +47,20 @@ class ServerContext:
     """
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
-        """Prepare; the worker is not started."""
         self.llm = llm
         self.settings = settings
         self.keys = ApiKeys(settings)
         self.metrics = Metrics(llm)
-        self.worker = EngineThread(make_dispatcher(llm, self.metrics, settings))
-        self.admission = Admission(settings, lambda: self.worker.is_alive)
-        self.sessions = Sessions(llm, self.worker)
+        self.engine_thread = EngineThread(make_dispatcher(llm, self.metrics, settings))
+        self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
+        self.sessions = Sessions(llm, self.engine_thread)
         self.grammars = Grammars(llm.model)
         self.tools = find_tool_format(llm.encoder)
         self.started_s = int(time.time())
-        self._encoders: dict[str, PromptEncoder] = {}  # by tenant
-        self._limiters: dict[str, anyio.CapacityLimiter] = {}  # likewise
+        self._encoders: dict[str, PromptEncoder] = {}  # by tenant, like the next
+        self._limiters = defaultdict[str, anyio.CapacityLimiter](
+            partial(anyio.CapacityLimiter, _THREADS)
+        )
 
     @property
     def model_name(self) -> str:
@@ -70,11 +73,7 @@ class ServerContext:
         return 128 * self.llm.model.shape.max_context
 
     def check_model(self, name: str) -> None:
-        """Refuse another model's name.
-
-        Raises:
-            ApiError: 404.
-        """
+        """Raise ApiError for another model's name."""
         if name != self.model_name:
             raise ApiError(
                 404,
@@ -83,10 +82,10 @@ class ServerContext:
                 code="model_not_found",
             )
 
-    def head(self, kind: str) -> dict[str, Any]:
-        """What every answer begins with; `kind` begins its id."""
+    def head(self, id_prefix: str) -> dict[str, Any]:
+        """What every answer begins with."""
         return {
-            "id": f"{kind}-{secrets.token_hex(12)}",
+            "id": f"{id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": self.model_name,
         }
@@ -100,12 +99,7 @@ class ServerContext:
         return self._encoders[tenant]
 
     async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
-        """Do something of a tenant's that takes a while, such as reading prompts, on a thread.
-
-        Each tenant has a few of the threads, so that none keeps the others waiting.
-        """
-        if tenant not in self._limiters:
-            self._limiters[tenant] = anyio.CapacityLimiter(_THREADS)
+        """Do a tenant's work on one of its threads, so that no tenant keeps others waiting."""
         return await anyio.to_thread.run_sync(work, limiter=self._limiters[tenant])
 
     def token_text(self, token: int) -> str:

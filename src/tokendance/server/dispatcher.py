@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokendance.engine.events import Event, Finished
 from tokendance.engine.loop import EngineLoop
@@ -21,12 +21,11 @@ from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import Salt
-from tokendance.server.arrivals import Arrivals
-from tokendance.server.jobs import Done, Job, NewTokens, RoundKey
-from tokendance.server.loading import Loader, try_to_save
+from tokendance.server.arrivals import Arrivals, ArrivalWindow
+from tokendance.server.jobs import Job, NewTokens
+from tokendance.server.loading import Loader
 from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
-from tokendance.server.window import ArrivalWindow
 from tokendance.store.entries import RoundId
 
 log = logging.getLogger("tokendance.server")
@@ -39,7 +38,7 @@ class Dispatcher:
     """Begins rounds, tells jobs what is new, and lets go of what is done; see the module.
 
     Attributes:
-        arrivals: what has come and not begun.
+        arrivals: jobs that have not begun.
         loader: sessions that are being read from disk.
     """
 
@@ -51,15 +50,7 @@ class Dispatcher:
         shadows: IdleShadows,
         discovery: DiscoveryConfig,
     ) -> None:
-        """Drive an engine.
-
-        Args:
-            engine: nobody else may use it.
-            arrivals: empty.
-            loader: likewise.
-            shadows: give way to jobs.
-            discovery: what counts as shared text.
-        """
+        """Drive an engine, which nobody else may use then; `shadows` give way to jobs."""
         self._engine = engine
         self.arrivals = arrivals
         self.loader = loader
@@ -81,35 +72,33 @@ class Dispatcher:
     # -- jobs come and go -----------------------------------------------------------------------
 
     def begin(self, jobs: Sequence[Job], round_id: RoundId | None = None) -> None:
-        """Begin jobs that belong together; those of a tenant are compared with each other.
+        """Begin jobs that came together; those of one tenant make a round.
 
         Args:
-            jobs: of one round, or of several tenants that came at the same time.
+            jobs: to begin.
             round_id: of the engine, for jobs of one tenant; a new one for each tenant if left out.
         """
         by_salt: dict[Salt, list[Job]] = {}
         for job in jobs:
             self._live[job.request] = job  # so that they are answered even if what follows fails
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
-        for salt, together in by_salt.items():
-            prompts = [job.request.prompt for job in together]
-            num_known = [self._engine.num_known(prompt) for prompt in prompts]
-            self._discover(salt, together, num_known)
+        for salt, of_tenant in by_salt.items():
+            # Tokens at the beginning of each prompt whose KV is there already.
+            num_cached = {job: self._engine.num_known(job.request.prompt) for job in of_tenant}
+            self._discover(salt, num_cached)
             own_round = self._engine.new_round_id() if round_id is None else round_id
-            for job, known in zip(together, num_known, strict=True):
+            for job in of_tenant:
                 request = job.request
                 request.round_id = own_round
                 # A lone request that shares nothing is computed exactly, unless it goes on from
                 # what was not.
-                request.in_round = bool(request.prompt.shared_segments()) or known > 0
-                job.alone = len(together) == 1
-            self._engine.add([job.request for job in together])
+                request.in_round = bool(request.prompt.shared_segments()) or num_cached[job] > 0
+                job.is_alone = len(of_tenant) == 1
+            self._engine.add([job.request for job in of_tenant])
 
-    def _discover(self, salt: Salt, jobs: Sequence[Job], num_known: Sequence[int]) -> None:
+    def _discover(self, salt: Salt, num_cached: Mapping[Job, int]) -> None:
         """Cut the prompts of jobs into segments, where clients have not; by what is shared."""
-        unmarked = [
-            (job, known) for job, known in zip(jobs, num_known, strict=True) if not job.marked
-        ]
+        unmarked = [job for job in num_cached if not job.marked]
         if not unmarked or not self._engine.options.reuses_segments:
             return
         if salt not in self._discoveries:
@@ -118,51 +107,43 @@ class Dispatcher:
                 self._discoveries.popitem(last=False)
         self._discoveries.move_to_end(salt)
         try:
-            found = self._discoveries[salt].segment(
-                [job.request.prompt.token_ids for job, _ in unmarked],
+            shared = self._discoveries[salt].segment(
+                [job.request.prompt.token_ids for job in unmarked],
                 self._now,
-                [known for _, known in unmarked],
+                [num_cached[job] for job in unmarked],
             )
         except Exception:  # nothing is found then, and all are served
             log.exception("prompts could not be compared; what was remembered is forgotten")
             del self._discoveries[salt]
             return
-        self._engine.recall(found.earlier, salt)
-        for (job, _), prompt in zip(unmarked, found.prompts, strict=True):
+        self._engine.recall(shared.earlier, salt)
+        for job, prompt in zip(unmarked, shared.prompts, strict=True):
             job.request.prompt = prompt
 
-    def cancel(self, jobs: Iterable[Job], why: str = "The request was taken back.") -> None:
-        """End jobs, wherever they are; nothing happens to those that are done."""
-        gone: set[RoundKey] = set()
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """End the jobs of one request, wherever they are, but for those that are done."""
+        refuse(self.arrivals.remove(jobs), "The request was taken back.")
         for job in jobs:
-            if self.arrivals.remove(job):
-                refuse([job], why)
-                self._end_if_done(job.key)
-                gone |= {job.key} if job.key is not None else set()
-            elif job.request in self._live:
-                self._engine.abort(job.request, why)
-        for key in gone:
-            self.arrivals.note_gone(key)
+            if job.request in self._live:
+                self._engine.abort(job.request)
 
     # -- one turn -------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Begin what is due, compute one step, and tell what is new."""
+        """Begin what is due, compute one step, and tell the jobs what is new."""
         self._now = now
-        for jobs, named in self.arrivals.take(now, all_now=self._is_stopping):
-            if named is None:
-                self.begin(jobs)
-            else:
-                if named.round_id is None:
-                    named.round_id = self._engine.new_round_id()
-                self.begin(jobs, named.round_id)
+        for jobs, named in self.arrivals.take(math.inf if self._is_stopping else now):
+            if named is not None and named.round_id is None:
+                named.round_id = self._engine.new_round_id()
+            self.begin(jobs, named.round_id if named is not None else None)
         if self._is_stopping:
             self._shadows.close()
         elif self._live:
             self._shadows.give_way(now)
         if now > self._deadline_s:
             self.loader.stop()
-            self.cancel(list(self._live.values()), "The server is stopping.")
+            for request in self._live:
+                self._engine.abort(request, "The server is stopping.")
         self._engine.tick(now)
         self.loader.go_on()
         self._publish()
@@ -175,15 +156,14 @@ class Dispatcher:
             return self.loader.pause_s
         if self._is_stopping:
             return 0.0
-        due = [
-            due_s for due_s in (self.arrivals.due_s(), self._engine.due_s()) if due_s is not None
-        ]
-        return max(0.0, min(due) - now) if due else None
+        times_s = (self.arrivals.due_s(), self._engine.due_s())
+        due_s = min((time_s for time_s in times_s if time_s is not None), default=None)
+        return max(0.0, due_s - now) if due_s is not None else None
 
     def _publish(self) -> None:
         """Tell jobs what is new, and let go of those that are done."""
         for request, job in list(self._live.items()):
-            # A request that began anew says again what it has said.
+            # A request that began anew generates again what was sent already.
             new = tuple(request.generated[job.num_sent :])
             if new and request.error is None:
                 logprobs = tuple(request.logprobs[job.num_sent :])
@@ -196,15 +176,10 @@ class Dispatcher:
     def _finish(self, job: Job, output: Output) -> None:
         del self._live[job.request]
         request = job.request
-        if job.alone and output.error is None and request.finished_s and request.arrived_s:
+        if job.is_alone and output.error is None and request.finished_s and request.arrived_s:
             self.arrivals.window.note_lone(request.finished_s - request.arrived_s)
         self.arrivals.note_done(job, has_answer=output.error is None)
-        self._end_if_done(job.key)
-        job.on_event(Done(output))
-
-    def _end_if_done(self, key: RoundKey | None) -> None:
-        for chat in self.arrivals.end_if_done(key):
-            try_to_save(chat)
+        job.on_event(output)
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -223,21 +198,6 @@ class Dispatcher:
         self.loader.stop()
         refuse([*self._live.values(), *self.arrivals.take_waiting()])
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """What it holds, by what it is called; for tests that look for what is left behind."""
-        return {
-            "jobs": len(self._live),
-            "named rounds": self.arrivals.num_named,
-            "jobs in the window": 0 if self.arrivals.window.due_s() is None else 1,
-            "announced requests": self.arrivals.window.num_expected,
-        }
-
-    @property
-    def remembered_bytes(self) -> int:
-        """Of what discovery remembers."""
-        return sum(discovery.num_bytes for discovery in self._discoveries.values())
-
 
 def refuse(jobs: Iterable[Job], why: str = "The engine has stopped.") -> None:
     """Answer jobs that nobody will run."""
@@ -245,11 +205,11 @@ def refuse(jobs: Iterable[Job], why: str = "The engine has stopped.") -> None:
         job.request.error = AbortedError(why)
         job.request.finish_reason = "error"
         with contextlib.suppress(Exception):
-            job.on_event(Done(make_output(job.request)))
+            job.on_event(make_output(job.request))
 
 
 def make_dispatcher(llm: LLM, metrics: Metrics, settings: ServerSettings) -> Dispatcher:
-    """Put a dispatcher over the engine of an LLM, which nobody else may use then."""
+    """Put a dispatcher, with its metrics and shadows, over the engine of an LLM."""
     llm.engine.observe(metrics)
     shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
     llm.engine.attach(shadows)

@@ -2,11 +2,11 @@
 
 Handlers hand in jobs and listen to events; everything that touches the engine happens there:
 
-    handler   arrive() ... submit(job)           cancel(job)
+    handler   announce() ... submit(jobs)        cancel(jobs)
                              |                       |
     thread    inbox -> dispatcher.tick -> job.on_event(event)
 
-All methods of `EngineThread` may be called from any thread; a job's listener is called on its own.
+All methods of `EngineThread` may be called from any thread; jobs' listeners are called on its own.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -38,11 +38,7 @@ class EngineThread:
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        """Prepare; `start` begins.
-
-        Args:
-            dispatcher: nobody else may use it, or its engine.
-        """
+        """Prepare to drive a dispatcher, which nobody else may use then."""
         self._dispatcher = dispatcher
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -66,34 +62,23 @@ class EngineThread:
         """Whether the thread runs: nobody else may touch the engine."""
         return self._thread.is_alive()
 
-    def arrive(self) -> None:
-        """Announce a request that is still being read, so that a round waits for it a little."""
-        self._expect(1)
+    def announce(self) -> None:
+        """Announce a request that is still being read, so that a round waits for it a little.
+
+        `submit` or `withdraw` has to follow.
+        """
+        self._put(lambda: self._dispatcher.arrivals.expect(1))
 
     def withdraw(self) -> None:
         """Take an announcement back."""
-        self._expect(-1)
+        self._put(lambda: self._dispatcher.arrivals.expect(-1))
 
-    def _expect(self, count: int) -> None:
-        window = self._dispatcher.arrivals.window
-
-        def note() -> None:
-            window.num_expected += count
-
-        self._put(note)
-
-    def submit(self, jobs: Sequence[Job], *, announced: bool = False) -> None:
-        """Hand in jobs that arrived together.
-
-        Args:
-            jobs: of one request; those without a key wait for others in the window.
-            announced: whether `arrive` was called for them.
-        """
-        arrivals = self._dispatcher.arrivals
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand in the jobs of a request that was announced; they wait for others of their round."""
 
         def take() -> None:
-            arrivals.window.num_expected -= announced
-            arrivals.add(jobs, time.perf_counter())
+            self._dispatcher.arrivals.expect(-1)
+            self._dispatcher.arrivals.add(jobs, time.perf_counter())
 
         if not self._put(take):
             refuse(jobs)
@@ -103,22 +88,29 @@ class EngineThread:
         if not self._put(lambda: self._dispatcher.begin(jobs)):
             refuse(jobs)
 
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Take jobs back, wherever they are; nothing happens to those that are done."""
+        self._put(lambda: self._dispatcher.cancel(jobs))
+
     async def call(self, work: Callable[[], Result]) -> Result:
         """Do something on the engine's thread, between two steps; what it raises is raised here.
 
         Raises:
             ApiError: 503 if there is no thread any more.
         """
+        future: Future[Result] = Future()
 
-        def run(future: Future[Result]) -> None:
+        def run() -> None:
             if not future.set_running_or_notify_cancel():
-                return  # who waited for it has gone
+                return  # whoever waited for it has gone
             try:
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
 
-        return await self._answer_of(run)
+        if not self._put(run):
+            raise as_api_error(AbortedError("The engine has stopped."))
+        return await asyncio.wrap_future(future)
 
     async def restore(self, session: Session) -> None:
         """Read what memory lacks of a session, while others are answered.
@@ -127,46 +119,27 @@ class EngineThread:
             TokenDanceError: if it cannot be read.
             ApiError: 503 if there is no thread any more.
         """
-
-        def begin(future: Future[None]) -> None:
-            def ended(error: TokenDanceError | None) -> None:
-                if not future.set_running_or_notify_cancel():
-                    return  # who waited for it has gone
-                if error is None:
-                    future.set_result(None)
-                else:
-                    future.set_exception(error)
-
-            self._dispatcher.loader.begin(session, ended)
-
-        await self._answer_of(begin)
-
-    async def _answer_of(self, begin: Callable[[Future[Result]], None]) -> Result:
-        """Begin something on the engine's thread, and wait until it has an answer."""
-        future: Future[Result] = Future()
-        if not self._put(lambda: begin(future)):
-            raise as_api_error(AbortedError("The engine has stopped."))
-        return await asyncio.wrap_future(future)
-
-    def cancel(self, jobs: Iterable[Job]) -> None:
-        """Take jobs back, wherever they are; nothing happens to those that are done."""
-        taken_back = list(jobs)
-        self._put(lambda: self._dispatcher.cancel(taken_back))
+        loaded: Future[TokenDanceError | None] = Future()
+        loaded.set_running_or_notify_cancel()  # it can be set though nobody waits any more
+        await self.call(lambda: self._dispatcher.loader.begin(session, loaded.set_result))
+        if (error := await asyncio.wrap_future(loaded)) is not None:
+            raise error
 
     def stop(self, drain_s: float) -> None:
         """Finish what is under way, for so many seconds at most, then end the thread."""
-        self._stop_by(time.perf_counter() + drain_s)
+        self._stop_in(drain_s)
         self._thread.join(drain_s + 10.0)
 
     def hurry(self) -> None:
         """End what is under way, and then the thread; who waits is told."""
-        self._stop_by(time.perf_counter())
+        self._stop_in(0.0)
 
-    def _stop_by(self, deadline_s: float) -> None:
+    def _stop_in(self, seconds: float) -> None:
+        deadline_s = time.perf_counter() + seconds
         self._put(lambda: self._dispatcher.stop_by(deadline_s))
 
     def _put(self, command: Callable[[], None]) -> bool:
-        """Hand a command to the thread; say whether there is one that will read it."""
+        """Hand a command to the thread; return whether it will read it."""
         with self._gate:
             if not self._is_closed:
                 self._inbox.put(command)
@@ -198,7 +171,7 @@ class EngineThread:
                 self._inbox.get_nowait()()
 
     def _take_last_commands(self) -> None:
-        """Take what has come before nobody reads the inbox any more: all of it is answered."""
+        """Take what has come before the inbox was closed, so that all of it is answered."""
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._inbox.get_nowait()

@@ -1,6 +1,12 @@
 """Errors as OpenAI's clients know them: a status, and {"error": {message, type, param, code}}."""
 
+import re
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 
 from tokendance.errors import (
     AbortedError,
@@ -12,7 +18,10 @@ from tokendance.errors import (
     TokenDanceError,
 )
 
+_SHAPES = {"str", "int", "float", "bool", "list", "dict"}
 
+
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer that is not 200.
 
@@ -24,32 +33,20 @@ class ApiError(Exception):
         headers: of the answer.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = headers or {}
+    status: int
+    message: str
+    _: KW_ONLY
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict[str, Any]:
         """The answer's content."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": _type_of(self.status),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        fields = {"message": self.message, "type": _type_of(self.status)}
+        return {"error": {**fields, "param": self.param, "code": self.code}}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -57,26 +54,46 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def as_api_error(error: TokenDanceError) -> ApiError:
-    """What a client is told of an error of the engine."""
-    if isinstance(error, InputError):
-        return bad_request(str(error), "messages")
-    if isinstance(error, BudgetError):
-        return bad_request(str(error), "max_tokens", "context_length_exceeded")
-    if isinstance(error, ConstraintError):
-        return bad_request(str(error), "response_format")
-    if isinstance(error, ConfigError):
-        return bad_request(str(error))
-    if isinstance(error, AbortedError):
-        return ApiError(503, str(error), headers={"Retry-After": "5"})
-    if isinstance(error, StoreError):
-        return ApiError(507, str(error), code="store_failed")
-    return ApiError(500, str(error), code="request_failed")
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of any error."""
+    text = str(error)
+    match error:
+        case ApiError():
+            return error
+        case InputError():
+            return bad_request(text, "messages")
+        case BudgetError():
+            return bad_request(text, "max_tokens", "context_length_exceeded")
+        case ConstraintError():
+            return bad_request(text, "response_format")
+        case ConfigError():
+            return bad_request(text)
+        case AbortedError():
+            return ApiError(503, text, headers={"Retry-After": "5"})
+        case StoreError():
+            return ApiError(507, text, code="store_failed")
+        case TokenDanceError():
+            return ApiError(500, text, code="request_failed")
+        case RequestValidationError():
+            first = error.errors()[0]
+            param = _field_name(first["loc"]) if first["type"] != "json_invalid" else None
+            return bad_request(f"{param or 'The body'}: {first['msg']}.", param)
+        case HTTPException():
+            headers = dict(error.headers or {})
+            return ApiError(error.status_code, str(error.detail), headers=headers)
+    # It is in the log with its traceback; the client learns no more than this.
+    return ApiError(500, "The server failed on this request.")
+
+
+def _field_name(location: Sequence[str | int]) -> str | None:
+    """The name of a field, from pydantic's location of an error.
+
+    Where a field may have one of several shapes, the location names the shape, too.
+    """
+    names = [str(name) for name in location if name != "body" and name not in _SHAPES]
+    return ".".join(name for name in names if re.fullmatch("[a-z_]+|[0-9]+", name)) or None
 
 
 def _type_of(status: int) -> str:
-    if status == 401:
-        return "authentication_error"
-    if status == 429:
-        return "rate_limit_error"
-    return "invalid_request_error" if status < 500 else "server_error"
+    types = {401: "authentication_error", 429: "rate_limit_error"}
+    return types.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -20,7 +20,7 @@ from tokendance.server.tool_calls import ToolFormat
 # Blanks where people put them, and nowhere else: a small model can write blanks for ever.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# What a tokenizer has to spell as we do.
+# A text to see whether llguidance reads a tokenizer as we do.
 _SAMPLE = '{"name": "a b", "list": [1, 2]}'
 
 
@@ -28,9 +28,9 @@ class Grammars:
     """Makes constraints for a model. Safe for several threads."""
 
     def __init__(self, model: LoadedModel) -> None:
-        """Prepare; the tokenizer is read when the first constraint is asked for (a second)."""
         self._model = model
         self._lock = threading.Lock()
+        # Reading it takes a second, so that is done for the first constraint.
         self._tokenizer: llguidance.LLTokenizer | None = None
 
     def json_schema(self, schema: Mapping[str, Any], param: str) -> "GrammarConstraint":
@@ -39,46 +39,47 @@ class Grammars:
         Raises:
             ApiError: for a schema that cannot be followed, naming the request's field `param`.
         """
+        text = json.dumps(schema)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides=_JSON
-            )
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
         except ValueError as error:
             raise bad_request(f"The schema cannot be followed: {error}", param) from error
         return self._constraint(grammar, param)
 
     def tool_calls(
         self,
-        tools: Sequence[Mapping[str, Any]],
-        written: ToolFormat,
+        functions: Sequence[Mapping[str, Any]],
+        tool_format: ToolFormat,
         *,
         required: bool,
         several: bool,
     ) -> "GrammarConstraint":
-        """Text that may call tools, or one or several calls and no other text.
+        """Text that may call functions, or one or several calls and no other text.
 
         Args:
-            tools: functions as OpenAI describes them: name and parameters.
-            written: how the model writes a call.
+            functions: as OpenAI describes them: name and parameters.
+            tool_format: how the model writes a call.
             required: whether there has to be a call, and nothing else.
-            several: whether there may be more than one.
+            several: whether there may be more than one, where one is required.
+
+        Raises:
+            ApiError: for parameters that cannot be followed.
         """
-        schemas = [_call_schema(tool, written.arguments) for tool in tools]
+        schemas = [_call_schema(function, tool_format.arguments) for function in functions]
         call = {"anyOf": schemas, "x-guidance": _JSON}
-        if written.begin and not required:
-            tag = llguidance.StructTag(
-                trigger=written.begin.strip(), begin=written.begin, grammar=call, end=written.end
-            )
+        begin, end = tool_format.begin, tool_format.end
+        if begin and not required:
+            tag = llguidance.StructTag(trigger=begin.strip(), begin=begin, grammar=call, end=end)
             grammar = llguidance.StructTag.to_grammar([tag], assume_special=False)
             return self._constraint(grammar, "tools")
         start = "call"
         if not required:
             start = "call | words |"  # without a mark, a call is known by its first character
-        elif several and written.begin:
+        elif several and begin:
             start = 'call ("\\n" call)*'
         lark = (
             f"%llguidance {{}}\nstart: {start}\n"
-            f"call: {_literal(written.begin)} json {_literal(written.end)}\n"
+            f"call: {_literal(begin)} json {_literal(end)}\n"
             f"json: %json {json.dumps(call)}\n"
             "words: /[^{](.|\\n)*/\n"
         )
@@ -90,23 +91,20 @@ class Grammars:
                 try:
                     self._tokenizer = _read_tokenizer(self._model)
                 except ValueError as error:
-                    raise bad_request(
-                        f"This model's answers cannot be constrained: {error}", param
-                    ) from error
+                    message = f"This model's answers cannot be constrained: {error}"
+                    raise bad_request(message, param) from error
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            reason = matcher.get_error().splitlines()[0]
-            raise bad_request(
-                f"What the answer shall look like cannot be followed: {reason}", param
-            )
-        return GrammarConstraint(matcher, self._model)
+        constraint = GrammarConstraint(matcher, self._model)
+        if (reason := constraint.failure()) is not None:
+            message = f"What the answer shall look like cannot be followed: {reason}"
+            raise bad_request(message, param)
+        return constraint
 
 
 class GrammarConstraint:
     """A grammar on its way through one answer; see `engine.constraint.Constraint`."""
 
     def __init__(self, matcher: "llguidance.LLMatcher", model: LoadedModel) -> None:
-        """Begin at the grammar's beginning."""
         self._matcher = matcher
         self._model = model
         self._only_end = np.ones(model.shape.vocab_size, np.bool_)
@@ -131,7 +129,7 @@ class GrammarConstraint:
             self._matcher.consume_token(token)
 
     def copy(self) -> "GrammarConstraint":
-        """Another one at the same place, for another answer."""
+        """The same state, for another answer."""
         return GrammarConstraint(self._matcher.deep_copy(), self._model)
 
     def restart(self) -> None:
@@ -140,12 +138,12 @@ class GrammarConstraint:
 
 
 def _read_tokenizer(model: LoadedModel) -> "llguidance.LLTokenizer":
-    """Hand a tokenizer to llguidance, which reads its JSON.
+    """Hand a model's tokenizer to llguidance, which reads its JSON.
 
     Raises:
         ValueError: if it cannot be read, or is read wrongly.
     """
-    tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread decodes with that one
+    tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread decodes with the original
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     # Tokenizers that were converted may decode in several steps, of which llguidance takes the
     # first for all: then a blank would be a letter to it.
@@ -153,29 +151,26 @@ def _read_tokenizer(model: LoadedModel) -> "llguidance.LLTokenizer":
     byte_level = [step for step in steps if step["type"] == "ByteLevel"]
     if byte_level:
         spec["decoder"] = byte_level[0]
-    read = llguidance.LLTokenizer(
+    converted = llguidance.LLTokenizer(
         json.dumps(spec),
         n_vocab=max(model.shape.vocab_size, len(tokenizer)),
         eos_token=sorted(model.stop_ids),
     )
     ids = tokenizer(_SAMPLE, add_special_tokens=False).input_ids
-    if read.decode_bytes(ids).decode(errors="replace").strip() != _SAMPLE:
+    if converted.decode_bytes(ids).decode(errors="replace").strip() != _SAMPLE:
         raise ValueError("its tokenizer is of a kind that is not known.")
-    return read
+    return converted
 
 
 def _literal(text: str) -> str:
-    """A text in a grammar; nothing if there is none of it."""
     return json.dumps(text) if text else ""
 
 
-def _call_schema(tool: Mapping[str, Any], arguments: str) -> dict[str, Any]:
+def _call_schema(function: Mapping[str, Any], arguments: str) -> dict[str, Any]:
+    parameters = function.get("parameters") or {"type": "object"}
     return {
         "type": "object",
-        "properties": {
-            "name": {"const": tool["name"]},
-            arguments: tool.get("parameters") or {"type": "object"},
-        },
+        "properties": {"name": {"const": function["name"]}, arguments: parameters},
         "required": ["name", arguments],
         "additionalProperties": False,
     }

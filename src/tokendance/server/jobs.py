@@ -1,8 +1,7 @@
 """A job: one answer that somebody waits for, and what happens to it."""
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tokendance.engine.request import Request
 from tokendance.executor.step import TokenLogprobs
@@ -13,35 +12,19 @@ from tokendance.server.kept_chats import KeptChat
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """Tokens that a job has said since the last event.
-
-    Attributes:
-        token_ids: one or more.
-        logprobs: of each, if asked for.
-    """
+    """One or more tokens generated since the last event; with log-probabilities if asked for."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A job is done, or has failed; nothing follows."""
-
-    output: Output
-
-
-Event = NewTokens | Done
+# The output comes last, when a job is done or has failed.
+Event = NewTokens | Output
 
 
 @dataclass(frozen=True, slots=True)
 class RoundKey:
-    """A round that clients have named.
-
-    Attributes:
-        tenant: whose.
-        name: as the client calls it.
-    """
+    """A round that a tenant's clients have named."""
 
     tenant: Salt
     name: str
@@ -53,14 +36,13 @@ class Job:
 
     Attributes:
         request: for the engine; its prompt may be cut into segments anew before it starts.
-        on_event: called with each event.
-        key: of the round that it belongs to, if a client named one.
+        on_event: called with each event, on the engine's thread.
+        key: of the round that it belongs to, if a client has named one.
         round_size: requests of that round, if the client says.
         marked: whether the client said which parts are shared.
-        session: whose KV is kept, if the client named one.
-        arrived_s: clock time.
-        num_sent: tokens of which it was told; the worker writes it.
-        alone: whether it started in a round of one; the worker writes it.
+        chat: whose KV is kept, if the client has named a session.
+        num_sent: tokens that `on_event` was called with; the dispatcher writes it.
+        is_alone: whether it started in a round of one; the dispatcher writes it.
     """
 
     request: Request
@@ -68,7 +50,6 @@ class Job:
     key: RoundKey | None = None
     round_size: int | None = None
     marked: bool = False
-    session: KeptChat | None = None
-    arrived_s: float = field(default_factory=time.perf_counter)
+    chat: KeptChat | None = None
     num_sent: int = 0
-    alone: bool = True
+    is_alone: bool = True

@@ -22,17 +22,10 @@ class KeptChat:
     """
 
     def __init__(self, key: SessionKey, salt: Salt, tier: DiskTier) -> None:
-        """Begin with nothing said.
-
-        Args:
-            key: under which it is stored.
-            salt: of its prompts.
-            tier: where it is stored.
-        """
         self.key = key
         self._salt = salt
         self._tier = tier
-        # By agent, who spoke last at the end: its last prompt, and that with the answer.
+        # By agent, the last to speak at the end: its last prompt, and that with the answer.
         self._spoken: dict[str, tuple[EncodedPrompt, SpokenCache]] = {}
 
     def restoring(self) -> Restoring | None:
@@ -43,15 +36,13 @@ class KeptChat:
     def note(self, request: Request) -> None:
         """Take what an agent has read and said, in a request without an error."""
         self._spoken.pop(request.agent, None)
-        self._spoken[request.agent] = (
-            request.prompt,
-            SpokenCache.of(request.prompt.token_ids, request.generated),
-        )
+        cache = SpokenCache.of(request.prompt.token_ids, request.generated)
+        self._spoken[request.agent] = (request.prompt, cache)
         if len(self._spoken) > _MAX_AGENTS:
             del self._spoken[next(iter(self._spoken))]
 
     def save(self) -> None:
-        """Make it durable as it is now; who has not spoken since the server began is kept, too.
+        """Make it durable as it is now, with agents that have not spoken since the server began.
 
         Raises:
             StoreError: if the disk cannot be written; what was durable before still is.

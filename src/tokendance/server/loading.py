@@ -21,6 +21,7 @@ log = logging.getLogger("tokendance.server")
 # Where all wait for the disk, and there is nothing to compute.
 _PAUSE_S = 0.002
 
+# Called when a session is loaded, with what was wrong.
 OnLoaded = Callable[[TokenDanceError | None], None]
 
 
@@ -39,22 +40,17 @@ class Durable(Protocol):
 
 
 @contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """Make an error of one session of whatever is raised.
-
-    Args:
-        what: could not be done to it, for the message.
-
-    Raises:
-        TokenDanceError: as it was raised; a StoreError in place of any other exception.
-    """
+def storage_errors(action: str) -> Iterator[None]:
+    """Where a session is "read" or "stored": raise a StoreError in place of unexpected errors."""
     try:
         yield
     except TokenDanceError:
         raise
     except Exception as error:
-        log.exception("a session could not be %s", what)
-        raise StoreError(f"The session could not be {what}. The server's log says why.") from error
+        log.exception("a session could not be %s", action)
+        raise StoreError(
+            f"The session could not be {action}. The server's log says why."
+        ) from error
 
 
 def try_to_save(session: Durable) -> TokenDanceError | None:
@@ -75,24 +71,22 @@ def _log_error(error: TokenDanceError | None) -> None:
 
 @dataclass(slots=True)
 class _Loading:
-    """A session that is being loaded.
-
-    Attributes:
-        steps: what is left to do.
-        waiting: called at its end, with what was wrong.
-        file: that was being read when it was last looked at.
-    """
+    """A session that is being loaded: the steps that are left, and the file that is being read."""
 
     steps: Restoring
-    waiting: list[OnLoaded]
+    on_loaded: list[OnLoaded]
     file: Future[Any] | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the next step has to wait for the file."""
+        return self.file is not None and not self.file.done()
 
 
 class Loader:
     """All sessions that are being loaded."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._loading: dict[SessionKey, _Loading] = {}
 
     def __contains__(self, session: Durable) -> bool:
@@ -102,15 +96,10 @@ class Loader:
         return bool(self._loading)
 
     def begin(self, session: Durable, on_loaded: OnLoaded = _log_error) -> None:
-        """Begin to load what memory lacks of a session's KV.
-
-        Args:
-            session: that has a key; if it is being loaded already, this waits with the others.
-            on_loaded: called at the end, with what was wrong.
-        """
+        """Begin to load what memory lacks of a session's KV; at the end `on_loaded` is called."""
         assert session.key is not None
         if session in self:
-            self._loading[session.key].waiting.append(on_loaded)
+            self._loading[session.key].on_loaded.append(on_loaded)
             return
         try:
             with storage_errors("read"):
@@ -126,13 +115,12 @@ class Loader:
     @property
     def pause_s(self) -> float:
         """How long nothing has to be done, if the engine has nothing to compute either."""
-        files = [loading.file for loading in self._loading.values()]
-        return _PAUSE_S if all(file is not None and not file.done() for file in files) else 0.0
+        return _PAUSE_S if all(loading.is_waiting for loading in self._loading.values()) else 0.0
 
     def go_on(self) -> None:
         """Do a step for each session whose file is there."""
         for key, loading in list(self._loading.items()):
-            if loading.file is not None and not loading.file.done():
+            if loading.is_waiting:
                 continue
             try:
                 with storage_errors("read"):
@@ -151,5 +139,5 @@ class Loader:
             self._end(key, AbortedError("The engine has stopped."))
 
     def _end(self, key: SessionKey, error: TokenDanceError | None) -> None:
-        for on_loaded in self._loading.pop(key).waiting:
+        for on_loaded in self._loading.pop(key).on_loaded:
             on_loaded(error)

@@ -27,9 +27,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Write one record."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         document = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -58,7 +58,6 @@ class RequestLog:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        """Stand before an application."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,8 +65,9 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(_ID_HEADER, b"").decode("latin-1")
-        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else _new_id()
+        request_id = dict(scope["headers"]).get(_ID_HEADER, b"").decode("latin-1")
+        if not re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII):
+            request_id = f"req-{secrets.token_hex(12)}"
         state: dict[str, Any] = scope.setdefault("state", {})
         started_s = time.perf_counter()
         status = 499  # where nothing was sent, the client has gone
@@ -76,10 +76,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (_ID_HEADER, request_id.encode()),
-                ]
+                id_header = (_ID_HEADER, request_id.encode())
+                message["headers"] = [*message.get("headers", ()), id_header]
             await send(message)
 
         try:
@@ -98,12 +96,8 @@ class RequestLog:
             log.log(level, text, extra={"figures": figures})
 
 
-def _new_id() -> str:
-    return f"req-{secrets.token_hex(12)}"
-
-
 def _token_figures(state: dict[str, Any]) -> dict[str, Any]:
-    """What the routes have noted: `tenant`, and `jobs` once the request was handed in."""
+    """Of what the routes have put down: `tenant`, and `jobs` once the request was handed in."""
     figures: dict[str, Any] = {}
     if state.get("tenant"):
         figures["tenant"] = state["tenant"][:_TENANT_DIGITS]

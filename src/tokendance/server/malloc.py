@@ -1,4 +1,4 @@
-"""What a process that serves for weeks does about its memory."""
+"""How the memory of a process stays flat that serves for weeks."""
 
 import ctypes
 import gc
@@ -22,13 +22,13 @@ def limit_arenas() -> None:
     """Have all threads take memory from a few arenas; to be called before any are started.
 
     Otherwise glibc's malloc makes up to eight for each core, and each keeps megabytes of the
-    largest request that its threads have read: the process grows for as long as it takes until all
-    have met one (docs/log.md). Python's lock lets hardly two threads allocate at once anyway.
-    What the environment says of arenas goes first. Where malloc is another, nothing happens.
+    largest request that its threads have read: the process grows until all have met one
+    (docs/log.md). Python's lock lets hardly two threads allocate at once anyway. What the
+    environment says of arenas goes first. With another malloc than glibc's nothing happens.
     """
-    is_told = "MALLOC_ARENA_MAX" in os.environ or _TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
-    mallopt = _function_of_libc("mallopt")
-    if mallopt is not None and not is_told:
+    is_set = "MALLOC_ARENA_MAX" in os.environ or _TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
+    mallopt = _glibc_function("mallopt")
+    if mallopt is not None and not is_set:
         mallopt(_M_ARENA_MAX, _ARENAS)
 
 
@@ -36,13 +36,13 @@ async def give_back_memory(every_s: float = _GIVE_BACK_S) -> None:
     """Return free memory to the system again and again, until cancelled.
 
     By itself glibc's malloc returns what is free at the end of an arena, and not what lies before a
-    piece that is remembered for long. Where malloc is another, nothing happens.
+    block that stays for long. With another malloc nothing happens.
 
     Args:
-        every_s: seconds between. Each time takes some 10 ms, more where more is free; who allocates
-            in the same arena waits so long.
+        every_s: seconds between. Each time takes some 10 ms, more where more is free, in which
+            nobody else can allocate in the same arena.
     """
-    trim = _function_of_libc("malloc_trim")
+    trim = _glibc_function("malloc_trim")
     while trim is not None:
         await anyio.sleep(every_s)
         try:
@@ -51,18 +51,18 @@ async def give_back_memory(every_s: float = _GIVE_BACK_S) -> None:
             log.warning("free memory could not be given back: %s", error)
 
 
-def _function_of_libc(name: str) -> Callable[..., int] | None:
+def _glibc_function(name: str) -> Callable[..., int] | None:
     """A function that glibc has beyond the standard; None on macOS, with musl, on Windows."""
     try:
-        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):
         return None
-    return found
+    return function
 
 
 @contextmanager
 def objects_frozen() -> Iterator[None]:
-    """Exempt what is there from garbage collection; to be entered when all is loaded.
+    """Exempt all objects from garbage collection; to be entered when everything is loaded.
 
     Libraries leave some hundred thousand objects that stay for good. A full collection looks at
     each of them, for 0.2 s, in the middle of somebody's round.

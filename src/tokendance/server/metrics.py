@@ -1,6 +1,7 @@
 """What Prometheus reads at /metrics. Labels are few and never hold what clients send."""
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,78 +19,60 @@ class Metrics:
     """Counters and histograms of one server, which observes its engine."""
 
     def __init__(self, llm: LLM) -> None:
-        """Describe an engine."""
         self._registry = CollectorRegistry()
         self._mode = llm.engine.options.reuse
-
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"tokendance_{name}", text, registry=self._registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(
-                f"tokendance_{name}", text, ["reuse"], buckets=buckets, registry=self._registry
-            )
-
-        self._agents = Histogram(
-            "tokendance_round_agents",
-            "Requests that started together.",
-            buckets=_AGENTS,
-            registry=self._registry,
-        )
+        counter = partial(Counter, namespace="tokendance", registry=self._registry)
+        histogram = partial(Histogram, namespace="tokendance", registry=self._registry)
+        self._agents = histogram("round_agents", "Requests that started together.", buckets=_AGENTS)
         self._prompt = counter("prompt_tokens", "Prompt tokens of requests that were answered.")
         self._computed = counter("computed_tokens", "Of these, computed.")
         self._reused = counter("reused_tokens", "Of these, not computed: their KV was there.")
         self._corrected = counter("corrected_tokens", "Of the computed, shared and corrected.")
         self._generated = counter("generated_tokens", "Tokens of answers.")
-        self._requests = Counter(
-            "tokendance_requests",
-            "Requests by how they ended.",
-            ["reason"],
-            registry=self._registry,
+        self._requests = counter("requests", "Requests by how they ended.", ["reason"])
+        self._first_token = histogram(
+            "first_token_seconds", "To the first token.", ["reuse"], buckets=_SECONDS
         )
-        self._first_token = histogram("first_token_seconds", "To the first token.", _SECONDS)
         self._per_token = histogram(
-            "inter_token_seconds", "Between tokens of an answer, on average.", _SECONDS
+            "inter_token_seconds",
+            "Between tokens of an answer, on average.",
+            ["reuse"],
+            buckets=_SECONDS,
         )
-        engine, page_bytes = llm.engine, llm.engine.page_bytes
-        self._gauge("running_requests", "Being computed.", lambda: engine.status().num_running)
-        self._gauge("waiting_requests", "In the queue.", lambda: engine.status().num_waiting)
+        status, page_bytes = llm.engine.status, llm.engine.page_bytes
+        self._gauge("running_requests", "Being computed.", lambda: status().num_running)
+        self._gauge("waiting_requests", "In the queue.", lambda: status().num_waiting)
         self._gauge(
             "kv_bytes_resident",
             "KV that running requests hold, room for their answers included.",
-            lambda: engine.status().resident_pages * page_bytes,
+            lambda: status().resident_pages * page_bytes,
         )
         self._gauge(
             "kv_bytes_stored",
             "KV that can be found again; what running requests hold of it is resident, too.",
-            lambda: engine.status().stored_pages * page_bytes,
+            lambda: status().stored_pages * page_bytes,
         )
         self._gauge(
-            "kv_bytes_budget",
-            "Most KV that there can be.",
-            lambda: engine.status().num_pages * page_bytes,
+            "kv_bytes_budget", "Most KV that there can be.", lambda: status().num_pages * page_bytes
         )
         self._gauge(
             "kv_bytes_on_disk",
             "KV in the store's files.",
-            lambda: llm.tiers.bytes_on_disk if llm.tiers is not None else 0,
+            lambda: llm.tier.bytes_on_disk if llm.tier is not None else 0,
         )
-        self._shadow_kl = Histogram(
-            "tokendance_shadow_kl_nats",
+        self._shadow_kl = histogram(
+            "shadow_kl_nats",
             "Mirrors computed again exactly: KL divergence of their answers, a token.",
             buckets=_NATS,
-            registry=self._registry,
         )
-        self._shadow_top1 = Histogram(
-            "tokendance_shadow_top1",
+        self._shadow_top1 = histogram(
+            "shadow_top1",
             "Mirrors computed again exactly: share of tokens that both put first.",
             buckets=_SHARES,
-            registry=self._registry,
         )
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        gauge = Gauge(f"tokendance_{name}", text, registry=self._registry)
-        gauge.set_function(read)
+        Gauge(f"tokendance_{name}", text, registry=self._registry).set_function(read)
 
     def note_shadow(self, report: ShadowReport) -> None:
         """Count a mirror that was computed again."""
@@ -124,5 +107,5 @@ class Metrics:
             self._per_token.labels(mode).observe(between)
 
     def text(self) -> bytes:
-        """Write all of it in Prometheus' format."""
+        """All of it in Prometheus' format."""
         return generate_latest(self._registry)

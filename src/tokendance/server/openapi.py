@@ -16,24 +16,9 @@ _ERRORS = {
     503: "The server stops, or its engine has failed.",
     507: "The store cannot be read.",
 }
-_WITH_BODY = (400, 404, 408, 413, 429, 503)
-_TEXT_OR_NONE = {"type": ["string", "null"]}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _TEXT_OR_NONE,
-                "code": _TEXT_OR_NONE,
-            },
-        }
-    },
-}
+_ERRORS_OF_BODIES = {400, 404, 408, 413, 429, 503}
+_TEXT, _TEXT_OR_NONE = {"type": "string"}, {"type": ["string", "null"]}
+_FIELDS = {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NONE, "code": _TEXT_OR_NONE}
 _RETRY_AFTER = {
     "Retry-After": {
         "required": True,
@@ -56,8 +41,8 @@ class DocumentedAPI(FastAPI):
         document = super().openapi()
         components = document.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
-        schemas["Error"] = _ERROR
-        # What FastAPI says of bodies that do not fit is not what is answered here.
+        schemas["Error"] = _object({"error": _object(_FIELDS)})
+        # FastAPI describes answers of its own to bodies that do not fit, which are not given here.
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         open_paths = self.state.context.keys.open_paths
@@ -65,16 +50,20 @@ class DocumentedAPI(FastAPI):
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():
             for operation in operations.values():
-                responses = operation["responses"]
-                responses.pop("422", None)
-                statuses = list(_WITH_BODY) if "requestBody" in operation else []
-                statuses += [404] if "{" in path else []
-                statuses += [409, 507] if path == "/v1/rounds" else []
+                operation["responses"].pop("422", None)
+                statuses = set(_ERRORS_OF_BODIES if "requestBody" in operation else ())
+                statuses |= {404} if "{" in path else set()
+                statuses |= {409, 507} if path == "/v1/rounds" else set()
                 if open_paths is not None and path not in open_paths:
                     operation["security"] = [{"key": []}]
-                    statuses.append(401)
-                responses.update({str(status): _error(status) for status in sorted(statuses)})
+                    statuses.add(401)
+                errors = {str(status): _error(status) for status in sorted(statuses)}
+                operation["responses"].update(errors)
         return document
+
+
+def _object(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(fields), "properties": fields}
 
 
 def _error(status: int) -> dict[str, Any]:

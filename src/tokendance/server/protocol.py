@@ -1,4 +1,4 @@
-"""What clients send, in OpenAI's shapes.
+"""What clients send, in OpenAI's shapes, and how it says that answers are chosen.
 
 Fields that mean nothing to a local model are taken and have no effect; those that would change
 the answer and are not supported are refused by name (`refuse_unsupported`); unknown ones, too.
@@ -9,27 +9,32 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from tokendance.params import SamplingParams
 from tokendance.server.errors import bad_request
+from tokendance.server.settings import ServerSettings
 
-# All that is wrong with a body is listed before the first of it is told, so there has to be an end
-# to it: lists fail at their first mistake, and documents have not more fields than this.
+# Pydantic lists all mistakes of a body, of which the client is told the first. So that there are
+# never a million, lists fail at their first mistake, and documents have no more fields than this.
 _MAX_FIELDS = 256
-_MAX_BLOCKS = 4096
-_MAX_BIASES = 1024
 
 
-def _check_size(given: Any, limit: int) -> Any:
-    if isinstance(given, dict) and len(given) > limit:
-        raise PydanticCustomError(
-            "too_many_fields",
-            "It has {count} fields, and at most {limit} are taken",
-            {"count": len(given), "limit": limit},
-        )
-    return given
+def _check_size(value: Any, limit: int) -> Any:
+    if isinstance(value, dict) and len(value) > limit:
+        message = f"It has {len(value)} fields, and at most {limit} are taken"
+        raise PydanticCustomError("too_many_fields", message)
+    return value
 
 
 def _at_most(limit: int) -> BeforeValidator:
-    return BeforeValidator(lambda given: _check_size(given, limit))
+    return BeforeValidator(lambda value: _check_size(value, limit))
+
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Speaker = Annotated[str, Field(max_length=256)]
+TokenList = Annotated[list[int], Field(fail_fast=True)]
+MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
+Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
+Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
 
 
 class _Body(BaseModel):
@@ -37,8 +42,8 @@ class _Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_fields(cls, given: Any) -> Any:
-        return _check_size(given, _MAX_FIELDS)
+    def _check_fields(cls, body: Any) -> Any:
+        return _check_size(body, _MAX_FIELDS)
 
 
 class TextPart(BaseModel):
@@ -64,21 +69,17 @@ class ToolCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message of a conversation."""
+    """One message of a conversation; other fields are ignored: servers put many into answers."""
 
-    model_config = ConfigDict(extra="ignore")  # clients send back what other servers gave them
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: MessageRole
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None = None
-    name: Annotated[str, Field(max_length=256)] | None = None
+    name: Speaker | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=1024)] | None = None
     tool_call_id: str | None = None
 
 
 class FunctionSpec(BaseModel):
     """A function that a model may call."""
-
-    model_config = ConfigDict(extra="ignore")
 
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
@@ -109,8 +110,6 @@ class NamedTool(BaseModel):
 class JsonSchema(BaseModel):
     """A schema for an answer."""
 
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
-
     name: str = ""
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -126,8 +125,6 @@ class ResponseFormat(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream holds."""
 
-    model_config = ConfigDict(extra="ignore")
-
     include_usage: bool | None = None
 
 
@@ -141,14 +138,14 @@ class RoundField(_Body):
         session: its KV is kept on disk after each round, where the server has a store.
     """
 
-    id: Annotated[str, Field(min_length=1, max_length=256)]
+    id: Name
     size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    agent: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    agent: Name | None = None
+    session: Name | None = None
 
 
 class Sampling(_Body):
-    """What requests of both kinds say of how tokens are chosen."""
+    """What requests of all kinds say of how tokens are chosen."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -160,9 +157,7 @@ class Sampling(_Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: (
-        Annotated[dict[str, float], Field(max_length=_MAX_BIASES), _at_most(_MAX_BIASES)] | None
-    ) = None
+    logit_bias: Biases | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
@@ -203,12 +198,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | Annotated[list[int], Field(fail_fast=True)]
+        | TokenList
         | Annotated[list[str], Field(fail_fast=True, max_length=1024)]
-        | Annotated[
-            list[Annotated[list[int], Field(fail_fast=True)]],
-            Field(fail_fast=True, max_length=1024),
-        ]
+        | Annotated[list[TokenList], Field(fail_fast=True, max_length=1024)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -230,18 +222,15 @@ class SharedText(_Body):
     text: str
 
 
+RoundPart = BlockRef | SharedText | TextPart
+
+
 class RoundMessage(BaseModel):
     """A message of an agent; its parts may be blocks of the round."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: (
-        str
-        | Annotated[list[BlockRef | SharedText | TextPart], Field(fail_fast=True, max_length=4096)]
-        | None
-    ) = None
-    name: Annotated[str, Field(max_length=256)] | None = None
+    role: MessageRole
+    content: str | Annotated[list[RoundPart], Field(fail_fast=True, max_length=4096)] | None = None
+    name: Speaker | None = None
 
 
 class RoundAgent(Sampling):
@@ -254,7 +243,7 @@ class RoundAgent(Sampling):
         task: what it is asked, in a session.
     """
 
-    agent: Annotated[str, Field(min_length=1, max_length=256)]
+    agent: Name
     model: str = ""
     system: str | None = None
     task: str | None = None
@@ -262,11 +251,7 @@ class RoundAgent(Sampling):
         Annotated[list[RoundMessage], Field(fail_fast=True, min_length=1, max_length=4096)] | None
     ) = None
     segments: (
-        Annotated[
-            list[BlockRef | SharedText | TextPart],
-            Field(fail_fast=True, min_length=1, max_length=4096),
-        ]
-        | None
+        Annotated[list[RoundPart], Field(fail_fast=True, min_length=1, max_length=4096)] | None
     ) = None
 
 
@@ -284,9 +269,9 @@ class RoundRequest(_Body):
 
     model: str
     agents: Annotated[list[RoundAgent], Field(fail_fast=True, min_length=1, max_length=512)]
-    blocks: Annotated[dict[str, str], Field(max_length=_MAX_BLOCKS), _at_most(_MAX_BLOCKS)] = {}
+    blocks: Blocks = {}
     stream: bool | None = None
-    session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    session: Name | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -302,10 +287,9 @@ def refuse_unsupported(body: Sampling) -> None:
     if isinstance(body, CompletionRequest):
         if body.logprobs is not None and body.stream:
             raise bad_request("logprobs with stream is not supported here.", "logprobs")
-        if body.echo:
-            raise bad_request("echo is not supported. Leave it out.", "echo")
-        if body.suffix:
-            raise bad_request("suffix is not supported. Leave it out.", "suffix")
+        for name in ("echo", "suffix"):
+            if getattr(body, name):
+                raise bad_request(f"{name} is not supported. Leave it out.", name)
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is not supported. Use n.", "best_of")
     if isinstance(body, ChatRequest):
@@ -318,3 +302,50 @@ def refuse_unsupported(body: Sampling) -> None:
                 "tool_choice to 'none'.",
                 "response_format",
             )
+
+
+def sampling_params(
+    body: Sampling, settings: ServerSettings, vocab_size: int, choice: int = 0
+) -> SamplingParams:
+    """How an answer is chosen; OpenAI's defaults where the client says nothing.
+
+    Args:
+        body: of the request, or of one agent.
+        settings: of the server.
+        vocab_size: of the model.
+        choice: which of the `n` answers.
+
+    Raises:
+        ApiError: naming the field.
+    """
+    max_tokens, top_logprobs = body.max_tokens, None
+    if isinstance(body, ChatRequest):
+        max_tokens = body.max_completion_tokens or max_tokens
+        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    elif isinstance(body, CompletionRequest):
+        top_logprobs = body.logprobs
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if any(not text for text in stop):
+        raise bad_request("A stop text is empty.", "stop")
+    return SamplingParams(
+        max_tokens=max_tokens or settings.default_max_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        seed=None if body.seed is None else (body.seed + choice) % 2**63,
+        stop=stop,
+        ignore_eos=bool(body.ignore_eos),
+        top_logprobs=top_logprobs,
+        logit_bias=_logit_bias(body, vocab_size),
+    )
+
+
+def _logit_bias(body: Sampling, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    biases: list[tuple[int, float]] = []
+    for key, bias in (body.logit_bias or {}).items():
+        if not key.isdecimal() or len(key) > 9 or int(key) >= vocab_size:
+            raise bad_request(f"logit_bias names {key[:20]!r}, no token id.", "logit_bias")
+        if not -100 <= bias <= 100:
+            raise bad_request("A logit_bias lies between -100 and 100.", "logit_bias")
+        biases.append((int(key), bias))
+    return tuple(biases)

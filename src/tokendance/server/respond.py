@@ -1,16 +1,17 @@
-"""From a request to its answer, at once or as a stream.
+"""One request to an endpoint: from its body to its answer, at once or as a stream.
 
-request -> admitted -> read (a thread) -> jobs -> worker -> events -> answer
+admitted -> read (on a thread) -> jobs -> the engine's thread -> events -> answer
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -18,52 +19,133 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from tokendance.disk.records import SessionKey
+from tokendance.errors import TokenDanceError
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
-from tokendance.params import SamplingParams
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.answers import Delta, Listener, deltas, taken_back
-from tokendance.server.chat import sampling_params
+from tokendance.server.answers import Delta, Listener
 from tokendance.server.context import ServerContext
-from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.grammar import GrammarConstraint
 from tokendance.server.jobs import Job, RoundKey
-from tokendance.server.protocol import CompletionRequest, Sampling, refuse_unsupported
+from tokendance.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    RoundRequest,
+    Sampling,
+    refuse_unsupported,
+    sampling_params,
+)
 from tokendance.server.responses import CachedTokens, FinishReason, Usage, dump
 from tokendance.store.entries import RoundId
 
 Result = TypeVar("Result")
-Body = TypeVar("Body", bound=Sampling)
+Body = TypeVar("Body", ChatRequest, CompletionRequest, RoundRequest)
+PromptBody = TypeVar("PromptBody", ChatRequest, CompletionRequest)
 
-_NO_ROUND = RoundId(-1)  # until the worker has found the round
+_NO_ROUND = RoundId(-1)  # until the dispatcher has found the round
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request that was read: prompts, and how each of its answers is chosen.
+class Endpoint(ABC, Generic[Body]):
+    """One request to an endpoint: how it is read and run, and what its answers look like.
 
     Attributes:
-        prompts: each has as many answers as there are `params`.
-        params: of an answer.
-        constraints: likewise.
-        key: of the round that the client names.
-        round_size: requests of that round, if the client says.
-        agent: who asks.
-        marked: see `Job`.
-        session: whose KV is kept, if the client names one.
-        field: of the body that has the prompts.
+        id_prefix: begins the id of its answer.
+        prompt_field: of the body, named where a prompt cannot be run.
+        num_agents: see `Admission.admitted`.
+        jobs: by the index of the answer that each gives; `read` fills them in.
+        listener: hears the jobs' events; there once `read_on_thread` is called.
     """
 
-    prompts: list[EncodedPrompt]
-    params: list[SamplingParams]
-    constraints: list[GrammarConstraint | None]
-    key: RoundKey | None
-    round_size: int | None
-    agent: str
-    marked: bool
-    session: SessionKey | None
-    field: str
+    id_prefix: str
+    prompt_field = "messages"
+    num_agents = 1
+    listener: Listener
+
+    def __init__(self, context: ServerContext, tenant: str, body: Body) -> None:
+        """Take a tenant's request; an ApiError says that it cannot be answered."""
+        context.check_model(body.model)
+        self.context = context
+        self.tenant = tenant
+        self.body: Body = body
+        self.encoder = context.encoder(tenant)
+        self.head = context.head(self.id_prefix)
+        self.jobs: dict[int, Job] = {}
+
+    @abstractmethod
+    def read(self) -> None:
+        """Make jobs of the body, on a thread of the tenant's; an ApiError says what is wrong."""
+
+    @abstractmethod
+    async def begin(self, stack: AsyncExitStack) -> None:
+        """Have the body read, and hand the jobs in; `stack` is closed when the answer was sent."""
+
+    @abstractmethod
+    async def whole(self) -> BaseModel:
+        """Wait for all answers; the document that has them."""
+
+    @abstractmethod
+    def documents(self) -> AsyncIterator[dict[str, Any]]:
+        """The events of a stream, as the answers grow."""
+
+    async def events(self) -> AsyncIterator[str]:
+        """`documents` as server-sent events; an error ends them with an event of its own."""
+        try:
+            async for document in self.documents():
+                yield _event(document)
+        except (ApiError, TokenDanceError) as error:
+            yield _event(as_api_error(error).body())
+        else:
+            yield "data: [DONE]\n\n"
+
+    async def read_on_thread(self) -> list[Job]:
+        """Call `read`, and return the jobs that it has made."""
+        self.listener = Listener()
+        await self.context.in_thread(self.tenant, self.read)
+        return list(self.jobs.values())
+
+    def add_jobs(
+        self,
+        body: Sampling,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        first: int = 0,
+        constraint: GrammarConstraint | None = None,
+        marked: bool = False,
+    ) -> None:
+        """Add a job for each answer to each prompt.
+
+        Args:
+            body: of the request, or of an agent of a round.
+            prompts: that it has.
+            first: index of the first answer; the others follow.
+            constraint: of each answer.
+            marked: see `Job`.
+
+        Raises:
+            ApiError: for what is not supported, and for a prompt that cannot be run.
+        """
+        refuse_unsupported(body)
+        llm, settings = self.context.llm, self.context.settings
+        vocab_size = llm.model.shape.vocab_size
+        choices = [
+            sampling_params(body, settings, vocab_size, choice) for choice in range(body.n or 1)
+        ]
+        agent, key, size, session = "the client", None, None, None
+        if body.round is not None:
+            salt = prompts[0].salt
+            agent = body.round.agent or agent
+            key, size = RoundKey(salt, body.round.id), body.round.size
+            if body.round.session is not None:
+                session = SessionKey(f"chat/{salt.hex()}", body.round.session)
+        for index, (prompt, params) in enumerate(itertools.product(prompts, choices), first):
+            request = llm.request_of(prompt, params, agent, _NO_ROUND)
+            if request.error is not None:
+                message = str(request.error)
+                raise bad_request(message, self.prompt_field, "context_length_exceeded")
+            request.constraint = constraint.copy() if constraint is not None else None
+            request.session = session
+            self.jobs[index] = Job(request, self.listener.of(index), key, size, marked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,51 +153,14 @@ class Answer:
     """One of the answers to a request, with log-probabilities of its tokens if asked for."""
 
     output: Output
-    logprobs: list[TokenLogprobs]
+    logprobs: Sequence[TokenLogprobs]
 
 
-class Endpoint(ABC, Generic[Body]):
-    """One request to an endpoint: how it is read, and what its answers look like.
-
-    Attributes:
-        kind: begins the ids of its answers.
-        context: of the server.
-        tenant: who asks.
-        body: of the request.
-        encoder: of the tenant's prompts.
-        head: what all its documents begin with.
-    """
-
-    kind: ClassVar[str]
-
-    def __init__(self, context: ServerContext, tenant: str, body: Body) -> None:
-        """Take a request.
-
-        Args:
-            context: of the server.
-            tenant: who asks.
-            body: of the request.
-
-        Raises:
-            ApiError: if it asks for another model.
-        """
-        context.check_model(body.model)
-        self.context = context
-        self.tenant = tenant
-        self.body = body
-        self.encoder = context.encoder(tenant)
-        self.head = context.head(self.kind)
+class PromptEndpoint(Endpoint[PromptBody]):
+    """Answers to prompts of one request, which begins together with others of its round."""
 
     @abstractmethod
-    def read(self) -> Ask:
-        """Read the body; called on a thread of the tenant's.
-
-        Raises:
-            ApiError: for what cannot be answered.
-        """
-
-    @abstractmethod
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
+    def document(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         """The document that has all answers."""
 
     @abstractmethod
@@ -126,177 +171,87 @@ class Endpoint(ABC, Generic[Body]):
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The last event of a stream, for clients who ask for the usage."""
 
+    def check_choices(self, num_prompts: int) -> None:
+        """Raise ApiError for more answers than one request may have."""
+        choices, most = self.body.n or 1, self.context.settings.max_choices
+        if choices * num_prompts > most:
+            raise bad_request(
+                f"{num_prompts} prompts with n = {choices} are more than the {most} answers that "
+                "one request may have.",
+                "n",
+            )
 
-# ---- from a body to jobs -------------------------------------------------------------------------
+    async def begin(self, stack: AsyncExitStack) -> None:
+        """Have the body read, while others of its round wait for it, and hand the jobs in."""
+        del stack
+        engine_thread = self.context.engine_thread
+        engine_thread.announce()
+        try:
+            jobs = await self.read_on_thread()
+            request = jobs[0].request
+            if request.session is not None:
+                salt = request.prompt.salt
+                chat = self.context.sessions.chat(self.tenant, request.session, salt)
+                for job in jobs:
+                    job.chat = chat
+        except BaseException:
+            engine_thread.withdraw()
+            raise
+        engine_thread.submit(jobs)
 
+    async def whole(self) -> BaseModel:
+        """Wait for all answers; the first error is raised."""
+        outputs: dict[int, Output] = {}
+        async for index, output in self.listener.outputs(len(self.jobs)):
+            if output.error is not None:
+                raise output.error
+            outputs[index] = output
+        answers = [
+            Answer(outputs[index], job.request.logprobs[: len(outputs[index].token_ids)])
+            for index, job in self.jobs.items()
+        ]
+        return self.document(answers, self._usage(outputs))
 
-def read_ask(
-    context: ServerContext,
-    body: Sampling,
-    prompts: list[EncodedPrompt],
-    constraint: GrammarConstraint | None = None,
-    *,
-    marked: bool = False,
-) -> Ask:
-    """Read what requests of all kinds have.
+    async def documents(self) -> AsyncIterator[dict[str, Any]]:
+        """What is new of the answers, and at last the usage if the client asks for it."""
+        outputs: dict[int, Output] = {}
+        async for delta in self.listener.deltas(self.jobs, self.context.llm.model.tokenizer):
+            if delta.output is not None:
+                if delta.output.error is not None:
+                    raise delta.output.error
+                outputs[delta.index] = delta.output
+            for chunk in self.chunks(delta):
+                yield dump(chunk)
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            yield dump(self.usage_chunk(self._usage(outputs)))
 
-    Args:
-        context: of the server.
-        body: of the request.
-        prompts: that were read of it.
-        constraint: of each answer.
-        marked: see `Job`.
-
-    Raises:
-        ApiError: for what is not supported.
-    """
-    refuse_unsupported(body)
-    choices = check_choices(context, body, len(prompts))
-    size = context.llm.model.shape.vocab_size
-    params = [sampling_params(body, context.settings, size, choice) for choice in range(choices)]
-    key, round_size, agent, session = None, None, None, None
-    if body.round is not None:
-        salt = prompts[0].salt
-        key = RoundKey(salt, body.round.id)
-        round_size, agent = body.round.size, body.round.agent
-        if body.round.session is not None:
-            session = SessionKey(f"chat/{salt.hex()}", body.round.session)
-    return Ask(
-        prompts,
-        params,
-        [None if constraint is None else constraint.copy() for _ in params],
-        key,
-        round_size,
-        agent or "the client",
-        marked,
-        session,
-        "prompt" if isinstance(body, CompletionRequest) else "messages",
-    )
-
-
-def check_choices(context: ServerContext, body: Sampling, num_prompts: int) -> int:
-    """How many answers each prompt of a request shall have.
-
-    Raises:
-        ApiError: if those are too many for one request.
-    """
-    choices = body.n or 1
-    if choices * num_prompts > context.settings.max_choices:
-        raise bad_request(
-            f"{num_prompts} prompts with n = {choices} are more than the "
-            f"{context.settings.max_choices} answers that one request may have.",
-            "n",
-        )
-    return choices
-
-
-def make_jobs(context: ServerContext, ask: Ask, listener: Listener, first: int = 0) -> list[Job]:
-    """Make a job for each choice of each prompt.
-
-    Args:
-        context: of the server.
-        ask: what was asked.
-        listener: that is told of their events.
-        first: number of the first of them; the others follow.
-
-    Raises:
-        ApiError: for a prompt that cannot be run.
-    """
-    jobs: list[Job] = []
-    for prompt in ask.prompts:
-        for params, constraint in zip(ask.params, ask.constraints, strict=True):
-            request = context.llm.request_of(prompt, params, ask.agent, _NO_ROUND)
-            if request.error is not None:
-                raise bad_request(str(request.error), ask.field, "context_length_exceeded")
-            request.constraint = constraint
-            request.session = ask.session
-            on_event = listener.of(first + len(jobs))
-            jobs.append(Job(request, on_event, ask.key, ask.round_size, ask.marked))
-    return jobs
-
-
-async def begin(
-    context: ServerContext, tenant: str, read: Callable[[], Ask]
-) -> tuple[list[Job], Listener]:
-    """Read a request on another thread, while others of its round wait for it, and hand it in."""
-    context.worker.arrive()
-    listener = Listener()
-    try:
-        ask = await context.in_thread(tenant, read)
-        jobs = make_jobs(context, ask, listener)
-        if ask.session is not None:
-            chat = context.sessions.chat(tenant, ask.session, ask.prompts[0].salt)
-            for job in jobs:
-                job.session = chat
-    except BaseException:
-        context.worker.withdraw()
-        raise
-    context.worker.submit(jobs, announced=True)
-    return jobs, listener
-
-
-# ---- from jobs to an answer ----------------------------------------------------------------------
+    def _usage(self, outputs: dict[int, Output]) -> Usage:
+        return usage_of([outputs[index] for index in self.jobs], self.body.n or 1)
 
 
 async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
     """Answer a request, of HTTP, at once or as a stream."""
-    context, body = endpoint.context, endpoint.body
+    context = endpoint.context
     async with AsyncExitStack() as stack:
-        stack.enter_context(context.admission.admitted(endpoint.tenant))
-        jobs, listener = await begin(context, endpoint.tenant, endpoint.read)
-        request.state.jobs = jobs
-        if body.stream:
-            events = _events(endpoint, jobs, listener)
-            return ReleasingStream(events, context.worker, jobs, stack.pop_all())
-        with taken_back(context.worker, jobs):
-            answers = await unless_gone(request, _collect(context, jobs, listener))
-        usage = usage_of([answer.output for answer in answers], body.n or 1)
-        return JSONResponse(dump(endpoint.whole(answers, usage)))
+        stack.enter_context(context.admission.admitted(endpoint.tenant, endpoint.num_agents))
+        await endpoint.begin(stack)
+        jobs = request.state.jobs = list(endpoint.jobs.values())
+        # Nothing happens to jobs that are done; the others have nobody left who waits for them.
+        stack.callback(context.engine_thread.cancel, jobs)
+        if endpoint.body.stream:
+            return ReleasingStream(endpoint.events(), stack.pop_all())
+        return JSONResponse(dump(await _unless_gone(request, endpoint.whole())))
 
 
-async def _collect(context: ServerContext, jobs: Sequence[Job], listener: Listener) -> list[Answer]:
-    """Wait for all answers.
-
-    Raises:
-        ApiError: if one could not be given.
-    """
-    outputs: dict[int, Output] = {}
-    logprobs: list[list[TokenLogprobs]] = [[] for _ in jobs]
-    numbered = dict(enumerate(jobs))
-    async for delta in deltas(listener, numbered, context.llm.model.tokenizer, spelt=False):
-        logprobs[delta.index] += delta.logprobs
-        if delta.output is not None:
-            if delta.output.error is not None:
-                raise as_api_error(delta.output.error)
-            outputs[delta.index] = delta.output
-    return [Answer(outputs[index], logprobs[index]) for index in range(len(jobs))]
-
-
-async def _events(
-    endpoint: Endpoint[Body], jobs: Sequence[Job], listener: Listener
-) -> AsyncIterator[str]:
-    """Events as the answers grow; an error ends the stream with an event of its own."""
-    body = endpoint.body
-    outputs: dict[int, Output] = {}
-    tokenizer = endpoint.context.llm.model.tokenizer
-    async for delta in deltas(listener, dict(enumerate(jobs)), tokenizer):
-        if delta.output is not None:
-            if delta.output.error is not None:
-                yield event(as_api_error(delta.output.error).body())
-                return
-            outputs[delta.index] = delta.output
-        for chunk in endpoint.chunks(delta):
-            yield event(dump(chunk))
-    if body.stream_options is not None and body.stream_options.include_usage:
-        usage = usage_of([outputs[index] for index in range(len(jobs))], body.n or 1)
-        yield event(dump(endpoint.usage_chunk(usage)))
-    yield LAST_EVENT
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Do something unless the client goes away before it is done."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+
+    async def wait_for_end() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -309,17 +264,12 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
                 await waiting
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def usage_of(outputs: Sequence[Output], choices: int) -> Usage:
     """Tokens as OpenAI counts them: a prompt once, however many answers it has."""
-    firsts = outputs[::choices]
-    prompt = sum(output.prompt_tokens for output in firsts)
+    first_of_prompts = outputs[::choices]
+    prompt = sum(output.prompt_tokens for output in first_of_prompts)
     answer = sum(len(output.token_ids) for output in outputs)
-    cached = sum(output.reused_tokens for output in firsts)
+    cached = sum(output.reused_tokens for output in first_of_prompts)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=answer,
@@ -333,43 +283,20 @@ def finish_reason(output: Output) -> FinishReason:
     return "length" if output.finish_reason == "length" else "stop"
 
 
-LAST_EVENT = "data: [DONE]\n\n"
-
-
-def event(document: dict[str, Any]) -> str:
-    """A document as a server-sent event."""
+def _event(document: dict[str, Any]) -> str:
     return f"data: {json.dumps(document)}\n\n"
 
 
 class ReleasingStream(StreamingResponse):
-    """A stream of events that lets go of its jobs and its admission however it ends."""
+    """A stream of events that closes a stack however it ends."""
 
-    def __init__(
-        self,
-        events: AsyncIterator[str],
-        worker: EngineThread,
-        jobs: Sequence[Job],
-        stack: AsyncExitStack,
-    ) -> None:
-        """Send `events`; then take `jobs` back, and let go of what `stack` holds.
-
-        Args:
-            events: to send.
-            worker: that has the jobs.
-            jobs: whose events they are.
-            stack: its admission, and what else ends with it.
-        """
+    def __init__(self, events: AsyncIterator[str], stack: AsyncExitStack) -> None:
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
-        self._worker = worker
-        self._jobs = jobs
         self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        try:
+        async with self._stack:
             await super().__call__(scope, receive, send)
-        finally:
-            self._worker.cancel(self._jobs)
-            await self._stack.aclose()

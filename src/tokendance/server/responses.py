@@ -15,6 +15,13 @@ def dump(document: BaseModel) -> dict[str, Any]:
     return document.model_dump(exclude_unset=True)
 
 
+class _Document(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class CachedTokens(BaseModel):
     """Of the prompt's tokens, those that were not computed."""
 
@@ -28,9 +35,6 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-
-
-# ---- /v1/chat/completions ------------------------------------------------------------------------
 
 
 class CalledFunction(BaseModel):
@@ -65,13 +69,10 @@ class ChatChoice(BaseModel):
     finish_reason: Literal[FinishReason, "tool_calls"]
 
 
-class ChatAnswer(BaseModel):
+class ChatAnswer(_Document):
     """Answer of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -99,18 +100,12 @@ class ChatChunkChoice(BaseModel):
     logprobs: dict[str, Any] | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(_Document):
     """Event of a stream of /v1/chat/completions; the last may have the usage, and no choices."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-
-
-# ---- /v1/completions -----------------------------------------------------------------------------
 
 
 class TextChoice(BaseModel):
@@ -122,13 +117,10 @@ class TextChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class TextAnswer(BaseModel):
+class TextAnswer(_Document):
     """Answer of /v1/completions."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -142,18 +134,12 @@ class TextChunkChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
-class TextChunk(BaseModel):
+class TextChunk(_Document):
     """Event of a stream of /v1/completions; the last may have the usage, and no choices."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[TextChunkChoice]
     usage: Usage | None = None
-
-
-# ---- /v1/rounds ----------------------------------------------------------------------------------
 
 
 class AgentAnswer(BaseModel):
@@ -174,19 +160,13 @@ class AgentError(BaseModel):
     warning: str | None = None
 
 
-class RoundAnswer(BaseModel):
+class RoundAnswer(_Document):
     """Answer of /v1/rounds; `session` and `round` are there for a round of a session."""
 
-    id: str
     object: Literal["round"]
-    created: int
-    model: str
     session: str | None = None
     round: int | None = None
     agents: list[AgentAnswer | AgentError]
-
-
-# ---- what operators ask --------------------------------------------------------------------------
 
 
 class ModelCard(BaseModel):

@@ -1,4 +1,4 @@
-"""Sessions by name: which of them are open, of each tenant. All of it happens in the event loop.
+"""Sessions by name: those that each tenant has open. All of it happens in the event loop.
 
 There are two kinds. In /v1/rounds the server keeps what the agents of a session have said, from
 call to call:
@@ -7,16 +7,15 @@ call to call:
         {"agent": "ann", "system": "You are Ann.", "task": "What worries you?"},
         {"agent": "bob", "system": "You are Bob.", "task": "What worries you?"}]}
 
-The next call with the same session gives new tasks, and everybody has heard what all said before.
-Who is not named in a call has left; who is new says who it is (`system`) and joins. With a store, a
-round is on disk when it is answered, if there is no `warning`, and a session goes on after a
-restart.
+The next call with the same session gives new tasks, and all agents read what all said before. An
+agent that a call does not name has left; a new one says who it is (`system`) and joins. With a
+store, a round is on disk when it is answered, if there is no `warning`, and a session goes on after
+a restart.
 
-Of a chat request whose round names a session the client keeps what was said, and the server its KV
-(`kept_chats.py`).
+If the round of a chat request names a session, the client keeps what was said, and the server the
+KV of it (`kept_chats.py`).
 
-What reads and writes the store (`Session.load`, `restoring` and `save`, and those of `KeptChat`)
-happens on the engine's thread: see `loading.py`.
+The store is read and written on the engine's thread: see `loading.py`.
 """
 
 import asyncio
@@ -47,12 +46,9 @@ _MAX_SESSIONS = 1024
 
 @dataclass(slots=True)
 class _Open:
-    """A session that is open: of rounds or of chats.
+    """A session that is open: of rounds, once `session` is loaded, or of chats.
 
-    Attributes:
-        lock: held by the one round that a session of rounds can have at a time.
-        session: once it is loaded.
-        chat: once it is asked for.
+    The lock is held by the one round that a session can have at a time.
     """
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -61,42 +57,32 @@ class _Open:
 
 
 class Sessions:
-    """All open sessions of a server, by tenant and key."""
+    """All open sessions of a server."""
 
-    def __init__(self, llm: LLM, worker: EngineThread) -> None:
-        """Begin with those on disk."""
+    def __init__(self, llm: LLM, engine_thread: EngineThread) -> None:
         self._llm = llm
-        self._worker = worker
-        # Asked for longest ago first.
+        self._engine_thread = engine_thread
+        # The one that was asked for longest ago comes first.
         self._open: defaultdict[str, OrderedDict[SessionKey, _Open]] = defaultdict(OrderedDict)
 
     def chat(self, tenant: str, key: SessionKey, salt: Salt) -> KeptChat | None:
-        """A session of chats; None without a store, where there is nothing to keep.
-
-        Args:
-            tenant: whose it is.
-            key: of the session.
-            salt: of its prompts.
-        """
-        if self._llm.tiers is None:
+        """A session of chats, whose prompts have a salt; None without a store to keep it in."""
+        if self._llm.tier is None:
             return None
         opened = self._opened(tenant, key)
         if opened.chat is None:
-            opened.chat = KeptChat(key, salt, self._llm.tiers)
+            opened.chat = KeptChat(key, salt, self._llm.tier)
         return opened.chat
 
     @asynccontextmanager
     async def round_of(
         self, body: RoundRequest, tenant: str, encoder: PromptEncoder
     ) -> AsyncIterator[Session]:
-        """Hold a session for a round, with exactly the agents that the request names.
-
-        Args:
-            body: the request.
-            tenant: whose it is.
-            encoder: of the tenant's prompts.
+        """Hold a tenant's session for a round, with exactly the agents that the request names.
 
         Raises:
+            RoundError: for a new agent that does not say who it is.
+            StoreError: if what is stored of the session cannot be read.
             ApiError: 409 while another round of it is under way.
         """
         assert body.session is not None
@@ -112,61 +98,56 @@ class Sessions:
             try:
                 if opened.session is None:
                     opened.session = await self._load(key, encoder)
-                # Who came and who left for a round that was refused, or that nobody waited for to
-                # its end, has neither come nor left.
+                # A round that is refused, or that nobody waits for to its end, changes nothing.
                 with opened.session.provisional():
                     _admit(opened.session, body)
                     if body.ttl_s is not None:
                         opened.session.ttl_s = body.ttl_s
                     yield opened.session
             finally:
-                # What has not begun need not be remembered.
+                # A session that has not begun need not be remembered.
                 if opened.session is None or opened.session.round == 0:
                     del self._open[tenant][key]
 
     async def save(self, session: Session) -> TokenDanceError | ApiError | None:
         """Bring a session to disk; return what was wrong, if it goes on in memory only."""
         try:
-            return await self._worker.call(lambda: try_to_save(session))
+            return await self._engine_thread.call(lambda: try_to_save(session))
         except ApiError as error:
             log.warning("A session is not on disk: %s", error)
             return error
 
     async def _load(self, key: SessionKey, encoder: PromptEncoder) -> Session:
         """A session as it is on disk, or a new one."""
-        conversation = Conversation(encoder, self._llm.model.shape.max_context)
-        session = Session(conversation, self._llm.run_round, key=key, tier=self._llm.tiers)
-        await self._worker.call(session.load)
+        llm = self._llm
+        conversation = Conversation(encoder, llm.model.shape.max_context)
+        session = Session(conversation, llm.run_round, key=key, tier=llm.tier)
+        await self._engine_thread.call(session.load)
         return session
 
     def _opened(self, tenant: str, key: SessionKey) -> _Open:
-        """The entry of a session, now the last to be forgotten; the first ones are, if need be."""
+        """A session's entry, new or old; where there are too many, the oldest idle ones go."""
         entries = self._open[tenant]
         opened = entries.setdefault(key, _Open())
         entries.move_to_end(key)
-        num_beyond = len(entries) - _MAX_SESSIONS
-        if num_beyond > 0:
-            idle = [other for other in list(entries)[:-1] if not entries[other].lock.locked()]
-            for other in idle[:num_beyond]:
-                del entries[other]
+        num_beyond = max(0, len(entries) - _MAX_SESSIONS)
+        idle = [other for other in list(entries)[:-1] if not entries[other].lock.locked()]
+        for other in idle[:num_beyond]:
+            del entries[other]
         return opened
 
 
 def _admit(session: Session, body: RoundRequest) -> None:
-    """Let who is new join, and who is not named leave.
-
-    Raises:
-        RoundError: for a new agent that does not say who it is; nothing has changed then.
-    """
-    here = {agent.name for agent in session.agents}
+    """Let new agents join, and those that are not named leave; on a RoundError nothing changes."""
+    present = {agent.name for agent in session.agents}
     named = {agent.agent for agent in body.agents}
-    new = [agent for agent in body.agents if agent.agent not in here]
+    new = [agent for agent in body.agents if agent.agent not in present]
     for agent in new:
         if agent.system is None:
             raise RoundError(
                 f"{agent.agent!r} is new in the session. Say who it is: give it a system text."
             )
-    for name in here - named:
+    for name in present - named:
         session.leave(name)
     for agent in new:
         session.join(Agent(agent.agent, agent.system or ""))

@@ -86,16 +86,8 @@ class ServerSettings:
         check_range(self, 0, "port", most=65_535)
         check_range(self, 0, "window_ms", "window_share", "round_wait", "recent", "body_timeout")
         check_range(self, 0, "drain", most=MAX_DRAIN_S)
-        check_range(
-            self,
-            1,
-            "max_body_bytes",
-            "max_body_objects",
-            "max_messages",
-            "max_choices",
-            "max_open_requests",
-            "default_max_tokens",
-        )
+        check_range(self, 1, "max_body_bytes", "max_body_objects", "max_messages", "max_choices")
+        check_range(self, 1, "max_open_requests", "default_max_tokens")
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
         if self.max_open_requests < len(self.api_keys):

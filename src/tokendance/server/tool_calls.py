@@ -13,17 +13,10 @@ from typing import Any
 
 from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
+from tokendance.server.responses import CalledFunction
 
 # What a function has that says nothing of its arguments; some templates look inside.
 NO_PARAMETERS = {"parameters": {"type": "object", "properties": {}, "required": []}}
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that an answer makes: the function's name, and its arguments as JSON."""
-
-    name: str
-    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +37,7 @@ class ToolFormat:
 
     def describe(self, functions: Sequence[Mapping[str, Any]]) -> str:
         """What a model is told whose template lists no tools."""
-        listed = "\n".join(json.dumps(one, ensure_ascii=False) for one in functions)
+        listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
         example = self.write("its name", {"its": "arguments"})
         return f"You may call these functions:\n{listed}\nTo call one, answer\n{example}"
 
@@ -53,45 +46,36 @@ class ToolFormat:
         call = json.dumps({"name": name, self.arguments: arguments}, ensure_ascii=False)
         return f"{self.begin}{call}{self.end}"
 
-    def split(self, text: str) -> tuple[str, list[ToolCall]]:
+    def split(self, text: str) -> tuple[str, list[CalledFunction]]:
         """Cut an answer into its words and the calls that it makes.
 
         What looks like a call and does not parse, as when the answer was cut off, stays text.
         """
         words: list[str] = []
-        calls: list[ToolCall] = []
-        rest = text
+        calls: list[CalledFunction] = []
+        mark, rest = self.begin.strip(), text
         while rest:
-            before, found, after = self._cut(rest)
-            call, later = self._read(after) if found else (None, "")
-            if call is None:
+            before, _, after = rest.partition(mark) if mark else ("", "", rest)
+            parsed = self._parse(after)
+            if parsed is None:
                 words.append(rest)
                 break
+            call, rest = parsed
             words.append(before)
             calls.append(call)
-            rest = later
         return "".join(words).strip() if calls else text, calls
 
-    def _cut(self, text: str) -> tuple[str, bool, str]:
-        """What stands before a call, whether one may be there, and what follows its beginning."""
-        mark = self.begin.strip()
-        if not mark:
-            return "", text.lstrip().startswith("{"), text
-        before, found, after = text.partition(mark)
-        return before, bool(found), after
-
-    def _read(self, text: str) -> tuple[ToolCall | None, str]:
-        """Read the call that a text begins with, up to its end; return it and what follows."""
+    def _parse(self, text: str) -> tuple[CalledFunction, str] | None:
+        """The call that a text begins with, up to its end mark, and the text that follows."""
         body = text.lstrip()
         try:
             call, end = json.JSONDecoder().raw_decode(body)
-            found = ToolCall(str(call["name"]), json.dumps(call[self.arguments]))
+            arguments = json.dumps(call[self.arguments])
+            function = CalledFunction(name=str(call["name"]), arguments=arguments)
         except (ValueError, KeyError, TypeError, RecursionError):
-            return None, text
+            return None
         rest, mark = body[end:].lstrip(), self.end.strip()
-        if not rest.startswith(mark):
-            return None, text
-        return found, rest.removeprefix(mark)
+        return (function, rest.removeprefix(mark)) if rest.startswith(mark) else None
 
 
 def find_tool_format(encoder: PromptEncoder) -> ToolFormat:
@@ -99,27 +83,27 @@ def find_tool_format(encoder: PromptEncoder) -> ToolFormat:
     name, word = (f"x{secrets.token_hex(8)}" for _ in range(2))
     tools = [{"type": "function", "function": {"name": name, "description": "", **NO_PARAMETERS}}]
     call = {"type": "function", "id": "a23456789", "function": {"name": name, "arguments": {}}}
-    asked = [{"role": "user", "content": "a"}]
+    question = [{"role": "user", "content": "a"}]
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     try:
-        if name not in encoder.render(asked, tools):
+        if name not in encoder.render(question, tools):
             return ToolFormat()
-        said = encoder.render([*asked, {"role": "assistant", "content": word}], tools)
-        called = encoder.render([*asked, answer], tools)
+        with_word = encoder.render([*question, {"role": "assistant", "content": word}], tools)
+        with_call = encoder.render([*question, answer], tools)
     except PromptError:
         return ToolFormat()
-    found = _read_format(said.partition(word), called, name)
-    if found is None or encoder.spells_special(found.begin + found.end):
+    before, _, after = with_word.partition(word)
+    tool_format = _read_format(with_call, before, after, name)
+    if tool_format is None or encoder.spells_special(tool_format.begin + tool_format.end):
         return ToolFormat()
-    return found
+    return tool_format
 
 
-def _read_format(said: tuple[str, str, str], called: str, name: str) -> ToolFormat | None:
-    """Read a format from a conversation with a call, and the same around a word in its place."""
-    before, _, after = said
-    if not called.startswith(before) or not called.endswith(after):
+def _read_format(conversation: str, before: str, after: str, name: str) -> ToolFormat | None:
+    """Read a format from a conversation that has a call between two texts that it always has."""
+    if not conversation.startswith(before) or not conversation.endswith(after):
         return None
-    text = called[len(before) : len(called) - len(after)]
+    text = conversation[len(before) : len(conversation) - len(after)]
     first = text.find("{")
     if first < 0:
         return None

@@ -229,9 +229,9 @@ class _Bench:
 
     def _forget(self) -> None:
         """As after a restart: nothing in memory, and no file in the system's cache."""
-        assert self._llm.tiers is not None
+        assert self._llm.tier is not None
         self._llm.engine.forget()
-        _drop_from_cache(self._llm.tiers.disk.folder / "kv")
+        _drop_from_cache(self._llm.tier.disk.folder / "kv")
 
     def _read_session(self, source: str) -> Session:
         session = self._llm.session("town")

@@ -88,8 +88,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     llm = make_engine(model, settings.engine, "collective", len(people) * longest)
     with tempfile.TemporaryDirectory(prefix="tokendance-") as folder:
         llm.open_store(Path(folder) / "store")
-        assert llm.tiers is not None
-        index = llm.tiers.disk.index
+        assert llm.tier is not None
+        index = llm.tier.disk.index
         speaking = talk(llm, people, num_rounds, max_tokens, settings.seed)
         for number, played in enumerate(speaking, 1):
             add(llm, number, played, index.usage(SessionKey("", "town")).num_bytes / 2**20)

@@ -1,60 +1,42 @@
-"""POST /v1/completions."""
+"""POST /v1/completions: texts, or token ids, that go on."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
-
-from fastapi import Depends, FastAPI, Request, Response
+from typing import Any
 
 from tokendance.errors import InputError
-from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.answers import Delta
-from tokendance.server.auth import tenant_of
 from tokendance.server.chat import check_length
-from tokendance.server.context import ServerContext
 from tokendance.server.errors import bad_request
-from tokendance.server.openapi import whole_or_stream
 from tokendance.server.protocol import CompletionRequest
-from tokendance.server.respond import (
-    Answer,
-    Ask,
-    Endpoint,
-    check_choices,
-    finish_reason,
-    read_ask,
-    respond,
-)
+from tokendance.server.respond import Answer, PromptEndpoint, finish_reason
 from tokendance.server.responses import TextAnswer, TextChoice, TextChunk, TextChunkChoice, Usage
 
 
-def add_completions(app: FastAPI, context: ServerContext) -> None:
-    """Add the route."""
-
-    @app.post("/v1/completions", responses=whole_or_stream(TextAnswer))
-    async def completions(
-        body: CompletionRequest, request: Request, tenant: Annotated[str, Depends(tenant_of)]
-    ) -> Response:
-        """Go on with texts, or with token ids."""
-        return await respond(CompletionEndpoint(context, tenant, body), request)
-
-
-class CompletionEndpoint(Endpoint[CompletionRequest]):
+class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
     """Texts, or token ids, that go on."""
 
-    kind = "cmpl"
+    id_prefix = "cmpl"
+    prompt_field = "prompt"
 
-    def read(self) -> Ask:
+    def read(self) -> None:
         """Encode the prompts."""
         prompts = _prompts(self.body)
-        check_choices(self.context, self.body, len(prompts))  # before all of them are read
+        self.check_choices(len(prompts))
         for prompt in prompts:
             if isinstance(prompt, str):
                 check_length([prompt], self.context.max_characters, "prompt")
-        encoded = [_encode(self.encoder, prompt) for prompt in prompts]
-        return read_ask(self.context, self.body, encoded)
+        self.add_jobs(self.body, [self._encode(prompt) for prompt in prompts])
 
-    def whole(self, answers: Sequence[Answer], usage: Usage) -> TextAnswer:
+    def _encode(self, prompt: str | list[int]) -> EncodedPrompt:
+        content = strip_separator(prompt) if isinstance(prompt, str) else prompt
+        try:
+            return self.encoder.encode(Prompt(content))
+        except InputError as error:
+            raise bad_request(str(error), "prompt") from error
+
+    def document(self, answers: Sequence[Answer], usage: Usage) -> TextAnswer:
         """A text for each answer."""
         choices = [
             TextChoice(
@@ -109,12 +91,3 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     if isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
-
-
-def _encode(encoder: PromptEncoder, prompt: str | list[int]) -> EncodedPrompt:
-    try:
-        if isinstance(prompt, str):
-            prompt = strip_separator(prompt)
-        return encoder.encode(Prompt(prompt))
-    except InputError as error:
-        raise bad_request(str(error), "prompt") from error

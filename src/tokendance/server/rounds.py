@@ -1,0 +1,228 @@
+"""POST /v1/rounds: all agents of a round in one call.
+
+    {"model": "...", "blocks": {"ann": "Ann: ...", "bob": "Bob: ..."}, "agents": [
+        {"agent": "ann", "max_tokens": 60, "messages": [
+            {"role": "system", "content": "You are Ann."},
+            {"role": "user", "content": [{"type": "block", "id": "ann"},
+                                         {"type": "block", "id": "bob"},
+                                         {"type": "text", "text": "What do you say?"}]}]}, ...]}
+
+The answer has an entry for each agent, in their order; as a stream, an event for each as it ends.
+An agent that cannot be served has an `error`, and the others are unharmed. With a session, the
+server keeps what was said, and agents give their tasks only: see `server/sessions.py`. If such a
+round cannot be stored, who ends last has a `warning` that says why.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+from tokendance.conversation import Asked
+from tokendance.errors import AbortedError, InputError
+from tokendance.models.encoder import PromptEncoder
+from tokendance.outputs import Output
+from tokendance.rounds.prompts import Part, Prompt, private, shared
+from tokendance.rounds.segments import EncodedPrompt
+from tokendance.server.chat import as_message, check_length
+from tokendance.server.context import ServerContext
+from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.protocol import (
+    BlockRef,
+    RoundAgent,
+    RoundPart,
+    RoundRequest,
+    TextPart,
+    sampling_params,
+)
+from tokendance.server.respond import Endpoint, finish_reason, usage_of
+from tokendance.server.responses import AgentAnswer, AgentError, AnswerMessage, RoundAnswer, dump
+from tokendance.session import Session
+
+
+class RoundEndpoint(Endpoint[RoundRequest]):
+    """A round that is answered, in one call. Indices are those of the agents in the request.
+
+    Attributes:
+        refused: agents that cannot be asked, and why.
+    """
+
+    id_prefix = "round"
+
+    def __init__(self, context: ServerContext, tenant: str, body: RoundRequest) -> None:
+        """Take a tenant's request; see `Endpoint`."""
+        super().__init__(context, tenant, body)
+        for name, count in Counter(agent.agent for agent in body.agents).items():
+            if count > 1:
+                message = f"Two agents are called {name!r}. Give each its own name."
+                raise bad_request(message, "agents")
+        self.num_agents = len(body.agents)
+        self.refused: dict[int, ApiError] = {}
+
+    async def begin(self, stack: AsyncExitStack) -> None:
+        """Have the body read, and begin the round."""
+        del stack
+        self.context.engine_thread.submit_round(await self.read_on_thread())
+
+    async def end(self, outputs: dict[int, Output]) -> str | None:
+        """Do what is to be done before the last answer is sent; a warning may go with that."""
+        del outputs
+        return None
+
+    async def whole(self) -> RoundAnswer:
+        """Wait for all agents."""
+        entries = {index: entry async for index, entry in self._entries()}
+        agents = [entries[index] for index in range(len(self.body.agents))]
+        return RoundAnswer(**self.head, object="round", agents=agents)
+
+    async def documents(self) -> AsyncIterator[dict[str, Any]]:
+        """An event for each agent as it ends."""
+        async for index, entry in self._entries():
+            yield {**self.head, "object": "round.agent", "index": index, **dump(entry)}
+
+    async def _entries(self) -> AsyncIterator[tuple[int, AgentAnswer | AgentError]]:
+        """Index and entry of each agent as it ends; first of those that were refused."""
+        for index, error in self.refused.items():
+            yield index, AgentError(agent=self.body.agents[index].agent, **error.body())
+        outputs: dict[int, Output] = {}
+        async for index, output in self.listener.outputs(len(self.jobs)):
+            outputs[index] = output
+            entry = _entry(self.body.agents[index].agent, output)
+            if len(outputs) == len(self.jobs) and (warning := await self.end(outputs)):
+                entry.warning = warning
+            yield index, entry
+
+    def add_job(self, index: int, prompt: EncodedPrompt) -> None:
+        """Add the job of one agent; see `add_jobs`."""
+        agent = self.body.agents[index]
+        for name in ("round", "stream", "stream_options"):
+            if getattr(agent, name) is not None:
+                raise bad_request(f"{name} goes with the round, not with an agent.", name)
+        if (agent.n or 1) > 1:
+            raise bad_request("An agent of a round has one answer.", "n")
+        self.add_jobs(agent, [prompt], first=index, marked=True)
+        # An error of the engine names the agent, and so does the session that hears its answer.
+        self.jobs[index].request.agent = agent.agent
+
+
+class LoneRound(RoundEndpoint):
+    """A round that stands for itself: agents have messages or segments, some of them blocks."""
+
+    def read(self) -> None:
+        """Encode each agent's prompt; what is wrong with one does not concern the others."""
+        encoder = self.encoder.remembering()  # blocks are read once
+        for index, agent in enumerate(self.body.agents):
+            try:
+                self.add_job(index, self._encode(agent, encoder))
+            except ApiError as error:
+                self.refused[index] = error
+
+    def _encode(self, agent: RoundAgent, encoder: PromptEncoder) -> EncodedPrompt:
+        blocks = self.body.blocks
+        for name in ("system", "task"):
+            if getattr(agent, name) is not None:
+                raise bad_request(f"{name} goes with a session. Put it into the messages.", name)
+        if (agent.messages is None) == (agent.segments is None):
+            raise bad_request(f"Give {agent.agent!r} either messages or segments.", "agents")
+        check_length(_texts(agent, blocks), self.context.max_characters)
+        try:
+            if agent.segments is not None:
+                return encoder.encode(Prompt(_parts(agent.segments, blocks)))
+            messages: list[dict[str, Any]] = []
+            for message in agent.messages or ():
+                content: Any = message.content
+                if isinstance(content, list):
+                    content = _parts(content, blocks)
+                messages.append(as_message(message.role, content, message.name))
+            return encoder.encode(Prompt(messages))
+        except InputError as error:
+            raise bad_request(str(error), "agents") from error
+
+
+class SessionRound(RoundEndpoint):
+    """The next round of a session, which knows what was said: agents have tasks."""
+
+    _session: Session
+    _asked: Asked
+
+    async def begin(self, stack: AsyncExitStack) -> None:
+        """Hold the session, have the body read and memory filled, and begin the round."""
+        sessions, body = self.context.sessions, self.body
+        holding = sessions.round_of(body, self.tenant, self.encoder)
+        self._session = await stack.enter_async_context(holding)
+        self.head |= {"session": body.session, "round": self._session.round + 1}
+        if body.blocks:
+            raise bad_request("A session knows what was said; leave blocks out.", "blocks")
+        try:
+            jobs = await self.read_on_thread()
+        except InputError as error:
+            raise bad_request(str(error), "agents") from error
+        await self.context.engine_thread.restore(self._session)
+        self.context.engine_thread.submit_round(jobs)
+
+    def read(self) -> None:
+        """Make each agent's prompt; what is wrong with one is wrong with all of the round."""
+        context, agents = self.context, self.body.agents
+        for agent in agents:
+            if agent.task is None or agent.messages is not None or agent.segments is not None:
+                raise bad_request(
+                    f"In a session {agent.agent!r} has a task, and neither messages nor segments.",
+                    "agents",
+                )
+            check_length([agent.task, agent.system or ""], context.max_characters)
+        size = context.llm.model.shape.vocab_size
+        self._asked = self._session.ask(
+            {agent.agent: agent.task or "" for agent in agents},
+            {agent.agent: sampling_params(agent, context.settings, size) for agent in agents},
+        )
+        # The session has its agents in an order of its own.
+        indices = {agent.agent: index for index, agent in enumerate(agents)}
+        for prompt in self._asked.prompts:
+            index = indices[prompt.agent or ""]
+            self.add_job(index, self.encoder.encode(prompt))
+            self.jobs[index].request.session = self._session.key
+
+    async def end(self, outputs: dict[int, Output]) -> str | None:
+        """Let the session hear the round, and bring it to disk."""
+        if any(isinstance(output.error, AbortedError) for output in outputs.values()):
+            return "The round was broken off, and the session has not heard it. Ask it again."
+        self._session.hear(self._asked, [outputs[index] for index in self.jobs])
+        error = await self.context.sessions.save(self._session)
+        return f"The round is not on disk: {error}" if error is not None else None
+
+
+def _entry(agent: str, output: Output) -> AgentAnswer | AgentError:
+    if output.error is not None:
+        return AgentError(agent=agent, **as_api_error(output.error).body())
+    return AgentAnswer(
+        agent=agent,
+        message=AnswerMessage(role="assistant", content=output.text),
+        finish_reason=finish_reason(output),
+        usage=usage_of([output], 1),
+    )
+
+
+# ---- prompts of a round that stands for itself ---------------------------------------------------
+
+
+def _texts(agent: RoundAgent, blocks: dict[str, str]) -> Iterator[str]:
+    """All that an agent reads, not copied: a block may be large, and there many times."""
+    for content in (agent.segments, *(message.content for message in agent.messages or ())):
+        if isinstance(content, str):
+            yield content
+        else:
+            yield from (_text(part, blocks) for part in content or ())
+
+
+def _parts(parts: Sequence[RoundPart], blocks: dict[str, str]) -> list[Part]:
+    return [
+        (private if isinstance(part, TextPart) else shared)(_text(part, blocks)) for part in parts
+    ]
+
+
+def _text(part: RoundPart, blocks: dict[str, str]) -> str:
+    if not isinstance(part, BlockRef):
+        return part.text
+    if part.id not in blocks:
+        raise bad_request(f"There is no block {part.id!r}.", "blocks")
+    return blocks[part.id]
