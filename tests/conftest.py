@@ -178,13 +178,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("demo"))
 
 
+def num_threads() -> int:
+    """Threads for a larger model: the cores, divided among the processes that run tests."""
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return max(1, (os.cpu_count() or 1) // num_processes)
+
+
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny models gain nothing from threads, which wait for each other while others work."""
     is_demo = request.node.get_closest_marker("demo") is not None
-    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    num_threads = max(1, (os.cpu_count() or 1) // num_processes)
-    torch.set_num_threads(num_threads if is_demo else 1)
+    torch.set_num_threads(num_threads() if is_demo else 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The disk tier: whatever happens, what was reported is there, and what is there is right."""
 
+import itertools
 import os
 import random
 import re
@@ -387,19 +388,40 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
         store.check_integrity()
 
 
-def write_for_ever(folder: Path, report: int) -> None:
-    """Write rounds of two sessions, and report each when it is durable; runs until it is killed."""
+def write_until_killed(
+    folder: Path, report: int, num_rounds: int, moment: float, open_s: float
+) -> None:
+    """Write rounds of two sessions, and report each when it is durable; runs until it is killed.
+
+    Args:
+        folder: of the store.
+        report: file to write to.
+        num_rounds: that are sure to be written before.
+        moment: how long after them it is killed, in times of what a round takes here. Without any
+            rounds, it is killed so long after it begins, in times of `open_s`.
+        open_s: seconds that opening the store takes.
+    """
+
+    def be_killed(typical_s: float) -> None:
+        # Nobody handles this signal, so that it ends the process wherever that is.
+        signal.setitimer(signal.ITIMER_REAL, max(1e-6, moment * typical_s))
+
+    if num_rounds == 0:
+        be_killed(open_s)
     with DiskStore(folder, IDENTITY) as store:
         numbers = [
             session.round if (session := store.session(SessionKey("", name))) else 0
             for name in "ab"
         ]
-        while True:
-            for place, name in enumerate("ab"):
-                numbers[place] += 1
-                number = numbers[place]
-                save(store, SessionKey("", name), number, {"ann": [number], "bob": [number, 7]})
-                os.write(report, b"%s %d\n" % (name.encode(), number))
+        for num_written in itertools.count(1):
+            begun_s = time.perf_counter()
+            index = numbers.index(min(numbers))
+            numbers[index] += 1
+            number, name = numbers[index], "ab"[index]
+            save(store, SessionKey("", name), number, {"ann": [number], "bob": [number, 7]})
+            os.write(report, b"%s %d\n" % (name.encode(), number))
+            if num_written == num_rounds:
+                be_killed(time.perf_counter() - begun_s)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -407,24 +429,27 @@ def test_killed_at_any_moment_it_holds_what_it_reported(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     rng = random.Random(1)
     reported = {"a": 0, "b": 0}
-    for _ in range(100):
+    open_s = 0.01
+    for _ in range(examples(100)):
         reading, writing = os.pipe()
+        num_rounds, moment = rng.randrange(5), rng.uniform(0, 2)
         child = os.fork()
         if child == 0:
             try:
-                write_for_ever(folder, writing)
+                write_until_killed(folder, writing, num_rounds, moment, open_s)
             finally:
                 os._exit(1)
         os.close(writing)
-        time.sleep(rng.uniform(0.0, 0.06))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGALRM
         with open(reading, "rb") as pipe:
             for line in pipe.read().split(b"\n"):
                 if line:
                     name, number = line.decode().split()
                     reported[name] = int(number)
+        begun_s = time.perf_counter()
         with DiskStore(folder, IDENTITY) as store:
+            open_s = time.perf_counter() - begun_s
             store.check_integrity()
             assert store.verify() == []
             for name, last in reported.items():

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ PEOPLE = [Agent(name, f"I am {name}, and my number is {name * 3}.") for name in 
 @pytest.fixture(scope="module")
 def roomy(model_folder: Callable[..., Path]) -> LoadedModel:
     return load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
+
+
+class KeepsUp(ThreadPoolExecutor):
+    """A thread that is done before the next step, however busy the machine is."""
+
+    def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
+        job = super().submit(*arguments, **named)
+        wait([job])
+        return job
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is written where: a save writes what the background has not begun."""
+    monkeypatch.setattr("tokendance.tier.background.ThreadPoolExecutor", KeepsUp)
 
 
 def open_llm(model: LoadedModel, folder: Path | None, pages: int = 2000, **budget: Any) -> LLM:
@@ -111,6 +127,7 @@ def test_without_kv_a_session_says_the_same(roomy: LoadedModel, tmp_path: Path) 
     llm.close()
 
 
+@pytest.mark.usefixtures("quick_disk")
 def test_the_stored_form_is_shared(roomy: LoadedModel, tmp_path: Path) -> None:
     """A round adds what is new: one run, and each agent's own tokens."""
     llm = open_llm(roomy, tmp_path / "store")
@@ -211,6 +228,7 @@ def test_a_store_that_fails_says_so_and_keeps_the_round_before(
     llm.close()
 
 
+@pytest.mark.usefixtures("quick_disk")
 def test_prompts_are_written_while_the_round_decodes(
     roomy: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +356,7 @@ def test_what_goes_ahead_may_fail(
         assert reopened.verify() == []
 
 
+@pytest.mark.usefixtures("quick_disk")
 def test_memory_does_not_grow_with_rounds(roomy: LoadedModel, tmp_path: Path) -> None:
     llm = open_llm(roomy, tmp_path / "store", pages=300)
     session = llm.session("town", PEOPLE, params=ANSWER, max_history=2)

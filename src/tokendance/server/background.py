@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,22 +20,37 @@ def served(app: FastAPI) -> Iterator[tuple[int, uvicorn.Server]]:
     Raises:
         RuntimeError: if it does not start, or does not end.
     """
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = _Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
     # Only where a socket says that it is TCP does asyncio send at once what is written to it.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(
-            target=lambda: asyncio.run(server.serve([listening])), name="http"
-        )
+        thread = threading.Thread(target=server.run_on, args=[listening], name="http")
         thread.start()
         try:
-            while not server.started:
-                if not thread.is_alive():
-                    raise RuntimeError("The server did not start.")
-                time.sleep(0.01)
+            server.is_settled.wait()
+            if not server.started:
+                raise RuntimeError("The server did not start.")
             yield listening.getsockname()[1], server
         finally:
             server.should_exit = True
             thread.join(60)
     if thread.is_alive():
         raise RuntimeError("The server did not end.")
+
+
+class _Server(uvicorn.Server):
+    """Says when it has started, or has failed to."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_settled = threading.Event()
+
+    def run_on(self, listening: socket.socket) -> None:
+        try:
+            asyncio.run(self.serve([listening]))
+        finally:
+            self.is_settled.set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_settled.set()
