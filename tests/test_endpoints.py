@@ -8,10 +8,10 @@ import numpy as np
 from tokendance.errors import BudgetError
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
-from tokendance.server.answers import Delta
 from tokendance.server.chat import ChatEndpoint
 from tokendance.server.completions import CompletionEndpoint
 from tokendance.server.context import ServerContext
+from tokendance.server.jobs import Delta
 from tokendance.server.protocol import ChatRequest, CompletionRequest
 from tokendance.server.respond import Answer, usage_of
 from tokendance.server.responses import dump

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conftest import save_model
-from serving import listening
+from serving import held_by, listening
 from soak.load import Target
 from tokendance import LLM
 from tokendance.executor.torch_executor import TorchExecutor
@@ -182,18 +182,13 @@ def _check_books(server: ServerContext, watch: Watch) -> None:
 def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
     """What is left of requests when nobody asks any more; nothing, after a moment."""
     engine, thread = server.llm.engine, server.engine_thread
-    dispatcher = thread._dispatcher
-    window = dispatcher.arrivals.window
 
     def found() -> dict[str, int]:
         return {
             "open requests": server.admission.num_open,
             "running requests": engine.status().num_running,
             "waiting requests": engine.status().num_waiting,
-            "jobs": len(dispatcher._live),
-            "named rounds": dispatcher.arrivals.num_named,
-            "jobs in the window": 0 if window.due_s() is None else 1,
-            "announced requests": window.num_expected,
+            **held_by(thread._dispatcher),
             "rounds": engine.status().num_rounds,
             "shadows": server.llm.shadows.num_pending,
             "pages held by requests": engine.status().resident_pages,

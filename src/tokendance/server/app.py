@@ -87,27 +87,26 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
     @app.post("/v1/rounds", responses=whole_or_stream(RoundAnswer))
     async def rounds(body: RoundRequest, request: Request, tenant: Tenant) -> Response:
         """Answer all agents of a round."""
-        kind = LoneRound if body.session is None else SessionRound
-        return await respond(kind(context, tenant, body), request)
+        endpoint = LoneRound if body.session is None else SessionRound
+        return await respond(endpoint(context, tenant, body), request)
 
 
 def _add_operations(app: FastAPI, context: ServerContext) -> None:
     unwell: dict[int | str, dict[str, Any]] = {503: {"model": Status}}
 
-    def status(text: str, *, is_well: bool) -> JSONResponse:
-        return JSONResponse(dump(Status(status=text)), 200 if is_well else 503)
+    def status(is_well: bool, *, well: str, ill: str) -> JSONResponse:
+        document = Status(status=well if is_well else ill)
+        return JSONResponse(dump(document), 200 if is_well else 503)
 
     @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> JSONResponse:
         """Whether the engine runs."""
-        is_alive = context.engine_thread.is_alive
-        return status("ok" if is_alive else "failed", is_well=is_alive)
+        return status(context.engine_thread.is_alive, well="ok", ill="failed")
 
     @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> JSONResponse:
         """Whether requests are taken."""
-        is_ready = context.admission.is_ready
-        return status("ready" if is_ready else "not ready", is_well=is_ready)
+        return status(context.admission.is_ready, well="ready", ill="not ready")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

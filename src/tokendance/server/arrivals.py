@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from tokendance.server.jobs import Job, RoundKey
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import Loader, try_to_save
+from tokendance.server.settings import ServerSettings
 from tokendance.store.entries import RoundId
 
 Item = TypeVar("Item")
@@ -123,11 +124,13 @@ class Arrivals:
         window: holds jobs of rounds without a name.
     """
 
-    def __init__(self, window: ArrivalWindow[Job], loader: Loader, round_wait_s: float) -> None:
-        """Begin with nobody; `round_wait_s` after its last request a named round begins anyway."""
-        self.window = window
+    def __init__(self, loader: Loader, settings: ServerSettings) -> None:
+        """Begin with nobody; named rounds wait until `loader` has loaded their sessions."""
+        self.window: ArrivalWindow[Job] = ArrivalWindow(
+            settings.window_ms / 1000, settings.window_share
+        )
         self._loader = loader
-        self._round_wait_s = round_wait_s
+        self._round_wait_s = settings.round_wait
         self._named: dict[RoundKey | None, NamedRound] = {}  # None is no key of it
 
     @property

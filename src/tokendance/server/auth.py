@@ -20,11 +20,8 @@ class ApiKeys:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
-        self.open_paths: set[str] | None = None
-        if settings.api_keys:
-            self.open_paths = {"/health", "/ready"}
-            if settings.open_metrics:
-                self.open_paths.add("/metrics")
+        open_paths = {"/health", "/ready"} | ({"/metrics"} if settings.open_metrics else set())
+        self.open_paths = open_paths if settings.api_keys else None
 
     def authenticate(self, scope: Scope) -> str:
         """The tenant, by the key in the head of a request; "" where none is needed.

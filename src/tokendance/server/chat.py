@@ -10,10 +10,10 @@ from tokendance.executor.step import TokenLogprobs
 from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.prompts import SEPARATOR, Prompt
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.answers import Delta
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, bad_request
 from tokendance.server.grammar import GrammarConstraint, Grammars
+from tokendance.server.jobs import Delta
 from tokendance.server.protocol import ChatMessage, ChatRequest, NamedTool, Tool
 from tokendance.server.respond import Answer, PromptEndpoint, finish_reason
 from tokendance.server.responses import (
@@ -36,7 +36,7 @@ _ROLES = {"developer": "system", "function": "tool"}
 class ChatEndpoint(PromptEndpoint[ChatRequest]):
     """A conversation that is answered."""
 
-    id_prefix = "chatcmpl"
+    kind = "chatcmpl"
 
     def __init__(self, context: ServerContext, tenant: str, body: ChatRequest) -> None:
         """Take a request; see `Endpoint`."""
@@ -47,13 +47,10 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
     def read(self) -> None:
         """Make a prompt of the messages."""
         context, body = self.context, self.body
-        if len(body.messages) > context.settings.max_messages:
-            raise ApiError(
-                413,
-                f"There are {len(body.messages)} messages, and at most "
-                f"{context.settings.max_messages} are taken.",
-                param="messages",
-            )
+        count, most = len(body.messages), context.settings.max_messages
+        if count > most:
+            message = f"There are {count} messages, and at most {most} are taken."
+            raise ApiError(413, message, param="messages")
         prompt = encode_chat(body, self.encoder, context.tools, context.max_characters)
         constraint = constraint_of(body, context.grammars, context.tools)
         self.check_choices(1)
@@ -272,12 +269,11 @@ def constraint_of(
         if not tools:
             raise bad_request("tool_choice asks for tools, and there are none.", "tool_choice")
         if isinstance(choice, NamedTool):
-            tools = [tool for tool in tools if tool["name"] == choice.function.name]
+            name = choice.function.name
+            tools = [tool for tool in tools if tool["name"] == name]
             if not tools:
-                raise bad_request(
-                    f"tool_choice names {choice.function.name!r}, which is not among the tools.",
-                    "tool_choice",
-                )
+                message = f"tool_choice names {name!r}, which is not among the tools."
+                raise bad_request(message, "tool_choice")
         return grammars.tool_calls(
             tools,
             tool_format,

@@ -6,9 +6,9 @@ from typing import Any
 from tokendance.errors import InputError
 from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.answers import Delta
 from tokendance.server.chat import check_length
 from tokendance.server.errors import bad_request
+from tokendance.server.jobs import Delta
 from tokendance.server.protocol import CompletionRequest
 from tokendance.server.respond import Answer, PromptEndpoint, finish_reason
 from tokendance.server.responses import TextAnswer, TextChoice, TextChunk, TextChunkChoice, Usage
@@ -17,7 +17,7 @@ from tokendance.server.responses import TextAnswer, TextChoice, TextChunk, TextC
 class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
     """Texts, or token ids, that go on."""
 
-    id_prefix = "cmpl"
+    kind = "cmpl"
     prompt_field = "prompt"
 
     def read(self) -> None:

@@ -2,9 +2,7 @@
 
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -15,7 +13,7 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.segments import make_salt
 from tokendance.server.admission import Admission
 from tokendance.server.auth import ApiKeys
-from tokendance.server.dispatcher import make_dispatcher
+from tokendance.server.dispatcher import Dispatcher
 from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
@@ -51,16 +49,14 @@ class ServerContext:
         self.settings = settings
         self.keys = ApiKeys(settings)
         self.metrics = Metrics(llm)
-        self.engine_thread = EngineThread(make_dispatcher(llm, self.metrics, settings))
+        self.engine_thread = EngineThread(Dispatcher(llm, self.metrics, settings))
         self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
         self.sessions = Sessions(llm, self.engine_thread)
         self.grammars = Grammars(llm.model)
         self.tools = find_tool_format(llm.encoder)
         self.started_s = int(time.time())
         self._encoders: dict[str, PromptEncoder] = {}  # by tenant, like the next
-        self._limiters = defaultdict[str, anyio.CapacityLimiter](
-            partial(anyio.CapacityLimiter, _THREADS)
-        )
+        self._limiters: dict[str, anyio.CapacityLimiter] = {}
 
     @property
     def model_name(self) -> str:
@@ -75,17 +71,13 @@ class ServerContext:
     def check_model(self, name: str) -> None:
         """Raise ApiError for another model's name."""
         if name != self.model_name:
-            raise ApiError(
-                404,
-                f"The model {name!r} is not served here. Ask for {self.model_name!r}.",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"The model {name!r} is not served here. Ask for {self.model_name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
 
-    def head(self, id_prefix: str) -> dict[str, Any]:
+    def head(self, kind: str) -> dict[str, Any]:
         """What every answer begins with."""
         return {
-            "id": f"{id_prefix}-{secrets.token_hex(12)}",
+            "id": f"{kind}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": self.model_name,
         }
@@ -100,7 +92,8 @@ class ServerContext:
 
     async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
         """Do a tenant's work on one of its threads, so that no tenant keeps others waiting."""
-        return await anyio.to_thread.run_sync(work, limiter=self._limiters[tenant])
+        limiter = self._limiters.setdefault(tenant, anyio.CapacityLimiter(_THREADS))
+        return await anyio.to_thread.run_sync(work, limiter=limiter)
 
     def token_text(self, token: int) -> str:
         """The text of one token."""

@@ -12,16 +12,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
-from tokendance.engine.events import Event, Finished
-from tokendance.engine.loop import EngineLoop
-from tokendance.engine.request import Request, RequestId, make_output
+from tokendance.engine.request import Request, make_output
 from tokendance.errors import AbortedError
 from tokendance.fidelity.idle_shadows import IdleShadows
 from tokendance.llm import LLM
-from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import Salt
-from tokendance.server.arrivals import Arrivals, ArrivalWindow
+from tokendance.server.arrivals import Arrivals
 from tokendance.server.jobs import Job, NewTokens
 from tokendance.server.loading import Loader
 from tokendance.server.metrics import Metrics
@@ -42,32 +39,20 @@ class Dispatcher:
         loader: sessions that are being read from disk.
     """
 
-    def __init__(
-        self,
-        engine: EngineLoop,
-        arrivals: Arrivals,
-        loader: Loader,
-        shadows: IdleShadows,
-        discovery: DiscoveryConfig,
-    ) -> None:
-        """Drive an engine, which nobody else may use then; `shadows` give way to jobs."""
-        self._engine = engine
-        self.arrivals = arrivals
-        self.loader = loader
-        self._shadows = shadows
-        self._discovery = discovery
+    def __init__(self, llm: LLM, metrics: Metrics, settings: ServerSettings) -> None:
+        """Drive the engine of an LLM, which nobody else may use then."""
+        self._engine = llm.engine
+        self._shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
+        self._discovery = DiscoveryConfig(recent_s=settings.recent)
+        self.loader = Loader()
+        self.arrivals = Arrivals(self.loader, settings)
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._live: dict[Request, Job] = {}
-        self._outputs: dict[RequestId, Output] = {}  # of live jobs that are done
         self._is_stopping = False
         self._deadline_s = math.inf  # when what is under way is ended
         self._now = 0.0
-        engine.observe(self)
-
-    def on_event(self, event: Event) -> None:
-        """See `EngineObserver`."""
-        if isinstance(event, Finished):
-            self._outputs[event.request] = event.output
+        self._engine.observe(metrics)
+        self._engine.attach(self._shadows)
 
     # -- jobs come and go -----------------------------------------------------------------------
 
@@ -169,17 +154,16 @@ class Dispatcher:
                 logprobs = tuple(request.logprobs[job.num_sent :])
                 job.num_sent += len(new)
                 job.on_event(NewTokens(new, logprobs))
-            if request.id in self._outputs:
-                self._finish(job, self._outputs[request.id])
-        self._outputs.clear()
+            if request.finish_reason is not None:
+                self._finish(job)
 
-    def _finish(self, job: Job, output: Output) -> None:
-        del self._live[job.request]
-        request = job.request
-        if job.is_alone and output.error is None and request.finished_s and request.arrived_s:
+    def _finish(self, job: Job) -> None:
+        request, has_answer = job.request, job.request.error is None
+        del self._live[request]
+        if job.is_alone and has_answer and request.finished_s and request.arrived_s:
             self.arrivals.window.note_lone(request.finished_s - request.arrived_s)
-        self.arrivals.note_done(job, has_answer=output.error is None)
-        job.on_event(output)
+        self.arrivals.note_done(job, has_answer=has_answer)
+        job.on_event(make_output(request))
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -206,15 +190,3 @@ def refuse(jobs: Iterable[Job], why: str = "The engine has stopped.") -> None:
         job.request.finish_reason = "error"
         with contextlib.suppress(Exception):
             job.on_event(make_output(job.request))
-
-
-def make_dispatcher(llm: LLM, metrics: Metrics, settings: ServerSettings) -> Dispatcher:
-    """Put a dispatcher, with its metrics and shadows, over the engine of an LLM."""
-    llm.engine.observe(metrics)
-    shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
-    llm.engine.attach(shadows)
-    loader = Loader()
-    window: ArrivalWindow[Job] = ArrivalWindow(settings.window_ms / 1000, settings.window_share)
-    arrivals = Arrivals(window, loader, settings.round_wait)
-    discovery = DiscoveryConfig(recent_s=settings.recent)
-    return Dispatcher(llm.engine, arrivals, loader, shadows, discovery)

@@ -63,10 +63,7 @@ class EngineThread:
         return self._thread.is_alive()
 
     def announce(self) -> None:
-        """Announce a request that is still being read, so that a round waits for it a little.
-
-        `submit` or `withdraw` has to follow.
-        """
+        """Have rounds wait a little for a request that is being read; `submit` or `withdraw` it."""
         self._put(lambda: self._dispatcher.arrivals.expect(1))
 
     def withdraw(self) -> None:

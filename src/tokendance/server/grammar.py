@@ -4,8 +4,8 @@ llguidance does the work; it says for every token whether it may come next.
 """
 
 import copy
+import functools
 import json
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,9 +29,6 @@ class Grammars:
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
-        self._lock = threading.Lock()
-        # Reading it takes a second, so that is done for the first constraint.
-        self._tokenizer: llguidance.LLTokenizer | None = None
 
     def json_schema(self, schema: Mapping[str, Any], param: str) -> "GrammarConstraint":
         """JSON that fits a schema.
@@ -86,19 +83,43 @@ class Grammars:
         return self._constraint(llguidance.LLMatcher.grammar_from_lark(lark), "tools")
 
     def _constraint(self, grammar: str, param: str) -> "GrammarConstraint":
-        with self._lock:
-            if self._tokenizer is None:
-                try:
-                    self._tokenizer = _read_tokenizer(self._model)
-                except ValueError as error:
-                    message = f"This model's answers cannot be constrained: {error}"
-                    raise bad_request(message, param) from error
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        try:
+            tokenizer = self._tokenizer
+        except ValueError as error:
+            message = f"This model's answers cannot be constrained: {error}"
+            raise bad_request(message, param) from error
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         constraint = GrammarConstraint(matcher, self._model)
         if (reason := constraint.failure()) is not None:
             message = f"What the answer shall look like cannot be followed: {reason}"
             raise bad_request(message, param)
         return constraint
+
+    @functools.cached_property
+    def _tokenizer(self) -> "llguidance.LLTokenizer":
+        """The model's tokenizer as llguidance reads it from its JSON, which takes a second.
+
+        Raises:
+            ValueError: if it cannot be read, or is read wrongly.
+        """
+        model = self._model
+        tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread decodes with the original
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Tokenizers that were converted may decode in several steps, of which llguidance takes the
+        # first for all: then a blank would be a letter to it.
+        steps = (spec.get("decoder") or {}).get("decoders", [])
+        byte_level = [step for step in steps if step["type"] == "ByteLevel"]
+        if byte_level:
+            spec["decoder"] = byte_level[0]
+        converted = llguidance.LLTokenizer(
+            json.dumps(spec),
+            n_vocab=max(model.shape.vocab_size, len(tokenizer)),
+            eos_token=sorted(model.stop_ids),
+        )
+        ids = tokenizer(_SAMPLE, add_special_tokens=False).input_ids
+        if converted.decode_bytes(ids).decode(errors="replace").strip() != _SAMPLE:
+            raise ValueError("its tokenizer is of a kind that is not known.")
+        return converted
 
 
 class GrammarConstraint:
@@ -135,31 +156,6 @@ class GrammarConstraint:
     def restart(self) -> None:
         """Begin anew."""
         self._matcher.reset()
-
-
-def _read_tokenizer(model: LoadedModel) -> "llguidance.LLTokenizer":
-    """Hand a model's tokenizer to llguidance, which reads its JSON.
-
-    Raises:
-        ValueError: if it cannot be read, or is read wrongly.
-    """
-    tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread decodes with the original
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Tokenizers that were converted may decode in several steps, of which llguidance takes the
-    # first for all: then a blank would be a letter to it.
-    steps = (spec.get("decoder") or {}).get("decoders", [])
-    byte_level = [step for step in steps if step["type"] == "ByteLevel"]
-    if byte_level:
-        spec["decoder"] = byte_level[0]
-    converted = llguidance.LLTokenizer(
-        json.dumps(spec),
-        n_vocab=max(model.shape.vocab_size, len(tokenizer)),
-        eos_token=sorted(model.stop_ids),
-    )
-    ids = tokenizer(_SAMPLE, add_special_tokens=False).input_ids
-    if converted.decode_bytes(ids).decode(errors="replace").strip() != _SAMPLE:
-        raise ValueError("its tokenizer is of a kind that is not known.")
-    return converted
 
 
 def _literal(text: str) -> str:

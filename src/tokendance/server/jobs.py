@@ -1,7 +1,11 @@
-"""A job: one answer that somebody waits for, and what happens to it."""
+"""Jobs: answers that somebody waits for, what happens to them, and the text that they spell."""
 
-from collections.abc import Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from tokenizers.decoders import DecodeStream
 
 from tokendance.engine.request import Request
 from tokendance.executor.step import TokenLogprobs
@@ -53,3 +57,101 @@ class Job:
     chat: KeptChat | None = None
     num_sent: int = 0
     is_alone: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of one of several answers.
+
+    Attributes:
+        index: of the answer.
+        text: new text; may be empty while a character is incomplete.
+        token_ids: new tokens.
+        logprobs: of each new token, if asked for.
+        output: the whole answer when it is done, else None.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    output: Output | None = None
+
+
+class Listener:
+    """Brings events of several jobs from the engine's thread into the event loop that runs now."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def of(self, index: int) -> Callable[[Event], None]:
+        """What job `index` calls with its events, on the engine's thread."""
+
+        def put(event: Event) -> None:
+            # A loop that has closed has nobody left who would listen.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return put
+
+    async def _until_done(self, num_jobs: int) -> AsyncIterator[tuple[int, Event]]:
+        while num_jobs > 0:
+            index, event = await self._events.get()
+            num_jobs -= isinstance(event, Output)
+            yield index, event
+
+    async def outputs(self, num_jobs: int) -> AsyncIterator[tuple[int, Output]]:
+        """Index and whole answer of each job as it ends, until all have."""
+        async for index, event in self._until_done(num_jobs):
+            if isinstance(event, Output):
+                yield index, event
+
+    async def deltas(self, jobs: Mapping[int, Job], tokenizer: object) -> AsyncIterator[Delta]:
+        """What is new of the answers to jobs, by index, until all are done."""
+        streams = {i: TextStream(tokenizer, job.request.params.stop) for i, job in jobs.items()}
+        async for index, event in self._until_done(len(jobs)):
+            if isinstance(event, NewTokens):
+                text = streams[index].add(event.token_ids)
+                yield Delta(index, text, event.token_ids, event.logprobs)
+            else:
+                yield Delta(index, streams[index].finish(event.text), output=event)
+
+
+class TextStream:
+    """Turns the tokens of one answer into text, and keeps back what may become a stop text."""
+
+    def __init__(self, tokenizer: object, stop: Sequence[str]) -> None:
+        """Begin an answer that stop texts end; the tokenizer is a fast one of transformers."""
+        self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._keep = max((len(text) for text in stop), default=1) - 1
+        self._text = ""
+        self._num_sent = 0
+        self._has_failed = False
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """Take tokens; return what is certain to be in the answer."""
+        if self._has_failed:
+            return ""
+        try:
+            for token in token_ids:
+                self._text += self._decoder.step(self._backend, token) or ""
+        except Exception:  # bytes that no character begins with: the end supplies what is missing
+            self._has_failed = True
+            return ""
+        stops = [start for start in map(self._text.find, self._stop) if start >= 0]
+        certain = min([len(self._text) - self._keep, *stops])
+        return self._send(self._text[: max(self._num_sent, certain)])
+
+    def finish(self, text: str) -> str:
+        """Return what is left of the whole answer."""
+        if not text.startswith(self._text[: self._num_sent]) and not self._has_failed:
+            text = self._text  # a tokenizer that spells the whole otherwise than its parts
+        return self._send(text)
+
+    def _send(self, text: str) -> str:
+        new = text[self._num_sent :]
+        self._num_sent = max(self._num_sent, len(text))
+        return new

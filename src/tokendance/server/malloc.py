@@ -36,11 +36,8 @@ async def give_back_memory(every_s: float = _GIVE_BACK_S) -> None:
     """Return free memory to the system again and again, until cancelled.
 
     By itself glibc's malloc returns what is free at the end of an arena, and not what lies before a
-    block that stays for long. With another malloc nothing happens.
-
-    Args:
-        every_s: seconds between. Each time takes some 10 ms, more where more is free, in which
-            nobody else can allocate in the same arena.
+    block that stays for long. Each time takes some 10 ms, more where more is free, in which nobody
+    else can allocate in the same arena. With another malloc nothing happens.
     """
     trim = _glibc_function("malloc_trim")
     while trim is not None:

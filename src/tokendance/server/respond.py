@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,11 +23,10 @@ from tokendance.errors import TokenDanceError
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.answers import Delta, Listener
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.grammar import GrammarConstraint
-from tokendance.server.jobs import Job, RoundKey
+from tokendance.server.jobs import Delta, Job, Listener, RoundKey
 from tokendance.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -50,14 +49,14 @@ class Endpoint(ABC, Generic[Body]):
     """One request to an endpoint: how it is read and run, and what its answers look like.
 
     Attributes:
-        id_prefix: begins the id of its answer.
+        kind: begins the id of its answer.
         prompt_field: of the body, named where a prompt cannot be run.
         num_agents: see `Admission.admitted`.
         jobs: by the index of the answer that each gives; `read` fills them in.
         listener: hears the jobs' events; there once `read_on_thread` is called.
     """
 
-    id_prefix: str
+    kind: ClassVar[str]
     prompt_field = "messages"
     num_agents = 1
     listener: Listener
@@ -69,7 +68,7 @@ class Endpoint(ABC, Generic[Body]):
         self.tenant = tenant
         self.body: Body = body
         self.encoder = context.encoder(tenant)
-        self.head = context.head(self.id_prefix)
+        self.head = context.head(self.kind)
         self.jobs: dict[int, Job] = {}
 
     @abstractmethod
@@ -266,10 +265,9 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
 
 def usage_of(outputs: Sequence[Output], choices: int) -> Usage:
     """Tokens as OpenAI counts them: a prompt once, however many answers it has."""
-    first_of_prompts = outputs[::choices]
-    prompt = sum(output.prompt_tokens for output in first_of_prompts)
+    prompt = sum(output.prompt_tokens for output in outputs[::choices])
     answer = sum(len(output.token_ids) for output in outputs)
-    cached = sum(output.reused_tokens for output in first_of_prompts)
+    cached = sum(output.reused_tokens for output in outputs[::choices])
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=answer,

@@ -14,7 +14,7 @@ round cannot be stored, who ends last has a `warning` that says why.
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -22,7 +22,7 @@ from tokendance.conversation import Asked
 from tokendance.errors import AbortedError, InputError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
-from tokendance.rounds.prompts import Part, Prompt, private, shared
+from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.chat import as_message, check_length
 from tokendance.server.context import ServerContext
@@ -47,7 +47,7 @@ class RoundEndpoint(Endpoint[RoundRequest]):
         refused: agents that cannot be asked, and why.
     """
 
-    id_prefix = "round"
+    kind = "round"
 
     def __init__(self, context: ServerContext, tenant: str, body: RoundRequest) -> None:
         """Take a tenant's request; see `Endpoint`."""
@@ -128,12 +128,10 @@ class LoneRound(RoundEndpoint):
         try:
             if agent.segments is not None:
                 return encoder.encode(Prompt(_parts(agent.segments, blocks)))
-            messages: list[dict[str, Any]] = []
-            for message in agent.messages or ():
-                content: Any = message.content
-                if isinstance(content, list):
-                    content = _parts(content, blocks)
-                messages.append(as_message(message.role, content, message.name))
+            messages = [
+                as_message(message.role, _parts(message.content, blocks), message.name)
+                for message in agent.messages or ()
+            ]
             return encoder.encode(Prompt(messages))
         except InputError as error:
             raise bad_request(str(error), "agents") from error
@@ -214,9 +212,12 @@ def _texts(agent: RoundAgent, blocks: dict[str, str]) -> Iterator[str]:
             yield from (_text(part, blocks) for part in content or ())
 
 
-def _parts(parts: Sequence[RoundPart], blocks: dict[str, str]) -> list[Part]:
+def _parts(content: str | list[RoundPart] | None, blocks: dict[str, str]) -> Any:
+    """A content as `Prompt` takes it."""
+    if not isinstance(content, list):
+        return content
     return [
-        (private if isinstance(part, TextPart) else shared)(_text(part, blocks)) for part in parts
+        (private if isinstance(part, TextPart) else shared)(_text(part, blocks)) for part in content
     ]
 
 

@@ -13,9 +13,7 @@ store, a round is on disk when it is answered, if there is no `warning`, and a s
 a restart.
 
 If the round of a chat request names a session, the client keeps what was said, and the server the
-KV of it (`kept_chats.py`).
-
-The store is read and written on the engine's thread: see `loading.py`.
+KV of it (`kept_chats.py`). The store is read and written on the engine's thread (`loading.py`).
 """
 
 import asyncio
@@ -46,12 +44,9 @@ _MAX_SESSIONS = 1024
 
 @dataclass(slots=True)
 class _Open:
-    """A session that is open: of rounds, once `session` is loaded, or of chats.
+    """A session that is open: of rounds, once `session` is loaded, or of chats."""
 
-    The lock is held by the one round that a session can have at a time.
-    """
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by the round under way
     session: Session | None = None
     chat: KeptChat | None = None
 
@@ -89,11 +84,8 @@ class Sessions:
         key = SessionKey(tenant, body.session)
         opened = self._opened(tenant, key)
         if opened.lock.locked():
-            raise ApiError(
-                409,
-                f"A round of the session {body.session!r} is under way. Wait for its end.",
-                code="round_under_way",
-            )
+            message = f"A round of the session {body.session!r} is under way. Wait for its end."
+            raise ApiError(409, message, code="round_under_way")
         async with opened.lock:
             try:
                 if opened.session is None:
@@ -130,10 +122,10 @@ class Sessions:
         entries = self._open[tenant]
         opened = entries.setdefault(key, _Open())
         entries.move_to_end(key)
-        num_beyond = max(0, len(entries) - _MAX_SESSIONS)
-        idle = [other for other in list(entries)[:-1] if not entries[other].lock.locked()]
-        for other in idle[:num_beyond]:
-            del entries[other]
+        if (num_beyond := len(entries) - _MAX_SESSIONS) > 0:
+            idle = [other for other in list(entries)[:-1] if not entries[other].lock.locked()]
+            for other in idle[:num_beyond]:
+                del entries[other]
         return opened
 
 

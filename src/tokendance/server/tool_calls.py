@@ -94,25 +94,24 @@ def find_tool_format(encoder: PromptEncoder) -> ToolFormat:
         return ToolFormat()
     before, _, after = with_word.partition(word)
     tool_format = _read_format(with_call, before, after, name)
-    if tool_format is None or encoder.spells_special(tool_format.begin + tool_format.end):
-        return ToolFormat()
-    return tool_format
+    is_special = encoder.spells_special(tool_format.begin + tool_format.end)
+    return ToolFormat() if is_special else tool_format
 
 
-def _read_format(conversation: str, before: str, after: str, name: str) -> ToolFormat | None:
+def _read_format(conversation: str, before: str, after: str, name: str) -> ToolFormat:
     """Read a format from a conversation that has a call between two texts that it always has."""
     if not conversation.startswith(before) or not conversation.endswith(after):
-        return None
+        return ToolFormat()
     text = conversation[len(before) : len(conversation) - len(after)]
     first = text.find("{")
     if first < 0:
-        return None
+        return ToolFormat()
     try:
         content, length = json.JSONDecoder().raw_decode(text[first:])
     except ValueError:
-        return None
+        return ToolFormat()
     others = set(content) - {"name"}
     if content.get("name") != name or len(others) != 1:
-        return None
+        return ToolFormat()
     # Blanks before a call are not what tells it from words.
     return ToolFormat(text[:first].lstrip(), text[first + length :], others.pop(), in_template=True)
