@@ -1,1 +1,1 @@
-"""The door: an OpenAI-compatible server whose concurrent requests become rounds."""
+"""An OpenAI-compatible server whose concurrent requests become rounds."""

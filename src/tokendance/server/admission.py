@@ -1,4 +1,4 @@
-"""Who is let in: requests that are answered at a time, and how many of them are one tenant's."""
+"""Admission: a limit on requests that are open at a time, with a share for each tenant."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,28 +9,28 @@ from tokendance.server.settings import ServerSettings
 
 
 class Admission:
-    """Counts the requests that are being answered.
+    """Counts open requests, which are those being answered.
 
-    Some of the room is each tenant's own, and the rest goes to who comes first:
+    Part of the limit is reserved for each tenant, the rest is first come, first served:
 
-        max_open_requests   [ own | own | own |   for all    ]
+        max_open_requests   [ reserved | reserved | reserved |   for all    ]
 
     Attributes:
-        is_draining: no more requests are taken.
+        is_draining: whether new requests are refused because the server stops.
     """
 
     def __init__(self, settings: ServerSettings, is_serving: Callable[[], bool]) -> None:
-        """Let in as many as the settings say, while `is_serving` says that somebody answers."""
+        """Admit as many as the settings allow, as long as `is_serving()` is true."""
         num_tenants = max(1, len(settings.api_keys))
-        self._num_own = max(1, settings.max_open_requests // (2 * num_tenants))
-        self._num_for_all = settings.max_open_requests - self._num_own * num_tenants
+        self._num_reserved = max(1, settings.max_open_requests // (2 * num_tenants))
+        self._num_for_all = settings.max_open_requests - self._num_reserved * num_tenants
         self._is_serving = is_serving
         self._open: Counter[str] = Counter()  # by tenant
         self.is_draining = False
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether new requests are accepted."""
         return self._is_serving() and not self.is_draining
 
     @property
@@ -40,12 +40,12 @@ class Admission:
 
     @contextmanager
     def admitted(self, tenant: str, num_agents: int = 1) -> Iterator[None]:
-        """Count a tenant's request as open while it is answered.
+        """Count a tenant's request as open while the context lasts.
 
         Args:
-            tenant: who asks.
-            num_agents: of a round in one call. It counts as so many, but never as more than a
-                tenant has for itself, so that the largest is served when the others are done.
+            tenant: whose request it is.
+            num_agents: of a round in one call, which counts as so many requests, but never as more
+                than are reserved for a tenant: so even the largest fits when the others are done.
 
         Raises:
             ApiError: 503 while the server stops or its engine has failed, 429 if too many are open.
@@ -54,7 +54,7 @@ class Admission:
             raise ApiError(
                 503, "The server is stopping. Ask another, or later.", headers={"Retry-After": "5"}
             )
-        count = min(num_agents, self._num_own)
+        count = min(num_agents, self._num_reserved)
         if not self._has_room(tenant, count):
             raise ApiError(
                 429,
@@ -71,5 +71,5 @@ class Admission:
 
     def _has_room(self, tenant: str, count: int) -> bool:
         would_be = self._open + Counter({tenant: count})
-        num_beyond = sum(max(0, num_open - self._num_own) for num_open in would_be.values())
-        return would_be[tenant] <= self._num_own or num_beyond <= self._num_for_all
+        num_beyond = sum(max(0, num_open - self._num_reserved) for num_open in would_be.values())
+        return would_be[tenant] <= self._num_reserved or num_beyond <= self._num_for_all

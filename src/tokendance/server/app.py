@@ -43,11 +43,10 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     context = ServerContext(llm, settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        del app
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         context.engine_thread.start()
         giving_back = asyncio.create_task(give_back_memory())
-        drain_s = 0.0  # where the server is told to end at once
+        drain_s = 0.0  # if the server is cancelled
         try:
             yield
             drain_s = settings.drain
@@ -67,8 +66,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     return app
 
 
-async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    del request
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error)
     return JSONResponse(answer.body(), answer.status, answer.headers)
 
@@ -105,7 +103,7 @@ def _add_operations(app: FastAPI, context: ServerContext) -> None:
 
     @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> JSONResponse:
-        """Whether requests are taken."""
+        """Whether new requests are accepted."""
         return status(context.admission.is_ready, well="ready", ill="not ready")
 
     @app.get("/metrics", response_class=PlainTextResponse)

@@ -1,11 +1,11 @@
-"""Arrivals: jobs that wait for others of their round.
+"""Arrivals: jobs that wait for other jobs of their round.
 
-Most rounds have no name. Requests of such a round come within milliseconds of each other when their
-answers are gathered. So a request waits in a window until nothing has come for a gap, and never
-longer than a share of what a lone request takes here, which is measured as they end. Whoever comes
-later begins a round of its own, and still finds what the earlier one has computed.
+Clients rarely say which round a request belongs to, but they send the requests of a round within
+milliseconds. So a request waits in a window until nothing has arrived for a short gap, but never
+longer than a share of the time that a single request takes, which is measured. A request that
+arrives later begins a round of its own, and still reuses what the earlier round has computed.
 
-A client may name its round, and then it begins when all are there, or when nobody else comes.
+A client may also name a round. It begins when all its requests are there, or after a timeout.
 """
 
 import math
@@ -21,25 +21,25 @@ from tokendance.store.entries import RoundId
 
 Item = TypeVar("Item")
 
-# A lone request's seconds before any was measured, and how fast the estimate follows.
+# The first estimate of a single request's seconds, and the weight of each measurement.
 _FIRST_GUESS_S = 0.5
 _SMOOTHING = 0.2
-# The longest that anything waits in the window.
+# The longest wait in the window.
 _LONGEST_S = 0.1
 
-# A named round whose requests keep coming waits so many times as long as for one.
-_LONGEST_WAITS = 10
+# While requests of a named round keep arriving, it waits for at most so many timeouts.
+_MAX_TIMEOUTS = 10
 
 
 @dataclass(slots=True)
 class ArrivalWindow(Generic[Item]):
-    """Holds what makes a round without a name. The clock is the caller's.
+    """Collects what arrives into a round without a name. Times are the caller's.
 
     Attributes:
-        gap_s: seconds without an arrival after which a round begins.
-        share: of a lone request's seconds; the longest that anything waits.
-        lone_s: estimate of a lone request's seconds.
-        num_expected: requests that have arrived and are still being read.
+        gap_s: seconds without an arrival after which the round begins.
+        share: the longest wait, as a share of `lone_s`.
+        lone_s: estimate of the seconds that a single request takes.
+        num_expected: requests that are still being read.
     """
 
     gap_s: float
@@ -51,21 +51,21 @@ class ArrivalWindow(Generic[Item]):
     _last_s: float = 0.0
 
     def add(self, item: Item, now: float) -> None:
-        """Take an arrival."""
+        """Add an arrival."""
         if not self._items:
             self._first_s = now
         self._last_s = now
         self._items.append(item)
 
     def remove(self, item: Item) -> bool:
-        """Take one back; return whether it was still here."""
+        """Remove an arrival; return whether it was still here."""
         if item not in self._items:
             return False
         self._items.remove(item)
         return True
 
     def due_s(self) -> float | None:
-        """When the round begins if nothing else arrives; None while nothing waits."""
+        """When the round begins if nothing else arrives; None if nothing waits."""
         if not self._items:
             return None
         longest_s = min(_LONGEST_S, self.share * self.lone_s)
@@ -74,7 +74,7 @@ class ArrivalWindow(Generic[Item]):
         return min(self._last_s + min(self.gap_s, longest_s), self._first_s + longest_s)
 
     def take(self, now: float) -> list[Item]:
-        """Hand over what begins now; nothing if it is too early."""
+        """Return the round that begins now; nothing if it is too early."""
         due_s = self.due_s()
         if due_s is None or now < due_s:
             return []
@@ -82,23 +82,23 @@ class ArrivalWindow(Generic[Item]):
         return items
 
     def note_lone(self, seconds: float) -> None:
-        """Learn from a request that ran alone."""
+        """Update `lone_s` with a request that ran alone."""
         self.lone_s += _SMOOTHING * (seconds - self.lone_s)
 
 
 @dataclass(slots=True)
 class NamedRound:
-    """A round that a client has named, and that has not ended.
+    """A round that a client has named, until all its jobs are done.
 
     Attributes:
         waiting: jobs that have not begun.
-        first_s: when the first of them came, on the clock.
-        last_s: when the last of them came.
-        size: requests of it, if a client has said.
-        num_requests: that have come, but for those that were taken back before it began.
+        first_s: when the first of them arrived.
+        last_s: when the last of them arrived.
+        size: number of its requests, if a client has given it.
+        num_requests: that have arrived, without those cancelled before they began.
         round_id: of the engine, once it has begun.
         num_live: jobs that have begun and are not done.
-        chats: sessions whose KV it goes on from, and whether somebody has answered in it.
+        chats: its sessions, and whether any request of each was answered in it.
     """
 
     waiting: list[Job]
@@ -111,27 +111,27 @@ class NamedRound:
     chats: dict[KeptChat, bool] = field(default_factory=dict)
 
     def due_s(self, wait_s: float) -> float:
-        """When it begins if nobody else comes: at once if all are there."""
+        """When it begins if no other request arrives: at once if all are there."""
         if self.size is not None and self.num_requests >= self.size:
             return self.last_s
-        return min(self.last_s + wait_s, self.first_s + _LONGEST_WAITS * wait_s)
+        return min(self.last_s + wait_s, self.first_s + _MAX_TIMEOUTS * wait_s)
 
 
 class Arrivals:
-    """Jobs that have come and not begun, and named rounds until they end; on the caller's clock.
+    """Jobs that have not begun, and named rounds until they end. Times are the caller's.
 
     Attributes:
         window: holds jobs of rounds without a name.
     """
 
     def __init__(self, loader: Loader, settings: ServerSettings) -> None:
-        """Begin with nobody; named rounds wait until `loader` has loaded their sessions."""
+        """Begin with no jobs; named rounds wait until `loader` has loaded their sessions."""
         self.window: ArrivalWindow[Job] = ArrivalWindow(
             settings.window_ms / 1000, settings.window_share
         )
         self._loader = loader
         self._round_wait_s = settings.round_wait
-        self._named: dict[RoundKey | None, NamedRound] = {}  # None is no key of it
+        self._named: dict[RoundKey | None, NamedRound] = {}  # None is never in it
 
     @property
     def num_named(self) -> int:
@@ -139,11 +139,11 @@ class Arrivals:
         return len(self._named)
 
     def expect(self, count: int) -> None:
-        """Note that so many more requests are being read; negative for fewer."""
+        """Change the number of requests that are still being read, by `count`."""
         self.window.num_expected += count
 
     def add(self, jobs: Sequence[Job], now: float) -> None:
-        """Take jobs of one request."""
+        """Add the jobs of one request."""
         key = jobs[0].key
         if key is None:
             for job in jobs:
@@ -157,18 +157,18 @@ class Arrivals:
         named.num_requests += 1
         named.size = jobs[0].round_size or named.size
         chat = jobs[0].chat
-        if chat is not None and chat not in named.chats:  # once for the whole round
+        if chat is not None and chat not in named.chats:  # loaded once for the whole round
             named.chats[chat] = False
             self._loader.begin(chat)
 
     def due_s(self) -> float | None:
-        """When a round begins if nobody else comes; None while nobody waits."""
+        """When the next round begins if no other request arrives; None if no job waits."""
         due = [named.due_s(self._round_wait_s) for named in self._ready()]
         window_s = self.window.due_s()
         return min([*due, *([] if window_s is None else [window_s])], default=None)
 
     def _ready(self) -> list[NamedRound]:
-        """Named rounds with jobs that wait for nothing but others of their round."""
+        """Named rounds with jobs that wait for requests only, not for sessions to be loaded."""
         return [
             named
             for named in self._named.values()
@@ -176,9 +176,9 @@ class Arrivals:
         ]
 
     def take(self, now: float) -> Iterator[tuple[list[Job], NamedRound | None]]:
-        """Hand over the rounds that begin by a clock time, each with its name if it has one.
+        """Take out the rounds that are due at `now`, with their `NamedRound` if they have a name.
 
-        One after the other: if one cannot be begun, the others are still here.
+        If the caller fails to begin one of them, those after it are still here.
         """
         if jobs := self.window.take(now):
             yield jobs, None
@@ -189,7 +189,7 @@ class Arrivals:
                 yield jobs, named
 
     def remove(self, jobs: Sequence[Job]) -> list[Job]:
-        """Take back the jobs of one request, and return those that had not begun."""
+        """Remove the jobs of a request that has been cancelled; return those that had not begun."""
         named = self._named.get(jobs[0].key) if jobs else None
         if named is None:
             return [job for job in jobs if self.window.remove(job)]
@@ -201,7 +201,7 @@ class Arrivals:
         return removed
 
     def note_done(self, job: Job, *, has_answer: bool) -> None:
-        """Note that a job that had begun is done."""
+        """Note that a job that had begun is done; a named round may end with it."""
         if (named := self._named.get(job.key)) is None:
             return
         named.num_live -= 1
@@ -211,7 +211,7 @@ class Arrivals:
         self._end_if_done(job.key)
 
     def _end_if_done(self, key: RoundKey | None) -> None:
-        """Let go of a named round of which nobody is left, and store its sessions."""
+        """Drop a named round that has no jobs any more, and store its sessions."""
         named = self._named[key]
         if named.waiting or named.num_live > 0:
             return
@@ -221,11 +221,11 @@ class Arrivals:
                 try_to_save(chat)
 
     def take_waiting(self) -> list[Job]:
-        """Hand over everybody who has not begun, when nobody will."""
+        """All jobs that have not begun, for when the engine has stopped."""
         waiting = [job for named in self._named.values() for job in named.waiting]
         return [*self.window.take(math.inf), *waiting]
 
     def __bool__(self) -> bool:
-        """Whether somebody waits."""
+        """Whether any job waits."""
         waiting = any(named.waiting for named in self._named.values())
         return waiting or self.window.due_s() is not None

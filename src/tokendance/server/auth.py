@@ -1,4 +1,4 @@
-"""Who asks: each API key is a tenant, and tenants share nothing."""
+"""Authentication: each API key is a tenant, and tenants share nothing."""
 
 import hashlib
 import hmac
@@ -12,10 +12,10 @@ from tokendance.server.settings import ServerSettings
 
 
 class ApiKeys:
-    """The keys that may ask; without any, everybody may.
+    """The API keys of the settings; without any, no request needs a key.
 
     Attributes:
-        open_paths: that need no key; None if none does.
+        open_paths: paths that need no key; None if no path needs one.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -24,16 +24,16 @@ class ApiKeys:
         self.open_paths = open_paths if settings.api_keys else None
 
     def authenticate(self, scope: Scope) -> str:
-        """The tenant, by the key in the head of a request; "" where none is needed.
+        """The tenant of a request, by the key in its headers; "" where no key is needed.
 
         Raises:
-            ApiError: 401 without a key of the settings.
+            ApiError: 401 for a missing or unknown key.
         """
         if self.open_paths is None or scope["path"] in self.open_paths:
             return ""
         header = dict(scope["headers"]).get(b"authorization", b"")
         digest = hashlib.sha256(header.removeprefix(b"Bearer ").strip()).digest()
-        # The digest is compared with all of them, so that the time it takes tells nothing.
+        # It is compared with all of them, so that the time this takes reveals nothing.
         if not sum(hmac.compare_digest(own, digest) for own in self._digests):
             raise ApiError(
                 401,
@@ -50,4 +50,4 @@ async def _tenant_of(request: Request) -> str:
 
 
 Tenant = Annotated[str, Depends(_tenant_of)]
-"""A route's parameter: who asks. `Limits` has put it down before the body was read."""
+"""Parameter of a route: the tenant, which `Limits` has found before the body was read."""

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a conversation is answered."""
+"""POST /v1/chat/completions."""
 
 import json
 import secrets
@@ -34,18 +34,18 @@ _ROLES = {"developer": "system", "function": "tool"}
 
 
 class ChatEndpoint(PromptEndpoint[ChatRequest]):
-    """A conversation that is answered."""
+    """A request for answers to a conversation."""
 
     kind = "chatcmpl"
 
     def __init__(self, context: ServerContext, tenant: str, body: ChatRequest) -> None:
         """Take a request; see `Endpoint`."""
         super().__init__(context, tenant, body)
-        # Of a stream: by answer, text that may become a call and is not sent as text.
+        # In a stream, by answer: text that may turn out to be a call and is not sent yet.
         self._held: dict[int, str] = {}
 
     def read(self) -> None:
-        """Make a prompt of the messages."""
+        """Encode the messages."""
         context, body = self.context, self.body
         count, most = len(body.messages), context.settings.max_messages
         if count > most:
@@ -54,12 +54,12 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
         prompt = encode_chat(body, self.encoder, context.tools, context.max_characters)
         constraint = constraint_of(body, context.grammars, context.tools)
         self.check_choices(1)
-        # Separators in the messages say where blocks begin.
+        # Separators in the messages mark their shared blocks.
         marked = any(SEPARATOR in text for message in body.messages for text in _texts(message))
         self.add_jobs(body, [prompt], constraint=constraint, marked=marked)
 
     def document(self, answers: Sequence[Answer], usage: Usage) -> ChatAnswer:
-        """A message for each answer."""
+        """A choice for each answer."""
         choices = []
         for index, answer in enumerate(answers):
             output = answer.output
@@ -79,7 +79,7 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
         return ChatAnswer(**self.head, object="chat.completion", choices=choices, usage=usage)
 
     def chunks(self, delta: Delta) -> list[ChatChunk]:
-        """The role first, then text and calls, and at last the reason why it has ended."""
+        """The role first, then text and calls, and at last the finish reason."""
         index, text = delta.index, delta.text
         choices: list[ChatChunkChoice] = []
 
@@ -109,14 +109,14 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
         return [self._chunk([choice]) for choice in choices]
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
-        """An event without a choice."""
+        """A chunk without choices."""
         return self._chunk([], usage=usage)
 
     def _chunk(self, choices: list[ChatChunkChoice], **fields: Any) -> ChatChunk:
         return ChatChunk(**self.head, object="chat.completion.chunk", choices=choices, **fields)
 
     def _split(self, text: str) -> tuple[str, list[CalledFunction]]:
-        """An answer's words, and the calls that it makes."""
+        """The text and the calls of an answer."""
         return self.context.tools.split(text) if self.body.may_call else (text, [])
 
     def _logprobs(
@@ -151,38 +151,37 @@ def encode_chat(
 ) -> EncodedPrompt:
     """Encode a conversation.
 
-    A template that refuses it as it is (some want user and assistant in turn, some know no system
-    message) gets it with neighbours of one role joined and the system's words at the head of the
-    first message.
+    Some chat templates want user and assistant in turn, or know no system message. If the template
+    refuses the messages, neighbours of one role are joined, and a system message becomes a user's.
 
     Raises:
-        ApiError: for what no template could take.
+        ApiError: for messages that the template refuses all the same, or that are too long.
     """
     messages = [_as_message(message, tools) for message in body.messages]
-    listed = [_as_tool(tool) for tool in body.tools or () if body.may_call]
-    if listed and not tools.in_template:
-        text = tools.describe([tool["function"] for tool in listed])
+    template_tools = [_as_tool(tool) for tool in body.tools or () if body.may_call]
+    if template_tools and not tools.in_template:
+        text = tools.describe([tool["function"] for tool in template_tools])
         if messages[0]["role"] == "system":
             messages[0]["content"].append(_text(f"\n\n{text}"))
         else:
             messages.insert(0, {"role": "system", "content": [_text(text)]})
-        listed = []
+        template_tools = []
     texts = [part["text"] for message in messages for part in message["content"]]
-    check_length([*texts, *map(json.dumps, listed)], max_characters)
+    check_length([*texts, *map(json.dumps, template_tools)], max_characters)
     try:
-        return encoder.encode(Prompt(messages, tools=listed))
+        return encoder.encode(Prompt(messages, tools=template_tools))
     except PromptError as error:
         try:
-            return encoder.encode(Prompt(_in_turn(messages), tools=listed))
+            return encoder.encode(Prompt(_in_turn(messages), tools=template_tools))
         except PromptError:
             raise bad_request(str(error), "messages") from error
 
 
 def check_length(texts: Iterable[str], max_characters: int, param: str = "messages") -> None:
-    """Refuse texts of a prompt that no context could hold, before they are tokenized.
+    """Refuse texts that cannot fit the model's context, before they are tokenized.
 
     Raises:
-        ApiError: if they have more characters than that.
+        ApiError: if they have more than `max_characters` together.
     """
     total = sum(map(len, texts))
     if total > max_characters:
@@ -194,7 +193,7 @@ def check_length(texts: Iterable[str], max_characters: int, param: str = "messag
 
 
 def as_message(role: str, content: Any, name: str | None) -> dict[str, Any]:
-    """A message as `Prompt` takes it: its role is one that templates know."""
+    """A message for `Prompt`, with a role that templates know."""
     message = {"role": _ROLES.get(role, role), "content": content}
     return {**message, "name": name} if name else message
 
@@ -236,7 +235,7 @@ def _parsed(arguments: str) -> Any:
 
 
 def _in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same words as user and assistant in turn, the user first."""
+    """The same text as messages of user and assistant in turn, the user first."""
     joined: list[dict[str, Any]] = []
     for message in messages:
         role = "assistant" if message["role"] == "assistant" else "user"
@@ -252,16 +251,16 @@ def _in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
-# ---- what the answer has to look like ------------------------------------------------------------
+# ---- the constraint ------------------------------------------------------------------------------
 
 
 def constraint_of(
     body: ChatRequest, grammars: Grammars, tool_format: ToolFormat
 ) -> GrammarConstraint | None:
-    """What the answer has to look like, if the client says so.
+    """The constraint on the answer that tools or the response format require, if there is one.
 
     Raises:
-        ApiError: for a schema that cannot be followed, or a tool that is not there.
+        ApiError: for a schema that is not supported, or a tool that is missing.
     """
     tools = [tool.function.model_dump() for tool in body.tools or ()]
     choice = body.tool_choice or ("auto" if tools else "none")

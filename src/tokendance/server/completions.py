@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts, or token ids, that go on."""
+"""POST /v1/completions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from tokendance.server.responses import TextAnswer, TextChoice, TextChunk, TextC
 
 
 class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
-    """Texts, or token ids, that go on."""
+    """A request for continuations of texts, or of token ids."""
 
     kind = "cmpl"
     prompt_field = "prompt"
@@ -37,7 +37,7 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
             raise bad_request(str(error), "prompt") from error
 
     def document(self, answers: Sequence[Answer], usage: Usage) -> TextAnswer:
-        """A text for each answer."""
+        """A choice for each answer."""
         choices = [
             TextChoice(
                 index=index,
@@ -50,7 +50,7 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
         return TextAnswer(**self.head, object="text_completion", choices=choices, usage=usage)
 
     def chunks(self, delta: Delta) -> list[TextChunk]:
-        """Text if there is any, and the reason why it has ended."""
+        """Text if there is any, and the finish reason at the end."""
         reason = None if delta.output is None else finish_reason(delta.output)
         if not delta.text and reason is None:
             return []
@@ -60,7 +60,7 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
         return [TextChunk(**self.head, object="text_completion", choices=[choice])]
 
     def usage_chunk(self, usage: Usage) -> TextChunk:
-        """An event without a choice."""
+        """A chunk without choices."""
         return TextChunk(**self.head, object="text_completion", choices=[], usage=usage)
 
     def _logprobs(self, answer: Answer) -> dict[str, Any] | None:

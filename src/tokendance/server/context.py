@@ -1,4 +1,4 @@
-"""What the routes work with."""
+"""What all routes share."""
 
 import secrets
 import time
@@ -24,7 +24,7 @@ from tokendance.server.tool_calls import find_tool_format
 
 Result = TypeVar("Result")
 
-# Of each tenant, for reading what it sends.
+# Threads that read a tenant's requests at a time.
 _THREADS = 4
 
 
@@ -34,14 +34,14 @@ class ServerContext:
     Attributes:
         llm: the model; only `engine_thread` touches its engine.
         settings: of the server.
-        keys: who may ask.
-        metrics: what Prometheus reads.
+        keys: authenticates requests.
+        metrics: for Prometheus.
         engine_thread: runs the engine; it is not started here.
-        admission: who is let in.
+        admission: limits open requests.
         sessions: that are open.
-        grammars: for answers that have to parse.
+        grammars: constrain answers that have to parse.
         tools: how the model calls tools.
-        started_s: seconds since 1970.
+        started_s: Unix time.
     """
 
     def __init__(self, llm: LLM, settings: ServerSettings) -> None:
@@ -65,7 +65,7 @@ class ServerContext:
 
     @property
     def max_characters(self) -> int:
-        """Longer texts are refused unread; hardly a token has more than a hundred."""
+        """Longer prompts are refused before they are tokenized: tokens are hardly ever so long."""
         return 128 * self.llm.model.shape.max_context
 
     def check_model(self, name: str) -> None:
@@ -75,7 +75,7 @@ class ServerContext:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def head(self, kind: str) -> dict[str, Any]:
-        """What every answer begins with."""
+        """The first fields of every answer; `kind` begins its id."""
         return {
             "id": f"{kind}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -83,7 +83,7 @@ class ServerContext:
         }
 
     def encoder(self, tenant: str) -> PromptEncoder:
-        """The encoder of a tenant, whose hashes nobody else's prompts have."""
+        """The encoder of a tenant; its salt keeps hashes apart from those of other tenants."""
         model = self.llm.model
         if tenant not in self._encoders:
             salt = make_salt(model.name, str(model.dtype), tenant)
@@ -91,7 +91,7 @@ class ServerContext:
         return self._encoders[tenant]
 
     async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
-        """Do a tenant's work on one of its threads, so that no tenant keeps others waiting."""
+        """Do a tenant's work on one of its few threads, so that it cannot take all of them."""
         limiter = self._limiters.setdefault(tenant, anyio.CapacityLimiter(_THREADS))
         return await anyio.to_thread.run_sync(work, limiter=limiter)
 

@@ -1,9 +1,9 @@
-"""The dispatcher: from jobs to rounds, from the engine to those who wait for answers.
+"""The dispatcher: makes rounds of jobs, runs them on the engine, and sends their events.
 
     jobs -> arrivals -> discovery -> engine.add -> engine.tick -> job.on_event(event)
 
-All of it happens on the engine's thread. It has no thread and no clock of its own: whoever drives
-it calls `tick`, and `pause_s` says how long there is nothing to do.
+All of it happens on the engine's thread. The dispatcher has no thread and no clock of its own: its
+driver calls `tick` again and again, and may sleep in between for `pause_s`.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from tokendance.store.entries import RoundId
 
 log = logging.getLogger("tokendance.server")
 
-# Tenants whose shared text is remembered; the one that asked longest ago is forgotten.
+# Tenants whose texts are remembered for discovery; the least recently used is forgotten.
 _MAX_TENANTS = 64
 
 
 class Dispatcher:
-    """Begins rounds, tells jobs what is new, and lets go of what is done; see the module.
+    """Runs jobs on the engine; see the module.
 
     Attributes:
         arrivals: jobs that have not begun.
-        loader: sessions that are being read from disk.
+        loader: reads sessions from disk.
     """
 
     def __init__(self, llm: LLM, metrics: Metrics, settings: ServerSettings) -> None:
-        """Drive the engine of an LLM, which nobody else may use then."""
+        """Run jobs on the engine of an LLM, which nothing else may use then."""
         self._engine = llm.engine
         self._shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
         self._discovery = DiscoveryConfig(recent_s=settings.recent)
@@ -49,7 +49,7 @@ class Dispatcher:
         self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._live: dict[Request, Job] = {}
         self._is_stopping = False
-        self._deadline_s = math.inf  # when what is under way is ended
+        self._deadline_s = math.inf  # when live jobs are aborted
         self._now = 0.0
         self._engine.observe(metrics)
         self._engine.attach(self._shadows)
@@ -57,15 +57,15 @@ class Dispatcher:
     # -- jobs come and go -----------------------------------------------------------------------
 
     def begin(self, jobs: Sequence[Job], round_id: RoundId | None = None) -> None:
-        """Begin jobs that came together; those of one tenant make a round.
+        """Begin jobs that arrived together; those of each tenant make a round.
 
         Args:
             jobs: to begin.
-            round_id: of the engine, for jobs of one tenant; a new one for each tenant if left out.
+            round_id: of a round that has begun, for jobs that join it; a new one if left out.
         """
         by_salt: dict[Salt, list[Job]] = {}
         for job in jobs:
-            self._live[job.request] = job  # so that they are answered even if what follows fails
+            self._live[job.request] = job  # first, so that it is answered if what follows fails
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
         for salt, of_tenant in by_salt.items():
             # Tokens at the beginning of each prompt whose KV is there already.
@@ -75,14 +75,14 @@ class Dispatcher:
             for job in of_tenant:
                 request = job.request
                 request.round_id = own_round
-                # A lone request that shares nothing is computed exactly, unless it goes on from
-                # what was not.
+                # A request outside of rounds reads exact KV only. What is cached of a conversation
+                # that goes on need not be exact, and is reused all the same.
                 request.in_round = bool(request.prompt.shared_segments()) or num_cached[job] > 0
                 job.is_alone = len(of_tenant) == 1
             self._engine.add([job.request for job in of_tenant])
 
     def _discover(self, salt: Salt, num_cached: Mapping[Job, int]) -> None:
-        """Cut the prompts of jobs into segments, where clients have not; by what is shared."""
+        """Find what prompts share, and cut them into segments; not where the client has done so."""
         unmarked = [job for job in num_cached if not job.marked]
         if not unmarked or not self._engine.options.reuses_segments:
             return
@@ -97,7 +97,7 @@ class Dispatcher:
                 self._now,
                 [num_cached[job] for job in unmarked],
             )
-        except Exception:  # nothing is found then, and all are served
+        except Exception:  # the jobs run all the same
             log.exception("prompts could not be compared; what was remembered is forgotten")
             del self._discoveries[salt]
             return
@@ -106,7 +106,7 @@ class Dispatcher:
             job.request.prompt = prompt
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """End the jobs of one request, wherever they are, but for those that are done."""
+        """Abort the jobs of one request, whether they wait or run."""
         refuse(self.arrivals.remove(jobs), "The request was taken back.")
         for job in jobs:
             if job.request in self._live:
@@ -115,7 +115,7 @@ class Dispatcher:
     # -- one turn -------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Begin what is due, compute one step, and tell the jobs what is new."""
+        """Begin rounds that are due, compute one step, and send events."""
         self._now = now
         for jobs, named in self.arrivals.take(math.inf if self._is_stopping else now):
             if named is not None and named.round_id is None:
@@ -134,7 +134,7 @@ class Dispatcher:
         self._publish()
 
     def pause_s(self, now: float) -> float | None:
-        """How long there is nothing to do if nothing comes; None: for ever."""
+        """Seconds until there is something to do if no command comes; None: for ever."""
         if self._engine.can_compute:
             return 0.0
         if self.loader:
@@ -146,9 +146,9 @@ class Dispatcher:
         return max(0.0, due_s - now) if due_s is not None else None
 
     def _publish(self) -> None:
-        """Tell jobs what is new, and let go of those that are done."""
+        """Send new tokens and outputs to the jobs' listeners, and drop jobs that are done."""
         for request, job in list(self._live.items()):
-            # A request that began anew generates again what was sent already.
+            # A request that was restarted generates again the tokens that were sent already.
             new = tuple(request.generated[job.num_sent :])
             if new and request.error is None:
                 logprobs = tuple(request.logprobs[job.num_sent :])
@@ -168,23 +168,23 @@ class Dispatcher:
     # -- the end --------------------------------------------------------------------------------
 
     def stop_by(self, deadline_s: float) -> None:
-        """Finish what is under way, and end what is not done at a clock time."""
+        """Stop when all jobs are done; those that are not done at the deadline are aborted."""
         self._is_stopping = True
         self._deadline_s = min(self._deadline_s, deadline_s)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether it was told to stop, and nothing is under way any more."""
+        """Whether it is to stop, and all jobs are done."""
         return self._is_stopping and not (self._live or self.arrivals or self.loader)
 
     def give_up(self) -> None:
-        """Tell all who wait that nothing comes any more."""
+        """Fail all jobs and loads, when the engine does not run any more."""
         self.loader.stop()
         refuse([*self._live.values(), *self.arrivals.take_waiting()])
 
 
 def refuse(jobs: Iterable[Job], why: str = "The engine has stopped.") -> None:
-    """Answer jobs that nobody will run."""
+    """Fail jobs that will not run."""
     for job in jobs:
         job.request.error = AbortedError(why)
         job.request.finish_reason = "error"

@@ -1,12 +1,13 @@
-"""The engine in a thread of its own, so that the event loop never waits for the model.
+"""Runs the engine in a thread of its own, so that the event loop never waits for the model.
 
-Handlers hand in jobs and listen to events; everything that touches the engine happens there:
+Request handlers submit jobs and listen to their events. All that touches the engine is a command
+in an inbox, which the thread takes out between two steps:
 
     handler   announce() ... submit(jobs)        cancel(jobs)
                              |                       |
     thread    inbox -> dispatcher.tick -> job.on_event(event)
 
-All methods of `EngineThread` may be called from any thread; jobs' listeners are called on its own.
+Public methods may be called on any thread; jobs' listeners are called on the engine's.
 """
 
 import asyncio
@@ -34,44 +35,44 @@ class EngineThread:
     """Drives a dispatcher; see the module.
 
     Attributes:
-        failure: what has ended it, if it was not told to stop.
+        failure: the exception that ended the thread, if one did.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        """Prepare to drive a dispatcher, which nobody else may use then."""
+        """Prepare to drive a dispatcher, which nothing else may use then."""
         self._dispatcher = dispatcher
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._gate = threading.Lock()
-        self._is_closed = False  # nobody reads the inbox any more
+        self._is_closed = False  # the inbox, which is not read any more
         self.failure: BaseException | None = None
 
     # -- from any thread ----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs and serves."""
+        """Whether the thread runs and has not failed."""
         return self.is_running and self.failure is None
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread runs: nobody else may touch the engine."""
+        """Whether the thread runs, so that no other may touch the engine."""
         return self._thread.is_alive()
 
     def announce(self) -> None:
-        """Have rounds wait a little for a request that is being read; `submit` or `withdraw` it."""
+        """Let rounds wait a little for a request being read; `submit` or `withdraw` follows."""
         self._put(lambda: self._dispatcher.arrivals.expect(1))
 
     def withdraw(self) -> None:
-        """Take an announcement back."""
+        """Take back the announcement of a request that is not submitted."""
         self._put(lambda: self._dispatcher.arrivals.expect(-1))
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Hand in the jobs of a request that was announced; they wait for others of their round."""
+        """Submit the jobs of a request that was announced; they wait for others of their round."""
 
         def take() -> None:
             self._dispatcher.arrivals.expect(-1)
@@ -81,25 +82,25 @@ class EngineThread:
             refuse(jobs)
 
     def submit_round(self, jobs: Sequence[Job]) -> None:
-        """Hand in a whole round, which begins at once."""
+        """Submit all jobs of a round, which begins at once."""
         if not self._put(lambda: self._dispatcher.begin(jobs)):
             refuse(jobs)
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Take jobs back, wherever they are; nothing happens to those that are done."""
+        """Abort the jobs of one request, but for those that are done."""
         self._put(lambda: self._dispatcher.cancel(jobs))
 
     async def call(self, work: Callable[[], Result]) -> Result:
-        """Do something on the engine's thread, between two steps; what it raises is raised here.
+        """Run a function on the engine's thread, between two steps; what it raises is raised here.
 
         Raises:
-            ApiError: 503 if there is no thread any more.
+            ApiError: 503 if the thread has ended.
         """
         future: Future[Result] = Future()
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
-                return  # whoever waited for it has gone
+                return  # the caller was cancelled
             try:
                 future.set_result(work())
             except BaseException as error:
@@ -110,25 +111,25 @@ class EngineThread:
         return await asyncio.wrap_future(future)
 
     async def restore(self, session: Session) -> None:
-        """Read what memory lacks of a session, while others are answered.
+        """Load KV of a session that is not in memory, while other requests run.
 
         Raises:
             TokenDanceError: if it cannot be read.
-            ApiError: 503 if there is no thread any more.
+            ApiError: 503 if the thread has ended.
         """
         loaded: Future[TokenDanceError | None] = Future()
-        loaded.set_running_or_notify_cancel()  # it can be set though nobody waits any more
+        loaded.set_running_or_notify_cancel()  # so that it may be set if the caller was cancelled
         await self.call(lambda: self._dispatcher.loader.begin(session, loaded.set_result))
         if (error := await asyncio.wrap_future(loaded)) is not None:
             raise error
 
     def stop(self, drain_s: float) -> None:
-        """Finish what is under way, for so many seconds at most, then end the thread."""
+        """Wait for live jobs, for `drain_s` seconds at most, then end the thread."""
         self._stop_in(drain_s)
         self._thread.join(drain_s + 10.0)
 
     def hurry(self) -> None:
-        """End what is under way, and then the thread; who waits is told."""
+        """Abort live jobs, then end the thread, without waiting for that."""
         self._stop_in(0.0)
 
     def _stop_in(self, seconds: float) -> None:
@@ -136,7 +137,7 @@ class EngineThread:
         self._put(lambda: self._dispatcher.stop_by(deadline_s))
 
     def _put(self, command: Callable[[], None]) -> bool:
-        """Hand a command to the thread; return whether it will read it."""
+        """Put a command into the inbox; return whether it will be run."""
         with self._gate:
             if not self._is_closed:
                 self._inbox.put(command)
@@ -159,7 +160,7 @@ class EngineThread:
             self._dispatcher.give_up()
 
     def _read_inbox(self) -> None:
-        """Take what has come; wait only where there is nothing to do."""
+        """Run all commands in the inbox; wait for one if there is nothing else to do."""
         pause_s = self._dispatcher.pause_s(time.perf_counter())
         with contextlib.suppress(queue.Empty):
             if pause_s is None or pause_s > 0:
@@ -168,11 +169,11 @@ class EngineThread:
                 self._inbox.get_nowait()()
 
     def _take_last_commands(self) -> None:
-        """Take what has come before the inbox was closed, so that all of it is answered."""
+        """Run commands that came before the inbox was closed, so that their callers get answers."""
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._inbox.get_nowait()
                 try:
                     command()
-                except Exception:  # of an engine that has failed
+                except Exception:  # the engine may have failed
                     log.exception("what came last could not be taken")

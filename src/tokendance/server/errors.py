@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them: a status, and {"error": {message, type, param, code}}."""
+"""Errors in OpenAI's format: a status, and {"error": {message, type, param, code}}."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from tokendance.errors import (
     TokenDanceError,
 )
 
-_SHAPES = {"str", "int", "float", "bool", "list", "dict"}
+_TYPES = {"str", "int", "float", "bool", "list", "dict"}
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class ApiError(Exception):
         status: of HTTP.
         message: what happened, and what to do.
         param: the field of the request that is wrong.
-        code: a word for programs.
+        code: an identifier for programs.
         headers: of the answer.
     """
 
@@ -50,12 +50,12 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that cannot be answered as it is."""
+    """An error of status 400."""
     return ApiError(400, message, param=param, code=code)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of any error."""
+    """Turn any exception into the error that the client gets."""
     text = str(error)
     match error:
         case ApiError():
@@ -81,16 +81,16 @@ def as_api_error(error: Exception) -> ApiError:
         case HTTPException():
             headers = dict(error.headers or {})
             return ApiError(error.status_code, str(error.detail), headers=headers)
-    # It is in the log with its traceback; the client learns no more than this.
+    # The log has its traceback; the client gets no details.
     return ApiError(500, "The server failed on this request.")
 
 
 def _field_name(location: Sequence[str | int]) -> str | None:
     """The name of a field, from pydantic's location of an error.
 
-    Where a field may have one of several shapes, the location names the shape, too.
+    If a field has a type among several, the location has the name of the type, too.
     """
-    names = [str(name) for name in location if name != "body" and name not in _SHAPES]
+    names = [str(name) for name in location if name != "body" and name not in _TYPES]
     return ".".join(name for name in names if re.fullmatch("[a-z_]+|[0-9]+", name)) or None
 
 

@@ -1,6 +1,6 @@
-"""Answers that are sure to parse: JSON, schemas and tool calls, by constrained decoding.
+"""Constrained decoding: answers that are sure to parse as JSON, by a schema, or as tool calls.
 
-llguidance does the work; it says for every token whether it may come next.
+llguidance computes which tokens may come next.
 """
 
 import copy
@@ -17,24 +17,24 @@ from tokendance.models.loader import LoadedModel
 from tokendance.server.errors import bad_request
 from tokendance.server.tool_calls import ToolFormat
 
-# Blanks where people put them, and nowhere else: a small model can write blanks for ever.
+# Whitespace in its usual places only: a small model may write whitespace for ever.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# A text to see whether llguidance reads a tokenizer as we do.
+# A text by which to check that llguidance reads a tokenizer correctly.
 _SAMPLE = '{"name": "a b", "list": [1, 2]}'
 
 
 class Grammars:
-    """Makes constraints for a model. Safe for several threads."""
+    """Makes constraints for a model. Thread-safe."""
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
 
     def json_schema(self, schema: Mapping[str, Any], param: str) -> "GrammarConstraint":
-        """JSON that fits a schema.
+        """An answer that is JSON of a schema.
 
         Raises:
-            ApiError: for a schema that cannot be followed, naming the request's field `param`.
+            ApiError: for a schema that is not supported, naming the request's field `param`.
         """
         text = json.dumps(schema)
         try:
@@ -51,16 +51,16 @@ class Grammars:
         required: bool,
         several: bool,
     ) -> "GrammarConstraint":
-        """Text that may call functions, or one or several calls and no other text.
+        """An answer that may call functions.
 
         Args:
-            functions: as OpenAI describes them: name and parameters.
+            functions: in OpenAI's format: name and parameters.
             tool_format: how the model writes a call.
-            required: whether there has to be a call, and nothing else.
-            several: whether there may be more than one, where one is required.
+            required: the answer has to be a call, without other text.
+            several: the answer may be several calls, if one is required.
 
         Raises:
-            ApiError: for parameters that cannot be followed.
+            ApiError: for parameters whose schema is not supported.
         """
         schemas = [_call_schema(function, tool_format.arguments) for function in functions]
         call = {"anyOf": schemas, "x-guidance": _JSON}
@@ -71,12 +71,13 @@ class Grammars:
             return self._constraint(grammar, "tools")
         start = "call"
         if not required:
-            start = "call | words |"  # without a mark, a call is known by its first character
+            start = "call | words |"  # a call without a mark is recognized by its first character
         elif several and begin:
             start = 'call ("\\n" call)*'
+        marked = " json ".join(json.dumps(mark) if mark else "" for mark in (begin, end))
         lark = (
             f"%llguidance {{}}\nstart: {start}\n"
-            f"call: {_literal(begin)} json {_literal(end)}\n"
+            f"call: {marked}\n"
             f"json: %json {json.dumps(call)}\n"
             "words: /[^{](.|\\n)*/\n"
         )
@@ -97,16 +98,16 @@ class Grammars:
 
     @functools.cached_property
     def _tokenizer(self) -> "llguidance.LLTokenizer":
-        """The model's tokenizer as llguidance reads it from its JSON, which takes a second.
+        """The model's tokenizer for llguidance; reading it takes a second.
 
         Raises:
-            ValueError: if it cannot be read, or is read wrongly.
+            ValueError: if it cannot be read, or not correctly.
         """
         model = self._model
-        tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread decodes with the original
+        tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread uses the original
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Tokenizers that were converted may decode in several steps, of which llguidance takes the
-        # first for all: then a blank would be a letter to it.
+        # Converted tokenizers may have several decoders, and llguidance looks at the first only. If
+        # that is not the byte-level one, it takes a blank for a letter.
         steps = (spec.get("decoder") or {}).get("decoders", [])
         byte_level = [step for step in steps if step["type"] == "ByteLevel"]
         if byte_level:
@@ -123,7 +124,7 @@ class Grammars:
 
 
 class GrammarConstraint:
-    """A grammar on its way through one answer; see `engine.constraint.Constraint`."""
+    """The state of a grammar within one answer; see `engine.constraint.Constraint`."""
 
     def __init__(self, matcher: "llguidance.LLMatcher", model: LoadedModel) -> None:
         self._matcher = matcher
@@ -140,26 +141,22 @@ class GrammarConstraint:
         return forbidden
 
     def failure(self) -> str | None:
-        """Why the grammar cannot be followed any further, if it cannot."""
-        # What follows the first line is the parser's state, the whole grammar included.
+        """Why the grammar has failed, if it has."""
+        # The lines after the first are the parser's state, the whole grammar included.
         return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
 
     def accept(self, token: int) -> None:
-        """Go on with a token that was chosen."""
+        """Advance by a token that was chosen."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 
     def copy(self) -> "GrammarConstraint":
-        """The same state, for another answer."""
+        """Copy the state, for another answer."""
         return GrammarConstraint(self._matcher.deep_copy(), self._model)
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Go back to the beginning."""
         self._matcher.reset()
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text) if text else ""
 
 
 def _call_schema(function: Mapping[str, Any], arguments: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Jobs: answers that somebody waits for, what happens to them, and the text that they spell."""
+"""Jobs: one for each answer that a client waits for, with its events and its text."""
 
 import asyncio
 import contextlib
@@ -16,13 +16,13 @@ from tokendance.server.kept_chats import KeptChat
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """One or more tokens generated since the last event; with log-probabilities if asked for."""
+    """Tokens generated since the last event, one or more; log-probabilities if asked for."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
 
 
-# The output comes last, when a job is done or has failed.
+# The last event is the output: the job is done or has failed.
 Event = NewTokens | Output
 
 
@@ -36,17 +36,17 @@ class RoundKey:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One answer that somebody waits for.
+    """One answer that a client waits for.
 
     Attributes:
-        request: for the engine; its prompt may be cut into segments anew before it starts.
+        request: for the engine; discovery may cut its prompt into other segments before it begins.
         on_event: called with each event, on the engine's thread.
-        key: of the round that it belongs to, if a client has named one.
-        round_size: requests of that round, if the client says.
-        marked: whether the client said which parts are shared.
-        chat: whose KV is kept, if the client has named a session.
-        num_sent: tokens that `on_event` was called with; the dispatcher writes it.
-        is_alone: whether it started in a round of one; the dispatcher writes it.
+        key: of its round, if the client has named one.
+        round_size: number of requests of that round, if the client has given it.
+        marked: whether the client has marked shared parts of the prompt.
+        chat: the session that keeps its KV, if the client has named one.
+        num_sent: tokens sent to `on_event` so far; the dispatcher writes it.
+        is_alone: whether it began as the only job of its round; the dispatcher writes it.
     """
 
     request: Request
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one of several answers.
+    """New text and tokens of one of several answers.
 
     Attributes:
         index: of the answer.
@@ -89,7 +89,7 @@ class Listener:
         """What job `index` calls with its events, on the engine's thread."""
 
         def put(event: Event) -> None:
-            # A loop that has closed has nobody left who would listen.
+            # The loop may be closed by now; then there is nobody to notify.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
@@ -102,13 +102,13 @@ class Listener:
             yield index, event
 
     async def outputs(self, num_jobs: int) -> AsyncIterator[tuple[int, Output]]:
-        """Index and whole answer of each job as it ends, until all have."""
+        """Index and output of each job as it ends, until all are done."""
         async for index, event in self._until_done(num_jobs):
             if isinstance(event, Output):
                 yield index, event
 
     async def deltas(self, jobs: Mapping[int, Job], tokenizer: object) -> AsyncIterator[Delta]:
-        """What is new of the answers to jobs, by index, until all are done."""
+        """New text and tokens of the jobs' answers, until all are done."""
         streams = {i: TextStream(tokenizer, job.request.params.stop) for i, job in jobs.items()}
         async for index, event in self._until_done(len(jobs)):
             if isinstance(event, NewTokens):
@@ -119,10 +119,10 @@ class Listener:
 
 
 class TextStream:
-    """Turns the tokens of one answer into text, and keeps back what may become a stop text."""
+    """Decodes an answer token by token, and holds back what may be the beginning of a stop text."""
 
     def __init__(self, tokenizer: object, stop: Sequence[str]) -> None:
-        """Begin an answer that stop texts end; the tokenizer is a fast one of transformers."""
+        """Begin an answer; `tokenizer` is a fast one of transformers, `stop` are stop texts."""
         self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop
@@ -132,13 +132,13 @@ class TextStream:
         self._has_failed = False
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """Take tokens; return what is certain to be in the answer."""
+        """Decode new tokens; return new text that is certainly part of the answer."""
         if self._has_failed:
             return ""
         try:
             for token in token_ids:
                 self._text += self._decoder.step(self._backend, token) or ""
-        except Exception:  # bytes that no character begins with: the end supplies what is missing
+        except Exception:  # bytes that begin no character: `finish` supplies the rest
             self._has_failed = True
             return ""
         stops = [start for start in map(self._text.find, self._stop) if start >= 0]
@@ -146,9 +146,9 @@ class TextStream:
         return self._send(self._text[: max(self._num_sent, certain)])
 
     def finish(self, text: str) -> str:
-        """Return what is left of the whole answer."""
+        """Return the rest of the answer, whose whole text is known now."""
         if not text.startswith(self._text[: self._num_sent]) and not self._has_failed:
-            text = self._text  # a tokenizer that spells the whole otherwise than its parts
+            text = self._text  # decoded as a whole it begins otherwise; what was sent stays
         return self._send(text)
 
     def _send(self, text: str) -> str:

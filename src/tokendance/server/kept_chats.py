@@ -1,7 +1,7 @@
-"""KV that clients ask to keep: chat requests whose round names a session.
+"""Sessions of chat requests, whose KV is kept on disk.
 
-The client keeps what was said; the server keeps the KV of it on disk, when a round of the session
-has ended, and reads it again when a later round comes and memory has lost it.
+The client keeps the messages. The server saves their KV when a round of the session has ended, and
+loads it when a later round begins and it is not in memory any more.
 """
 
 from tokendance.disk.records import SessionKey
@@ -15,7 +15,7 @@ _MAX_AGENTS = 512
 
 
 class KeptChat:
-    """A session of chat requests. All but the making of it happens on the engine's thread.
+    """A session of chat requests. Its methods are called on the engine's thread.
 
     Attributes:
         key: under which it is stored.
@@ -25,16 +25,16 @@ class KeptChat:
         self.key = key
         self._salt = salt
         self._tier = tier
-        # By agent, the last to speak at the end: its last prompt, and that with the answer.
+        # By agent, least recent first: its last prompt, and that with the answer to it.
         self._spoken: dict[str, tuple[EncodedPrompt, SpokenCache]] = {}
 
     def restoring(self) -> Restoring | None:
-        """Read what memory lacks of its KV, in steps; None where nothing is stored."""
+        """Load KV that is not in memory, in steps; None if nothing is stored."""
         stored = self._tier.disk.session(self.key)
         return self._tier.restoring(stored, self._salt) if stored is not None else None
 
     def note(self, request: Request) -> None:
-        """Take what an agent has read and said, in a request without an error."""
+        """Remember prompt and answer of a request that has no error."""
         self._spoken.pop(request.agent, None)
         cache = SpokenCache.of(request.prompt.token_ids, request.generated)
         self._spoken[request.agent] = (request.prompt, cache)
@@ -42,10 +42,10 @@ class KeptChat:
             del self._spoken[next(iter(self._spoken))]
 
     def save(self) -> None:
-        """Make it durable as it is now, with agents that have not spoken since the server began.
+        """Save it to disk, with agents stored earlier that have not spoken since the server began.
 
         Raises:
-            StoreError: if the disk cannot be written; what was durable before still is.
+            StoreError: if the disk cannot be written; what was stored before still is.
         """
         shared = {
             segment.hash: segment.token_ids

@@ -1,4 +1,4 @@
-"""What is refused before a body is read: who has no key, bodies too large, bodies too slow."""
+"""Refuses requests without a key, and bodies that are too large or too slow, before parsing."""
 
 import json
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokendance.server.errors import ApiError
 from tokendance.server.settings import ServerSettings
 
-# A client that is cut off while it sends sees a broken connection and not the answer. So of what it
-# still sends so many bytes are read and thrown away, for so many seconds.
-_DISCARDED = 64 * 2**20
+# A client whose connection is closed while it sends sees a broken connection and not the answer. So
+# the rest of its body is read and thrown away, up to so many bytes and seconds.
+_MAX_DISCARDED = 64 * 2**20
 _DISCARD_S = 10.0
 
 
@@ -22,7 +22,7 @@ class Limits:
     def __init__(
         self, app: ASGIApp, tenant_of: Callable[[Scope], str], settings: ServerSettings
     ) -> None:
-        """Protect an application; `tenant_of` says who asks, or raises ApiError for nobody."""
+        """Protect an application; `tenant_of` finds the tenant, or raises ApiError."""
         self._app = app
         self._tenant_of = tenant_of
         self._max_bytes = settings.max_body_bytes
@@ -48,7 +48,7 @@ class Limits:
         async def limited_receive() -> Message:
             nonlocal num_bytes, num_objects, is_whole, is_refused
             if is_whole:
-                return await receive()  # waits for the client to leave, as long as it takes
+                return await receive()  # the end of the connection, which has no deadline
             message: Message = {}
             try:
                 with anyio.CancelScope(deadline=deadline):
@@ -64,7 +64,7 @@ class Limits:
             except ApiError as error:
                 is_refused = True
                 await _refuse(error, receive, send, more_body=not is_whole)
-                raise HTTPException(error.status) from error  # ends the reading
+                raise HTTPException(error.status) from error  # ends the application's reading
             return message
 
         async def send_unless_refused(message: Message) -> None:
@@ -74,10 +74,10 @@ class Limits:
         await self._app(scope, limited_receive, send_unless_refused)
 
     def _check_size(self, num_bytes: int, num_objects: int = 0) -> None:
-        """Refuse a body that is too large.
+        """Raise ApiError for a body that is too large.
 
-        Each message, part and call in a body is an object, which takes a hundred times as long to
-        check as the text in it. An object has a brace; those that are text are few.
+        Each message, part and call is a JSON object, which takes a hundred times as long to
+        validate as its text. Objects are counted by their braces; braces in texts are few.
         """
         if num_bytes > self._max_bytes:
             raise ApiError(
@@ -94,7 +94,7 @@ class Limits:
 
 
 async def _refuse(error: ApiError, receive: Receive, send: Send, *, more_body: bool) -> None:
-    """Answer, then read away what the client still sends."""
+    """Answer, then read and discard the rest of the body."""
     body = json.dumps(error.body()).encode()
     headers = {
         "content-type": "application/json",
@@ -107,7 +107,7 @@ async def _refuse(error: ApiError, receive: Receive, send: Send, *, more_body: b
     await send({"type": "http.response.body", "body": body, "more_body": True})
     num_bytes = 0
     with anyio.move_on_after(_DISCARD_S):
-        while more_body and num_bytes < _DISCARDED:
+        while more_body and num_bytes < _MAX_DISCARDED:
             message = await receive()
             more_body = message.get("more_body", False)
             num_bytes += len(message.get("body", b""))

@@ -1,7 +1,7 @@
-"""Sessions on their way from and to disk, while the engine goes on with others.
+"""Loads sessions from disk step by step, while the engine runs other requests, and saves them.
 
-What is wrong with one session's files is no reason to serve no other: whatever is raised here
-becomes an error of that session. All of it is called on the engine's thread.
+Any exception becomes an error of the session whose files caused it, and others are served all the
+same. All of it is called on the engine's thread.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from tokendance.tier.loader import Restoring
 
 log = logging.getLogger("tokendance.server")
 
-# Where all wait for the disk, and there is nothing to compute.
+# Time between looks at files that are being read, if there is nothing to compute.
 _PAUSE_S = 0.002
 
-# Called when a session is loaded, with what was wrong.
+# Called when a session is loaded, or with the error if it cannot be.
 OnLoaded = Callable[[TokenDanceError | None], None]
 
 
@@ -33,7 +33,7 @@ class Durable(Protocol):
         """Under which it is stored."""
 
     def restoring(self) -> Restoring | None:
-        """Read what memory lacks of its KV, in steps; None where nothing is stored."""
+        """Load KV that is not in memory, in steps; None if nothing is stored."""
 
     def save(self) -> None:
         """Make it durable as it is now."""
@@ -41,7 +41,7 @@ class Durable(Protocol):
 
 @contextmanager
 def storage_errors(action: str) -> Iterator[None]:
-    """Where a session is "read" or "stored": raise a StoreError in place of unexpected errors."""
+    """Raise StoreError in place of unexpected exceptions; `action` is "read" or "stored"."""
     try:
         yield
     except TokenDanceError:
@@ -54,7 +54,7 @@ def storage_errors(action: str) -> Iterator[None]:
 
 
 def try_to_save(session: Durable) -> TokenDanceError | None:
-    """Bring a session to disk; return what was wrong, if it goes on in memory only."""
+    """Save a session to disk; return the error if that fails, and it stays in memory only."""
     try:
         with storage_errors("stored"):
             session.save()
@@ -71,7 +71,7 @@ def _log_error(error: TokenDanceError | None) -> None:
 
 @dataclass(slots=True)
 class _Loading:
-    """A session that is being loaded: the steps that are left, and the file that is being read."""
+    """A session that is being loaded: the steps left, and the file that is being read."""
 
     steps: Restoring
     on_loaded: list[OnLoaded]
@@ -79,7 +79,7 @@ class _Loading:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the next step has to wait for the file."""
+        """Whether the next step has to wait for a file."""
         return self.file is not None and not self.file.done()
 
 
@@ -96,7 +96,7 @@ class Loader:
         return bool(self._loading)
 
     def begin(self, session: Durable, on_loaded: OnLoaded = _log_error) -> None:
-        """Begin to load what memory lacks of a session's KV; at the end `on_loaded` is called."""
+        """Begin to load KV of a session that is not in memory; call `on_loaded` at the end."""
         assert session.key is not None
         if session in self:
             self._loading[session.key].on_loaded.append(on_loaded)
@@ -114,11 +114,11 @@ class Loader:
 
     @property
     def pause_s(self) -> float:
-        """How long nothing has to be done, if the engine has nothing to compute either."""
+        """Seconds until `go_on` should be called if there is nothing else to do."""
         return _PAUSE_S if all(loading.is_waiting for loading in self._loading.values()) else 0.0
 
     def go_on(self) -> None:
-        """Do a step for each session whose file is there."""
+        """Do a step for each session whose file has been read."""
         for key, loading in list(self._loading.items()):
             if loading.is_waiting:
                 continue
@@ -132,9 +132,9 @@ class Loader:
                     self._end(key, None)
 
     def stop(self) -> None:
-        """Load no further; who waits is told."""
+        """Stop loading; `on_loaded` gets an error."""
         for key, loading in list(self._loading.items()):
-            with contextlib.suppress(Exception):  # of an engine that has failed
+            with contextlib.suppress(Exception):  # the engine may have failed
                 loading.steps.close()
             self._end(key, AbortedError("The engine has stopped."))
 

@@ -1,7 +1,7 @@
-"""Logs: a line for each request, as text or as JSON, and the id that client and log know it by.
+"""Logs: a line for each request, as text or as JSON, with the id that its answer has, too.
 
-Nothing that a client has said is in a line: who asked (a few digits of the key's hash), for what
-path, how it ended, how long it took, and how many tokens were computed and reused.
+No text of a prompt or an answer is logged, only the tenant (a few digits of the key's hash), the
+path, how the request ended, how long it took, and how many tokens were computed and reused.
 """
 
 import json
@@ -23,7 +23,7 @@ _TENANT_DIGITS = 8
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a line: time, level, logger, message, and the figures of a request."""
+    """One JSON object a line: time, level, logger, message, and the figures of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Write one record."""
@@ -52,7 +52,7 @@ def configure(log_format: LogFormat) -> None:
 class RequestLog:
     """ASGI middleware: gives each request an id, and logs it when it has ended.
 
-    A client may choose the id (x-request-id); it comes back in the answer's head.
+    A client may choose the id (header x-request-id); the answer has it in the same header.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -68,7 +68,7 @@ class RequestLog:
             request_id = f"req-{secrets.token_hex(12)}"
         state: dict[str, Any] = scope.setdefault("state", {})
         started_s = time.perf_counter()
-        status = 499  # where nothing was sent, the client has gone
+        status = 499  # if no answer is sent: the client has disconnected
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -95,7 +95,7 @@ class RequestLog:
 
 
 def _token_figures(state: dict[str, Any]) -> dict[str, Any]:
-    """Of what the routes have put down: `tenant`, and `jobs` once the request was handed in."""
+    """Figures of `tenant` and `jobs`, as far as middleware and routes have set them."""
     figures: dict[str, Any] = {}
     if state.get("tenant"):
         figures["tenant"] = state["tenant"][:_TENANT_DIGITS]

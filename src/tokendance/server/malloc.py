@@ -1,4 +1,4 @@
-"""How the memory of a process stays flat that serves for weeks."""
+"""Keeps the memory of a long-running process flat."""
 
 import ctypes
 import gc
@@ -19,12 +19,12 @@ _GIVE_BACK_S = 30.0
 
 
 def limit_arenas() -> None:
-    """Have all threads take memory from a few arenas; to be called before any are started.
+    """Let all threads allocate from two arenas; to be called before threads are started.
 
-    Otherwise glibc's malloc makes up to eight for each core, and each keeps megabytes of the
-    largest request that its threads have read: the process grows until all have met one
-    (docs/log.md). Python's lock lets hardly two threads allocate at once anyway. What the
-    environment says of arenas goes first. With another malloc than glibc's nothing happens.
+    By default glibc's malloc makes up to eight arenas for each core, and each keeps megabytes of
+    the largest request that one of its threads has read, so the process grows for a long time
+    (docs/log.md). The GIL hardly lets two threads allocate at once anyway. Settings of arenas in
+    the environment take precedence. Without glibc nothing happens.
     """
     is_set = "MALLOC_ARENA_MAX" in os.environ or _TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = _glibc_function("mallopt")
@@ -33,23 +33,23 @@ def limit_arenas() -> None:
 
 
 async def give_back_memory(every_s: float = _GIVE_BACK_S) -> None:
-    """Return free memory to the system again and again, until cancelled.
+    """Return free memory to the system each `every_s` seconds, until cancelled.
 
-    By itself glibc's malloc returns what is free at the end of an arena, and not what lies before a
-    block that stays for long. Each time takes some 10 ms, more where more is free, in which nobody
-    else can allocate in the same arena. With another malloc nothing happens.
+    By itself glibc's malloc returns free memory at the end of an arena only, not before a block
+    that stays allocated. Each time locks an arena for some 10 ms, longer if more is free. Without
+    glibc nothing happens.
     """
     trim = _glibc_function("malloc_trim")
     while trim is not None:
         await anyio.sleep(every_s)
         try:
             await anyio.to_thread.run_sync(trim, 0)
-        except RuntimeError as error:  # no more threads
+        except RuntimeError as error:  # no thread can be started
             log.warning("free memory could not be given back: %s", error)
 
 
 def _glibc_function(name: str) -> Callable[..., int] | None:
-    """A function that glibc has beyond the standard; None on macOS, with musl, on Windows."""
+    """A function that only glibc has; None with another C library."""
     try:
         function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):
@@ -61,8 +61,8 @@ def _glibc_function(name: str) -> Callable[..., int] | None:
 def objects_frozen() -> Iterator[None]:
     """Exempt all objects from garbage collection; to be entered when everything is loaded.
 
-    Libraries leave some hundred thousand objects that stay for good. A full collection looks at
-    each of them, for 0.2 s, in the middle of somebody's round.
+    Libraries leave some hundred thousand objects that are never freed. A full collection would
+    look at each of them, and stop the server for 0.2 s.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. Labels are few and never hold what clients send."""
+"""Metrics for Prometheus. Labels are few and never contain what clients send."""
 
 from collections.abc import Callable
 from functools import partial
@@ -75,12 +75,12 @@ class Metrics:
         Gauge(f"tokendance_{name}", text, registry=self._registry).set_function(read)
 
     def note_shadow(self, report: ShadowReport) -> None:
-        """Count a mirror that was computed again."""
+        """Record a mirror that was computed again."""
         self._shadow_kl.observe(report.kl)
         self._shadow_top1.observe(report.top1)
 
     def on_event(self, event: Event) -> None:
-        """Count what the engine tells; see `EngineObserver`."""
+        """Record an event of the engine; see `EngineObserver`."""
         if isinstance(event, RoundStarted):
             self._agents.observe(event.num_requests)
         elif isinstance(event, Finished):

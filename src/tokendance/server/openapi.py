@@ -1,4 +1,4 @@
-"""What /openapi.json says beyond what FastAPI reads from the routes: answers, errors and keys."""
+"""Adds to /openapi.json what FastAPI cannot read from the routes: streams, errors and keys."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def whole_or_stream(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 class DocumentedAPI(FastAPI):
-    """An application whose document says which errors there are, and where keys are needed."""
+    """An application that documents its errors, and which paths need a key."""
 
     def openapi(self) -> dict[str, Any]:
         """The document."""
@@ -42,7 +42,7 @@ class DocumentedAPI(FastAPI):
         components = document.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
         schemas["Error"] = _object({"error": _object(_FIELDS)})
-        # FastAPI describes answers of its own to bodies that do not fit, which are not given here.
+        # Bodies that are not valid get our own errors, not those that FastAPI documents.
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         open_paths = self.state.context.keys.open_paths

@@ -1,7 +1,7 @@
-"""What clients send, in OpenAI's shapes, and how it says that answers are chosen.
+"""Bodies of requests, in OpenAI's format, and the sampling parameters in them.
 
-Fields that mean nothing to a local model are taken and have no effect; those that would change
-the answer and are not supported are refused by name (`refuse_unsupported`); unknown ones, too.
+Fields that mean nothing to a local model are accepted and ignored. Fields that would change the
+answer and are not supported are refused by name (`refuse_unsupported`), and so are unknown ones.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,8 +13,8 @@ from tokendance.params import SamplingParams
 from tokendance.server.errors import bad_request
 from tokendance.server.settings import ServerSettings
 
-# Pydantic lists all mistakes of a body, of which the client is told the first. So that there are
-# never a million, lists fail at their first mistake, and documents have no more fields than this.
+# Pydantic lists all errors of a body, though the client is told the first only. So that there are
+# never a million, lists fail at their first error, and objects have no more fields than this.
 _MAX_FIELDS = 256
 
 
@@ -69,7 +69,7 @@ class ToolCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message of a conversation; other fields are ignored: servers put many into answers."""
+    """One message of a conversation. Unknown fields are ignored: other servers add some."""
 
     role: MessageRole
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None = None
@@ -162,7 +162,7 @@ class Sampling(_Body):
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
     round: RoundField | None = None
-    # Taken, without effect.
+    # Accepted and ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -180,7 +180,7 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    # Taken, without effect.
+    # Accepted and ignored.
     reasoning_effort: str | None = None
     verbosity: str | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
@@ -276,7 +276,7 @@ class RoundRequest(_Body):
 
 
 def refuse_unsupported(body: Sampling) -> None:
-    """Refuse what would change the answer and cannot be done.
+    """Refuse fields that would change the answer and are not supported.
 
     Raises:
         ApiError: naming the field.
@@ -307,13 +307,13 @@ def refuse_unsupported(body: Sampling) -> None:
 def sampling_params(
     body: Sampling, settings: ServerSettings, vocab_size: int, choice: int = 0
 ) -> SamplingParams:
-    """How an answer is chosen; OpenAI's defaults where the client says nothing.
+    """Sampling parameters of an answer, with OpenAI's defaults.
 
     Args:
-        body: of the request, or of one agent.
+        body: of the request, or of an agent.
         settings: of the server.
         vocab_size: of the model.
-        choice: which of the `n` answers.
+        choice: index of the answer among `n`.
 
     Raises:
         ApiError: naming the field.

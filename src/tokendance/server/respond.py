@@ -1,6 +1,8 @@
-"""One request to an endpoint: from its body to its answer, at once or as a stream.
+"""Endpoints, and how `respond` answers a request to one, whole or as a stream.
 
-admitted -> read (on a thread) -> jobs -> the engine's thread -> events -> answer
+    admission -> read (on a thread) -> jobs -> engine thread -> events -> answer
+
+Endpoints differ in how they read a body, and in the documents of their answers.
 """
 
 import asyncio
@@ -46,14 +48,15 @@ _NO_ROUND = RoundId(-1)  # until the dispatcher has found the round
 
 
 class Endpoint(ABC, Generic[Body]):
-    """One request to an endpoint: how it is read and run, and what its answers look like.
+    """One request to an endpoint: how it is read and run, and the documents of its answer.
 
     Attributes:
-        kind: begins the id of its answer.
-        prompt_field: of the body, named where a prompt cannot be run.
+        kind: begins the id of the answer.
+        prompt_field: the field of the body that errors of prompts name.
         num_agents: see `Admission.admitted`.
-        jobs: by the index of the answer that each gives; `read` fills them in.
-        listener: hears the jobs' events; there once `read_on_thread` is called.
+        head: first fields of each document.
+        jobs: by the index of the answer that each gives; `read` adds them.
+        listener: receives the jobs' events; set by `read_on_thread`.
     """
 
     kind: ClassVar[str]
@@ -62,7 +65,7 @@ class Endpoint(ABC, Generic[Body]):
     listener: Listener
 
     def __init__(self, context: ServerContext, tenant: str, body: Body) -> None:
-        """Take a tenant's request; an ApiError says that it cannot be answered."""
+        """Take a tenant's request; raises ApiError for another model."""
         context.check_model(body.model)
         self.context = context
         self.tenant = tenant
@@ -73,22 +76,22 @@ class Endpoint(ABC, Generic[Body]):
 
     @abstractmethod
     def read(self) -> None:
-        """Make jobs of the body, on a thread of the tenant's; an ApiError says what is wrong."""
+        """Make jobs of the body; called on a thread. Raises ApiError for bodies that are wrong."""
 
     @abstractmethod
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Have the body read, and hand the jobs in; `stack` is closed when the answer was sent."""
+        """Read the body and submit the jobs; `stack` is closed when the answer has been sent."""
 
     @abstractmethod
     async def whole(self) -> BaseModel:
-        """Wait for all answers; the document that has them."""
+        """Wait for all answers, and make the document of them."""
 
     @abstractmethod
     def documents(self) -> AsyncIterator[dict[str, Any]]:
-        """The events of a stream, as the answers grow."""
+        """The events of a stream, as they come."""
 
     async def events(self) -> AsyncIterator[str]:
-        """`documents` as server-sent events; an error ends them with an event of its own."""
+        """`documents` as server-sent events; an error is the last of them."""
         try:
             async for document in self.documents():
                 yield _event(document)
@@ -98,7 +101,7 @@ class Endpoint(ABC, Generic[Body]):
             yield "data: [DONE]\n\n"
 
     async def read_on_thread(self) -> list[Job]:
-        """Call `read`, and return the jobs that it has made."""
+        """Call `read` on a thread, and return the jobs that it has made."""
         self.listener = Listener()
         await self.context.in_thread(self.tenant, self.read)
         return list(self.jobs.values())
@@ -116,13 +119,13 @@ class Endpoint(ABC, Generic[Body]):
 
         Args:
             body: of the request, or of an agent of a round.
-            prompts: that it has.
+            prompts: its prompts.
             first: index of the first answer; the others follow.
-            constraint: of each answer.
+            constraint: on each answer.
             marked: see `Job`.
 
         Raises:
-            ApiError: for what is not supported, and for a prompt that cannot be run.
+            ApiError: for unsupported fields, and for a prompt that is too long.
         """
         refuse_unsupported(body)
         llm, settings = self.context.llm, self.context.settings
@@ -156,19 +159,19 @@ class Answer:
 
 
 class PromptEndpoint(Endpoint[PromptBody]):
-    """Answers to prompts of one request, which begins together with others of its round."""
+    """A request with prompts of one agent, which runs in a round with other requests."""
 
     @abstractmethod
     def document(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
-        """The document that has all answers."""
+        """The document of all answers."""
 
     @abstractmethod
     def chunks(self, delta: Delta) -> Sequence[BaseModel]:
-        """The events of a stream that tell what is new of an answer."""
+        """Events of a stream, for new text or the end of an answer."""
 
     @abstractmethod
     def usage_chunk(self, usage: Usage) -> BaseModel:
-        """The last event of a stream, for clients who ask for the usage."""
+        """The last event of a stream, if the client asks for the usage."""
 
     def check_choices(self, num_prompts: int) -> None:
         """Raise ApiError for more answers than one request may have."""
@@ -181,7 +184,7 @@ class PromptEndpoint(Endpoint[PromptBody]):
             )
 
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Have the body read, while others of its round wait for it, and hand the jobs in."""
+        """Read the body, while other requests of the round wait for it, and submit the jobs."""
         del stack
         engine_thread = self.context.engine_thread
         engine_thread.announce()
@@ -199,7 +202,7 @@ class PromptEndpoint(Endpoint[PromptBody]):
         engine_thread.submit(jobs)
 
     async def whole(self) -> BaseModel:
-        """Wait for all answers; the first error is raised."""
+        """Wait for all answers, and make the document of them; raises the first error."""
         outputs: dict[int, Output] = {}
         async for index, output in self.listener.outputs(len(self.jobs)):
             if output.error is not None:
@@ -212,7 +215,7 @@ class PromptEndpoint(Endpoint[PromptBody]):
         return self.document(answers, self._usage(outputs))
 
     async def documents(self) -> AsyncIterator[dict[str, Any]]:
-        """What is new of the answers, and at last the usage if the client asks for it."""
+        """Chunks of the answers as they grow, and at last the usage if the client asks for it."""
         outputs: dict[int, Output] = {}
         async for delta in self.listener.deltas(self.jobs, self.context.llm.model.tokenizer):
             if delta.output is not None:
@@ -230,13 +233,13 @@ class PromptEndpoint(Endpoint[PromptBody]):
 
 
 async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
-    """Answer a request, of HTTP, at once or as a stream."""
+    """Answer an HTTP request, whole or as a stream."""
     context = endpoint.context
     async with AsyncExitStack() as stack:
         stack.enter_context(context.admission.admitted(endpoint.tenant, endpoint.num_agents))
         await endpoint.begin(stack)
         jobs = request.state.jobs = list(endpoint.jobs.values())
-        # Nothing happens to jobs that are done; the others have nobody left who waits for them.
+        # If the client disconnects, or one job fails, nobody waits for the others.
         stack.callback(context.engine_thread.cancel, jobs)
         if endpoint.body.stream:
             return ReleasingStream(endpoint.events(), stack.pop_all())
@@ -244,13 +247,13 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do something unless the client goes away before it is done."""
+    """Wait for `work`, but cancel it if the client disconnects."""
 
-    async def wait_for_end() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -264,7 +267,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
 
 
 def usage_of(outputs: Sequence[Output], choices: int) -> Usage:
-    """Tokens as OpenAI counts them: a prompt once, however many answers it has."""
+    """Tokens as OpenAI counts them: a prompt with several answers (`choices`) counts once."""
     prompt = sum(output.prompt_tokens for output in outputs[::choices])
     answer = sum(len(output.token_ids) for output in outputs)
     cached = sum(output.reused_tokens for output in outputs[::choices])
@@ -277,7 +280,7 @@ def usage_of(outputs: Sequence[Output], choices: int) -> Usage:
 
 
 def finish_reason(output: Output) -> FinishReason:
-    """Why an answer without an error has ended."""
+    """The finish reason of an answer without an error."""
     return "length" if output.finish_reason == "length" else "stop"
 
 
@@ -286,7 +289,7 @@ def _event(document: dict[str, Any]) -> str:
 
 
 class ReleasingStream(StreamingResponse):
-    """A stream of events that closes a stack however it ends."""
+    """A stream of events that closes a stack at its end, also if the client disconnects."""
 
     def __init__(self, events: AsyncIterator[str], stack: AsyncExitStack) -> None:
         super().__init__(

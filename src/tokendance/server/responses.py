@@ -1,6 +1,6 @@
-"""What the server answers, in OpenAI's shapes.
+"""Documents of answers, in OpenAI's format.
 
-Where a field has a default it may be left out of an answer: only fields that were set are sent.
+Only fields that were set are sent: those with a default may be missing from an answer.
 """
 
 from typing import Any, Literal

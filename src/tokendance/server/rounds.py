@@ -7,10 +7,10 @@
                                          {"type": "block", "id": "bob"},
                                          {"type": "text", "text": "What do you say?"}]}]}, ...]}
 
-The answer has an entry for each agent, in their order; as a stream, an event for each as it ends.
-An agent that cannot be served has an `error`, and the others are unharmed. With a session, the
-server keeps what was said, and agents give their tasks only: see `server/sessions.py`. If such a
-round cannot be stored, who ends last has a `warning` that says why.
+The answer has an entry for each agent, in the order of the request; a stream has an event for each
+agent when it is done. An agent that fails has an `error`, and the others are not affected. With a
+session the server keeps the conversation, and agents have tasks only: see `server/sessions.py`. If
+such a round cannot be stored, the entry of the agent that ends last has a `warning`.
 """
 
 from collections import Counter
@@ -41,10 +41,10 @@ from tokendance.session import Session
 
 
 class RoundEndpoint(Endpoint[RoundRequest]):
-    """A round that is answered, in one call. Indices are those of the agents in the request.
+    """A request with all agents of a round. Indices are those of the agents in the request.
 
     Attributes:
-        refused: agents that cannot be asked, and why.
+        refused: errors of agents whose prompts cannot be run.
     """
 
     kind = "round"
@@ -60,28 +60,28 @@ class RoundEndpoint(Endpoint[RoundRequest]):
         self.refused: dict[int, ApiError] = {}
 
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Have the body read, and begin the round."""
+        """Read the body and begin the round."""
         del stack
         self.context.engine_thread.submit_round(await self.read_on_thread())
 
     async def end(self, outputs: dict[int, Output]) -> str | None:
-        """Do what is to be done before the last answer is sent; a warning may go with that."""
+        """Called before the last answer is sent; may return a warning to send with it."""
         del outputs
         return None
 
     async def whole(self) -> RoundAnswer:
-        """Wait for all agents."""
+        """Wait for the answers of all agents."""
         entries = {index: entry async for index, entry in self._entries()}
         agents = [entries[index] for index in range(len(self.body.agents))]
         return RoundAnswer(**self.head, object="round", agents=agents)
 
     async def documents(self) -> AsyncIterator[dict[str, Any]]:
-        """An event for each agent as it ends."""
+        """An event for each agent when it is done."""
         async for index, entry in self._entries():
             yield {**self.head, "object": "round.agent", "index": index, **dump(entry)}
 
     async def _entries(self) -> AsyncIterator[tuple[int, AgentAnswer | AgentError]]:
-        """Index and entry of each agent as it ends; first of those that were refused."""
+        """Index and entry of each agent when it is done; refused ones first."""
         for index, error in self.refused.items():
             yield index, AgentError(agent=self.body.agents[index].agent, **error.body())
         outputs: dict[int, Output] = {}
@@ -93,7 +93,7 @@ class RoundEndpoint(Endpoint[RoundRequest]):
             yield index, entry
 
     def add_job(self, index: int, prompt: EncodedPrompt) -> None:
-        """Add the job of one agent; see `add_jobs`."""
+        """Add the job of an agent; see `add_jobs`."""
         agent = self.body.agents[index]
         for name in ("round", "stream", "stream_options"):
             if getattr(agent, name) is not None:
@@ -101,16 +101,16 @@ class RoundEndpoint(Endpoint[RoundRequest]):
         if (agent.n or 1) > 1:
             raise bad_request("An agent of a round has one answer.", "n")
         self.add_jobs(agent, [prompt], first=index, marked=True)
-        # An error of the engine names the agent, and so does the session that hears its answer.
+        # Errors of the engine name the agent, and the session looks for it in the output.
         self.jobs[index].request.agent = agent.agent
 
 
 class LoneRound(RoundEndpoint):
-    """A round that stands for itself: agents have messages or segments, some of them blocks."""
+    """A round without a session: agents have messages or segments, some of them blocks."""
 
     def read(self) -> None:
-        """Encode each agent's prompt; what is wrong with one does not concern the others."""
-        encoder = self.encoder.remembering()  # blocks are read once
+        """Encode each agent's prompt; an error of one does not affect the others."""
+        encoder = self.encoder.remembering()  # tokenizes each block once
         for index, agent in enumerate(self.body.agents):
             try:
                 self.add_job(index, self._encode(agent, encoder))
@@ -138,13 +138,13 @@ class LoneRound(RoundEndpoint):
 
 
 class SessionRound(RoundEndpoint):
-    """The next round of a session, which knows what was said: agents have tasks."""
+    """The next round of a session, which has the conversation: agents have tasks only."""
 
     _session: Session
     _asked: Asked
 
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Hold the session, have the body read and memory filled, and begin the round."""
+        """Lock the session, read the body, load KV that is not in memory, and begin the round."""
         sessions, body = self.context.sessions, self.body
         holding = sessions.round_of(body, self.tenant, self.encoder)
         self._session = await stack.enter_async_context(holding)
@@ -159,7 +159,7 @@ class SessionRound(RoundEndpoint):
         self.context.engine_thread.submit_round(jobs)
 
     def read(self) -> None:
-        """Make each agent's prompt; what is wrong with one is wrong with all of the round."""
+        """Make each agent's prompt; an error of one is an error of the round."""
         context, agents = self.context, self.body.agents
         for agent in agents:
             if agent.task is None or agent.messages is not None or agent.segments is not None:
@@ -173,7 +173,7 @@ class SessionRound(RoundEndpoint):
             {agent.agent: agent.task or "" for agent in agents},
             {agent.agent: sampling_params(agent, context.settings, size) for agent in agents},
         )
-        # The session has its agents in an order of its own.
+        # The session has its agents in another order.
         indices = {agent.agent: index for index, agent in enumerate(agents)}
         for prompt in self._asked.prompts:
             index = indices[prompt.agent or ""]
@@ -181,7 +181,7 @@ class SessionRound(RoundEndpoint):
             self.jobs[index].request.session = self._session.key
 
     async def end(self, outputs: dict[int, Output]) -> str | None:
-        """Let the session hear the round, and bring it to disk."""
+        """Add the answers to the session, and save it to disk."""
         if any(isinstance(output.error, AbortedError) for output in outputs.values()):
             return "The round was broken off, and the session has not heard it. Ask it again."
         self._session.hear(self._asked, [outputs[index] for index in self.jobs])
@@ -200,11 +200,11 @@ def _entry(agent: str, output: Output) -> AgentAnswer | AgentError:
     )
 
 
-# ---- prompts of a round that stands for itself ---------------------------------------------------
+# ---- prompts of a round without a session --------------------------------------------------------
 
 
 def _texts(agent: RoundAgent, blocks: dict[str, str]) -> Iterator[str]:
-    """All that an agent reads, not copied: a block may be large, and there many times."""
+    """All texts of an agent's prompt, not copied: a block may be large, and used many times."""
     for content in (agent.segments, *(message.content for message in agent.messages or ())):
         if isinstance(content, str):
             yield content
@@ -213,7 +213,7 @@ def _texts(agent: RoundAgent, blocks: dict[str, str]) -> Iterator[str]:
 
 
 def _parts(content: str | list[RoundPart] | None, blocks: dict[str, str]) -> Any:
-    """A content as `Prompt` takes it."""
+    """A content for `Prompt`, with parts for blocks and texts."""
     if not isinstance(content, list):
         return content
     return [

@@ -1,19 +1,19 @@
-"""Sessions by name: those that each tenant has open. All of it happens in the event loop.
+"""Named sessions that are open, of each tenant. All of it happens in the event loop.
 
-There are two kinds. In /v1/rounds the server keeps what the agents of a session have said, from
-call to call:
+There are two kinds. In /v1/rounds the server keeps the conversation of a session's agents from call
+to call:
 
     {"model": "...", "session": "town", "agents": [
         {"agent": "ann", "system": "You are Ann.", "task": "What worries you?"},
         {"agent": "bob", "system": "You are Bob.", "task": "What worries you?"}]}
 
-The next call with the same session gives new tasks, and all agents read what all said before. An
-agent that a call does not name has left; a new one says who it is (`system`) and joins. With a
-store, a round is on disk when it is answered, if there is no `warning`, and a session goes on after
-a restart.
+The next call with the same session gives new tasks, and each agent reads what all said in the last
+round. An agent that a call does not name leaves; a new one needs a `system` text, and joins. With a
+store, a round is on disk when its answer has been sent without a `warning`, and the session can be
+continued after a restart.
 
-If the round of a chat request names a session, the client keeps what was said, and the server the
-KV of it (`kept_chats.py`). The store is read and written on the engine's thread (`loading.py`).
+If a chat request names a session, the client keeps the messages, and the server their KV
+(`kept_chats.py`). The store is read and written on the engine's thread (`loading.py`).
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from tokendance.session import Session
 
 log = logging.getLogger("tokendance.server")
 
-# Of a tenant, of both kinds together; of the others only what is on disk is known.
+# Open sessions of a tenant, of both kinds; the least recently used are dropped from memory.
 _MAX_SESSIONS = 1024
 
 
@@ -57,11 +57,11 @@ class Sessions:
     def __init__(self, llm: LLM, engine_thread: EngineThread) -> None:
         self._llm = llm
         self._engine_thread = engine_thread
-        # The one that was asked for longest ago comes first.
+        # By tenant and key; the least recently used first.
         self._open: defaultdict[str, OrderedDict[SessionKey, _Open]] = defaultdict(OrderedDict)
 
     def chat(self, tenant: str, key: SessionKey, salt: Salt) -> KeptChat | None:
-        """A session of chats, whose prompts have a salt; None without a store to keep it in."""
+        """Open a session of chat requests; None if there is no store to keep it in."""
         if self._llm.tier is None:
             return None
         opened = self._opened(tenant, key)
@@ -73,11 +73,11 @@ class Sessions:
     async def round_of(
         self, body: RoundRequest, tenant: str, encoder: PromptEncoder
     ) -> AsyncIterator[Session]:
-        """Hold a tenant's session for a round, with exactly the agents that the request names.
+        """Lock a tenant's session for a round, with exactly the agents that the request names.
 
         Raises:
-            RoundError: for a new agent that does not say who it is.
-            StoreError: if what is stored of the session cannot be read.
+            RoundError: for a new agent without a system text.
+            StoreError: if the session is stored and cannot be read.
             ApiError: 409 while another round of it is under way.
         """
         assert body.session is not None
@@ -90,19 +90,19 @@ class Sessions:
             try:
                 if opened.session is None:
                     opened.session = await self._load(key, encoder)
-                # A round that is refused, or that nobody waits for to its end, changes nothing.
+                # A round that fails, or whose client disconnects, changes nothing.
                 with opened.session.provisional():
                     _admit(opened.session, body)
                     if body.ttl_s is not None:
                         opened.session.ttl_s = body.ttl_s
                     yield opened.session
             finally:
-                # A session that has not begun need not be remembered.
+                # A session without a round need not be remembered.
                 if opened.session is None or opened.session.round == 0:
                     del self._open[tenant][key]
 
     async def save(self, session: Session) -> TokenDanceError | ApiError | None:
-        """Bring a session to disk; return what was wrong, if it goes on in memory only."""
+        """Save a session to disk; return the error if that fails, and it stays in memory only."""
         try:
             return await self._engine_thread.call(lambda: try_to_save(session))
         except ApiError as error:
@@ -110,7 +110,7 @@ class Sessions:
             return error
 
     async def _load(self, key: SessionKey, encoder: PromptEncoder) -> Session:
-        """A session as it is on disk, or a new one."""
+        """Load a session from disk, or make a new one."""
         llm = self._llm
         conversation = Conversation(encoder, llm.model.shape.max_context)
         session = Session(conversation, llm.run_round, key=key, tier=llm.tier)
@@ -118,7 +118,7 @@ class Sessions:
         return session
 
     def _opened(self, tenant: str, key: SessionKey) -> _Open:
-        """A session's entry, new or old; where there are too many, the oldest idle ones go."""
+        """The entry of a session, new or old; drop the least recently used beyond the limit."""
         entries = self._open[tenant]
         opened = entries.setdefault(key, _Open())
         entries.move_to_end(key)
@@ -130,7 +130,7 @@ class Sessions:
 
 
 def _admit(session: Session, body: RoundRequest) -> None:
-    """Let new agents join, and those that are not named leave; on a RoundError nothing changes."""
+    """Let agents join and leave as the request names them; a RoundError changes nothing."""
     present = {agent.name for agent in session.agents}
     named = {agent.agent for agent in body.agents}
     new = [agent for agent in body.agents if agent.agent not in present]

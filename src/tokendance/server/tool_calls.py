@@ -1,8 +1,8 @@
-"""Calls of tools: how a model is told of them, how it writes them, and how they are read.
+"""Tool calls: how tools are listed in a prompt, and how calls are written and parsed.
 
-A model that was trained to call tools has a chat template that lists them, and that writes a call
-as the model would: it is found out by letting the template write one. Where the template lists no
-tools, or calls are no JSON objects, the system message lists them and says how they are called.
+The chat template of a model that was trained to call tools lists them, and writes calls as the
+model does. So the format is found by letting the template write a call. If the template lists no
+tools, or its calls are not JSON, the system message lists the tools and explains a default format.
 """
 
 import json
@@ -15,19 +15,19 @@ from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.server.responses import CalledFunction
 
-# What a function has that says nothing of its arguments; some templates look inside.
+# For functions that are given without parameters; some templates look inside.
 NO_PARAMETERS = {"parameters": {"type": "object", "properties": {}, "required": []}}
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model writes a call: as {"name": ..., `arguments`: {...}} between two texts.
+    """How a model writes a call: as {"name": ..., `arguments`: {...}} between two marks.
 
     Attributes:
-        begin: what stands before it; if that is empty, a call is the whole of an answer.
-        end: what stands behind it.
-        arguments: the key of its arguments.
-        in_template: whether the chat template lists the tools, so that nobody else has to.
+        begin: the mark before a call; if it is empty, a call is a whole answer.
+        end: the mark behind it.
+        arguments: the key of the arguments.
+        in_template: whether the chat template lists the tools, so that the system message need not.
     """
 
     begin: str = "<tool_call>\n"
@@ -36,20 +36,20 @@ class ToolFormat:
     in_template: bool = False
 
     def describe(self, functions: Sequence[Mapping[str, Any]]) -> str:
-        """What a model is told whose template lists no tools."""
-        listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+        """A list of functions for the system message, with the format of a call."""
+        lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
         example = self.write("its name", {"its": "arguments"})
-        return f"You may call these functions:\n{listed}\nTo call one, answer\n{example}"
+        return f"You may call these functions:\n{lines}\nTo call one, answer\n{example}"
 
     def write(self, name: str, arguments: Any) -> str:
-        """A call as the model would write it."""
+        """A call as the model writes it."""
         call = json.dumps({"name": name, self.arguments: arguments}, ensure_ascii=False)
         return f"{self.begin}{call}{self.end}"
 
     def split(self, text: str) -> tuple[str, list[CalledFunction]]:
-        """Cut an answer into its words and the calls that it makes.
+        """Split an answer into text and calls.
 
-        What looks like a call and does not parse, as when the answer was cut off, stays text.
+        A call that does not parse, as when the answer was cut off, stays text.
         """
         words: list[str] = []
         calls: list[CalledFunction] = []
@@ -66,7 +66,7 @@ class ToolFormat:
         return "".join(words).strip() if calls else text, calls
 
     def _parse(self, text: str) -> tuple[CalledFunction, str] | None:
-        """The call that a text begins with, up to its end mark, and the text that follows."""
+        """The call at the beginning of a text, and the text behind its end mark."""
         body = text.lstrip()
         try:
             call, end = json.JSONDecoder().raw_decode(body)
@@ -79,7 +79,7 @@ class ToolFormat:
 
 
 def find_tool_format(encoder: PromptEncoder) -> ToolFormat:
-    """How a model calls tools, by its chat template; the format of this server if that has none."""
+    """The format of a model's calls, as its chat template has it; else the default format."""
     name, word = (f"x{secrets.token_hex(8)}" for _ in range(2))
     tools = [{"type": "function", "function": {"name": name, "description": "", **NO_PARAMETERS}}]
     call = {"type": "function", "id": "a23456789", "function": {"name": name, "arguments": {}}}
@@ -99,7 +99,7 @@ def find_tool_format(encoder: PromptEncoder) -> ToolFormat:
 
 
 def _read_format(conversation: str, before: str, after: str, name: str) -> ToolFormat:
-    """Read a format from a conversation that has a call between two texts that it always has."""
+    """The format of the call that a rendered conversation has between two texts."""
     if not conversation.startswith(before) or not conversation.endswith(after):
         return ToolFormat()
     text = conversation[len(before) : len(conversation) - len(after)]
@@ -113,5 +113,5 @@ def _read_format(conversation: str, before: str, after: str, name: str) -> ToolF
     others = set(content) - {"name"}
     if content.get("name") != name or len(others) != 1:
         return ToolFormat()
-    # Blanks before a call are not what tells it from words.
+    # Whitespace before a call is not part of its mark.
     return ToolFormat(text[:first].lstrip(), text[first + length :], others.pop(), in_template=True)
