@@ -19,7 +19,7 @@ from tokendance.outputs import Output
 from tokendance.rounds.discovery import Discovery
 from tokendance.rounds.segments import Salt, build_prompt
 from tokendance.server import dispatcher
-from tokendance.server.dispatcher import make_dispatcher
+from tokendance.server.dispatcher import Dispatcher
 from tokendance.server.jobs import Event, Job, NewTokens, RoundKey
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.metrics import Metrics
@@ -38,7 +38,7 @@ class Desk:
     def __init__(self, llm: LLM, **settings: Any) -> None:
         self.llm = llm
         self.metrics = Metrics(llm)
-        self.dispatcher = make_dispatcher(llm, self.metrics, ServerSettings(**settings))
+        self.dispatcher = Dispatcher(llm, self.metrics, ServerSettings(**settings))
         self.arrivals = self.dispatcher.arrivals
         self.now = 1000.0
         self._names = itertools.count()
