@@ -12,7 +12,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm frameworks
-.PHONY: clean gpu
+.PHONY: clean gpu test-all
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,8 +37,15 @@ $(DEMO): $(STAMP)
 demo: demo-weights ## 10 agents talk for 3 rounds
 	$(BIN)/tokendance run --agents 10 --rounds 3 --temperature 0.6
 
-test: demo-weights ## run the tests
-	$(BIN)/pytest
+TESTS := $(BIN)/pytest --numprocesses 2 --dist loadgroup -m 'not frameworks'
+
+test: demo-weights ## the tests in two minutes: a quarter of the random examples, less of the demo models
+	$(TESTS) --hypothesis-profile developer
+
+# Frameworks by themselves: what they say of a test that passes is shown in the one process only.
+test-all: demo-weights frameworks ## all of the tests, and agent frameworks as clients
+	$(TESTS) --hypothesis-profile ci
+	$(BIN)/pytest --hypothesis-profile ci -m frameworks
 
 soak: $(STAMP) ## the server under load for 10 minutes; SECONDS=60 for a minute
 	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),600)
@@ -62,7 +69,7 @@ sanitize: $(STAMP) ## the tests of the native kernel under sanitizers (Linux, g+
 	ASAN_OPTIONS=detect_leaks=0 TOKENDANCE_NATIVE=.venv/sanitized \
 		$(BIN)/pytest -q -p no:cacheprovider tests/test_attention.py
 
-check: lint types frameworks test sanitize ## all of it: what CI runs
+check: lint types test-all sanitize ## all of it: what CI runs
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

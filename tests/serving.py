@@ -50,15 +50,20 @@ def _notify(changed: threading.Condition, owner: object, name: str) -> None:
     setattr(owner, name, notify)
 
 
-def wait_until(server: ServerContext, condition: Callable[[], object]) -> None:
-    """Wait until something is so of a server; it is looked at whenever the server has done a thing.
+def comes_true(server: ServerContext, condition: Callable[[], object]) -> bool:
+    """Wait for something, which is looked at whenever a server has done a thing; a minute at most.
 
-    Raises:
-        AssertionError: if it is not so after a minute.
+    Returns:
+        Whether it is so.
     """
     changed = _changes[server]
     with changed:
-        assert changed.wait_for(condition, 60)
+        return bool(changed.wait_for(condition, 60))
+
+
+def wait_until(server: ServerContext, condition: Callable[[], object]) -> None:
+    """Wait for what is sure to come; see `comes_true`."""
+    assert comes_true(server, condition)
 
 
 @contextmanager

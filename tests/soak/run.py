@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conftest import save_model
-from serving import held_by, listening
+from serving import comes_true, held_by, listening
 from soak.load import Target
 from tokendance import LLM
 from tokendance.executor.torch_executor import TorchExecutor
@@ -42,7 +42,6 @@ _SETTINGS: dict[str, Any] = {
     "max_open_requests": 96,
     "default_max_tokens": 16,
 }
-_QUIET_S = 60.0
 
 # Memory is flat if a straight line through its last two thirds gains less than this in MiB. What
 # is in use goes up and down with the requests that are under way; a hundred bytes left behind by
@@ -119,7 +118,7 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
 
         result = _run_clients(target, seconds, seed, look)
         watch.problems += result["problems"] + _leftovers(server, runner)
-        watch.problems += _new_handles(before)
+        watch.problems += _new_handles(server, before)
     if seconds >= _SHORTEST_S:
         for kind in watch.memory:
             if watch.growth(kind) > _MOST_GROWTH[kind]:
@@ -196,7 +195,7 @@ def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
             "connections": len(runner.server_state.connections),
         }
 
-    _wait(lambda: not any(found().values()))
+    comes_true(server, lambda: not any(found().values()))
     left = [f"left at the end: {count} {what}" for what, count in found().items() if count]
     if not thread.is_alive:
         return [*left, f"the engine has failed: {thread.failure!r}"]
@@ -204,8 +203,8 @@ def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
     return left
 
 
-def _new_handles(before: dict[str, int]) -> list[str]:
-    _wait(lambda: all(count <= before[what] for what, count in _handles().items()))
+def _new_handles(server: ServerContext, before: dict[str, int]) -> list[str]:
+    comes_true(server, lambda: all(count <= before[what] for what, count in _handles().items()))
     return [
         f"{count} {what} at the end, {before[what]} before"
         for what, count in _handles().items()
@@ -218,12 +217,6 @@ def _handles() -> dict[str, int]:
     threads = [one for one in threading.enumerate() if not one.name.startswith("AnyIO")]
     folder = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
     return {"threads": len(threads), "open files": len(list(folder.iterdir()))}
-
-
-def _wait(until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _QUIET_S
-    while not until() and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 @contextmanager
