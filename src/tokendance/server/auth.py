@@ -45,8 +45,7 @@ class ApiKeys:
 
 
 async def _tenant_of(request: Request) -> str:
-    tenant: str = request.state.tenant
-    return tenant
+    return str(request.state.tenant)
 
 
 Tenant = Annotated[str, Depends(_tenant_of)]

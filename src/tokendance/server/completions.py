@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,12 +67,9 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
     def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
         if not answer.logprobs:
             return None
-        spell = self.context.token_text
+        spell, logprobs = self.context.token_text, answer.logprobs
         texts = [spell(token) for token in answer.output.token_ids]
-        logprobs = answer.logprobs[: len(texts)]
-        offsets = [0]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
+        offsets = list(itertools.accumulate(map(len, texts), initial=0))
         return {
             "tokens": texts,
             "token_logprobs": [chosen.logprob for chosen in logprobs],

@@ -97,5 +97,4 @@ class ServerContext:
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
-        text: str = self.llm.model.tokenizer.decode([token])
-        return text
+        return str(self.llm.model.tokenizer.decode([token]))

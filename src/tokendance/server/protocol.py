@@ -307,13 +307,7 @@ def refuse_unsupported(body: Sampling) -> None:
 def sampling_params(
     body: Sampling, settings: ServerSettings, vocab_size: int, choice: int = 0
 ) -> SamplingParams:
-    """Sampling parameters of an answer, with OpenAI's defaults.
-
-    Args:
-        body: of the request, or of an agent.
-        settings: of the server.
-        vocab_size: of the model.
-        choice: index of the answer among `n`.
+    """Sampling parameters of an answer, the one of index `choice` of `n`; OpenAI's defaults.
 
     Raises:
         ApiError: naming the field.

@@ -1,8 +1,6 @@
-"""Endpoints, and how `respond` answers a request to one, whole or as a stream.
+"""Endpoints, and how a request to one is answered, whole or as a stream.
 
-    admission -> read (on a thread) -> jobs -> engine thread -> events -> answer
-
-Endpoints differ in how they read a body, and in the documents of their answers.
+Its way: admission -> read (on a thread) -> jobs -> engine thread -> events -> answer.
 """
 
 import asyncio

@@ -103,15 +103,13 @@ def _read_format(conversation: str, before: str, after: str, name: str) -> ToolF
     if not conversation.startswith(before) or not conversation.endswith(after):
         return ToolFormat()
     text = conversation[len(before) : len(conversation) - len(after)]
-    first = text.find("{")
-    if first < 0:
-        return ToolFormat()
+    begin, brace, rest = text.partition("{")
     try:
-        content, length = json.JSONDecoder().raw_decode(text[first:])
+        content, length = json.JSONDecoder().raw_decode(brace + rest)
     except ValueError:
         return ToolFormat()
     others = set(content) - {"name"}
     if content.get("name") != name or len(others) != 1:
         return ToolFormat()
     # Whitespace before a call is not part of its mark.
-    return ToolFormat(text[:first].lstrip(), text[first + length :], others.pop(), in_template=True)
+    return ToolFormat(begin.lstrip(), rest[length - 1 :], others.pop(), in_template=True)
