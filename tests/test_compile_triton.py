@@ -19,7 +19,7 @@ def test_the_kernels_fit_a_gpu() -> None:
     the innermost loops, over keys. GPUs of 8.6 and 8.9 have 99 KiB of shared memory for a program,
     an A100 163 KiB, an H100 227 KiB.
     """
-    script = Path(__file__).with_name("compile_triton.py")
+    script = str(Path(__file__).with_name("compile_triton.py"))
     models = [] if is_thorough() else ["SmolLM2 135M", "Qwen2.5 7B", "Gemma 3 1B"]
     command = [sys.executable, script, "--json", *models]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
