@@ -37,7 +37,8 @@ $(DEMO): $(STAMP)
 demo: demo-weights ## 10 agents talk for 3 rounds
 	$(BIN)/tokendance run --agents 10 --rounds 3 --temperature 0.6
 
-TESTS := $(BIN)/pytest --numprocesses 2 --dist loadgroup -m 'not frameworks'
+# A process has whole files, one after the other, so that what a file's tests share is made once.
+TESTS := $(BIN)/pytest -m 'not frameworks' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: demo-weights ## the tests in two minutes: a quarter of the random examples, less of the demo models
 	$(TESTS) --hypothesis-profile developer

@@ -1,6 +1,6 @@
 """What the Triton kernels take of a GPU, found without one: compiles them, and prints a table.
 
-    python tests/compile_triton.py
+    python tests/compile_triton.py [--json] [MODEL ...]
 
 `TritonBackend` runs as it always does, but Triton is given a driver that has no GPU, and launches
 only compile. So these are the kernels that would be launched: same sizes, same arguments, and what
@@ -215,10 +215,11 @@ def spills_in_loops(cubin: bytes) -> int:
 
 def main() -> None:
     as_json = "--json" in sys.argv
+    models = [argument for argument in sys.argv[1:] if argument != "--json"]
     if not as_json:
         print("| kernel | heads of | dtype | capability | registers | spilled | shared memory |")
         print("|---|---|---|---|---|---|---|")
-    for case in CASES:
+    for case in [case for case in CASES if not models or case.model in models]:
         for capability in CAPABILITIES:
             for usage in usages(case, capability):
                 print(json.dumps(asdict(usage)) if as_json else row_of(usage), flush=True)

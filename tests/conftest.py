@@ -1,17 +1,21 @@
-"""Tiny random models with a byte-like tokenizer, made once per test run; how much is tried."""
+"""What all tests share: how much is tried, and tiny random models, made once per process.
+
+Where several processes run the tests, one more loads this file and runs none. So what takes seconds
+to import is imported where it is needed.
+"""
+
+from __future__ import annotations
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # 0 runs its tests on a GPU
@@ -24,34 +28,11 @@ if folder := os.environ.get("TOKENDANCE_NATIVE"):
     sys.modules[loader.name] = importlib.util.module_from_spec(spec)
     loader.exec_module(sys.modules[loader.name])
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo3Config,
-    Olmo3ForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-
-from fake_executor import FakeExecutor, next_token
-from tokendance import LLM
-from tokendance.bench.workload import RoundWorkload
-from tokendance.executor.step import Executor
-from tokendance.models import hook
-from tokendance.models.loader import LoadedModel, load_model
-from tokendance.models.support import ModelShape
-from tokendance.options import EngineOptions, ReuseMode
+if TYPE_CHECKING:
+    from tokendance import LLM
+    from tokendance.executor.step import Executor
+    from tokendance.models.loader import LoadedModel
+    from tokendance.options import ReuseMode
 
 # How many random examples are tried: all of them, or a quarter while somebody waits (make test).
 # How long one takes says nothing on a machine that does something else, too.
@@ -70,114 +51,6 @@ def examples(count: int) -> int:
     return count if is_thorough() else max(1, count // 4)
 
 
-VOCAB = 300
-SPECIALS = 3
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
-)
-COMMON: dict[str, object] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,  # heads of 16
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,  # large enough for answers that differ
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-}
-MODELS: dict[str, tuple[type, type, dict[str, object]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
-    # Windows in all layers, in some, and in some with another rotation.
-    "mistral-window": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
-    "qwen2-window": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
-    ),
-    "gemma3": (
-        Gemma3TextConfig,
-        Gemma3ForCausalLM,
-        {
-            "head_dim": 16,
-            "sliding_window": 24,
-            "sliding_window_pattern": 2,  # every second layer sees all
-            "tie_word_embeddings": False,
-        },
-    ),
-    # Two rotations that differ in their lowest frequencies only.
-    "olmo3": (
-        Olmo3Config,
-        Olmo3ForCausalLM,
-        {
-            "hidden_size": 256,  # heads of 64
-            "num_hidden_layers": 4,
-            "max_position_embeddings": 65536,
-            "sliding_window": 24,
-            "rope_theta": 500000,
-            "rope_scaling": {
-                "rope_type": "yarn",
-                "factor": 8.0,
-                "original_max_position_embeddings": 8192,
-                "attention_factor": 1.2,
-                "beta_fast": 32,
-                "beta_slow": 1,
-            },
-        },
-    ),
-}
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    specials = ["<pad>", "<|start|>", "<|end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*specials, *alphabet])}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(specials)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|end|>", pad_token="<pad>", chat_template=TEMPLATE
-    )
-
-
-def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
-    """What transformers itself answers, by its own attention."""
-    answer = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    tokens: list[int] = answer[0, len(prompt) :].tolist()
-    return tokens
-
-
-def save_model(folder: Path, architecture: str, **changes: object) -> None:
-    """Write a tiny random model of an architecture, always the same, and its tokenizer."""
-    config_class, model_class, extra = MODELS[architecture]
-    torch.manual_seed(7)
-    model = model_class(config_class(**{**COMMON, **extra, **changes}))
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the demo models run in one process, which loads the weights once."""
-    for item in items:
-        if item.get_closest_marker("demo") is not None:
-            item.add_marker(pytest.mark.xdist_group("demo"))
-
-
 def num_threads() -> int:
     """Threads for a larger model: the cores, divided among the processes that run tests."""
     num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -187,6 +60,8 @@ def num_threads() -> int:
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny models gain nothing from threads, which wait for each other while others work."""
+    import torch
+
     is_demo = request.node.get_closest_marker("demo") is not None
     torch.set_num_threads(num_threads() if is_demo else 1)
 
@@ -194,6 +69,8 @@ def _threads(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that saves a tiny model of an architecture and returns its folder."""
+    from tiny_models import save_model
+
     folders: dict[str, Path] = {}
 
     def make(architecture: str, **changes: object) -> Path:
@@ -208,24 +85,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture(scope="session")
 def tiny(model_folder: Callable[..., Path]) -> LoadedModel:
+    from tokendance.models.loader import load_model
+
     return load_model(str(model_folder("llama")), "float32")
 
 
 @pytest.fixture(scope="session")
 def fake() -> LoadedModel:
     """A tokenizer and a shape, and no model: for a `FakeExecutor`."""
-    hook.register()
-    shape = ModelShape(1, 1, 1, 1, VOCAB, max_context=4096)
-    return LoadedModel(
-        "fake",
-        nn.Identity(),
-        make_tokenizer(),
-        shape,
-        (),
-        torch.float32,
-        torch.device("cpu"),
-        frozenset({2}),
-    )
+    from tiny_models import fake_model
+
+    return fake_model()
 
 
 @pytest.fixture
@@ -234,6 +104,8 @@ def make_fake_llm(fake: LoadedModel, make_llm: Callable[..., LLM]) -> Callable[.
 
     Its steps take no time, and what it answers follows from the tokens it reads: see `said`.
     """
+    from fake_executor import FakeExecutor
+    from tiny_models import SPECIALS, VOCAB
 
     def make(**settings: Any) -> LLM:
         num_slots = settings.get("num_pages", 400) * settings.get("page_size", 16)
@@ -242,31 +114,12 @@ def make_fake_llm(fake: LoadedModel, make_llm: Callable[..., LLM]) -> Callable[.
     return make
 
 
-def said(prompt: Sequence[int], count: int) -> list[int]:
-    """What a `FakeExecutor` answers."""
-    answer: list[int] = []
-    while len(answer) < count:
-        answer.append(next_token([*prompt, *answer], VOCAB, SPECIALS))
-    return answer
-
-
-def formula(workload: RoundWorkload, llm: LLM, k: int) -> int:
-    """Tokens that a round should compute, private parts cached: S + t + (N - 1)(k B + t).
-
-    All agents read all blocks in one order. S and t are counted on a prompt; the template's text
-    after the task belongs to the task.
-    """
-    num_shared = num_task = 0
-    for prompt in workload.encoded(llm):
-        num_shared = sum(len(segment) for _, segment in prompt.shared_segments())
-        num_task += len(prompt.segments[-1])
-    mirrors = len(workload.views) - 1
-    return num_shared + num_task + mirrors * k * len(workload.blocks)
-
-
 @pytest.fixture
 def make_llm(tiny: LoadedModel) -> Iterator[Callable[..., LLM]]:
     """Return a function that puts an engine around the tiny model; checks its books at the end."""
+    from tokendance import LLM
+    from tokendance.options import EngineOptions
+
     made: list[LLM] = []
 
     def make(

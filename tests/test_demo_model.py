@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import formula, greedy, is_thorough
+from conftest import is_thorough
+from tiny_models import formula, greedy
 from tokendance import LLM, Prompt, SamplingParams
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, generate_workload
 from tokendance.fidelity.measure import measure_fidelity, reference_answers

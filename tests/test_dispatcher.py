@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pytest
 
-from conftest import said
 from fake_executor import FakeExecutor
 from serving import held_by
 from test_server_sessions import FakeDurable
+from tiny_models import said
 from tokendance import LLM, SamplingParams
 from tokendance.engine.request import Request, RequestId
 from tokendance.errors import AbortedError, EngineError, StoreError

@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from conftest import SPECIALS, VOCAB, examples, said
+from conftest import examples
 from fake_executor import FakeExecutor
+from tiny_models import SPECIALS, VOCAB, said
 from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.collector.plan import RequestPlan
 from tokendance.engine.events import (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MODELS, greedy
+from tiny_models import MODELS, greedy
 from tokendance import LLM, Prompt, RoundResult, SamplingParams, private, shared
 from tokendance.attention.backends import native_is_there
 from tokendance.attention.names import AttentionName

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import is_thorough
 from gpu.worker import Figures, Job, Parts, Worker
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ MISSING = (
 )  # fmt: skip
 
 
+@pytest.mark.skipif(not is_thorough(), reason="imports torch four times (make check)")
 def test_it_runs_with_nothing_but_the_library(tmp_path: Path) -> None:
     hides = f"import sys; sys.modules.update(dict.fromkeys({MISSING!r}))\n"
     (tmp_path / "sitecustomize.py").write_text(hides)

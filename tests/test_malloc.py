@@ -35,9 +35,9 @@ libc.fflush(out)
 
 # Of the pieces of memory that are taken the last is kept, and all before it are freed.
 _FREE_BEFORE_A_PIECE = """
-import anyio, ctypes
+import anyio, anyio.from_thread, ctypes
 from pathlib import Path
-from tokendance.server.malloc import give_back_memory
+from tokendance.server import malloc
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
@@ -46,11 +46,17 @@ def resident_pages():
 blocks = [libc.malloc(ctypes.c_size_t(50_000)) for _ in range(1000)]
 for block in blocks: ctypes.memset(block, 1, 50_000)
 for block in blocks[:-1]: libc.free(block)
-async def for_a_moment():
-    with anyio.move_on_after(0.5): await give_back_memory(every_s=0.01)
+async def once():
+    trim = malloc._glibc_function("malloc_trim")
+    with anyio.CancelScope() as scope:
+        def trim_and_end(pad):
+            trim(pad)
+            anyio.from_thread.run_sync(scope.cancel)
+        malloc._glibc_function = lambda _: trim_and_end
+        await malloc.give_back_memory(every_s=0.0)
 anyio.run(anyio.sleep, 0)  # imports what it needs
 before = resident_pages()
-anyio.run(for_a_moment)
+anyio.run(once)
 print(before - resident_pages())
 """
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import MODELS
 from test_exactness import KEEP, logprobs, random_ids, random_round
+from tiny_models import MODELS
 from tokendance import LLM, Prompt, private, shared
 from tokendance.attention.interface import LayerKind
 from tokendance.errors import ConfigError

@@ -24,9 +24,9 @@ import pytest
 from cyclopts import UnknownOptionError
 from pydantic import ValidationError
 
-from conftest import SPECIALS, VOCAB
 from fake_executor import FakeExecutor
 from serving import HELLO, asking, chat, events, held, held_by, serving, wait_until
+from tiny_models import SPECIALS, VOCAB
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.disk.kv_file import WrittenFile

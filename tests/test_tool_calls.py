@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from conftest import VOCAB, make_tokenizer
 from serving import chat, serving
+from tiny_models import VOCAB, make_tokenizer
 from tokendance import LLM, Prompt
 from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import formula
+from tiny_models import formula
 from tokendance import LLM, SamplingParams
 from tokendance.bench.suites.fidelity import measure_recall
 from tokendance.bench.workload import (

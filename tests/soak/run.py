@@ -21,9 +21,9 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 
-from conftest import save_model
 from serving import comes_true, held_by, listening
 from soak.load import Target
+from tiny_models import save_model
 from tokendance import LLM
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
