@@ -35,19 +35,12 @@ _WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class _Tiling(NamedTuple):
-    """How the work is cut for some heads.
+    """How the work is cut for some heads."""
 
-    Attributes:
-        block_queries: queries of one program: rows of the batch times the G of a key head.
-        block_keys: keys that its loop takes at once.
-        num_warps: of 32 threads each, at most 255 registers a thread.
-        num_stages: blocks of keys in shared memory: one is used while the next arrives.
-    """
-
-    block_queries: int
-    block_keys: int
-    num_warps: int
-    num_stages: int
+    block_queries: int  # queries of one program: rows of the batch times the G of a key head
+    block_keys: int  # keys that its loop takes at once
+    num_warps: int  # of 32 threads each, at most 255 registers a thread
+    num_stages: int  # blocks of keys in shared memory: one is used while the next arrives
 
 
 def _tiling(head_dim: int, dtype: torch.dtype) -> _Tiling:

@@ -142,15 +142,10 @@ def talk(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AgentCache:
-    """What an agent has read and said in a round, as it lies in the engine's memory.
+    """What an agent has read and said in a round, as it lies in the engine's memory."""
 
-    Attributes:
-        token_ids: int32; the last may have no KV yet.
-        slots: int32, of all that have.
-    """
-
-    token_ids: TokenIds
-    slots: npt.NDArray[np.int32]
+    token_ids: TokenIds  # int32; the last may have no KV yet
+    slots: npt.NDArray[np.int32]  # int32, of all that have
 
 
 def agent_caches(llm: LLM, result: RoundResult) -> list[AgentCache]:

@@ -44,18 +44,12 @@ class Question:
 
     A small model answers few questions in words of its own, so the answer's beginning is given,
     and what is asked for is the word that comes next.
-
-    Attributes:
-        text: the question.
-        opening: how the answer begins.
-        speaker: whose block has the answer.
-        answer: a word of that block that nothing else in the round has.
     """
 
     text: str
-    opening: str
-    speaker: str
-    answer: str
+    opening: str  # how the answer begins
+    speaker: str  # whose block has the answer
+    answer: str  # a word of that block that nothing else in the round has
 
     def answered_by(self, text: str) -> bool:
         """Say whether an answer has the word."""

@@ -84,17 +84,11 @@ class VLLMConfig:
 
 @dataclass(frozen=True, slots=True)
 class VLLMResult:
-    """What one call of `VLLM.run` gave. Sequences are in the order of the prompts.
+    """What one call of `VLLM.run` gave. Sequences are in the order of the prompts."""
 
-    Attributes:
-        seconds: from submission of all prompts to the last token of the last answer.
-        cached_tokens: tokens of each prompt that vLLM found in its prefix cache.
-        token_ids: the answers.
-    """
-
-    seconds: float
-    cached_tokens: tuple[int, ...]
-    token_ids: tuple[tuple[int, ...], ...]
+    seconds: float  # from submission of all prompts to the last token of the last answer
+    cached_tokens: tuple[int, ...]  # tokens of each prompt that vLLM found in its prefix cache
+    token_ids: tuple[tuple[int, ...], ...]  # the answers
 
 
 def count_blocks(prompts: Iterable[Sequence[int]], answer_tokens: int, block_size: int) -> int:

@@ -93,15 +93,10 @@ class AgentView:
 
 @dataclass(frozen=True, slots=True)
 class RoundWorkload:
-    """One round.
+    """One round."""
 
-    Attributes:
-        views: what each agent reads.
-        blocks: shared parts, what each agent has said.
-    """
-
-    views: tuple[AgentView, ...]
-    blocks: tuple[Part, ...]
+    views: tuple[AgentView, ...]  # what each agent reads
+    blocks: tuple[Part, ...]  # shared parts, what each agent has said
 
     def prompts(self) -> list[Prompt]:
         """Prompts of the round, each with its task."""
@@ -175,21 +170,13 @@ def keep_private_parts(llm: LLM, prompts: Sequence[EncodedPrompt], *, keep: bool
 
 @dataclass(frozen=True, slots=True)
 class RoundTexts:
-    """The texts of a round, before anybody is given any; made by `write_texts`.
+    """The texts of a round, before anybody is given any; made by `write_texts`."""
 
-    Attributes:
-        spec: what they were made from.
-        names: of the agents, who are the speakers of the blocks too.
-        systems: private text of each agent.
-        blocks: what each has said.
-        facts: what each has stated, or None.
-    """
-
-    spec: WorkloadSpec
-    names: tuple[str, ...]
-    systems: tuple[str, ...]
-    blocks: tuple[Part, ...]
-    facts: tuple[Fact | None, ...]
+    spec: WorkloadSpec  # what they were made from
+    names: tuple[str, ...]  # of the agents, who are the speakers of the blocks too
+    systems: tuple[str, ...]  # private text of each agent
+    blocks: tuple[Part, ...]  # what each has said
+    facts: tuple[Fact | None, ...]  # what each has stated, or None
 
     def arrange(self, order: Order = "same") -> RoundWorkload:
         """Let each agent read all blocks.

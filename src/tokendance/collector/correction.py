@@ -83,14 +83,10 @@ class Edges:
     break most often, gathers what stands before it, and what comes after reads it there. Computed
     afresh, it buys more than a further token at the beginning, most of all in another order than
     the owner's (`docs/log.md`).
-
-    Attributes:
-        first: how many at the beginning.
-        last: how many at the end.
     """
 
-    first: int
-    last: int
+    first: int  # how many at the beginning
+    last: int  # how many at the end
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.last < 0:

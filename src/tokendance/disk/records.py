@@ -65,25 +65,15 @@ class SegmentRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredSession:
-    """A session as it is on disk.
+    """A session as it is on disk."""
 
-    Attributes:
-        key: its place.
-        round: number of its next round.
-        state: what it needs to go on, as its owner wrote it.
-        caches: by agent.
-        segments: that its agents share.
-        used_s: seconds since 1970 when it was last written.
-        ttl_s: seconds after which it may be removed; None: never by itself.
-    """
-
-    key: SessionKey
-    round: int
-    state: bytes
-    caches: Mapping[str, CacheRecord]
-    segments: tuple[SegmentRecord, ...]
-    used_s: float
-    ttl_s: float | None
+    key: SessionKey  # its place
+    round: int  # number of its next round
+    state: bytes  # what it needs to go on, as its owner wrote it
+    caches: Mapping[str, CacheRecord]  # by agent
+    segments: tuple[SegmentRecord, ...]  # that its agents share
+    used_s: float  # seconds since 1970 when it was last written
+    ttl_s: float | None  # seconds after which it may be removed; None: never by itself
 
 
 @dataclass(frozen=True, slots=True)

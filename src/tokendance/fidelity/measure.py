@@ -24,15 +24,10 @@ from tokendance.rounds.segments import Segment
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """What full computation answers.
+    """What full computation answers."""
 
-    Attributes:
-        token_ids: the answer, with the token that ends it if it came to an end.
-        logprobs: float32 (tokens, vocabulary).
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: Tensor
+    token_ids: tuple[int, ...]  # the answer, with the token that ends it if it came to an end
+    logprobs: Tensor  # float32 (tokens, vocabulary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,21 +49,13 @@ class _Mirror:
 
 @dataclass(frozen=True, slots=True)
 class ShadowReport:
-    """How far one mirror was from exact computation.
+    """How far one mirror was from exact computation."""
 
-    Attributes:
-        agent: whose it is.
-        tokens: of the answer, compared.
-        kl_next: KL divergence (nats) of the first of them.
-        kl: mean over all of them.
-        top1: share of them at which both put the same token first.
-    """
-
-    agent: str
-    tokens: int
-    kl_next: float
-    kl: float
-    top1: float
+    agent: str  # whose it is
+    tokens: int  # of the answer, compared
+    kl_next: float  # KL divergence (nats) of the first of them
+    kl: float  # mean over all of them
+    top1: float  # share of them at which both put the same token first
 
 
 class Shadows:

@@ -29,34 +29,21 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """KL divergence after a correction.
+    """KL divergence after a correction."""
 
-    Attributes:
-        first: tokens corrected at the beginning of each segment.
-        last: tokens corrected at its end.
-        kl: nats per token of the answer, mean over agents, the worst of the workloads.
-    """
-
-    first: int
-    last: int
-    kl: float
+    first: int  # tokens corrected at the beginning of each segment
+    last: int  # tokens corrected at its end
+    kl: float  # nats per token of the answer, mean over agents, the worst of the workloads
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What was measured for reuses up to a size.
+    """What was measured for reuses up to a size."""
 
-    Attributes:
-        in_order: see `Reuse`.
-        num_before: at most.
-        num_blocks: at most.
-        measured: any number of corrections.
-    """
-
-    in_order: bool
-    num_before: int
-    num_blocks: int
-    measured: tuple[Measured, ...]
+    in_order: bool  # see `Reuse`
+    num_before: int  # at most
+    num_blocks: int  # at most
+    measured: tuple[Measured, ...]  # any number of corrections
 
     def covers(self, reuse: Reuse) -> bool:
         """Whether a reuse is within what was measured."""
@@ -73,17 +60,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class FidelityTable:
-    """What `tokendance calibrate` has measured of a model.
+    """What `tokendance calibrate` has measured of a model."""
 
-    Attributes:
-        model: its name.
-        dtype: that it ran in, as the command line spells it.
-        cells: in any order.
-    """
-
-    model: str
-    dtype: str
-    cells: tuple[Cell, ...]
+    model: str  # its name
+    dtype: str  # that it ran in, as the command line spells it
+    cells: tuple[Cell, ...]  # in any order
 
     def to_json(self) -> str:
         """Write it down."""

@@ -17,15 +17,10 @@ from tokendance.rounds.segments import Segment
 
 @dataclass(frozen=True, slots=True)
 class FidelityTarget:
-    """A correction policy that keeps the KL divergence of each reuse below a target.
+    """A correction policy that keeps the KL divergence of each reuse below a target."""
 
-    Attributes:
-        kl: nats per token of the answer.
-        table: what corrections achieve.
-    """
-
-    kl: float
-    table: FidelityTable
+    kl: float  # nats per token of the answer
+    table: FidelityTable  # what corrections achieve
 
     def __post_init__(self) -> None:
         if not self.kl > 0:

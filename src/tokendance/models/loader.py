@@ -23,27 +23,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model that can be served.
+    """A model that can be served."""
 
-    Attributes:
-        name: as the user gave it.
-        module: the transformers model, with our attention.
-        tokenizer: its own.
-        shape: see there.
-        layers: the rotation and window of each layer.
-        dtype: of its weights and of the KV.
-        device: where it lies.
-        stop_ids: tokens that end an answer.
-    """
-
-    name: str
-    module: nn.Module
-    tokenizer: Any
+    name: str  # as the user gave it
+    module: nn.Module  # the transformers model, with our attention
+    tokenizer: Any  # its own
     shape: ModelShape
-    layers: tuple[LayerKind, ...]
-    dtype: torch.dtype
-    device: torch.device
-    stop_ids: frozenset[int]
+    layers: tuple[LayerKind, ...]  # the rotation and window of each layer
+    dtype: torch.dtype  # of its weights and of the KV
+    device: torch.device  # where it lies
+    stop_ids: frozenset[int]  # tokens that end an answer
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

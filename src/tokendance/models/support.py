@@ -48,23 +48,14 @@ _HARMLESS_EXTRAS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the engine needs to know of a model.
+    """What the engine needs to know of a model."""
 
-    Attributes:
-        num_layers: L.
-        num_heads: H.
-        num_kv_heads: KVH.
-        head_dim: D.
-        vocab_size: number of logits.
-        max_context: positions that the model was made for.
-    """
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_context: int
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # KVH
+    head_dim: int  # D
+    vocab_size: int  # number of logits
+    max_context: int  # positions that the model was made for
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values of one token in all layers."""

@@ -23,17 +23,11 @@ RoundId = NewType("RoundId", int)
 
 @dataclass(slots=True, eq=False)
 class PrefixPage:
-    """Up to one page of consecutive tokens of a prompt, known by all tokens up to its end.
+    """Up to one page of consecutive tokens of a prompt, known by all tokens up to its end."""
 
-    Attributes:
-        chain: hash of the prompt up to the end of this page.
-        num_tokens: of the page.
-        exact: whether the KV is what the model computes for this very prompt.
-    """
-
-    chain: ChainHash
-    num_tokens: int
-    exact: bool
+    chain: ChainHash  # hash of the prompt up to the end of this page
+    num_tokens: int  # of the page
+    exact: bool  # whether the KV is what the model computes for this very prompt
 
 
 @dataclass(slots=True, eq=False)
@@ -77,15 +71,10 @@ class StoredPage(PrefixPage):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class StoredSegment(CachedSegment):
-    """A cached segment of the segment index.
+    """A cached segment of the segment index."""
 
-    Attributes:
-        slots: where the KV of each of its tokens lies, in the order of the tokens.
-        pages: the distinct pages of `slots`.
-    """
-
-    slots: Slots
-    pages: PageIds
+    slots: Slots  # where the KV of each of its tokens lies, in the order of the tokens
+    pages: PageIds  # the distinct pages of `slots`
 
 
 Entry = StoredPage | StoredSegment

@@ -9,17 +9,11 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVRows:
-    """KV of some tokens, apart from any memory.
+    """KV of some tokens, apart from any memory."""
 
-    Attributes:
-        positions: int32 (n,).
-        keys: (L, KVH, n, D); uint16 holds bfloat16.
-        values: likewise.
-    """
-
-    positions: npt.NDArray[np.int32]
-    keys: npt.NDArray[Any]
-    values: npt.NDArray[Any]
+    positions: npt.NDArray[np.int32]  # int32 (n,)
+    keys: npt.NDArray[Any]  # (L, KVH, n, D); uint16 holds bfloat16
+    values: npt.NDArray[Any]  # likewise
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -66,23 +66,14 @@ class ReadCost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Levels:
-    """What saving and loading work on.
+    """What saving and loading work on."""
 
-    Attributes:
-        store: the index of what `memory` holds.
-        memory: holds keys and values.
-        disk: the store on disk.
-        files: what of memory is on disk.
-        cost: of reading files.
-        row_bytes: of a token in a file that is not compressed.
-    """
-
-    store: KVStore
-    memory: RowMemory
-    disk: DiskStore
-    files: SlotFiles
-    cost: ReadCost
-    row_bytes: int
+    store: KVStore  # the index of what `memory` holds
+    memory: RowMemory  # holds keys and values
+    disk: DiskStore  # the store on disk
+    files: SlotFiles  # what of memory is on disk
+    cost: ReadCost  # of reading files
+    row_bytes: int  # of a token in a file that is not compressed
 
     def match_computed(self, text: PrefixHashes) -> tuple[list[StoredPage], Slots]:
         """What memory has of a text, up to the first token whose KV is still to be computed."""

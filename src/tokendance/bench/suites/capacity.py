@@ -54,19 +54,12 @@ _COLUMNS = {
 
 @dataclass(slots=True)
 class _Search:
-    """The largest size whose time is within the objective, found by doubling and halving.
+    """The largest size whose time is within the objective, found by doubling and halving."""
 
-    Attributes:
-        measure: seconds of a round of so many agents.
-        objective_s: see the module.
-        limit: largest size that can be asked for.
-        seconds: by size, as measured.
-    """
-
-    measure: Callable[[int], float]
+    measure: Callable[[int], float]  # seconds of a round of so many agents
     objective_s: float
-    limit: int
-    seconds: dict[int, float] = field(default_factory=dict)
+    limit: int  # largest size that can be asked for
+    seconds: dict[int, float] = field(default_factory=dict)  # by size, as measured
 
     def largest(self) -> int:
         """Find it; 0 if not even a single agent is served in time."""

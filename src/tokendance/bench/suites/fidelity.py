@@ -48,17 +48,11 @@ _HEADLINE = ("kl", "kl_next", "top1", "identical", "recall", "corrected")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One way to reuse.
+    """One way to reuse."""
 
-    Attributes:
-        mode: see `reuse` of `EngineOptions`.
-        correction: of "collective"; None with the others.
-        int8: private parts have been stored in a byte per number.
-    """
-
-    mode: ReuseMode
-    correction: CorrectionPolicy | None
-    int8: bool = False
+    mode: ReuseMode  # see `reuse` of `EngineOptions`
+    correction: CorrectionPolicy | None  # of "collective"; None with the others
+    int8: bool = False  # private parts have been stored in a byte per number
 
     @property
     def label(self) -> str:
@@ -83,25 +77,15 @@ def _collective(*specs: str) -> tuple[Kind, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the suite measures.
+    """What the suite measures."""
 
-    Attributes:
-        spec: of the texts; the seed is the first of `workloads` seeds.
-        workloads: how many.
-        tokens: most tokens of a forced answer.
-        frontier: kinds, measured in float32 in each of `orders`.
-        orders: of the blocks.
-        half: kinds, measured in bfloat16 in the order "same".
-        engine: what all engines have in common.
-    """
-
-    spec: WorkloadSpec
+    spec: WorkloadSpec  # of the texts; the seed is the first of `workloads` seeds
     workloads: int
-    tokens: int
-    frontier: tuple[Kind, ...]
-    orders: tuple[Order, ...]
-    half: tuple[Kind, ...]
-    engine: EngineOptions
+    tokens: int  # most tokens of a forced answer
+    frontier: tuple[Kind, ...]  # kinds, measured in float32 in each of `orders`
+    orders: tuple[Order, ...]  # of the blocks
+    half: tuple[Kind, ...]  # kinds, measured in bfloat16 in the order "same"
+    engine: EngineOptions  # what all engines have in common
 
     def make_engine(
         self, model: LoadedModel, mode: ReuseMode, correction: CorrectionPolicy | None = None
@@ -173,19 +157,12 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
 
 @dataclass(frozen=True, slots=True)
 class _Exact:
-    """What full computation says of one workload in one order.
+    """What full computation says of one workload in one order."""
 
-    Attributes:
-        order: of the blocks.
-        workload: the round.
-        answers: of its agents.
-        recall: whether each agent's question was answered.
-    """
-
-    order: Order
+    order: Order  # of the blocks
     workload: RoundWorkload
-    answers: list[Reference]
-    recall: dict[str, bool]
+    answers: list[Reference]  # of its agents
+    recall: dict[str, bool]  # whether each agent's question was answered
 
 
 @dataclass(frozen=True, slots=True)

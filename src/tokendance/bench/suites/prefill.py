@@ -96,17 +96,11 @@ class _Arm:
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """A round and the engines that compute it.
-
-    Attributes:
-        workload: the texts.
-        engines: by dtype and mode.
-        keep: whether engines keep the private parts between runs, having memory of their own.
-    """
+    """A round and the engines that compute it."""
 
     workload: RoundWorkload
-    engines: Mapping[str, Mapping[str, LLM]]
-    keep: bool
+    engines: Mapping[str, Mapping[str, LLM]]  # by dtype and mode
+    keep: bool  # whether engines keep the private parts between runs, having memory of their own
 
     def time(self, arm: _Arm) -> float:
         """Seconds of one prefill, the private parts computed before."""

@@ -50,21 +50,13 @@ _KEYS = tuple(f"tenant-{number}" for number in range(64))
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        spec: of a conversation's people and of what they say in a round.
-        rounds: of a conversation.
-        answer_tokens: of every answer.
-        burst: requests at once.
-        lone_turns: lone requests of each kind.
-    """
-
-    spec: WorkloadSpec
-    rounds: int
-    answer_tokens: int
-    burst: int
-    lone_turns: int
+    spec: WorkloadSpec  # of a conversation's people and of what they say in a round
+    rounds: int  # of a conversation
+    answer_tokens: int  # of every answer
+    burst: int  # requests at once
+    lone_turns: int  # lone requests of each kind
 
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
@@ -144,18 +136,11 @@ def _joined(llm: LLM, parts: Sequence[Part]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """Of requests that were sent together.
+    """Of requests that were sent together."""
 
-    Attributes:
-        seconds: until the last answer.
-        count: of them.
-        computed: prompt tokens.
-        reused: likewise.
-    """
-
-    seconds: float
-    count: int
-    computed: int
+    seconds: float  # until the last answer
+    count: int  # of them
+    computed: int  # prompt tokens, likewise the next
     reused: int
 
 
