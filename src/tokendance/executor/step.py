@@ -113,16 +113,8 @@ class StepOutput:
     distributions: Sequence[FloatArray | None]
 
 
-class Executor(Protocol):
-    """Runs steps over KV memory of its own. Used by one thread."""
-
-    def execute(self, step: StepInput) -> StepOutput:
-        """Run one forward pass, and choose the next tokens.
-
-        KV of all tokens of the step is in its slots afterwards; a token sees KV of the same pass,
-        whosever it is. An exception may leave KV of these slots half written.
-        """
-        ...
+class RowMemory(Protocol):
+    """Memory whose slots can be copied out and in."""
 
     def read_kv(self, slots: SlotArray) -> KVRows:
         """Copy the KV of some slots, int32 (n,), out of memory, with its keys' positions."""
@@ -133,5 +125,17 @@ class Executor(Protocol):
 
         Raises:
             StoreError: if it is of another shape or dtype than this memory.
+        """
+        ...
+
+
+class Executor(RowMemory, Protocol):
+    """Runs steps over KV memory of its own. Used by one thread."""
+
+    def execute(self, step: StepInput) -> StepOutput:
+        """Run one forward pass, and choose the next tokens.
+
+        KV of all tokens of the step is in its slots afterwards; a token sees KV of the same pass,
+        whosever it is. An exception may leave KV of these slots half written.
         """
         ...

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId
 from tokendance.disk.store import DiskStore
+from tokendance.executor.step import RowMemory
 from tokendance.rounds.segments import PrefixHashes
 from tokendance.store.entries import Slots, StoredPage
 from tokendance.store.eviction import EvictionOrder
-from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore, slots_of
 from tokendance.tier.slot_files import SlotFiles
 
@@ -20,27 +19,11 @@ from tokendance.tier.slot_files import SlotFiles
 _FIRST_BYTES_PER_S = 500e6
 
 
-class RowMemory(Protocol):
-    """Memory whose slots can be copied out and in; every executor is one."""
-
-    def read_kv(self, slots: Slots) -> KVRows:
-        """Copy the KV of slots out of memory, with the positions of its keys."""
-        ...
-
-    def write_kv(self, slots: Slots, rows: KVRows) -> None:
-        """Copy rows into slots.
-
-        Raises:
-            StoreError: if they are of another shape or dtype.
-        """
-        ...
-
-
 class ReadCost:
     """Compares the speed at which files were read last with that of the last large prefill."""
 
     def __init__(self, bytes_per_token: int, seconds_per_token: Callable[[], float | None]) -> None:
-        """Begin with an assumed speed of the disk; for the arguments see `DiskTier`."""
+        """For the arguments see `DiskTier`."""
         self._bytes_per_token = bytes_per_token
         self._seconds_per_token = seconds_per_token
         self._bytes_per_s = _FIRST_BYTES_PER_S

@@ -6,11 +6,12 @@ from concurrent.futures import wait
 from tokendance.disk.records import SessionKey, StoredSession
 from tokendance.disk.store import DiskStore
 from tokendance.engine.request import Request
+from tokendance.executor.step import RowMemory
 from tokendance.rounds.segments import Salt
 from tokendance.store.kv_store import KVStore
 from tokendance.tier.background import BackgroundWriter
 from tokendance.tier.caches import SessionSnapshot
-from tokendance.tier.levels import Levels, ReadCost, RowMemory
+from tokendance.tier.levels import Levels, ReadCost
 from tokendance.tier.loader import Restored, Restoring, restoring
 from tokendance.tier.saver import save
 from tokendance.tier.slot_files import SlotFiles
