@@ -30,12 +30,7 @@ def make_backend(
 ) -> Backend:
     """Make a backend for a model's layers; see `BackendFactory`.
 
-    Args:
-        layers: rotation and window of each.
-        head_dim: D.
-        device: where memory lies.
-        dtype: of queries and memory.
-        name: of a backend; "auto" takes the first of native, triton and torch that can serve.
+    The name "auto" takes the first of native, triton and torch that can serve.
 
     Raises:
         ConfigError: if that backend cannot serve.

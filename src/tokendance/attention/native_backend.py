@@ -33,15 +33,7 @@ class NativeBackend:
         dtype: torch.dtype,
         kernel: str | None = None,
     ) -> None:
-        """See `BackendFactory`.
-
-        Args:
-            layers: of the model.
-            head_dim: of the model.
-            device: of the model.
-            dtype: of the model.
-            kernel: one of `_native.kernels()`; None: the fastest.
-        """
+        """See `BackendFactory`; `kernel` is one of `_native.kernels()`, or None: the fastest."""
         assert can_serve(head_dim, device, dtype)
         self.kernel = kernel or _native.kernels()[0]
         self._layers = layers

@@ -107,9 +107,7 @@ class Plan:
 def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
     """Cut the contexts of a batch into slot ranges, and stack their readers.
 
-    Args:
-        batch: the step.
-        windows: of the model's layers that have one, in tokens.
+    `windows` are those of the model's layers that have one, in tokens.
     """
     entries = _cut_at_each_other(_readings(batch))
     offsets, rotations = _number_offsets(entries.offset)

@@ -186,12 +186,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of (KVH, G, R, D) queries over (KVH, n, D) keys and values.
 
-    Args:
-        query: rows to attend.
-        keys: their keys; each of the G queries of a key head reads the same.
-        values: their values.
-        scale: of the scores.
-        mask: (R, n), added to the scores.
+    Each of the G queries of a key head reads the same keys. The mask (R, n) is added to the scores.
 
     Returns:
         The result (KVH, G, R, D) and its natural log-sum-exp (KVH, G, R), float32.

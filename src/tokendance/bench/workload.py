@@ -147,10 +147,7 @@ class RoundWorkload:
     def warm(self, llm: LLM, *, keep: bool = False) -> None:
         """Leave an engine with every agent's private part in its store, and nothing else.
 
-        Args:
-            llm: the engine.
-            keep: what it has of them already; not for engines that share their KV memory with
-                others, who write over it.
+        `keep` what it has of them already only where no other engine writes over its KV memory.
         """
         keep_private_parts(llm, self.encoded(llm), keep=keep)
 

@@ -19,11 +19,8 @@ class Planner:
     ) -> None:
         """Plan over an index.
 
-        Args:
-            index: says what is cached.
-            policy: says what is corrected.
-            prefix: reuse equal beginnings; without it nothing is reused or published.
-            segments: reuse shared segments wherever they stand.
+        With `prefix`, equal beginnings are reused; without it nothing is reused or published. With
+        `segments`, shared segments are reused wherever they stand.
         """
         self._index = index
         self._policy = policy

@@ -54,14 +54,10 @@ class KVPool:
         return KVRows(self.slot_position[slots], keys, values)
 
     def write(self, slots: npt.NDArray[np.int32], rows: KVRows) -> None:
-        """Copy KV into slots.
-
-        Args:
-            slots: int32 (n,).
-            rows: n of them, of this memory's shape and dtype.
+        """Copy n rows into slots, int32 (n,).
 
         Raises:
-            StoreError: if they are of another shape or dtype.
+            StoreError: if they are of another shape or dtype than this memory.
         """
         kind = str(_as_numpy(self.keys[:0]).dtype)
         layers, heads, _, size = self.keys.shape

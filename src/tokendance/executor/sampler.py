@@ -20,11 +20,9 @@ _BLOCK = 256
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> StepOutput:
-    """Choose a token for each row, and say what was asked of its probabilities.
+    """Choose a token for each of R rows, and say what was asked of its probabilities.
 
-    Args:
-        logits: float32 (R, vocabulary); changed in place.
-        rows: R of them.
+    The logits, float32 (R, vocabulary), are changed in place.
     """
     with torch.inference_mode():
         # A sum is finite only where all numbers are: one pass over these megabytes is enough.

@@ -26,7 +26,6 @@ class TorchExecutor:
     """
 
     def __init__(self, model: LoadedModel, pool: KVPool, backend: BackendFactory) -> None:
-        """Run `model` over `pool`, with the attention that `backend` makes."""
         self._model = model
         self.pool = pool
         self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)

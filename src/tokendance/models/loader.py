@@ -109,12 +109,7 @@ def prepare_model(
 ) -> LoadedModel:
     """Make a model of transformers ready to be served.
 
-    Args:
-        name: what to call it.
-        module: made with the attention `hook.ATTENTION_NAME`; its linear layers may be replaced.
-        tokenizer: its own.
-        dtype: of its weights.
-        device: where it lies.
+    It is made with the attention `hook.ATTENTION_NAME`; its linear layers may be replaced.
 
     Raises:
         UnsupportedModelError: if the arithmetic does not hold for it.

@@ -25,7 +25,6 @@ class PackedLinear(nn.Module):
     """A linear layer for inference, with its weight in oneDNN's own layout."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Pack the weight of `linear`."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)

@@ -91,7 +91,6 @@ class Discovery:
     """Finds shared segments in prompts of one salt, and remembers them."""
 
     def __init__(self, salt: Salt, config: DiscoveryConfig | None = None) -> None:
-        """Begin with no earlier texts."""
         self._salt = salt
         self._config = config or DiscoveryConfig()
         self._hasher = GramHasher(self._config.gram_size)

@@ -22,7 +22,6 @@ class GramHasher:
     """
 
     def __init__(self, gram_size: int) -> None:
-        """Hash grams of `gram_size` tokens."""
         self.gram_size = gram_size
         self._digits = np.zeros(0, np.uint64)  # of each token id, as far as they were needed
         self._base = np.uint64(secrets.randbits(64) | 1)

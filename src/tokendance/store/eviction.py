@@ -64,7 +64,6 @@ class EvictionOrder:
     """
 
     def __init__(self) -> None:
-        """Begin without entries."""
         self._nodes: dict[Entry, _Node] = {}
         self._computed = _Queue()
         self._on_disk = _Queue()

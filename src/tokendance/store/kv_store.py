@@ -52,12 +52,9 @@ class KVStore:
     """
 
     def __init__(self, num_pages: int, page_size: int, max_reuse_rounds: int) -> None:
-        """Make an empty store.
+        """Make an empty store of pages of `page_size` tokens.
 
-        Args:
-            num_pages: pages of the pool.
-            page_size: tokens per page.
-            max_reuse_rounds: a segment that was reused in this many rounds is computed afresh.
+        A segment that was reused in `max_reuse_rounds` rounds is computed afresh.
         """
         self.pool = PagePool(num_pages, page_size)
         self.slot_ready = np.zeros(num_pages * page_size, np.bool_)
@@ -226,10 +223,9 @@ class KVStore:
         return False
 
     def take_slots(self, sizes: Sequence[int]) -> tuple[list[Slots], PageIds]:
-        """Allocate slots for tokens, each part in pages of its own; call after `make_room`.
+        """Allocate slots for parts of so many tokens, each in pages of its own.
 
-        Args:
-            sizes: tokens of each part.
+        Call it after `make_room`.
 
         Returns:
             The slots of each part, not ready; and the pages, held for a request.

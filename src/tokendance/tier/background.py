@@ -55,7 +55,6 @@ class BackgroundWriter:
     """Writes files on a thread of its own; all methods are called on the engine's."""
 
     def __init__(self, levels: Levels) -> None:
-        """Begin without rounds."""
         self._levels = levels
         self._thread = ThreadPoolExecutor(1, "store")
         self._rounds: dict[SessionKey, _Round] = {}

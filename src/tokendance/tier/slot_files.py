@@ -23,7 +23,6 @@ class SlotFiles:
     """What of a store's memory is on disk, and where."""
 
     def __init__(self, store: KVStore) -> None:
-        """Begin with nothing on disk."""
         self._store = store
         num_slots = len(store.slot_stamp)
         # By slot: the file and the row that it holds, and the stamp that it had then.

@@ -41,12 +41,8 @@ class DiskTier:
     ) -> None:
         """Write what is computed to `disk`, which `close` closes.
 
-        Args:
-            store: the index of what memory holds.
-            memory: holds keys and values.
-            disk: the store on disk.
-            bytes_per_token: of KV in memory.
-            seconds_per_token: what computing a token takes now; None while nobody knows.
+        A token's KV takes `bytes_per_token` in memory, and computing it `seconds_per_token` now;
+        None while nobody knows.
         """
         self.disk = disk
         self.bytes_on_disk = disk.num_bytes
@@ -58,9 +54,7 @@ class DiskTier:
     def save(self, snapshot: SessionSnapshot, stored: StoredSession | None = None) -> None:
         """Make a session durable as it is now; KV that does not fit the budget is left out.
 
-        Args:
-            snapshot: the session.
-            stored: what is on disk of it, if the caller has just read it; else it is read here.
+        What is on disk of it is read here, unless the caller has just read it (`stored`).
 
         Raises:
             StoreError: if the disk cannot be written; what was durable before still is.
@@ -71,12 +65,8 @@ class DiskTier:
     def restore(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restored:
         """Read what memory lacks of a session's KV, as far as there is room, and if it pays.
 
-        A file that is damaged is taken out of the store, and what it held is computed again.
-
-        Args:
-            session: as it is stored.
-            salt: of its prompts.
-            always: read it even if computing it would be quicker.
+        With `always` it is read even if computing it would be quicker. A file that is damaged is
+        taken out of the store, and what it held is computed again.
         """
         steps = self.restoring(session, salt, always=always)
         while True:

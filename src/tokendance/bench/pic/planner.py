@@ -35,7 +35,6 @@ class PicPlanner(Planner):
     """
 
     def __init__(self, index: KVIndex) -> None:
-        """Plan over an index."""
         super().__init__(index, NO_CORRECTION, prefix=True, segments=True)
 
     def order(self, prompts: Sequence[EncodedPrompt], round_id: RoundId) -> list[Start]:
