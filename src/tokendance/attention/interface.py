@@ -48,15 +48,10 @@ class PackedRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """A packed batch as attention sees it.
+    """A packed batch as attention sees it."""
 
-    Attributes:
-        requests: their rows are 0 ... T - 1, in order.
-        slot_position: int32 (S,), position at which each slot's key was rotated.
-    """
-
-    requests: Sequence[PackedRequest]
-    slot_position: IntArray
+    requests: Sequence[PackedRequest]  # their rows are 0 ... T - 1, in order
+    slot_position: IntArray  # int32 (S,), position at which each slot's key was rotated
 
     @property
     def num_rows(self) -> int:

@@ -35,19 +35,12 @@ class SlotRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """One call of the fused attention.
+    """One call of the fused attention."""
 
-    Attributes:
-        rows: int64 (R,), distinct.
-        rotations: int64 (R,), index of the offset that each reads at; None where all are 0.
-        ranges: whose keys they see, in this order.
-        mask: additive (R, n), or None where all rows see all keys.
-    """
-
-    rows: Tensor
-    rotations: Tensor | None
-    ranges: tuple[SlotRange, ...]
-    mask: Tensor | None
+    rows: Tensor  # int64 (R,), distinct
+    rotations: Tensor | None  # int64 (R,), index of the offset of each; None where all are 0
+    ranges: tuple[SlotRange, ...]  # whose keys they see, in this order
+    mask: Tensor | None  # additive (R, n), or None where all rows see all keys
 
 
 class TorchBackend:

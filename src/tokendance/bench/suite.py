@@ -28,21 +28,13 @@ Kind = TypeVar("Kind", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """What a suite found.
-
-    Attributes:
-        suite: its name.
-        model: measured.
-        rows: one mapping per measurement; the same keys in all rows of a kind.
-        headline: name to figure; None where it was not measured, with the reason in `notes`.
-        notes: what a reader must know.
-    """
+    """What a suite found."""
 
     suite: str
     model: str
-    rows: list[Row]
-    headline: dict[str, float | None]
-    notes: list[str] = field(default_factory=list)
+    rows: list[Row]  # one mapping per measurement; the same keys in all rows of a kind
+    headline: dict[str, float | None]  # None where it was not measured; `notes` say why
+    notes: list[str] = field(default_factory=list)  # what a reader must know
 
     def to_json(self) -> str:
         """One line: suite, machine, model, rows, headline, notes."""

@@ -85,32 +85,20 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one place of an answer.
+    """Log-probabilities at one place of an answer."""
 
-    Attributes:
-        logprob: of the token that was chosen.
-        top: (token, log-probability) of the likeliest, the likeliest first.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
+    logprob: float  # of the token that was chosen
+    top: tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepOutput:
-    """What a step has chosen, for each request that wanted a token, in order.
+    """What a step has chosen, for each request that wanted a token, in order."""
 
-    Attributes:
-        token_ids: of each.
-        is_finite: whether its logits were; a token that is chosen from others means nothing.
-        logprobs: where `top_logprobs` were wanted.
-        distributions: where they were wanted, float32 (vocabulary,), log-probabilities.
-    """
-
-    token_ids: Sequence[int]
-    is_finite: Sequence[bool]
-    logprobs: Sequence[TokenLogprobs | None]
-    distributions: Sequence[FloatArray | None]
+    token_ids: Sequence[int]  # of each
+    is_finite: Sequence[bool]  # whether its logits were; else its token means nothing
+    logprobs: Sequence[TokenLogprobs | None]  # where they were wanted
+    distributions: Sequence[FloatArray | None]  # log-probabilities, float32 (vocabulary,)
 
 
 class RowMemory(Protocol):

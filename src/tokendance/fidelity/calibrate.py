@@ -25,21 +25,13 @@ _ANSWER_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSize:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        private_tokens: longest private part of each cell; the shortest is a quarter of it.
-        num_blocks: shared blocks of each cell.
-        readers: agents of each round.
-        workloads: of each cell.
-        block_tokens: length of a block.
-    """
-
-    private_tokens: tuple[int, ...] = (250, 1000, 2500)
-    num_blocks: tuple[int, ...] = (4, 16, 40)
-    readers: int = 4
-    workloads: int = 2
-    block_tokens: int = 94
+    private_tokens: tuple[int, ...] = (250, 1000, 2500)  # longest; the shortest: a quarter
+    num_blocks: tuple[int, ...] = (4, 16, 40)  # shared blocks of each cell
+    readers: int = 4  # agents of each round
+    workloads: int = 2  # of each cell
+    block_tokens: int = 94  # length of a block
 
 
 TINY = CalibrationSize((60,), (3,), readers=3, workloads=1, block_tokens=20)

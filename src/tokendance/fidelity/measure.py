@@ -35,25 +35,15 @@ class Fidelity:
     """Against full computation, over the mirrors of a round.
 
     Where nobody reuses shared tokens, it is over all agents.
-
-    Attributes:
-        kl_next: mean KL divergence (nats) of the next token's distribution.
-        kl_continuation: mean over the tokens of the forced answers.
-        top1: share of these tokens at which both put the same token first.
-        identical: share of agents for which that holds at every token, so that the free greedy
-            answer is the same from its first token to its last.
-        corrected: corrected tokens per mirror.
-        corrected_share: the same as a share of the shared tokens that it reads.
-        agents: names of those that this is about.
     """
 
-    kl_next: float
-    kl_continuation: float
-    top1: float
-    identical: float
-    corrected: float
-    corrected_share: float
-    agents: tuple[str, ...]
+    kl_next: float  # mean KL divergence (nats) of the next token's distribution
+    kl_continuation: float  # mean over the tokens of the forced answers
+    top1: float  # share of these tokens at which both put the same token first
+    identical: float  # share of agents for which that holds at every token: the same answer
+    corrected: float  # corrected tokens per mirror
+    corrected_share: float  # the same as a share of the shared tokens that it reads
+    agents: tuple[str, ...]  # names of those that this is about
 
 
 def reference_answers(exact: LLM, prompts: Sequence[Prompt], num_tokens: int) -> list[Reference]:

@@ -32,19 +32,12 @@ MAX_PENDING = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Mirror:
-    """A mirror that is done.
+    """A mirror that is done."""
 
-    Attributes:
-        agent: whose it is.
-        prompt: what it read.
-        tokens: the beginning of its answer, with the token that ended it if it is that short.
-        distributions: float32 (vocabulary,), log-probabilities at each of them.
-    """
-
-    agent: str
-    prompt: EncodedPrompt
-    tokens: tuple[int, ...]
-    distributions: tuple[FloatArray, ...]
+    agent: str  # whose it is
+    prompt: EncodedPrompt  # what it read
+    tokens: tuple[int, ...]  # the beginning of its answer, with the token that ended it, if any
+    distributions: tuple[FloatArray, ...]  # of each token: log-probabilities, float32 (vocabulary,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,22 +24,12 @@ class SpokenCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SessionSnapshot:
-    """A session as it is now, to be made durable; `StoredSession` is what becomes of it.
+    """A session as it is now, to be made durable; `StoredSession` is what becomes of it."""
 
-    Attributes:
-        key: its place.
-        round: number of its next round.
-        state: what it needs to go on, besides KV.
-        caches: by agent; as much of each as has KV is stored.
-        shared_segments: int32 token ids of segments that agents may read again elsewhere.
-        salt: of its prompts.
-        ttl_s: seconds after which it may be removed; None: never by itself.
-    """
-
-    key: SessionKey
-    round: int
-    state: bytes
-    caches: Mapping[str, SpokenCache]
-    shared_segments: Collection[TokenIds]
-    salt: Salt
-    ttl_s: float | None = None
+    key: SessionKey  # its place
+    round: int  # number of its next round
+    state: bytes  # what it needs to go on, besides KV
+    caches: Mapping[str, SpokenCache]  # by agent; as much of each as has KV is stored
+    shared_segments: Collection[TokenIds]  # int32 each; agents may read them again elsewhere
+    salt: Salt  # of its prompts
+    ttl_s: float | None = None  # seconds after which it may be removed; None: never by itself

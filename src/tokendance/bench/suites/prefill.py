@@ -61,24 +61,14 @@ _COLUMNS = {
 
 @dataclass(slots=True, eq=False)
 class _Arm:
-    """One thing that is timed.
+    """One thing that is timed."""
 
-    Attributes:
-        mode: its name.
-        dtype: of the model.
-        prompt_tokens: of the last run; likewise the next.
-        computed_tokens: prompt tokens computed.
-        seconds: of its counted runs.
-        vs_collective: ratio to the runs of `collective` beside them, where each is in its faster
-            dtype.
-    """
-
-    mode: str
-    dtype: str
-    prompt_tokens: int = 0
-    computed_tokens: int = 0
-    seconds: list[float] = field(default_factory=list)
-    vs_collective: float | None = None
+    mode: str  # its name
+    dtype: str  # of the model
+    prompt_tokens: int = 0  # of the last run
+    computed_tokens: int = 0  # of these, in the last run
+    seconds: list[float] = field(default_factory=list)  # of its counted runs
+    vs_collective: float | None = None  # over `collective` beside it, each in its faster dtype
 
     def row(self, agents: int) -> Row:
         """What the table and the JSON line have of it."""
