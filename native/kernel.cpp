@@ -236,10 +236,10 @@ void multiply(const Product<Right>& p, int64_t rows, int64_t columns) {
 
 // Fetch what comes a block later, most often: keys of a range follow each other. Where they do not,
 // a wrong address does no harm; it is never a pointer. It goes into the second cache: a core can
-// wait for few lines at once on their way to the first (docs/log.md).
+// wait for few lines at once on their way to the first (docs/log.md). `stride` is that of slots.
 template <class Number>
-inline void prefetch_next(const Number* numbers, int64_t size) {
-    const uintptr_t next = reinterpret_cast<uintptr_t>(numbers) + kBlock * size * sizeof(Number);
+inline void prefetch_next(const Number* numbers, int64_t size, int64_t stride) {
+    const uintptr_t next = reinterpret_cast<uintptr_t>(numbers) + kBlock * stride * sizeof(Number);
     for (uintptr_t at = 0; at < size * sizeof(Number); at += 64) {
         constexpr int kRead = 0;
         constexpr int kSecondCache = 2;
@@ -249,7 +249,8 @@ inline void prefetch_next(const Number* numbers, int64_t size) {
 
 // Keys (count, D) become (inner, kBlock); `count` is a multiple of the lanes.
 template <bool kPairs, class Number>
-void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* to) {
+void lay_out_keys(const Number* const* keys, int64_t size, int64_t stride, int count,
+                  uint32_t* to) {
     constexpr bool kWiden = sizeof(Number) == 2 && !kPairs;
     const int words = static_cast<int>(size * sizeof(Number) / 4);
     for (int first_key = 0; first_key < count; first_key += kLanes) {
@@ -258,7 +259,7 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
             Words block[kLanes];
             for (int i = 0; i < kLanes; ++i) {
                 const Number* const key = keys[first_key + i];
-                if (first_word == 0) prefetch_next(key, size);
+                if (first_word == 0) prefetch_next(key, size, stride);
                 const char* const from = reinterpret_cast<const char*>(key) + 4 * first_word;
                 block[i] = width == kLanes ? load<Words>(from) : load_first<Words>(from, 4 * width);
             }
@@ -278,11 +279,12 @@ void lay_out_keys(const Number* const* keys, int64_t size, int count, uint32_t* 
 
 // Values become (inner, D).
 template <bool kPairs, class Number>
-void lay_out_values(const Number* const* values, int64_t size, int64_t inner, uint32_t* to) {
+void lay_out_values(const Number* const* values, int64_t size, int64_t stride, int64_t inner,
+                    uint32_t* to) {
     const InMemory<kPairs, Number> from{values};
     for (int64_t k = 0; k < inner; ++k) {
         constexpr int kKeys = kPairs ? 2 : 1;
-        for (int i = 0; i < kKeys; ++i) prefetch_next(values[kKeys * k + i], size);
+        for (int i = 0; i < kKeys; ++i) prefetch_next(values[kKeys * k + i], size, stride);
         for (int64_t column = 0; column < size; column += kLanes) {  // D is a multiple of 16
             Words words[1];
             from.template read<1>(k, column, words);
@@ -295,8 +297,8 @@ void lay_out_values(const Number* const* values, int64_t size, int64_t inner, ui
 // `count` is as above. `kWhole` is the number of whole vectors of a head where it is known when
 // compiled, else 0.
 template <bool kPairs, int kRows, int kWhole, class Number>
-void score_in_memory(const Number* const* keys, int64_t size, int count, const uint32_t* queries,
-                     float* scores) {
+void score_in_memory(const Number* const* keys, int64_t size, int64_t stride, int count,
+                     const uint32_t* queries, float* scores) {
     constexpr int kStep = kPairs ? 2 : 1;  // numbers in a word
     const int64_t inner = size / kStep;
     const int64_t whole = kWhole > 0 ? kWhole * kLanes : inner / kLanes * kLanes;
@@ -306,7 +308,7 @@ void score_in_memory(const Number* const* keys, int64_t size, int count, const u
         Floats dots[kRows][kLanes];
         for (int i = 0; i < kLanes; ++i) {
             const Number* const key = keys[first + i];
-            prefetch_next(key, size);
+            prefetch_next(key, size, stride);
             Floats sums[kRows] = {};
 #pragma GCC unroll 4
             for (int64_t word = 0; word < whole; word += kLanes) {
@@ -443,7 +445,8 @@ class Attention {
             const int taken = least(kBlock - count_, end - begin);
             strips_[num_strips_++] = {&range, begin, taken, count_};
             for (int i = 0; i < taken; ++i) {
-                const int64_t at = head + (range.begin + begin + i) * layer_.size;
+                const int64_t at =
+                    head + (range.begin + begin + i) * layer_.memory_slot_stride;
                 keys_[count_] = static_cast<const Number*>(layer_.keys) + at;
                 values_[count_++] = static_cast<const Number*>(layer_.values) + at;
             }
@@ -510,8 +513,9 @@ class Attention {
         }
         pairs_ = kPairs ? (count_ + 1) / 2 : count_;
         if (!are_few_) {
-            lay_out_keys<kPairs>(keys_, layer_.size, columns_, s_.keys);
-            lay_out_values<kPairs>(values_, layer_.size, pairs_, s_.values);
+            const int64_t stride = layer_.memory_slot_stride;
+            lay_out_keys<kPairs>(keys_, layer_.size, stride, columns_, s_.keys);
+            lay_out_values<kPairs>(values_, layer_.size, stride, pairs_, s_.values);
         }
         for (int query = 0; query < num_queries_; query += kTile) {
             attend_tile(query, least(kTile, num_queries_ - query));
@@ -548,7 +552,9 @@ class Attention {
         float scales[kTileStride];
         weigh(query, rows, scales);
         if (are_few_) {
-            for (int i = 0; i < count_; ++i) prefetch_next(values_[i], layer_.size);
+            for (int i = 0; i < count_; ++i) {
+                prefetch_next(values_[i], layer_.size, layer_.memory_slot_stride);
+            }
             add_values(query, rows, scales, InMemory<kPairs, Number>{values_});
         } else {
             add_values(query, rows, scales, LaidOut{s_.values, layer_.size});
@@ -559,14 +565,16 @@ class Attention {
     void score_few(int rows, const uint32_t* queries) {
         if constexpr (kRows > 0) {
             if (rows < kRows) return score_few<kRows - 1>(rows, queries);
+            const int64_t stride = layer_.memory_slot_stride;
             if constexpr (kPairs) {
                 if (inner_ == 2 * kLanes) {  // heads of 64, as most small models have
-                    score_in_memory<kPairs, kRows, 2>(keys_, layer_.size, columns_, queries,
-                                                      s_.scores);
+                    score_in_memory<kPairs, kRows, 2>(keys_, layer_.size, stride, columns_,
+                                                      queries, s_.scores);
                     return;
                 }
             }
-            score_in_memory<kPairs, kRows, 0>(keys_, layer_.size, columns_, queries, s_.scores);
+            score_in_memory<kPairs, kRows, 0>(keys_, layer_.size, stride, columns_, queries,
+                                              s_.scores);
         }
     }
 
@@ -699,7 +707,7 @@ void write_as(const Plan& plan, const Layer& l, int64_t kv_head, int64_t first, 
     auto* const keys = static_cast<Number*>(l.keys) + kv_head * l.memory_head_stride;
     auto* const values = static_cast<Number*>(l.values) + kv_head * l.memory_head_stride;
     for (int64_t row = first; row < last; ++row) {
-        const int64_t to = plan.write_slots[row] * l.size;
+        const int64_t to = plan.write_slots[row] * l.memory_slot_stride;
         std::memcpy(keys + to, key + row * l.key_row_stride, l.size * sizeof(Number));
         std::memcpy(values + to, value + row * l.value_row_stride, l.size * sizeof(Number));
     }

@@ -50,7 +50,7 @@ struct Layer {
     int64_t value_head_stride, value_row_stride;
     void* keys;    // (KVH, S, D), written
     void* values;  // likewise
-    int64_t memory_head_stride;
+    int64_t memory_head_stride, memory_slot_stride;
     void* output;              // (T, H, D)
     const int32_t* key_begin;  // (reads,) ... from this one on; null: all of them
     const float* cosines;      // (rotations, rotary_dim / 2)

@@ -274,9 +274,9 @@ class Step {
                 "new keys and values are (KVH, T, D)");
         const int64_t slots = static_cast<int64_t>(keys.shape(1));
         require(slots >= num_slots_ && is(keys, l.kv_heads, slots, l.size) &&
-                    is(values, l.kv_heads, slots, l.size) && has_stride(keys, 1, l.size) &&
-                    has_stride(values, 1, l.size) && has_stride(values, 0, keys.stride(0)),
-                "memory is (KVH, S, D), each head contiguous");
+                    is(values, l.kv_heads, slots, l.size) &&
+                    has_stride(values, 0, keys.stride(0)) && has_stride(values, 1, keys.stride(1)),
+                "memory is (KVH, S, D), of keys and values alike");
         require(is(output, l.rows, l.kv_heads * l.group, l.size) &&
                     has_stride(output, 1, l.size) &&
                     has_stride(output, 0, l.kv_heads * l.group * l.size),
@@ -294,6 +294,7 @@ class Step {
         l.keys = keys.data();
         l.values = values.data();
         l.memory_head_stride = keys.stride(0);
+        l.memory_slot_stride = keys.stride(1);
         l.output = output.data();
     }
 

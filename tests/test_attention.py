@@ -113,6 +113,7 @@ def run(
     seed: int,
     size_of_scores: float = 1.0,
     device: torch.device = CPU,
+    tokens_outermost: bool = False,
 ) -> torch.Tensor:
     kv_heads, group, size = shape
     generator = torch.Generator().manual_seed(seed)
@@ -125,6 +126,9 @@ def run(
     query = random(rows, kv_heads, group, size).permute(1, 2, 0, 3) * size_of_scores
     key, value = (random(rows, kv_heads, size).transpose(0, 1) for _ in range(2))
     keys, values = random(kv_heads, slots, size), random(kv_heads, slots, size)
+    if tokens_outermost:  # a slot's keys and values side by side, as in vLLM's pages
+        memory = torch.cat((keys, values), -1).transpose(0, 1).contiguous().transpose(0, 1)
+        keys, values = memory[..., :size], memory[..., size:]
     # What nobody may read is poisoned.
     readable = np.concatenate([request.slots for request in batch.requests])
     poison = np.setdiff1d(np.arange(slots), readable)
@@ -168,6 +172,7 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, backend: str) -> 
     rotary_dim=st.sampled_from([8, 16]),
     layout=st.sampled_from(list(RopeLayout)),
     window=st.sampled_from([None, None, 1, 3, 17]),
+    tokens_outermost=st.booleans(),
 )
 def test_every_backend_equals_the_reference(
     backend: str,
@@ -180,11 +185,13 @@ def test_every_backend_equals_the_reference(
     rotary_dim: int,
     layout: RopeLayout,
     window: int | None,
+    tokens_outermost: bool,
 ) -> None:
     batch = random_batch(np.random.default_rng(seed), agents, chunk)
     kind = LayerKind(rope_of(rotary_dim, layout), window)
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
-    result = run(BACKENDS[backend], batch, kind, (*heads, size), dtype, seed)
+    make = partial(run, BACKENDS[backend], batch, kind, (*heads, size), dtype, seed)
+    result = make(tokens_outermost=tokens_outermost)
     assert_close(result, expected, backend)
 
 
@@ -199,6 +206,7 @@ def test_every_backend_equals_the_reference(
     rotary_dim=st.sampled_from([8, 32]),
     layout=st.sampled_from(list(RopeLayout)),
     window=st.sampled_from([None, 1, 17]),
+    tokens_outermost=st.booleans(),
 )
 def test_the_triton_kernels_equal_the_reference(
     dtype: torch.dtype,
@@ -209,6 +217,7 @@ def test_the_triton_kernels_equal_the_reference(
     rotary_dim: int,
     layout: RopeLayout,
     window: int | None,
+    tokens_outermost: bool,
 ) -> None:
     """In Triton's interpreter, where there is no GPU."""
     from tokendance.attention.triton_backend import TritonBackend
@@ -216,7 +225,8 @@ def test_the_triton_kernels_equal_the_reference(
     batch = random_batch(np.random.default_rng(seed), agents, None)
     kind = LayerKind(rope_of(rotary_dim, layout), window)
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
-    result = run(TritonBackend, batch, kind, (*heads, size), dtype, seed, device=TRITON_DEVICE)
+    make = partial(run, TritonBackend, batch, kind, (*heads, size), dtype, seed)
+    result = make(device=TRITON_DEVICE, tokens_outermost=tokens_outermost)
     assert_close(result, expected, "triton")
 
 

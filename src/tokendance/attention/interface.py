@@ -7,7 +7,7 @@
 
     query          (KVH, G, T, D)
     new key/value  (KVH, T, D)
-    memory         (KVH, S, D) per layer, keys and values apart
+    memory         (KVH, S, D) per layer, keys and values apart; heads or slots may be outermost
     output         (T, H, D), where H runs over KVH, then G
 
 A key is stored once, rotated to the position at which its owner has it (`slot_position`). A

@@ -79,6 +79,7 @@ def _attend_kernel(
     query_group_stride,
     query_row_stride,
     memory_head_stride,
+    memory_slot_stride,
     num_heads,
     scale,
     group: tl.constexpr,
@@ -129,8 +130,8 @@ def _attend_kernel(
     )
     memory = kv_head.to(tl.int64) * memory_head_stride
     in_block = tl.arange(0, block_keys)
-    key_tile = in_block[None, :] * size + order[:, None]
-    value_tile = in_block[:, None] * size + component[None, :]
+    key_tile = in_block[None, :] * memory_slot_stride + order[:, None]
+    value_tile = in_block[:, None] * memory_slot_stride + component[None, :]
 
     largest = tl.full([block_queries], float("-inf"), tl.float32)
     total = tl.zeros([block_queries], tl.float32)
@@ -165,7 +166,7 @@ def _attend_kernel(
             for block in range(begin, end, block_keys):
                 key = block + in_block
                 inside = key < end
-                at = memory + (slot + block) * size
+                at = memory + (slot + block) * memory_slot_stride
                 transposed = tl.load(keys + at + key_tile, mask=inside[None, :], other=0.0)
                 scores = _dot(rotated, transposed, widen)
                 visible = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
@@ -300,6 +301,7 @@ class TritonBackend:
                 query.stride(1),
                 query.stride(2),
                 keys.stride(0),
+                keys.stride(1),
                 heads,
                 scale,
                 group=group,
