@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokendance.collector.plan import Positions, RequestPlan, Role
+from tokendance.collector.known import NO_SLOT, KnownKV, look_up, stored_pages, stored_sources
+from tokendance.collector.plan import Positions, RequestPlan
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.store.entries import Entry, RoundId, Slots, StoredPage, StoredSegment
+from tokendance.store.entries import Entry, RoundId, Slots
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
-
-NO_SLOT = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +42,7 @@ class Allocator:
     def __init__(self, store: KVStore) -> None:
         """Take pages of `store`, and publish in its indexes."""
         self._store = store
-        self._last_found: _Found | None = None
+        self._last_found: KnownKV | None = None
 
     def num_pages(self, plan: RequestPlan) -> int:
         """New pages that a plan needs."""
@@ -75,8 +74,8 @@ class Allocator:
             slots[positions] = fresh
         held = np.union1d(found.pages, pages).astype(np.int32)
         allocation = Allocation(slots, plan.compute, held, found.copied_from)
-        store.touch(_stored_pages(plan))
-        sources = [_stored(use.source) for use in plan.uses]
+        store.touch(stored_pages(plan))
+        sources = stored_sources(plan)
         store.count_reuse(sources, round_id)
         store.touch(sources)
         if plan.publish:
@@ -91,56 +90,8 @@ class Allocator:
             )
         return allocation
 
-    def _find(self, plan: RequestPlan) -> "_Found":
+    def _find(self, plan: RequestPlan) -> KnownKV:
         """Look up where the KV lies that a plan reads; once, if it is asked for the same again."""
         if self._last_found is None or self._last_found.plan is not plan:
-            self._last_found = self._look_up(plan)
+            self._last_found = look_up(plan, self._store.page_size)
         return self._last_found
-
-    def _look_up(self, plan: RequestPlan) -> "_Found":
-        slots: Slots = np.full(len(plan.roles), NO_SLOT, np.int32)
-        copied_from = np.full(len(slots) if Role.COPIED in plan.roles else 0, NO_SLOT, np.int32)
-        pages = [page.slots for page in _stored_pages(plan)]
-        if pages:
-            num_prefix = np.count_nonzero(plan.roles == Role.PREFIX)
-            slots[:num_prefix] = np.concatenate(pages)[:num_prefix]
-        sources = [_stored(use.source) for use in plan.uses]
-        if sources:
-            positions = np.concatenate([np.arange(use.start, use.stop) for use in plan.uses])
-            source_slots = np.concatenate([source.slots for source in sources])
-            for role, target in ((Role.REUSED, slots), (Role.COPIED, copied_from)):
-                has_role = plan.roles[positions] == role
-                if has_role.any():
-                    target[positions[has_role]] = source_slots[has_role]
-        read = slots[slots != NO_SLOT] // self._store.page_size
-        held = np.unique(np.concatenate([read, *(source.pages for source in sources)]))
-        return _Found(plan, slots, copied_from, held.astype(np.int32))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Found:
-    """Where the KV lies that a plan reads.
-
-    Attributes:
-        plan: that was looked up.
-        slots: int32, of each position; NO_SLOT where the plan computes.
-        copied_from: see `Allocation`.
-        pages: that are read, runs as a whole: they must not be evicted to make room for the plan.
-    """
-
-    plan: RequestPlan
-    slots: Slots
-    copied_from: Slots
-    pages: PageIds
-
-
-def _stored(source: object) -> StoredSegment:
-    """A source of this store's index, which made it."""
-    assert isinstance(source, StoredSegment)
-    return source
-
-
-def _stored_pages(plan: RequestPlan) -> list[StoredPage]:
-    pages = [page for page in plan.prefix if isinstance(page, StoredPage)]
-    assert len(pages) == len(plan.prefix)
-    return pages

@@ -1,0 +1,70 @@
+"""Where the KV lies that a plan reads: slots for its positions, and the pages that hold them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokendance.collector.plan import RequestPlan, Role
+from tokendance.store.entries import Slots, StoredPage, StoredSegment
+from tokendance.store.pages import PageIds
+
+NO_SLOT = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownKV:
+    """Where the KV lies that a plan reads.
+
+    Attributes:
+        plan: that was looked up.
+        slots: int32, of each position; NO_SLOT where the plan computes.
+        copied_from: int32, for each position the slot whose KV is copied to its own; NO_SLOT for
+            none. Empty where nothing is copied.
+        pages: that are read, runs as a whole: they must not be evicted to make room for the plan.
+    """
+
+    plan: RequestPlan
+    slots: Slots
+    copied_from: Slots
+    pages: PageIds
+
+
+def look_up(plan: RequestPlan, page_size: int) -> KnownKV:
+    """Look up where the KV lies that a plan reads; it was made over a `KVStore`. Changes nothing.
+
+    Args:
+        plan: of a request.
+        page_size: tokens per page of the store.
+    """
+    slots: Slots = np.full(len(plan.roles), NO_SLOT, np.int32)
+    copied_from = np.full(len(slots) if Role.COPIED in plan.roles else 0, NO_SLOT, np.int32)
+    pages = [page.slots for page in stored_pages(plan)]
+    if pages:
+        num_prefix = np.count_nonzero(plan.roles == Role.PREFIX)
+        slots[:num_prefix] = np.concatenate(pages)[:num_prefix]
+    sources = stored_sources(plan)
+    if sources:
+        positions = np.concatenate([np.arange(use.start, use.stop) for use in plan.uses])
+        source_slots = np.concatenate([source.slots for source in sources])
+        for role, target in ((Role.REUSED, slots), (Role.COPIED, copied_from)):
+            has_role = plan.roles[positions] == role
+            if has_role.any():
+                target[positions[has_role]] = source_slots[has_role]
+    read = slots[slots != NO_SLOT] // page_size
+    held = np.unique(np.concatenate([read, *(source.pages for source in sources)]))
+    return KnownKV(plan, slots, copied_from, held.astype(np.int32))
+
+
+def stored_sources(plan: RequestPlan) -> list[StoredSegment]:
+    """The cached segments that a plan uses, as the store's index has them."""
+    sources = [use.source for use in plan.uses]
+    stored = [source for source in sources if isinstance(source, StoredSegment)]
+    assert len(stored) == len(sources)
+    return stored
+
+
+def stored_pages(plan: RequestPlan) -> list[StoredPage]:
+    """The pages of the beginning that a plan reads, as the store's index has them."""
+    pages = [page for page in plan.prefix if isinstance(page, StoredPage)]
+    assert len(pages) == len(plan.prefix)
+    return pages
