@@ -28,6 +28,7 @@ from tokendance.rounds.segments import (
 )
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, RunId
 from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import PagePool
 
 SALT = Salt(b"salt")
 ALL = ReuseRules(prefix=True, segments=True, publish=True)
@@ -335,7 +336,7 @@ def test_waiting_changes_no_order_of_eviction(make_llm: Callable[..., LLM]) -> N
 
 
 def test_can_allocate_changes_nothing() -> None:
-    store = KVStore(8, 4, 16)
+    store = KVStore(PagePool(8, 4), 16)
     allocator = Allocator(store)
     first = prompt((10, 1), (6, 2, "shared"))
     plan = plan_request(first, 4, store, Edges(1, 0), ALL, NOW)

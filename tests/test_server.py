@@ -35,9 +35,9 @@ from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, ModelNotFoundError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
+from tokendance.rounds.arrival_window import ArrivalWindow
 from tokendance.rounds.discovery import Discovery
 from tokendance.server.app import create_app
-from tokendance.server.arrivals import ArrivalWindow
 from tokendance.server.context import ServerContext
 from tokendance.server.jobs import Job
 from tokendance.server.logs import JsonFormatter

@@ -139,7 +139,7 @@ def lengths(store: KVStore, *texts: int) -> list[int]:
 
 
 def test_room_is_made_from_the_end_of_what_was_used_longest_ago() -> None:
-    store = KVStore(num_pages=9, page_size=4, max_reuse_rounds=1)
+    store = KVStore(PagePool(9, 4), max_reuse_rounds=1)
     for text in (1, 2, 3):
         store.pool.release(put(store, text, 12), Holder.REQUEST)
     assert store.pool.num_free == 0
@@ -156,7 +156,7 @@ def test_room_is_made_from_the_end_of_what_was_used_longest_ago() -> None:
 
 
 def test_what_requests_hold_is_left_where_it_is() -> None:
-    store = KVStore(num_pages=9, page_size=4, max_reuse_rounds=1)
+    store = KVStore(PagePool(9, 4), max_reuse_rounds=1)
     held = put(store, 1, 12)
     for text in (2, 3):
         store.pool.release(put(store, text, 12), Holder.REQUEST)

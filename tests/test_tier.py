@@ -25,7 +25,7 @@ from tokendance.store.entries import RoundId, Slots
 from tokendance.store.eviction import EvictionOrder
 from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
-from tokendance.store.pages import Holder
+from tokendance.store.pages import Holder, PagePool
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
 from tokendance.tier.levels import ReadCost
 from tokendance.tier.slot_files import SlotFiles
@@ -60,7 +60,7 @@ class Town:
     """A store of 64 pages of 4 tokens, with its tier."""
 
     def __init__(self, folder: Path) -> None:
-        self.store = KVStore(num_pages=64, page_size=4, max_reuse_rounds=4)
+        self.store = KVStore(PagePool(64, 4), max_reuse_rounds=4)
         self.memory = Arrays(256)
         self.disk = DiskStore(folder, {})
         self.tier = DiskTier(
@@ -306,7 +306,7 @@ def slots(*numbers: int) -> Slots:
 
 
 def test_slots_and_extents_lead_to_each_other() -> None:
-    store = KVStore(num_pages=8, page_size=4, max_reuse_rounds=1)
+    store = KVStore(PagePool(8, 4), max_reuse_rounds=1)
     _, pages = store.take_slots([24])
     files = SlotFiles(store)
     files.note(FileId(7), slots(0, 1, 2, 3, 8, 9))
@@ -331,7 +331,7 @@ def test_slots_and_extents_lead_to_each_other() -> None:
 
 
 def test_what_is_not_written_is_grouped_by_who_reads_it() -> None:
-    store = KVStore(num_pages=8, page_size=4, max_reuse_rounds=1)
+    store = KVStore(PagePool(8, 4), max_reuse_rounds=1)
     store.take_slots([32])
     files = SlotFiles(store)
     files.note(FileId(1), slots(0, 1))
@@ -344,7 +344,7 @@ def test_what_is_not_written_is_grouped_by_who_reads_it() -> None:
 
 
 def test_files_of_which_little_is_needed_are_sparse() -> None:
-    store = KVStore(num_pages=8, page_size=4, max_reuse_rounds=1)
+    store = KVStore(PagePool(8, 4), max_reuse_rounds=1)
     store.take_slots([32])
     files = SlotFiles(store)
     files.note(FileId(1), slots(0, 1, 2, 3))

@@ -17,6 +17,7 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
 from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import PagePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def assemble(
             f"({kv_bytes_per_token * page_size} bytes). Raise kv_budget (--kv-budget)."
         )
     num_pages = min(num_pages, (2**31 - 1) // page_size)  # slots are int32
-    store = KVStore(num_pages, page_size, options.max_reuse_rounds)
+    store = KVStore(PagePool(num_pages, page_size), options.max_reuse_rounds)
     policy, executor_class = _run_by_mode(options)
     if executor is None:
         pool = pool or KVPool(model, num_pages * page_size)

@@ -51,14 +51,15 @@ class KVStore:
         loading: pages that whoever fills them from elsewhere holds, from one step to another.
     """
 
-    def __init__(self, num_pages: int, page_size: int, max_reuse_rounds: int) -> None:
-        """Make an empty store of pages of `page_size` tokens.
+    def __init__(self, pool: PagePool, max_reuse_rounds: int) -> None:
+        """Make an empty store over a pool of pages.
 
         A segment that was reused in `max_reuse_rounds` rounds is computed afresh.
         """
-        self.pool = PagePool(num_pages, page_size)
-        self.slot_ready = np.zeros(num_pages * page_size, np.bool_)
-        self.slot_stamp = np.zeros(num_pages * page_size, np.int64)
+        self.pool = pool
+        num_slots = pool.num_pages * pool.page_size
+        self.slot_ready = np.zeros(num_slots, np.bool_)
+        self.slot_stamp = np.zeros(num_slots, np.int64)
         self.loading: dict[object, list[PageIds]] = {}
         self.num_evicted = 0
         self._num_taken = 0

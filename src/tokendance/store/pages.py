@@ -91,9 +91,14 @@ class PagePool:
         self._refs[holder][pages] -= 1
         self.num_free += self._count_free(pages)
 
+    def _are_free(self, pages: PageIds) -> npt.NDArray[np.bool_]:
+        """Of each page whether nobody holds it."""
+        is_held: npt.NDArray[np.bool_] = self._refs[:, pages].any(axis=0)
+        return ~is_held
+
     def _count_free(self, pages: PageIds) -> int:
         """How many of `pages`, which are distinct, nobody holds."""
-        return len(pages) - int(np.count_nonzero(self._refs[:, pages].any(axis=0)))
+        return int(np.count_nonzero(self._are_free(pages)))
 
     def check_integrity(self, expected: npt.NDArray[np.int32]) -> None:
         """Assert that the counts equal `expected`, int32 of shape (holders, pages)."""

@@ -35,6 +35,7 @@ from tokendance.llm import LLM
 from tokendance.options import ReuseMode
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import PagePool
 
 MODES: tuple[ReuseMode, ...] = ("prefix", "pic", "pic-batched", "collective")
 ANSWER_TOKENS = 32
@@ -170,7 +171,7 @@ def _most_in_budget(llm: LLM, workload: RoundWorkload) -> int:
     round_id = RoundId(0)
 
     def fits(size: int) -> bool:
-        store = KVStore(num_pages, options.page_size, options.max_reuse_rounds)
+        store = KVStore(PagePool(num_pages, options.page_size), options.max_reuse_rounds)
         planner = make_planner(options, llm.correction, store)
         allocator = Allocator(store)
         prompts = workload.head(size).encoded(llm)

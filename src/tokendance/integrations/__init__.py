@@ -1,0 +1,1 @@
+"""The collector inside other engines."""
