@@ -6,6 +6,7 @@ longer than a share of the time that a single request takes, which is measured. 
 arrives later begins a round of its own, and still reuses what the earlier round has computed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -50,6 +51,12 @@ class ArrivalWindow(Generic[Item]):
             return False
         self._items.remove(item)
         return True
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
 
     def due_s(self) -> float | None:
         """When the round begins if nothing else arrives; None if nothing waits."""

@@ -1,0 +1,200 @@
+"""vLLM's attention by our kernels, over vLLM's pages, where they lie.
+
+A page is laid out with tokens outermost: keys and values of a token side by side, head by head. So
+the slots of all pages have one stride, and vLLM's copies of whole blocks still work.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from tokendance.attention.backends import make_backend
+from tokendance.attention.interface import Backend
+from tokendance.integrations.vllm import step
+
+
+@dataclass(slots=True, eq=False)
+class Metadata:
+    """What layers are told of a step."""
+
+    num_actual_tokens: int
+    backend: Backend | None  # None: a warm-up, which attends to nothing
+
+
+class SharedInPlaceBackend(AttentionBackend):  # type: ignore[misc]
+    """Tells vLLM what our kernels can do; on a CPU it stands in for vLLM's own, of its name."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of the entry of vLLM's registry that it takes."""
+        return "CPU_ATTN"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Any, as far as vLLM goes."""
+        del kv_cache_spec
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Multiples of 16 up to 256."""
+        return list(range(16, 257, 16))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Blocks outermost; what is inside of them is ours."""
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """A window is a bound on what a row sees."""
+        return True
+
+    @staticmethod
+    def get_impl_cls() -> type["SharedInPlaceImpl"]:
+        """What attends."""
+        return SharedInPlaceImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["MetadataBuilder"]:
+        """What plans a step."""
+        return MetadataBuilder
+
+
+class MetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+    """Plans a step, once for all layers."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layer_names = layer_names
+        self._backend: Backend | None = None
+
+    def _make_backend(self) -> Backend:
+        kinds = [step.layer_kinds[name] for name in self._layer_names]
+        indices = {name: index for index, name in enumerate(self._layer_names)}
+        context = self.vllm_config.compilation_config.static_forward_context
+        for name in self._layer_names:
+            context[name].impl.index = indices[name]
+        return make_backend(
+            kinds, self.kv_cache_spec.head_size, self.device, self.kv_cache_spec.dtype, "auto"
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Metadata:
+        """Plan the step that the runner has left."""
+        del common_prefix_len, fast_build
+        batch, step.current = step.current, None
+        num_tokens = common_attn_metadata.num_actual_tokens
+        if batch is None:
+            return Metadata(num_tokens, None)
+        assert batch.num_rows == num_tokens, "a step has other tokens than its requests"
+        if self._backend is None:
+            self._backend = self._make_backend()
+        self._backend.prepare(batch)
+        return Metadata(num_tokens, self._backend)
+
+
+class SharedInPlaceImpl(AttentionImpl):  # type: ignore[misc]
+    """A layer's attention.
+
+    Attributes:
+        index: of the layer; the builder sets it.
+    """
+
+    index: int
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes,
+            "a soft cap of its logits": logits_soft_cap,
+            "KV that layers share": kv_sharing_target_layer_name,
+            "attention sinks": sinks,
+            f"attention of the kind {attn_type}": attn_type != AttentionType.DECODER,
+        }
+        for what, is_there in refused.items():
+            if is_there:
+                raise NotImplementedError(
+                    f"TokenDance serves no model with {what}. Start vLLM without TOKENDANCE=1."
+                )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_size, self.scale = head_size, float(scale)
+        self.kv_cache_dtype, self.sliding_window = kv_cache_dtype, sliding_window
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write the new keys and values into their slots, and attend.
+
+        Args:
+            layer: vLLM's.
+            query: (tokens, H, D).
+            key: (tokens, KVH, D).
+            value: likewise.
+            kv_cache: all pages of the layer.
+            attn_metadata: of the step.
+            output: (tokens, H D), written.
+            output_scale: not supported, like the next.
+            output_block_scale: see `output_scale`.
+        """
+        del layer
+        assert output_scale is None
+        assert output_block_scale is None
+        if attn_metadata is None or attn_metadata.backend is None:
+            return output
+        n, heads, size = attn_metadata.num_actual_tokens, self.num_kv_heads, self.head_size
+        memory = kv_cache.view(-1, heads, 2 * size).transpose(0, 1)
+        result = attn_metadata.backend.attend(
+            self.index,
+            query[:n].view(n, heads, -1, size).permute(1, 2, 0, 3),
+            key[:n].view(n, heads, size).transpose(0, 1),
+            value[:n].view(n, heads, size).transpose(0, 1),
+            memory[..., :size],
+            memory[..., size:],
+            self.scale,
+        )
+        output[:n] = result.view(output[:n].shape)
+        return output

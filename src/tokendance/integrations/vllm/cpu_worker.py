@@ -1,0 +1,68 @@
+"""vLLM's CPU worker, whose model runner gives the model the true positions of mirrors."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from tokendance.integrations.vllm import step
+from tokendance.integrations.vllm.contexts import Contexts
+from tokendance.integrations.vllm.layers import find_layer_kinds
+
+
+class RoundModelRunner(CPUModelRunner):  # type: ignore[misc]
+    """The V1 runner with contexts beside its block tables."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load it, and find how its layers rotate."""
+        super().load_model(*args, **kwargs)
+        step.layer_kinds = find_layer_kinds(self.model)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Allocate it, and an entry for each of its slots."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        (group,) = kv_cache_config.kv_cache_groups
+        self._contexts = Contexts(kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        contexts = self._contexts
+        contexts.forget(scheduler_output.finished_req_ids)
+        for new in scheduler_output.scheduled_new_reqs:
+            contexts.begin(new.req_id, getattr(new, "tokendance_reads", None))
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            contexts.restart(request_id)
+        return super()._update_states(scheduler_output)
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> Any:
+        # vLLM takes positions for numbers of tokens while it computes slots and lengths ...
+        result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        requests, first_row = [], 0
+        tables = self.input_batch.block_table[0].block_table.np
+        for index, request_id in enumerate(self.input_batch.req_ids):
+            num_new = int(num_scheduled_tokens[index])
+            num_done = int(self.input_batch.num_computed_tokens_cpu[index])
+            packed = self._contexts.add_step(
+                request_id, first_row, num_done, num_new, tables[index]
+            )
+            if self._contexts.is_mirror(request_id):  # ... and they are true when it rotates.
+                rows = slice(first_row, first_row + num_new)
+                self.positions[rows] = torch.from_numpy(packed.positions)
+            requests.append(packed)
+            first_row += num_new
+        step.current = self._contexts.batch(requests)
+        return result
+
+
+class RoundWorker(CPUWorker):  # type: ignore[misc]
+    """The CPU worker with that runner."""
+
+    def init_device(self) -> None:
+        """Make the runner."""
+        super().init_device()
+        if type(self.model_runner) is CPUModelRunner:
+            self.model_runner.__class__ = RoundModelRunner

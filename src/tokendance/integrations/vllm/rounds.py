@@ -1,0 +1,339 @@
+"""Rounds inside vLLM: which requests share what, who computes it, and who waits for whom.
+
+    arrive ──window──► discovery ──order──► start: plan over the store ──► vLLM's queue
+                                              ▲                              │ scheduled
+                                              └──── publish: runs, pages ◄───┘
+
+It is the embedded engine's collector over the same store; only pages are vLLM's blocks, and a
+request's own pages are known once vLLM has scheduled it. So a request whose segments somebody is
+computing starts when they are scheduled, and is planned then.
+
+Nothing here imports vLLM.
+"""
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tokendance.collector.correction import CorrectionPolicy
+from tokendance.collector.known import NO_SLOT, KnownKV, look_up, stored_pages, stored_sources
+from tokendance.collector.plan import RequestPlan
+from tokendance.collector.planner import Planner
+from tokendance.rounds.arrival_window import ArrivalWindow
+from tokendance.rounds.discovery import Discovery, DiscoveryConfig
+from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt, SegmentHash, TokenIds
+from tokendance.store.entries import RoundId, Slots
+from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import Holder, PageIds
+
+log = logging.getLogger("tokendance.vllm")
+
+# Tenants whose texts are remembered for discovery; the least recently used is forgotten.
+_MAX_TENANTS = 64
+_NO_PAGES: PageIds = np.empty(0, np.int32)
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A request of a round.
+
+    Attributes:
+        request_id: vLLM's.
+        salt: of its tenant, model and adapter: prompts of different salts never share.
+        token_ids: int32, its prompt.
+        max_new_tokens: of its answer.
+    """
+
+    request_id: str
+    salt: Salt
+    token_ids: TokenIds
+    max_new_tokens: int
+    round_id: RoundId = RoundId(-1)
+    owns_order: bool = False
+    prompt: EncodedPrompt | None = None  # once its round is known
+    shared: frozenset[SegmentHash] = frozenset()
+    in_round: bool = False  # shares something, or goes on with what it has read before
+    plan: RequestPlan | None = None  # once it has started
+    # int32, of each position of its prompt: where the KV lies that it reads; NO_SLOT: its own.
+    reads: Slots = field(default_factory=lambda: np.empty(0, np.int32))
+    own: Positions = field(default_factory=lambda: np.empty(0, np.int64))  # that it computes
+    held: PageIds = field(default_factory=lambda: _NO_PAGES)  # pages that it reads
+    num_until_published: int = 0  # own tokens that have to be scheduled before
+    is_published: bool = False
+
+    @property
+    def is_mirror(self) -> bool:
+        """Whether it reads KV of others in place."""
+        return self.plan is not None and len(self.own) < len(self.token_ids)
+
+
+class Rounds:
+    """Members of all rounds that wait or run; times are the caller's."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        policy: CorrectionPolicy,
+        *,
+        window_s: float,
+        window_share: float,
+        max_retained: int,
+        recent_s: float,
+    ) -> None:
+        """Begin with none.
+
+        Args:
+            store: over vLLM's blocks.
+            policy: what of reused segments is computed afresh.
+            window_s: gap without an arrival after which a round begins.
+            window_share: the longest wait, as a share of the time that a lone request takes.
+            max_retained: pages that may be kept for later rounds though no request holds them.
+            recent_s: see `DiscoveryConfig`.
+        """
+        self._store = store
+        self._planner = Planner(store, policy, prefix=True, segments=True)
+        self._windows: dict[Salt, ArrivalWindow[Member]] = {}
+        self._window_s = window_s
+        self._window_share = window_share
+        self._max_retained = max_retained
+        self._discovery = DiscoveryConfig(recent_s=recent_s)
+        self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
+        self._waiting: list[Member] = []  # in the order in which they may start
+        self._live: dict[str, Member] = {}  # started
+        self._computing: Counter[SegmentHash] = Counter()  # segments that started members own
+        self._num_rounds = 0
+
+    # -- arriving -----------------------------------------------------------------------------
+
+    def arrive(self, member: Member, now: float) -> None:
+        """Let a request wait for others of its round."""
+        if member.salt not in self._windows:
+            window: ArrivalWindow[Member] = ArrivalWindow(self._window_s, self._window_share)
+            self._windows[member.salt] = window
+        self._windows[member.salt].add(member, now)
+
+    @property
+    def num_waiting(self) -> int:
+        """Members that have not started."""
+        return len(self._waiting) + sum(map(len, self._windows.values()))
+
+    def due_s(self) -> float | None:
+        """When the next round begins if nothing else arrives; None if none waits for that."""
+        due = [window.due_s() for window in self._windows.values()]
+        return min((time_s for time_s in due if time_s is not None), default=None)
+
+    def remove(self, request_id: str) -> Member | None:
+        """Take out a member that has not started; None if there is none of that id."""
+        for members in (*self._windows.values(), self._waiting):
+            for member in members:
+                if member.request_id == request_id:
+                    members.remove(member)
+                    return member
+        return None
+
+    def start(self, now: float) -> Iterator[Member]:
+        """Begin rounds that are due, and start members whose segments nobody is computing."""
+        for salt, window in list(self._windows.items()):
+            if members := window.take(now):
+                self._begin(salt, members, now)
+            if window.due_s() is None:
+                del self._windows[salt]
+        started: list[Member] = []
+        for member in self._waiting:
+            if not any(segment in self._computing for segment in member.shared):
+                self._start(member)
+                started.append(member)
+                yield member
+        if started:
+            self._waiting = [member for member in self._waiting if member.plan is None]
+
+    def _begin(self, salt: Salt, members: Sequence[Member], now: float) -> None:
+        """Find what the members of a round share, and in which order they start."""
+        round_id = RoundId(self._num_rounds)
+        self._num_rounds += 1
+        prompts = self._discover(salt, members, now)
+        for member, prompt in zip(members, prompts, strict=True):
+            member.round_id, member.prompt = round_id, prompt
+            member.shared = frozenset(part.hash for _, part in prompt.shared_segments())
+            member.in_round |= bool(member.shared)
+        for start in self._planner.order(prompts, round_id):
+            member = members[start.index]
+            member.owns_order = start.owns_order
+            self._waiting.append(member)
+
+    def _discover(self, salt: Salt, members: Sequence[Member], now: float) -> list[EncodedPrompt]:
+        discovery = self._discoveries.setdefault(salt, Discovery(salt, self._discovery))
+        self._discoveries.move_to_end(salt)
+        if len(self._discoveries) > _MAX_TENANTS:
+            self._discoveries.popitem(last=False)
+        num_known = [
+            len(self._store.match_slots(PrefixHashes(member.token_ids, salt))) for member in members
+        ]
+        for member, num in zip(members, num_known, strict=True):
+            member.in_round = num > 0
+        found = discovery.segment([member.token_ids for member in members], now, num_known)
+        for earlier in found.earlier:
+            self._store.publish_parts(PrefixHashes(earlier.token_ids, salt), earlier.segments)
+        return found.prompts
+
+    # -- starting -----------------------------------------------------------------------------
+
+    def _start(self, member: Member) -> None:
+        """Plan a member, and hold what it reads."""
+        assert member.prompt is not None
+        rules = self._planner.rules(
+            in_round=member.in_round,
+            isolated=False,
+            publishes=True,
+            owns_order=member.owns_order,
+        )
+        plan = self._planner.plan(member.prompt, member.max_new_tokens, rules, member.round_id)
+        known = look_up(plan, self._store.page_size)
+        self._hold(member, plan, known)
+        for run in plan.runs:
+            self._computing.update(segment for _, segment, _ in run.segments)
+        last_owned = max(
+            (int(run.layout.max()) for run in plan.runs if len(run.layout)), default=-1
+        )
+        if last_owned >= 0:
+            num_until = int(np.searchsorted(member.own, last_owned, side="right"))
+        else:
+            num_until = len(member.own)
+        member.num_until_published = num_until
+        self._live[member.request_id] = member
+
+    def _hold(self, member: Member, plan: RequestPlan, known: KnownKV) -> None:
+        store = self._store
+        member.plan = plan
+        member.reads = known.slots[: plan.num_prompt]
+        member.own = np.flatnonzero(member.reads == NO_SLOT)
+        member.held = known.pages
+        store.pool.retain(known.pages, Holder.REQUEST)
+        store.touch(stored_pages(plan))
+        sources = stored_sources(plan)
+        store.count_reuse(sources, member.round_id)
+        store.touch(sources)
+
+    # -- running ------------------------------------------------------------------------------
+
+    def wants_publishing(self, request_id: str, num_scheduled: int) -> bool:
+        """Whether a request has scheduled all that others wait for, and `publish` is to be called.
+
+        `num_scheduled` are its own tokens that are computed, or will be in the step at hand.
+        """
+        member = self._live.get(request_id)
+        if member is None or member.is_published:
+            return False
+        return num_scheduled >= member.num_until_published
+
+    def publish(self, request_id: str, num_scheduled: int, pages: Sequence[int]) -> None:
+        """Publish what a member computes for others, now that its pages are known.
+
+        Args:
+            request_id: of the member.
+            num_scheduled: own tokens that are computed, or will be in the step at hand.
+            pages: of its own tokens, in their order.
+        """
+        member = self._live[request_id]
+        assert member.plan is not None
+        assert member.prompt is not None
+        member.is_published = True
+        slots = self._context(member, num_scheduled, pages, member.reads)
+        for run in member.plan.runs:
+            segments = [
+                (segment, start, slots[start : start + length])
+                for start, segment, length in run.segments
+            ]
+            self._store.publish_run(segments, member.round_id)
+        self._end_computing(member)
+        self._publish_prefix(member, member.prompt.prefix_hashes, slots)
+        self._keep_within_budget()
+
+    def end(
+        self, request_id: str, answer: Sequence[int], num_computed: int, pages: Sequence[int]
+    ) -> None:
+        """Let a member go, and keep what it has read and said for later rounds.
+
+        Args:
+            request_id: of the member; nothing happens if there is none of that id.
+            answer: token ids.
+            num_computed: own tokens whose KV is there, of prompt and answer.
+            pages: of its own tokens, in their order, which it still holds.
+        """
+        member = self._live.pop(request_id, None)
+        if member is None:
+            return
+        if not member.is_published:
+            self._end_computing(member)
+        if member.is_published and member.prompt is not None:
+            room = np.full(len(answer), NO_SLOT, np.int32)
+            slots = self._context(member, num_computed, pages, np.concatenate([member.reads, room]))
+            text = member.prompt.prefix_hashes.extended(answer)
+            self._publish_prefix(member, text, slots)
+        self._store.pool.release(member.held, Holder.REQUEST)
+        self._keep_within_budget()
+
+    def _end_computing(self, member: Member) -> None:
+        assert member.plan is not None
+        for run in member.plan.runs:
+            self._computing.subtract(segment for _, segment, _ in run.segments)
+        self._computing = +self._computing
+
+    def _context(
+        self, member: Member, num_computed: int, pages: Sequence[int], reads: Slots
+    ) -> Slots:
+        """Slots of a member's context up to its first token whose KV is not computed.
+
+        `reads` are those of prompt and answer, with NO_SLOT for its own tokens.
+        """
+        size = self._store.page_size
+        own = np.flatnonzero(reads == NO_SLOT)
+        num_computed = min(num_computed, len(own), len(pages) * size)
+        tokens = np.arange(num_computed)
+        slots = reads.copy()
+        slots[own[:num_computed]] = (
+            np.asarray(pages, np.int64)[tokens // size] * size + tokens % size
+        )
+        return slots if num_computed == len(own) else slots[: own[num_computed]]
+
+    def _publish_prefix(self, member: Member, text: PrefixHashes, slots: Slots) -> None:
+        assert member.plan is not None
+        self._store.slot_ready[slots] = True
+        self._store.publish_prefix(text, slots, member.plan.num_exact)
+
+    # -- room ---------------------------------------------------------------------------------
+
+    def give_up(self, count: int) -> bool:
+        """Forget KV that no request holds, the least useful first; say if `count` pages came free.
+
+        Called when vLLM has too few blocks.
+        """
+        pool = self._store.pool
+        return self._forget(pool.num_free + count)
+
+    def _keep_within_budget(self) -> None:
+        self._forget(self._store.pool.num_pages - self._max_retained)
+
+    def _forget(self, num_free: int) -> bool:
+        """Forget entries in their order until so many pages have no name of ours."""
+        return self._store.make_room(num_free)
+
+    def forget(self) -> None:
+        """Forget all KV but what requests hold, as when vLLM's weights or its cache change."""
+        self._store.clear()
+
+    def check_integrity(self) -> None:
+        """Assert that counts, indexes and members agree."""
+        self._store.check_integrity(member.held for member in self._live.values())
+        computing: Counter[SegmentHash] = Counter()
+        for member in self._live.values():
+            if not member.is_published and member.plan is not None:
+                for run in member.plan.runs:
+                    computing.update(segment for _, segment, _ in run.segments)
+        assert computing == self._computing

@@ -1,0 +1,201 @@
+"""vLLM's scheduler with rounds: a mirror is to it a request with fewer tokens, its own.
+
+Block tables, slot mappings, lengths, chunks and preemption then stay right by themselves. What the
+worker has to know of a mirror beside that, which KV it reads and so where its own tokens stand, goes
+with the step in which vLLM tells it of the request. The scheduler alone writes it: nothing that a
+client can send comes near.
+
+    prompt        [ private | corrected | reused ............ | task ]
+    vLLM's        [ private | corrected | task ]       true positions 0-40, 41-44, 620-640
+    reads                     slots of the owner's pages at 45-619
+
+Its beginning up to the first reused token is exact, and is found and kept by vLLM's prefix cache as
+ever. The hashes of blocks behind it are drawn at random, so nobody ever finds approximate KV by them.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VLLMAsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler as VLLMScheduler
+from vllm.v1.request import Request, RequestStatus
+
+from tokendance.integrations.vllm.pages import BlockPages
+from tokendance.integrations.vllm.rewriting import rewrite
+from tokendance.integrations.vllm.rounds import Member, Rounds
+from tokendance.integrations.vllm.settings import Settings
+from tokendance.rounds.segments import make_salt
+from tokendance.store.kv_store import KVStore
+
+
+class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
+    """What is added to vLLM's schedulers, synchronous or not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = Settings.from_environment()
+        pool = BlockPages(self.kv_cache_manager.block_pool, self.block_size)
+        store = KVStore(pool, settings.max_reuse_rounds)
+        self._rounds = Rounds(
+            store,
+            settings.policy(),
+            window_s=settings.window_ms / 1000,
+            window_share=settings.window_share,
+            max_retained=int(pool.num_pages * settings.retained_share),
+            recent_s=settings.recent_s,
+        )
+        self._requests: dict[str, Request] = {}  # that have not started
+        self._members: dict[str, Member] = {}  # that have
+        self._allocate_slots = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_or_give_up
+
+    # -- requests come ------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Let a request wait for others of its round, or start it if it can be in none."""
+        if request.request_id in self.requests or not _can_share(request):
+            super().add_request(request)
+            return
+        adapter = request.lora_request.lora_int_id if request.lora_request else 0
+        member = Member(
+            request.request_id,
+            make_salt("vllm", request.cache_salt or "", str(adapter)),
+            np.array(request.prompt_token_ids, np.int32),
+            request.max_tokens,
+        )
+        self._requests[request.request_id] = request
+        self._rounds.arrive(member, time.monotonic())
+
+    def _start_members(self) -> None:
+        for member in self._rounds.start(time.monotonic()):
+            request = self._requests.pop(member.request_id)
+            self._members[member.request_id] = member
+            if member.is_mirror:
+                rewrite(
+                    request,
+                    member,
+                    max_model_len=self.max_model_len,
+                    tokens_per_hash=self.kv_cache_manager.block_pool.hash_block_size,
+                )
+            super().add_request(request)
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Start what can start, schedule a step, and tell the workers what new mirrors read."""
+        self._start_members()
+        output = super().schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            member = self._members.get(new.req_id)
+            if member is None:
+                continue
+            if member.is_mirror:
+                new.tokendance_reads = member.reads
+            stats = self.requests[new.req_id].prefill_stats
+            if stats is not None and stats.num_prompt_tokens == len(member.own):
+                num_reused = len(member.token_ids) - len(member.own)
+                stats.set(len(member.token_ids), stats.num_local_cached_tokens + num_reused, 0)
+        return output
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            num_scheduled = self.requests[request_id].num_computed_tokens
+            if self._rounds.wants_publishing(request_id, num_scheduled):
+                self._rounds.publish(request_id, num_scheduled, self._pages(request_id))
+
+    def _pages(self, request_id: str) -> list[int]:
+        (pages,) = self.kv_cache_manager.get_block_ids(request_id)
+        return list(pages)
+
+    def _allocate_or_give_up(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Allocate as vLLM does; where there is no room, forget what is kept for later rounds."""
+        count = 1
+        while (blocks := self._allocate_slots(request, *args, **kwargs)) is None:
+            if not self._rounds.give_up(count):
+                break
+            count *= 2
+        return blocks
+
+    # -- requests go --------------------------------------------------------------------------
+
+    def _free_blocks(self, request: Request) -> None:
+        if self._members.pop(request.request_id, None) is not None:
+            answer = list(request.output_token_ids)
+            # The last token of an answer is not read any more, so it has no KV.
+            num_computed = min(
+                request.num_computed_tokens, request.num_prompt_tokens + len(answer) - 1
+            )
+            pages = self._pages(request.request_id)
+            self._rounds.end(request.request_id, answer, num_computed, pages)
+        super()._free_blocks(request)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """See vLLM's; also requests that wait for their round."""
+        if request_ids is None:
+            ids: set[str] | None = None
+        else:
+            ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        gone: list[Request] = []
+        for request_id in list(self._requests):
+            if ids is None or request_id in ids:
+                self._rounds.remove(request_id)
+                request = self._requests.pop(request_id)
+                request.status = finished_status
+                gone.append(request)
+        finished: list[Request] = super().finish_requests(ids, finished_status)
+        return gone + finished
+
+    # -- what others ask ----------------------------------------------------------------------
+
+    def get_num_unfinished_requests(self) -> int:
+        """See vLLM's; with those that wait for their round."""
+        return int(super().get_num_unfinished_requests()) + len(self._requests)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """Running and waiting; with those that wait for their round."""
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self._requests)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Forget all KV."""
+        self._rounds.forget()
+        return bool(super().reset_prefix_cache(*args, **kwargs))
+
+
+class RoundScheduler(_RoundsMixin, VLLMScheduler):  # type: ignore[misc]
+    """Rounds with vLLM's synchronous scheduler."""
+
+
+class AsyncRoundScheduler(_RoundsMixin, VLLMAsyncScheduler):  # type: ignore[misc]
+    """Rounds with vLLM's asynchronous scheduler."""
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> _RoundsMixin:
+    """Make the one that fits vLLM's configuration; called as vLLM calls a scheduler's class."""
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    is_async = config.scheduler_config.async_scheduling
+    return (AsyncRoundScheduler if is_async else RoundScheduler)(*args, **kwargs)
+
+
+def _can_share(request: Request) -> bool:
+    """Whether a request may be in a round; others are vLLM's own business."""
+    params = request.sampling_params
+    return (
+        params is not None
+        and request.prompt_token_ids is not None
+        and request.prompt_embeds is None
+        and not request.mm_features
+        and not request.resumable
+        and params.prompt_logprobs is None
+        # It would see the own tokens only.
+        and params.repetition_penalty == 1.0
+        and not params.bad_words
+        and (params.extra_args or {}).get("reuse") != "exact"
+        and not request.skip_reading_prefix_cache
+    )

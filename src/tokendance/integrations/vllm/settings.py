@@ -1,0 +1,67 @@
+"""Settings of TokenDance inside vLLM: environment variables, since vLLM's flags are its own."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Self
+
+from tokendance.collector.correction import CorrectionPolicy, read_correction
+from tokendance.errors import ConfigError
+
+_PREFIX = "TOKENDANCE_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user may choose; each is read from TOKENDANCE_NAME.
+
+    Attributes:
+        correction: which tokens of a reused segment each mirror computes afresh: edges:3+1,
+            first:4, epic, none or all.
+        window_ms: requests that arrive within so many milliseconds of each other make a round.
+        window_share: share of a lone request's time that it may wait for others at most.
+        recent_s: text of prompts of so many seconds ago is reused, too.
+        retained_share: share of vLLM's blocks that is kept for later rounds at most; given up
+            wherever vLLM needs one.
+        max_reuse_rounds: a segment that was reused in so many rounds is computed afresh.
+    """
+
+    correction: str = "edges:3+1"
+    window_ms: float = 4.0
+    window_share: float = 0.1
+    recent_s: float = 600.0
+    retained_share: float = 0.5
+    max_reuse_rounds: int = 16
+
+    def __post_init__(self) -> None:
+        self.policy()
+        for name in ("window_ms", "window_share", "recent_s", "max_reuse_rounds"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{_PREFIX}{name.upper()} has to be 0 or more.")
+        if not 0 <= self.retained_share <= 1:
+            raise ConfigError(f"{_PREFIX}RETAINED_SHARE has to be between 0 and 1.")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Read them.
+
+        Raises:
+            ConfigError: for a value that cannot be.
+        """
+        given: dict[str, str | float | int] = {}
+        for field in fields(cls):
+            name = _PREFIX + field.name.upper()
+            if name not in environment:
+                continue
+            kind = type(field.default)
+            try:
+                given[field.name] = kind(environment[name])
+            except ValueError:
+                raise ConfigError(
+                    f"{name} is {environment[name]!r}. Give a number, like {field.default}."
+                ) from None
+        return cls(**given)  # type: ignore[arg-type]
+
+    def policy(self) -> CorrectionPolicy:
+        """The correction."""
+        return read_correction(self.correction)
