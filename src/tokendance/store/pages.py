@@ -93,8 +93,8 @@ class PagePool:
 
     def _are_free(self, pages: PageIds) -> npt.NDArray[np.bool_]:
         """Of each page whether nobody holds it."""
-        is_held: npt.NDArray[np.bool_] = self._refs[:, pages].any(axis=0)
-        return ~is_held
+        num_refs: npt.NDArray[np.int32] = self._refs[:, pages].sum(axis=0)
+        return num_refs == 0
 
     def _count_free(self, pages: PageIds) -> int:
         """How many of `pages`, which are distinct, nobody holds."""

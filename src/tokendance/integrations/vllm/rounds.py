@@ -35,6 +35,7 @@ log = logging.getLogger("tokendance.vllm")
 # Tenants whose texts are remembered for discovery; the least recently used is forgotten.
 _MAX_TENANTS = 64
 _NO_PAGES: PageIds = np.empty(0, np.int32)
+_NO_ROUND = RoundId(-1)
 
 Positions = npt.NDArray[np.int64]
 
@@ -54,7 +55,7 @@ class Member:
     salt: Salt
     token_ids: TokenIds
     max_new_tokens: int
-    round_id: RoundId = RoundId(-1)
+    round_id: RoundId = _NO_ROUND
     owns_order: bool = False
     prompt: EncodedPrompt | None = None  # once its round is known
     shared: frozenset[SegmentHash] = frozenset()
@@ -130,7 +131,8 @@ class Rounds:
 
     def remove(self, request_id: str) -> Member | None:
         """Take out a member that has not started; None if there is none of that id."""
-        for members in (*self._windows.values(), self._waiting):
+        waiting: list[ArrivalWindow[Member] | list[Member]] = [*self._windows.values()]
+        for members in (*waiting, self._waiting):
             for member in members:
                 if member.request_id == request_id:
                     members.remove(member)
@@ -244,7 +246,7 @@ class Rounds:
         assert member.plan is not None
         assert member.prompt is not None
         member.is_published = True
-        slots = self._context(member, num_scheduled, pages, member.reads)
+        slots = self._context(member.reads, num_scheduled, pages)
         for run in member.plan.runs:
             segments = [
                 (segment, start, slots[start : start + length])
@@ -273,7 +275,7 @@ class Rounds:
             self._end_computing(member)
         if member.is_published and member.prompt is not None:
             room = np.full(len(answer), NO_SLOT, np.int32)
-            slots = self._context(member, num_computed, pages, np.concatenate([member.reads, room]))
+            slots = self._context(np.concatenate([member.reads, room]), num_computed, pages)
             text = member.prompt.prefix_hashes.extended(answer)
             self._publish_prefix(member, text, slots)
         self._store.pool.release(member.held, Holder.REQUEST)
@@ -285,10 +287,8 @@ class Rounds:
             self._computing.subtract(segment for _, segment, _ in run.segments)
         self._computing = +self._computing
 
-    def _context(
-        self, member: Member, num_computed: int, pages: Sequence[int], reads: Slots
-    ) -> Slots:
-        """Slots of a member's context up to its first token whose KV is not computed.
+    def _context(self, reads: Slots, num_computed: int, pages: Sequence[int]) -> Slots:
+        """Slots of a context up to its first token whose KV is not computed.
 
         `reads` are those of prompt and answer, with NO_SLOT for its own tokens.
         """

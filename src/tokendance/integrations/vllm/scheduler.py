@@ -1,16 +1,16 @@
 """vLLM's scheduler with rounds: a mirror is to it a request with fewer tokens, its own.
 
-Block tables, slot mappings, lengths, chunks and preemption then stay right by themselves. What the
-worker has to know of a mirror beside that, which KV it reads and so where its own tokens stand, goes
-with the step in which vLLM tells it of the request. The scheduler alone writes it: nothing that a
-client can send comes near.
+Block tables, slot mappings, lengths, chunks and preemption then stay right by themselves. What a
+worker has to know beside that, which KV a mirror reads and so where its own tokens stand, goes with
+the step in which vLLM tells it of the request. The scheduler alone writes it: nothing that a client
+can send comes near.
 
     prompt        [ private | corrected | reused ............ | task ]
     vLLM's        [ private | corrected | task ]       true positions 0-40, 41-44, 620-640
     reads                     slots of the owner's pages at 45-619
 
-Its beginning up to the first reused token is exact, and is found and kept by vLLM's prefix cache as
-ever. The hashes of blocks behind it are drawn at random, so nobody ever finds approximate KV by them.
+Its beginning up to the first reused token is exact, and vLLM's prefix cache finds and keeps it as
+ever. The hashes of blocks behind it are drawn at random, so nobody finds approximate KV by them.
 """
 
 import time

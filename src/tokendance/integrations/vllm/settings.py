@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 from tokendance.collector.correction import CorrectionPolicy, read_correction
 from tokendance.errors import ConfigError
@@ -48,19 +48,19 @@ class Settings:
         Raises:
             ConfigError: for a value that cannot be.
         """
-        given: dict[str, str | float | int] = {}
+        given: dict[str, Any] = {}
+        defaults = cls()
         for field in fields(cls):
-            name = _PREFIX + field.name.upper()
+            name, default = _PREFIX + field.name.upper(), getattr(defaults, field.name)
             if name not in environment:
                 continue
-            kind = type(field.default)
             try:
-                given[field.name] = kind(environment[name])
+                given[field.name] = type(default)(environment[name])
             except ValueError:
                 raise ConfigError(
-                    f"{name} is {environment[name]!r}. Give a number, like {field.default}."
+                    f"{name} is {environment[name]!r}. Give a number, like {default}."
                 ) from None
-        return cls(**given)  # type: ignore[arg-type]
+        return cls(**given)
 
     def policy(self) -> CorrectionPolicy:
         """The correction."""
