@@ -94,7 +94,8 @@ class PagePool:
     def _are_free(self, pages: PageIds) -> npt.NDArray[np.bool_]:
         """Of each page whether nobody holds it."""
         num_refs: npt.NDArray[np.int32] = self._refs[:, pages].sum(axis=0)
-        return num_refs == 0
+        are_free: npt.NDArray[np.bool_] = num_refs == 0
+        return are_free
 
     def _count_free(self, pages: PageIds) -> int:
         """How many of `pages`, which are distinct, nobody holds."""
