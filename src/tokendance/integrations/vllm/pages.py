@@ -16,7 +16,9 @@ from tokendance.store.pages import Holder, PageIds, PagePool
 class BlockPool(Protocol):
     """What we need of `vllm.v1.core.block_pool.BlockPool`."""
 
-    blocks: Sequence[Any]
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """All blocks, by their numbers."""
 
     def touch(self, blocks: Sequence[Any]) -> None:
         """Take a reference to each block."""

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from tokendance.collector.correction import CorrectionPolicy
 from tokendance.collector.known import NO_SLOT, KnownKV, look_up, stored_pages, stored_sources
-from tokendance.collector.plan import RequestPlan
-from tokendance.collector.planner import Planner
+from tokendance.collector.plan import RequestPlan, ReuseRules
+from tokendance.collector.planner import Planner, alone
 from tokendance.rounds.arrival_window import ArrivalWindow
 from tokendance.rounds.discovery import Discovery, DiscoveryConfig
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt, SegmentHash, TokenIds
@@ -195,9 +195,11 @@ class Rounds:
             publishes=True,
             owns_order=member.owns_order,
         )
-        plan = self._planner.plan(member.prompt, member.max_new_tokens, rules, member.round_id)
-        known = look_up(plan, self._store.page_size)
-        self._hold(member, plan, known)
+        known = self._plan(member, rules)
+        if not self._leaves_room(member, known):
+            known = self._plan(member, alone(rules))
+        plan = known.plan
+        self._hold(member, known)
         for run in plan.runs:
             self._computing.update(segment for _, segment, _ in run.segments)
         last_owned = max(
@@ -210,8 +212,28 @@ class Rounds:
         member.num_until_published = num_until
         self._live[member.request_id] = member
 
-    def _hold(self, member: Member, plan: RequestPlan, known: KnownKV) -> None:
-        store = self._store
+    def _plan(self, member: Member, rules: ReuseRules) -> KnownKV:
+        assert member.prompt is not None
+        plan = self._planner.plan(member.prompt, member.max_new_tokens, rules, member.round_id)
+        return look_up(plan, self._store.page_size)
+
+    def _leaves_room(self, member: Member, known: KnownKV) -> bool:
+        """Whether each request still fits into memory by itself, beside all that members hold.
+
+        A preempted mirror goes on holding what it reads. So whoever comes first in vLLM's queue
+        has to find room though nobody else runs, or all would wait for ever.
+        """
+        pool, size = self._store.pool, self._store.page_size
+        num_own = [len(member.token_ids) - int(np.count_nonzero(known.slots != NO_SLOT))]
+        num_own += [len(other.own) + other.max_new_tokens for other in self._live.values()]
+        num_own[0] += member.max_new_tokens
+        fresh = pool.num_refs(known.pages, Holder.REQUEST) == 0
+        num_held = pool.num_held(Holder.REQUEST) + int(np.count_nonzero(fresh))
+        # One page is vLLM's null block.
+        return num_held + -(-max(num_own) // size) <= pool.num_pages - 1
+
+    def _hold(self, member: Member, known: KnownKV) -> None:
+        store, plan = self._store, known.plan
         member.plan = plan
         member.reads = known.slots[: plan.num_prompt]
         member.own = np.flatnonzero(member.reads == NO_SLOT)

@@ -1,0 +1,325 @@
+"""Rounds inside vLLM, without vLLM: blocks, scheduling and memory are imitated here.
+
+What is checked of every step is what attention needs: each position of each context lies at a slot
+that holds this very token, of a block that somebody refers to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import examples
+from tokendance.collector.correction import Edges
+from tokendance.collector.known import NO_SLOT
+from tokendance.errors import ConfigError
+from tokendance.integrations.vllm.contexts import Contexts
+from tokendance.integrations.vllm.pages import BlockPages
+from tokendance.integrations.vllm.rewriting import rewrite
+from tokendance.integrations.vllm.rounds import Member, Rounds
+from tokendance.integrations.vllm.settings import Settings
+from tokendance.rounds.segments import make_salt
+from tokendance.store.kv_store import KVStore
+
+PAGE = 4
+SALT = make_salt("test")
+
+
+@dataclass(eq=False)
+class Block:
+    block_id: int
+    ref_cnt: int = 0
+
+
+class Blocks:
+    """References to blocks, counted as vLLM counts them; block 0 is nobody's."""
+
+    def __init__(self, count: int) -> None:
+        self.blocks = [Block(index) for index in range(count)]
+        self.blocks[0].ref_cnt = 1
+
+    def touch(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            block.ref_cnt += 1
+
+    def free_blocks(self, ordered_blocks: Sequence[Block]) -> None:
+        for block in ordered_blocks:
+            assert block.ref_cnt > 0, "a block was freed twice"
+            block.ref_cnt -= 1
+
+    def get_num_free_blocks(self) -> int:
+        return sum(block.ref_cnt == 0 for block in self.blocks)
+
+    def take(self) -> int | None:
+        for block in self.blocks:
+            if block.ref_cnt == 0:
+                block.ref_cnt = 1
+                return block.block_id
+        return None
+
+
+@dataclass(eq=False)
+class Running:
+    member: Member
+    pages: list[int] = field(default_factory=list)
+    num_done: int = 0  # own tokens
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.member.token_ids.tolist(), *self.answer]
+
+    @property
+    def num_own(self) -> int:
+        return len(self.member.own) + len(self.answer)
+
+
+class Imitation:
+    """A scheduler and a worker that do with requests what vLLM's do."""
+
+    def __init__(self, num_blocks: int, rng: np.random.Generator, max_retained: int) -> None:
+        self.blocks = Blocks(num_blocks)
+        self.store = KVStore(BlockPages(self.blocks, PAGE), max_reuse_rounds=16)
+        self.rounds = Rounds(
+            self.store,
+            Edges(1, 1),
+            window_s=1.0,
+            window_share=10.0,
+            max_retained=max_retained,
+            recent_s=1e9,
+        )
+        self.contexts = Contexts(num_blocks, PAGE)
+        self.content = np.full(num_blocks * PAGE, -1, np.int64)
+        self.rng = rng
+        self.running: list[Running] = []
+        self.preempted: list[Running] = []
+        self.now = 0.0
+        self.num_computed = 0
+
+    def start(self) -> None:
+        self.now += 100.0  # the window's longest wait is over
+        for member in self.rounds.start(self.now):
+            reads = member.reads if member.is_mirror else None
+            self.contexts.begin(member.request_id, reads)
+            self.running.append(Running(member))
+
+    def step(self) -> None:
+        """Compute a random chunk of each request, and check what each reads."""
+        self.running += self.preempted
+        self.preempted = []
+        scheduled: list[tuple[Running, int]] = []
+        for one in list(self.running):
+            if one not in self.running:
+                continue
+            num_new = min(int(self.rng.integers(1, 24)), one.num_own - one.num_done)
+            if num_new and self._allocate(one, one.num_done + num_new, scheduled):
+                scheduled.append((one, num_new))
+        for one, num_new in scheduled:
+            member = one.member
+            if self.rounds.wants_publishing(member.request_id, one.num_done + num_new):
+                self.rounds.publish(member.request_id, one.num_done + num_new, one.pages)
+        self._compute(scheduled)
+        for one, num_new in scheduled:
+            one.num_done += num_new
+            self.num_computed += num_new
+            if one.num_done == one.num_own and len(one.answer) < one.member.max_new_tokens:
+                one.answer.append(int(self.rng.integers(100)))
+
+    def _allocate(
+        self, one: Running, num_tokens: int, scheduled: Sequence[tuple[Running, int]]
+    ) -> bool:
+        while len(one.pages) * PAGE < num_tokens:
+            page = self.blocks.take()
+            if page is not None:
+                one.pages.append(page)
+            elif not self.rounds.give_up(1):
+                others = [victim for victim, _ in scheduled]
+                victims = [other for other in self.running if other not in others]
+                if not victims:
+                    return False
+                victim = victims[-1]
+                self._preempt(victim)
+                if victim is one:
+                    return False
+        return True
+
+    def _preempt(self, one: Running) -> None:
+        self.running.remove(one)
+        self.preempted.append(one)
+        self._free(one)
+        one.num_done = 0
+        self.contexts.restart(one.member.request_id)
+
+    def _free(self, one: Running) -> None:
+        self.blocks.free_blocks([self.blocks.blocks[page] for page in one.pages])
+        one.pages = []
+
+    def _compute(self, scheduled: Sequence[tuple[Running, int]]) -> None:
+        packed, row = [], 0
+        for one, num_new in scheduled:
+            pages = np.array(one.pages)
+            request = self.contexts.add_step(
+                one.member.request_id, row, one.num_done, num_new, pages
+            )
+            packed.append((one, request))
+            row += num_new
+        for one, request in packed:  # a layer writes all new KV before it attends
+            for position in request.positions.tolist():
+                self.content[request.slots[position]] = one.tokens[position]
+        for one, request in packed:
+            length = int(request.positions[-1]) + 1
+            slots = request.slots[:length]
+            assert (slots != NO_SLOT).all()
+            assert self.content[slots].tolist() == one.tokens[:length]
+            assert all(self.blocks.blocks[page].ref_cnt > 0 for page in (slots // PAGE).tolist())
+            own = np.setdiff1d(np.arange(length), np.flatnonzero(one.member.reads != NO_SLOT))
+            assert (self.contexts.slot_position[slots[own]] == own).all()
+
+    def end(self, one: Running) -> None:
+        member = one.member
+        num_computed = min(one.num_done, one.num_own - 1)
+        self.rounds.end(member.request_id, one.answer, num_computed, one.pages)
+        self.contexts.forget([member.request_id])
+        self._free(one)
+        (self.running if one in self.running else self.preempted).remove(one)
+
+    def check(self) -> None:
+        self.rounds.check_integrity()
+
+
+def random_prompts(rng: np.random.Generator, num_agents: int) -> list[np.ndarray]:
+    blocks = [rng.integers(0, 9, int(rng.integers(16, 40))) for _ in range(int(rng.integers(1, 4)))]
+    prompts = []
+    for _ in range(num_agents):
+        order = rng.permutation(len(blocks)) if rng.random() < 0.3 else range(len(blocks))
+        private = rng.integers(10, 1000, int(rng.integers(0, 12)))
+        task = rng.integers(10, 1000, int(rng.integers(1, 6)))
+        prompts.append(np.concatenate([private, *(blocks[i] for i in order), task]))
+    return prompts
+
+
+@settings(max_examples=examples(80))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_rounds=st.integers(1, 3),
+    num_blocks=st.sampled_from([54, 70, 400]),
+    max_retained=st.sampled_from([0, 20, 400]),
+    aborts=st.booleans(),
+)
+def test_everybody_reads_what_its_prompt_says(
+    seed: int, num_rounds: int, num_blocks: int, max_retained: int, aborts: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    world = Imitation(num_blocks, rng, max_retained)
+    history: list[np.ndarray] = []
+    for number in range(num_rounds):
+        prompts = random_prompts(rng, int(rng.integers(1, 6)))
+        for index, prompt in enumerate(prompts):
+            if history and rng.random() < 0.5:  # goes on with what was said
+                prompt = np.concatenate([history[index % len(history)], prompt])[:200]
+            member = Member(
+                f"{number}-{index}", SALT, prompt.astype(np.int32), int(rng.integers(1, 5))
+            )
+            world.rounds.arrive(member, world.now)
+        history = []
+        for _ in range(2000):
+            world.start()
+            world.step()
+            world.check()
+            for one in [*world.running, *world.preempted]:
+                is_done = len(one.answer) == one.member.max_new_tokens
+                if is_done or (aborts and rng.random() < 0.03):
+                    history.append(np.array(one.tokens))
+                    world.end(one)
+            if not (world.running or world.preempted or world.rounds.num_waiting):
+                break
+        else:
+            pytest.fail("somebody waits for ever")
+        assert world.store.pool.num_pages - world.store.pool.num_free <= max(0, max_retained)
+    world.rounds.forget()
+    world.check()
+    assert world.blocks.get_num_free_blocks() == num_blocks - 1
+
+
+def test_a_round_computes_what_all_read_once() -> None:
+    rng = np.random.default_rng(0)
+    world = Imitation(400, rng, 400)
+    shared = rng.integers(0, 9, 120)
+    for index in range(6):
+        prompt = np.concatenate([rng.integers(10, 99, 5 + index), shared, rng.integers(10, 99, 3)])
+        world.rounds.arrive(Member(str(index), SALT, prompt.astype(np.int32), 1), world.now)
+    while world.running or world.rounds.num_waiting:
+        world.start()
+        world.step()
+        for one in list(world.running):
+            if one.answer:
+                world.end(one)
+    private = sum(5 + index + 3 for index in range(6))
+    # One owner computes the run; five mirrors its first and its last token.
+    assert world.num_computed == private + 120 + 5 * 2
+
+
+def test_nobody_reads_across_tenants() -> None:
+    world = Imitation(400, np.random.default_rng(0), 400)
+    prompt = np.arange(60, dtype=np.int32)
+    for name in ("one", "two"):
+        world.rounds.arrive(Member(name, make_salt(name), prompt, 1), world.now)
+    world.start()
+    world.step()
+    assert [one.member.is_mirror for one in world.running] == [False, False]
+
+
+@dataclass
+class Request:
+    """What `rewrite` uses of vLLM's requests."""
+
+    prompt_token_ids: list[int]
+    max_tokens: int
+    block_hashes: list[bytes]
+    _all_token_ids: list[int] = field(default_factory=list)
+    _block_hasher: Any = None
+    num_prompt_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._all_token_ids)
+
+    def update_block_hashes(self) -> None:
+        self.block_hashes.extend(self._block_hasher(self))
+
+
+def test_a_mirror_keeps_the_hashes_of_its_exact_beginning_only() -> None:
+    tokens = list(range(32))
+    member = Member("a", SALT, np.arange(32, dtype=np.int32), 100)
+    member.reads = np.full(32, NO_SLOT, np.int32)
+    member.reads[10:30] = np.arange(20)
+    member.own = np.flatnonzero(member.reads == NO_SLOT)
+    exact = [bytes([index]) for index in range(8)]
+    made = []
+    for _ in range(2):
+        request = Request(list(tokens), 100, list(exact), list(tokens), lambda _: [])
+        rewrite(request, member, max_model_len=40, tokens_per_hash=4)
+        made.append(request)
+    assert made[0].prompt_token_ids == [*range(10), 30, 31]
+    assert made[0].num_prompt_tokens == made[0].num_tokens == 12
+    assert made[0].max_tokens == 8  # with all of the prompt, the context is full then
+    assert made[0].block_hashes[:2] == exact[:2]  # tokens 0 to 7
+    assert len(made[0].block_hashes) == 3
+    assert made[0].block_hashes[2] not in [*exact, made[1].block_hashes[2]]
+
+
+def test_settings_are_read_from_the_environment() -> None:
+    settings = Settings.from_environment({"TOKENDANCE_WINDOW_MS": "7.5", "OTHER": "x"})
+    assert settings == Settings(window_ms=7.5)
+    for name, value in (
+        ("WINDOW_MS", "soon"),
+        ("RETAINED_SHARE", "2"),
+        ("CORRECTION", "most"),
+        ("RECENT_S", "-1"),
+    ):
+        with pytest.raises(ConfigError):
+            Settings.from_environment({f"TOKENDANCE_{name}": value})
