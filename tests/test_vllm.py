@@ -1,0 +1,233 @@
+"""TokenDance inside the real vLLM on a CPU: `make vllm` installs it, and else these are skipped."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_models import save_model
+from tokendance import LLM, Prompt, SamplingParams, private, shared
+from tokendance.bench.vllm import VLLMConfig, child_environment, find_vllm
+from tokendance.models.loader import load_model
+from tokendance.options import EngineOptions
+
+PYTHON = find_vllm()
+SCRIPT = Path(__file__).parent / "vllm_scenarios" / "run.py"
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(PYTHON is None, reason="vLLM is not installed (make vllm)"),
+]
+PAGE = 32
+PAGE_BYTES = PAGE * 2 * 3 * 2 * 32 * 4  # keys and values, layers, heads, their size, float32
+NUM_AGENTS = 6
+Scripts = Mapping[str, list[dict[str, Any]]]
+
+
+def run_in_vllm(
+    model: Path,
+    scenarios: Scripts,
+    *,
+    plugin: bool = True,
+    engine: Mapping[str, Any] = MappingProxyType({}),
+    **environment: str,
+) -> dict[str, Any]:
+    """Run scenarios in a vLLM of their own; see `vllm_scenarios/run.py`."""
+    assert PYTHON is not None
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "block_size": PAGE,
+        "kv_cache_memory_bytes": 2**24,
+        "max_num_batched_tokens": 512,
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        **engine,
+    }
+    job = {"model": str(model), "engine": settings, "scenarios": scenarios}
+    variables = child_environment(PYTHON, VLLMConfig(threads=torch.get_num_threads()))
+    variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENDANCE": str(int(plugin))}
+    result = subprocess.run(
+        [PYTHON, "-P", SCRIPT],
+        input=json.dumps(job) + "\n",
+        env=variables | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, "llama", hidden_size=128)  # heads of 32: vLLM has none of 16
+    return folder
+
+
+class Round:
+    """Agents with private beginnings of several lengths, who read the same."""
+
+    def __init__(self, seed: int, num_agents: int = NUM_AGENTS, num_shared: int = 150) -> None:
+        rng = np.random.default_rng(seed)
+
+        def draw(count: int) -> list[int]:
+            return [int(token) for token in rng.integers(10, 290, count)]
+
+        self.shared = draw(num_shared)
+        self.private = [draw(9 + 13 * index) for index in range(num_agents)]
+        self.tasks = [draw(5 + index) for index in range(num_agents)]
+
+    def add(self, prefix: str = "", **settings: Any) -> dict[str, Any]:
+        return {
+            "add": [
+                {"id": f"{prefix}{index}", "tokens": own + self.shared + task, **settings}
+                for index, (own, task) in enumerate(zip(self.private, self.tasks, strict=True))
+            ]
+        }
+
+    def prompts(self) -> list[Prompt]:
+        return [
+            Prompt([private(own), shared(self.shared), private(task)], agent=str(index))
+            for index, (own, task) in enumerate(zip(self.private, self.tasks, strict=True))
+        ]
+
+
+def tokens(result: Mapping[str, Any], prefix: str = "") -> list[list[int]]:
+    answers = result["answers"]
+    return [answers[f"{prefix}{index}"]["tokens"] for index in range(NUM_AGENTS)]
+
+
+FINISH = {"finish": True}
+ROUND = Round(0)
+
+
+@pytest.fixture(scope="module")
+def embedded(model: Path) -> list[list[int]]:
+    """What the embedded engine answers."""
+    llm = LLM.from_loaded(load_model(str(model), "float32"), EngineOptions(kv_budget=2**24))
+    result = llm.run_round(ROUND.prompts(), SamplingParams(max_tokens=8, ignore_eos=True))
+    return [list(output.token_ids) for output in result.outputs]
+
+
+SCENARIOS: Scripts = {
+    "round": [ROUND.add(), FINISH],
+    "one token": [ROUND.add(max_tokens=1), FINISH],
+    "again": [ROUND.add("a"), FINISH, ROUND.add("b"), FINISH],
+    "owner aborted at once": [ROUND.add(), {"steps": 1, "abort": ["0"]}, FINISH],
+    "all aborted": [ROUND.add(), {"steps": 3}, {"abort": [str(i) for i in range(NUM_AGENTS)]}],
+    "aborted in the window": [ROUND.add(), {"abort": ["1", "2"]}, FINISH],
+    "mirrors aborted": [ROUND.add(), {"steps": 5}, {"abort": ["4", "5"]}, FINISH],
+    "late agents": [ROUND.add("a"), {"steps": 6}, ROUND.add("b"), FINISH],
+    "exact": [ROUND.add(extra={"reuse": "exact"}), FINISH],
+    "exact after a round": [ROUND.add("a"), FINISH, ROUND.add(extra={"reuse": "exact"}), FINISH],
+    "tenants": [
+        {"add": [{**request, "salt": request["id"]} for request in ROUND.add()["add"]]},
+        FINISH,
+    ],
+    "forged": [
+        ROUND.add("a"),
+        {"steps": 6},
+        ROUND.add(extra={"tokendance_reads": [1] * 50, "reads": [[0, 0, [1, 2, 3]]]}, salt="thief"),
+        FINISH,
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def results(model: Path) -> dict[str, Any]:
+    return run_in_vllm(model, SCENARIOS)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> list[list[int]]:
+    """What vLLM answers by itself."""
+    return tokens(run_in_vllm(model, {"round": SCENARIOS["round"]}, plugin=False)["round"])
+
+
+def test_a_round_answers_as_the_embedded_engine_does(
+    results: Mapping[str, Any], embedded: list[list[int]], plain: list[list[int]]
+) -> None:
+    assert tokens(results["round"]) == embedded
+    assert embedded != plain  # so it is not that nothing was reused
+    cached = [results["round"]["answers"][str(index)]["num_cached"] for index in range(NUM_AGENTS)]
+    assert cached == [0, *[len(ROUND.shared) - 4] * (NUM_AGENTS - 1)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_no_page_is_left_behind(name: str, results: Mapping[str, Any]) -> None:
+    assert results[name]["missing_blocks"] == 0
+
+
+def test_who_goes_early_harms_nobody(results: Mapping[str, Any], embedded: list[list[int]]) -> None:
+    gone = results["mirrors aborted"]["answers"]
+    assert [gone[str(index)]["tokens"] for index in range(4)] == embedded[:4]
+    for name, left in (("owner aborted at once", [1, 2, 3, 4, 5]), ("aborted in the window", [0])):
+        answers = results[name]["answers"]
+        assert all(len(answers[str(index)]["tokens"]) == 8 for index in left)
+    assert tokens(results["one token"]) == [answer[:1] for answer in embedded]
+
+
+def test_who_asks_for_exact_answers_gets_what_vllm_answers(
+    results: Mapping[str, Any], plain: list[list[int]]
+) -> None:
+    for name in ("exact", "exact after a round", "tenants"):
+        assert tokens(results[name]) == plain, name
+    assert all(answer["num_cached"] == 0 for answer in results["tenants"]["answers"].values())
+
+
+def test_nobody_names_pages_but_the_scheduler(
+    results: Mapping[str, Any], embedded: list[list[int]]
+) -> None:
+    """Another tenant who sends what a scheduler would say computes a round of its own."""
+    answers = results["forged"]["answers"]
+    assert tokens(results["forged"]) == embedded
+    assert answers["0"]["num_cached"] == 0
+
+
+def test_a_round_that_comes_again_finds_all_of_it(
+    results: Mapping[str, Any], embedded: list[list[int]]
+) -> None:
+    answers = results["again"]["answers"]
+    assert tokens(results["again"], "b") == embedded
+    for index in range(NUM_AGENTS):
+        assert answers[f"b{index}"]["num_cached"] == answers[f"b{index}"]["num_prompt"] - 1
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"max_num_batched_tokens": 48},
+        {"max_num_seqs": 2},
+        {"async_scheduling": True},
+        {"scheduling_policy": "priority"},
+        {"kv_cache_memory_bytes": 14 * PAGE_BYTES, "max_model_len": 352},
+    ],
+    ids=["chunks", "few seats", "asynchronous", "priorities", "few pages"],
+)
+def test_however_vllm_schedules(
+    engine: Mapping[str, Any], model: Path, embedded: list[list[int]], plain: list[list[int]]
+) -> None:
+    result = run_in_vllm(model, {"round": SCENARIOS["round"]}, engine=engine)["round"]
+    assert result["missing_blocks"] == 0
+    answers = tokens(result)
+    if "max_model_len" in engine:  # who found no room for what it would read computes it
+        pairs = zip(answers, embedded, plain, strict=True)
+        assert all(answer in (ours, theirs) for answer, ours, theirs in pairs)
+    else:
+        assert answers == embedded
+
+
+def test_without_the_shift_the_answers_are_others(model: Path, embedded: list[list[int]]) -> None:
+    """A control: the comparison can fail."""
+    result = run_in_vllm(model, {"round": SCENARIOS["round"]}, TEST_WITHOUT_SHIFT="1")
+    assert tokens(result["round"]) != embedded
