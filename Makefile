@@ -12,7 +12,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm frameworks
-.PHONY: clean gpu test-all
+.PHONY: clean gpu test-all test-vllm
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,7 +38,7 @@ demo: demo-weights ## 10 agents talk for 3 rounds
 	$(BIN)/tokendance run --agents 10 --rounds 3 --temperature 0.6
 
 # A process has whole files, one after the other, so that what a file's tests share is made once.
-TESTS := $(BIN)/pytest -m 'not frameworks' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+TESTS := $(BIN)/pytest -m 'not frameworks and not vllm' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: demo-weights ## the tests in two minutes: a quarter of the random examples, less of the demo models
 	$(TESTS) --hypothesis-profile developer
@@ -83,15 +83,19 @@ bench: demo-weights ## the figures of docs/benchmarks.md (an hour or two)
 gpu: ## what the engine does on a GPU (5 minutes); ARGS="--device cpu --tiny" tries it without one
 	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m gpu $(ARGS)
 
-vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline (minutes, 4 GB)
+vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline, and TokenDance inside it (minutes, 4 GB)
+
+test-vllm: demo-weights $(VLLM) ## the tests of TokenDance inside the real vLLM (minutes)
+	$(BIN)/pytest --hypothesis-profile ci -m vllm
 
 # vLLM wants other versions than we do, so it has an environment of its own. Its requirements are
 # pinned whole; some of them, for pictures and sound, are left out, hence --no-deps.
-$(VLLM): constraints-vllm.txt
+$(VLLM): constraints-vllm.txt pyproject.toml CMakeLists.txt $(wildcard native/*)
 	$(NEEDS_PYTHON)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt torch
 	.venv-vllm/bin/pip install --quiet --no-deps --requirement constraints-vllm.txt
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
 	@ldconfig -p | grep -q tcmalloc_minimal || \
 		echo "vLLM advises TCMalloc, which is not here: apt-get install libtcmalloc-minimal4"
 	@touch $@

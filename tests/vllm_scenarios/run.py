@@ -109,7 +109,7 @@ def without_shift() -> None:
             slot_position[slots] = range(len(slots))
         return PackedBatch(requests, slot_position)
 
-    Contexts.batch = batch  # type: ignore[method-assign, assignment]
+    Contexts.batch = batch  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -7,41 +7,46 @@ vLLM finds `register` as a plug-in (entry point `vllm.general_plugins`) and call
 processes. Without TOKENDANCE=1 it does nothing.
 """
 
+import logging
 import os
+from typing import Any
+
+log = logging.getLogger("vllm.tokendance")  # below vllm's, so that it is shown as vllm's are
 
 SCHEDULER = "tokendance.integrations.vllm.scheduler.make_scheduler"
 CPU_WORKER = "tokendance.integrations.vllm.cpu_worker.RoundWorker"
-ATTENTION = "tokendance.integrations.vllm.attention.SharedInPlaceBackend"
 
 
 def register() -> None:
-    """Put our scheduler, worker and attention where vLLM looks for its own."""
+    """Put our scheduler, worker and attention where vLLM looks for its own, if asked to."""
     if os.environ.get("TOKENDANCE") != "1":
         return
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CUSTOM, ATTENTION)
     if not current_platform.is_cpu():
+        log.warning("TokenDance inside vLLM serves CPUs only so far: vLLM runs as it is.")
         return
-    # The CPU platform knows one backend only, by this name.
-    register_backend(AttentionBackendEnum.CPU_ATTN, ATTENTION)
     platform = type(current_platform)
-    if getattr(platform, "tokendance_configures", False):
+    if getattr(platform, "has_tokendance", False):
         return
     check = platform.check_and_update_config
 
-    def check_and_configure(vllm_config: object) -> None:
+    def check_and_configure(vllm_config: Any) -> None:
         check(vllm_config)
         _configure(vllm_config)
 
     platform.check_and_update_config = staticmethod(check_and_configure)
-    platform.tokendance_configures = True
+    platform.has_tokendance = True
 
 
-def _configure(vllm_config: object) -> None:
-    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config  # type: ignore[attr-defined]
-    if scheduler.scheduler_cls is None:
-        scheduler.scheduler_cls = SCHEDULER
-    if parallel.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker":
-        parallel.worker_cls = CPU_WORKER
+def _configure(vllm_config: Any) -> None:
+    """Choose our scheduler and worker for a configuration that can be served."""
+    import vllm
+
+    from tokendance.integrations.vllm.support import why_not
+
+    if (reason := why_not(vllm_config, vllm.__version__)) is not None:
+        log.warning("vLLM runs without TokenDance: %s.", reason)
+        return
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    vllm_config.parallel_config.worker_cls = CPU_WORKER

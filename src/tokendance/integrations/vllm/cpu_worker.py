@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -11,6 +12,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from tokendance.integrations.vllm import step
 from tokendance.integrations.vllm.contexts import Contexts
 from tokendance.integrations.vllm.layers import find_layer_kinds
+
+# The CPU platform knows one backend only, by this name. Whoever imports this file attends by ours.
+register_backend(
+    AttentionBackendEnum.CPU_ATTN, "tokendance.integrations.vllm.attention.SharedInPlaceBackend"
+)
 
 
 class RoundModelRunner(CPUModelRunner):  # type: ignore[misc]

@@ -1,0 +1,41 @@
+"""Which of vLLM's configurations TokenDance serves. All others run as plain vLLM, and say why."""
+
+import os
+from typing import Any
+
+TESTED_VERSIONS = ("0.32.",)
+ANY_VERSION = "TOKENDANCE_ANY_VERSION"
+_ROPE_TYPES = ("default", "llama3")
+
+
+def why_not(config: Any, version: str) -> str | None:
+    """Why a configuration runs as plain vLLM, as the end of a sentence; None if it is served.
+
+    Args:
+        config: a `vllm.config.VllmConfig`, complete.
+        version: of vLLM.
+    """
+    is_tested = version.startswith(TESTED_VERSIONS)
+    if not is_tested and os.environ.get(ANY_VERSION) != "1":
+        tested = " and ".join(name + "x" for name in TESTED_VERSIONS)
+        return f"it was tested with vLLM {tested}, not with {version}; {ANY_VERSION}=1 tries it"
+    model, parallel = config.model_config, config.parallel_config
+    if model is None or model.runner_type != "generate":
+        return "the model does not generate"
+    text = model.hf_text_config
+    rope = getattr(text, "rope_parameters", None) or {}
+    layers = set(getattr(text, "layer_types", None) or ())
+    reasons = {
+        "the model attends in compressed form (MLA)": model.use_mla,
+        "the model has layers of several kinds": model.is_hybrid or len(layers) > 1,
+        "the model has attention windows": bool(getattr(text, "sliding_window", None)),
+        "the model reads more than text": model.is_multimodal_model,
+        "the model rotates in another way": rope.get("rope_type", "default") not in _ROPE_TYPES,
+        "the model caps its logits": bool(getattr(text, "attn_logit_softcapping", None)),
+        "KV has a dtype of its own": config.cache_config.cache_dtype != "auto",
+        "tokens are drafted": config.speculative_config is not None,
+        "KV goes elsewhere": config.kv_transfer_config is not None,
+        "the model is on several devices": parallel.world_size > 1,
+        "the new model runner is used": config.use_v2_model_runner,
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
