@@ -48,14 +48,19 @@ class Allocator:
         """New pages that a plan needs."""
         return self._store.num_pages(map(len, plan.parts))
 
-    def can_allocate(self, plan: RequestPlan) -> bool:
-        """Say whether there is room, by eviction if need be; holds until the store changes."""
-        return self._store.can_make_room(self.num_pages(plan), self._find(plan).pages)
+    def can_allocate(self, plan: RequestPlan, num_kept: int = 0) -> bool:
+        """Say whether there is room, by eviction if need be; holds until the store changes.
+
+        Args:
+            plan: of a request.
+            num_kept: pages that no request may hold afterwards: others may want them.
+        """
+        return self._store.can_make_room(self.num_pages(plan) + num_kept, self._find(plan).pages)
 
     def allocate(self, plan: RequestPlan, prompt: EncodedPrompt, round_id: RoundId) -> Allocation:
         """Hold what a plan reads, take pages for what it computes, and publish that.
 
-        Call only after `can_allocate(plan)`.
+        Call only after `can_allocate(plan)`, whatever was kept.
 
         Args:
             plan: of a request.

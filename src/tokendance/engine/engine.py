@@ -24,6 +24,7 @@ from tokendance.engine.request import Request, RequestId, as_failure, make_outpu
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.engine.stops import text_up_to_stop
+from tokendance.engine.tenants import TenantRules
 from tokendance.errors import (
     AbortedError,
     ConstraintError,
@@ -119,6 +120,10 @@ class Engine:
         """Tell an observer what happens from now on."""
         self._observers.append(observer)
 
+    def set_tenants(self, rules: TenantRules) -> None:
+        """Say what is kept for each tenant; see `Scheduler.set_rules`."""
+        self.scheduler.set_rules(rules)
+
     def add(self, requests: Sequence[Request]) -> None:
         """Queue requests that arrive together; those of a running round join it.
 
@@ -142,8 +147,10 @@ class Engine:
             prompts = [request.prompt for request in together]
             for start in self._planner.order(prompts, together[0].round_id):
                 together[start.index].owns_order = start.owns_order
-                self.scheduler.waiting.append(together[start.index])
-        self.scheduler.waiting.extend(request for request in sound if not request.in_round)
+                self.scheduler.add(together[start.index])
+        for request in sound:
+            if not request.in_round:
+                self.scheduler.add(request)
 
     def abort(self, request: Request, why: str = "The request was taken back.") -> None:
         """End a request; the others go on. Does nothing if it is done."""
@@ -153,7 +160,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return bool(self.scheduler.running or self.scheduler.num_waiting)
 
     @property
     def can_compute(self) -> bool:
@@ -161,7 +168,8 @@ class Engine:
 
         Requests may wait for pages that are being filled from disk.
         """
-        return bool(self.scheduler.running or (self.scheduler.waiting and not self.store.loading))
+        scheduler = self.scheduler
+        return bool(scheduler.running or (scheduler.num_waiting and not self.store.loading))
 
     @property
     def num_rounds(self) -> int:
@@ -207,6 +215,7 @@ class Engine:
             self.scheduler.undo(scheduled)
             raise
         now = self._clock()
+        self.scheduler.pace.note(step.num_tokens, now - start)
         if step.num_tokens >= _PACE_TOKENS:
             self.seconds_per_token = (now - start) / step.num_tokens
         self.emit(
@@ -215,7 +224,7 @@ class Engine:
                 now - start,
                 {item.request.id: len(item.positions) for item in scheduled},
                 len(self.scheduler.running),
-                len(self.scheduler.waiting),
+                self.scheduler.num_waiting,
                 self._resident_pages(),
             )
         )
@@ -403,6 +412,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that page counts, indexes and running requests agree."""
         self.store.check_integrity(self.scheduler.held_pages())
+        self.scheduler.check_integrity()
 
 
 def _runs_of(request: Request) -> tuple[RunId, ...]:

@@ -14,6 +14,7 @@ from typing import Protocol
 from tokendance.engine.engine import Engine
 from tokendance.engine.events import EngineObserver, Event
 from tokendance.engine.request import Request
+from tokendance.engine.tenants import TenantRules
 from tokendance.errors import EngineError, StepError
 from tokendance.options import EngineOptions
 from tokendance.rounds.discovery import EarlierPrompt
@@ -104,6 +105,14 @@ class EngineLoop:
 
     # -- requests -------------------------------------------------------------------------------
 
+    def set_tenants(self, rules: TenantRules) -> None:
+        """Say what is kept for each tenant, before there is any request.
+
+        Raises:
+            ConfigError: if there is too little KV memory for that.
+        """
+        self._engine.set_tenants(rules)
+
     def add(self, requests: Sequence[Request]) -> None:
         """Queue requests that arrive together; those of a running round join it."""
         self._engine.add(requests)
@@ -182,7 +191,7 @@ class EngineLoop:
         pool, scheduler = self._engine.store.pool, self._engine.scheduler
         return EngineStatus(
             len(scheduler.running),
-            len(scheduler.waiting),
+            scheduler.num_waiting,
             pool.num_pages,
             pool.num_held(Holder.REQUEST),
             pool.num_held(Holder.INDEX),

@@ -18,7 +18,7 @@ from tokendance.errors import StepError, TokenDanceError
 from tokendance.executor.step import FloatArray, SamplingRow, StepRequest, TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.params import SamplingParams
-from tokendance.rounds.segments import EncodedPrompt
+from tokendance.rounds.segments import EncodedPrompt, Salt
 from tokendance.store.entries import RoundId
 
 log = logging.getLogger("tokendance.engine")
@@ -120,10 +120,20 @@ class Request:
             self.num_distributions = self.max_new_tokens + 1
 
     @property
+    def tenant(self) -> Salt:
+        """Whom it is computed for: whoever has this salt shares KV."""
+        return self.prompt.salt
+
+    @property
     def num_to_compute(self) -> int:
         """Prompt tokens that it computes, and tokens that it has generated."""
         assert self.allocation is not None
         return len(self.allocation.compute) + len(self.generated)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that a pass would compute of it if there were no bound; while it runs."""
+        return self.num_to_compute - self.num_computed
 
     @property
     def is_decoding(self) -> bool:

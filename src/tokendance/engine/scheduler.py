@@ -1,10 +1,9 @@
 """The scheduler: which requests run, and which tokens of them the next forward pass computes.
 
-It deals in integers and hashes. Requests are admitted in the order of the queue, when the pages
-for all they may ever need are there, so a running request never has to stop for memory.
+It deals in integers and hashes. Requests are admitted in the order of their tenant's queue, when the
+pages for all they may ever need are there, so a running request never has to stop for memory.
 """
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +14,9 @@ from tokendance.collector.plan import RequestPlan, ReuseRules
 from tokendance.collector.planner import Planner, alone
 from tokendance.engine.allocator import Allocation, Allocator
 from tokendance.engine.request import Request, as_failure
-from tokendance.engine.scheduling import SchedulingPolicy
-from tokendance.errors import BudgetError
+from tokendance.engine.scheduling import Pace, SchedulingPolicy
+from tokendance.engine.tenants import Tenant, TenantRules, Tenants
+from tokendance.errors import BudgetError, ConfigError
 from tokendance.store.entries import StoredSegment
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
@@ -37,11 +37,12 @@ class Scheduled:
 
 
 class Scheduler:
-    """Queue, admission and the choice of each step's tokens.
+    """Queues, admission and the choice of each step's tokens.
 
     Attributes:
-        waiting: not admitted yet, first come first served.
         running: admitted, in the order of admission.
+        pace: how many tokens a step may have while several tenants run; the engine tells it how
+            long each has taken.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Scheduler:
         Args:
             store: where KV lies.
             planner: over its indexes.
-            policy: divides the tokens of a step.
+            policy: divides the tokens that a tenant has of a step.
             max_num_batched_tokens: of a step.
             kv_bytes_per_token: for messages.
         """
@@ -69,49 +70,133 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._kv_bytes_per_token = kv_bytes_per_token
         self._is_isolated_turn = False
-        self.waiting: deque[Request] = deque()
+        self._tenants = Tenants()
         self.running: list[Request] = []
+        self.pace = Pace()
+        self.set_rules(TenantRules())
+
+    def set_rules(self, rules: TenantRules) -> None:
+        """Say what is kept for each tenant, before there is any request.
+
+        Raises:
+            ConfigError: if there is no page for each.
+        """
+        num_pages = self._store.pool.num_pages
+        self._tenant_rules = rules
+        self._num_reserved = rules.pages_for_each(num_pages)
+        self._num_for_one = num_pages - (rules.num_tenants - 1) * self._num_reserved
+        self.pace.pass_s = rules.pass_s
+        if self._num_for_one < self._num_reserved:
+            raise ConfigError(
+                f"The KV budget of {self._kv_bytes(num_pages)} has {num_pages} pages, and each of "
+                f"{rules.num_tenants} API keys has some of its own. Raise kv_budget "
+                "(--kv-budget), or reserve none (--reserved-kv 0)."
+            )
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not admitted yet."""
+        return self._tenants.num_waiting
 
     # -- admission ----------------------------------------------------------------------------
 
+    def add(self, request: Request) -> None:
+        """Let a request wait, as the last of its tenant."""
+        self._tenants.add(request)
+
     def admit(self) -> tuple[list[Request], list[Request]]:
-        """Admit waiting requests while there is room.
+        """Admit waiting requests while there is room, each time of the tenant with least use.
+
+        One whose next request has no room yet does not keep others from the pages that are
+        reserved for them; the pages for all are kept for it until it has enough.
 
         Returns:
             Those that were admitted; and those that never can be, whose `error` is set.
         """
         admitted: list[Request] = []
         refused: list[Request] = []
-        while self.waiting:
-            request = self.waiting[0]
-            rules = self._rules(request)
+        turns = self._tenants.waiting()
+        used = self._use_in_sight(turns)
+        is_first = True  # of those whose turn it is
+        while turns:
+            tenant = min(turns, key=used.__getitem__)
+            request = tenant.waiting[0]
+            num_kept = self._num_kept(tenant, only_own=not is_first)
+            plan: RequestPlan | None = None
             try:
-                plan = self._fitting_plan(request, rules)
-                if plan is None and not self.running and not self._store.loading:
-                    request.error = self._too_large(request, rules)
+                plan = self._fitting_plan(request, num_kept)
             except Exception as error:
-                plan, request.error = None, as_failure(request, error)
+                request.error = as_failure(request, error)
             if plan is not None:
-                request.plan = plan
-                request.allocation = self._allocator.allocate(
-                    plan, request.prompt, request.round_id
-                )
-                self.running.append(request)
+                self._admit(request, plan)
+                used[tenant] += len(plan.compute)
                 admitted.append(request)
             elif request.error is not None:
                 refused.append(request)
-            else:
-                break  # its turn comes when others have finished
-            self.waiting.popleft()
+            else:  # its turn comes when others have finished
+                is_first = False
+                turns.remove(tenant)
+                turns = [other for other in turns if other.num_pages < self._num_reserved]
+                continue
+            tenant.waiting.popleft()
+            if not tenant.waiting:
+                turns.remove(tenant)
         return admitted, refused
 
-    def _fitting_plan(self, request: Request, rules: ReuseRules) -> RequestPlan | None:
-        """The plan of a request, if there is room for it now."""
+    def _use_in_sight(self, turns: Sequence[Tenant]) -> dict[Tenant, int]:
+        """Tokens that each of some tenants has used, or will have when its prompts are computed."""
+        used = {tenant: tenant.used for tenant in turns}
+        if len(turns) > 1:
+            for request in self.running:
+                tenant = self._tenants.of(request)
+                if tenant in used:
+                    used[tenant] += request.num_left
+        return used
+
+    def _num_kept(self, tenant: Tenant, *, only_own: bool) -> int:
+        """Pages that the next request of a tenant has to leave alone.
+
+        Args:
+            tenant: whose request it is.
+            only_own: leave it nothing but what is reserved for it.
+        """
+        num_kept = self._tenants.num_kept(tenant, self._tenant_rules, self._num_reserved)
+        if only_own:
+            pool = self._store.pool
+            num_left = pool.num_pages - pool.num_held(Holder.REQUEST)
+            num_kept = max(num_kept, num_left - max(0, self._num_reserved - tenant.num_pages))
+        return num_kept
+
+    def _admit(self, request: Request, plan: RequestPlan) -> None:
+        """Let a request run, whose plan fits."""
+        tenant, pool = self._tenants.of(request), self._store.pool
+        num_held = pool.num_held(Holder.REQUEST)
+        request.plan = plan
+        request.allocation = self._allocator.allocate(plan, request.prompt, request.round_id)
+        tenant.num_pages += pool.num_held(Holder.REQUEST) - num_held
+        tenant.num_running += 1
+        self.running.append(request)
+
+    def _fitting_plan(self, request: Request, num_kept: int) -> RequestPlan | None:
+        """The plan of a request, if there is room for it now.
+
+        Raises:
+            BudgetError: if there never will be.
+        """
+        rules = self._rules(request)
         plan = self._plan(request, rules)
-        if not self._allocator.can_allocate(plan) and not self.running:
-            # Reading KV of others keeps their pages; computing all of it may need fewer.
-            plan = self._plan(request, alone(rules))
-        return plan if self._allocator.can_allocate(plan) else None
+        if self._allocator.can_allocate(plan, num_kept):
+            return plan
+        if self._tenants.of(request).num_running:
+            return None
+        # Reading KV of others keeps their pages; computing all of it may need fewer.
+        plan = self._plan(request, alone(rules))
+        if self._allocator.can_allocate(plan, num_kept):
+            return plan
+        num_pages = self._allocator.num_pages(plan)
+        if num_pages > self._num_for_one:
+            raise self._too_large(request, num_pages)
+        return None
 
     def _rules(self, request: Request) -> ReuseRules:
         return self._planner.rules(
@@ -124,47 +209,76 @@ class Scheduler:
     def _plan(self, request: Request, rules: ReuseRules) -> RequestPlan:
         return self._planner.plan(request.prompt, request.max_new_tokens, rules, request.round_id)
 
-    def _too_large(self, request: Request, rules: ReuseRules) -> BudgetError:
-        page_bytes = self._kv_bytes_per_token * self._store.page_size
-        num_pages = self._allocator.num_pages(self._plan(request, alone(rules)))
+    def _too_large(self, request: Request, num_pages: int) -> BudgetError:
+        budget = f"the budget is {self._kv_bytes(self._store.pool.num_pages)}"
+        what_to_do = "Raise kv_budget (--kv-budget), or lower max_tokens."
+        if self._num_for_one < self._store.pool.num_pages:
+            budget += f", of which one tenant may have {self._kv_bytes(self._num_for_one)}"
+            what_to_do = "Lower max_tokens, raise --kv-budget, or lower --reserved-kv."
         return BudgetError(
-            f"The request of {request.agent!r} needs {format_bytes(num_pages * page_bytes)} of KV "
+            f"The request of {request.agent!r} needs {self._kv_bytes(num_pages)} of KV "
             f"for {len(request.prompt)} prompt tokens and up to {request.max_new_tokens} more, and "
-            f"the budget is {format_bytes(self._store.pool.num_pages * page_bytes)}. "
-            "Raise kv_budget (--kv-budget), or lower max_tokens."
+            f"{budget}. {what_to_do}"
         )
+
+    def _kv_bytes(self, num_pages: int) -> str:
+        return format_bytes(num_pages * self._store.page_size * self._kv_bytes_per_token)
 
     # -- steps --------------------------------------------------------------------------------
 
     def schedule(self) -> list[Scheduled]:
         """Choose the tokens of the next step and mark their slots as ready.
 
-        Requests that are isolated get passes of their own, in turn with the others.
+        Requests that are isolated get passes of their own, in turn with the others. Each tenant
+        may have an equal part of the step, and what others leave of theirs.
         """
         isolated = [request for request in self.running if request.isolated]
         others = [request for request in self.running if not request.isolated]
         self._is_isolated_turn = bool(isolated) and (self._is_isolated_turn or not others)
-        chosen = isolated[:1] if self._is_isolated_turn else others
+        chosen = others
+        if self._is_isolated_turn:
+            chosen = [min(isolated, key=lambda request: self._tenants.of(request).used)]
         self._is_isolated_turn = not self._is_isolated_turn
-        budget = self._max_num_batched_tokens
+        budget = self._budget()
         step: dict[Request, Scheduled] = {}
-        is_first_prompt = True
-        for request in self._policy.order(chosen):
-            if budget == 0:
+        turns = self._tenants.in_turn(chosen)
+        wanted = [sum(request.num_left for request in requests) for _, requests in turns[1:]]
+        for index, (tenant, requests) in enumerate(turns):
+            equal = -(-budget // (len(turns) - index))
+            share = max(equal, budget - sum(wanted[index:]))
+            budget -= self._take(tenant, requests, share, step)
+        # The rows of a pass lie in the order of admission: owners before their mirrors.
+        return [step[request] for request in chosen if request in step]
+
+    def _budget(self) -> int:
+        """Tokens of the next step: few while several tenants run, so that none waits long."""
+        num_tenants = self._tenants.num_running
+        if num_tenants <= 1:
+            return self._max_num_batched_tokens
+        return min(self._max_num_batched_tokens, max(self.pace.num_tokens, num_tenants))
+
+    def _take(
+        self, tenant: Tenant, requests: Sequence[Request], share: int, step: dict[Request, Scheduled]
+    ) -> int:
+        """Divide a tenant's share of a step among its requests; return what they cost of it."""
+        left = share
+        is_first_prompt = all(request.is_decoding for request in step)
+        for request in self._policy.order(requests):
+            if left == 0:
                 break
             chunk = self._policy.chunk(
-                request, budget, is_first_prompt=is_first_prompt, ready=self._store.slot_ready
+                request, left, is_first_prompt=is_first_prompt, ready=self._store.slot_ready
             )
             if len(chunk.positions) == 0:
                 continue
             assert request.allocation is not None
             self._store.slot_ready[request.allocation.slots[chunk.positions]] = True
             request.num_computed += len(chunk.positions)
-            budget -= min(budget, chunk.cost)
+            tenant.used += len(chunk.positions)
+            left -= min(left, chunk.cost)
             is_first_prompt &= request.is_decoding
             step[request] = Scheduled(request, chunk.positions)
-        # The rows of a pass lie in the order of admission: owners before their mirrors.
-        return [step[request] for request in chosen if request in step]
+        return share - left
 
     # -- leaving ------------------------------------------------------------------------------
 
@@ -179,8 +293,7 @@ class Scheduler:
         Returns:
             The requests that began anew.
         """
-        if request in self.waiting:
-            self.waiting.remove(request)
+        self._tenants.take_out(request)
         if request not in self.running:
             return []
         self.running.remove(request)
@@ -189,7 +302,11 @@ class Scheduler:
         for entry in allocation.entries:
             if not (keep_kv and self._store.slot_ready[entry.slots].all()):
                 self._store.drop(entry)
-        self._store.pool.release(allocation.pages, Holder.REQUEST)
+        tenant, pool = self._tenants.of(request), self._store.pool
+        num_held = pool.num_held(Holder.REQUEST)
+        pool.release(allocation.pages, Holder.REQUEST)
+        tenant.num_pages -= num_held - pool.num_held(Holder.REQUEST)
+        tenant.num_running -= 1
         request.allocation = None
         computed = allocation.slots[allocation.compute]
         bad = computed[~self._store.slot_ready[computed]] if keep_kv else computed
@@ -219,7 +336,7 @@ class Scheduler:
             return []
         others = self.release(request, keep_kv=False)
         request.restart()
-        self.waiting.appendleft(request)
+        self._tenants.of(request).waiting.appendleft(request)
         return [request, *others]
 
     def retry_without_suspects(self, request: Request) -> bool:
@@ -278,6 +395,14 @@ class Scheduler:
         """Distinct pages that some running requests hold."""
         held = [_allocation(request).pages for request in requests]
         return len(np.unique(np.concatenate(held))) if held else 0
+
+    def check_integrity(self) -> None:
+        """Assert that what is counted of each tenant agrees with what it runs."""
+        running = dict(self._tenants.in_turn(self.running))
+        for tenant in {*self._tenants, *running}:
+            requests = running.get(tenant, [])
+            assert tenant.num_running == len(requests)
+            assert tenant.num_pages == self.num_resident_pages(requests)
 
 
 def _allocation(request: Request) -> Allocation:

@@ -1,4 +1,7 @@
-"""Scheduling policies: in which order requests take of a step's tokens, and how much of each."""
+"""Scheduling policies: in which order requests take of a step's tokens, and how much of each.
+
+And how many there are to take, where a step must not take long.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +13,11 @@ import numpy.typing as npt
 from tokendance.engine.request import Request
 
 SlotFlags = npt.NDArray[np.bool_]
+
+# Of a pass that must not take long: fewer tokens cost hardly less, since all weights are read.
+_LEAST_TOKENS = 16
+_MOST_TOKENS = 2**20
+_FIRST_GUESS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,3 +84,25 @@ class DecodingFirst:
             if len(blocked):
                 positions = positions[: np.searchsorted(positions, blocked[0])]
         return Chunk(positions, len(positions))
+
+
+class Pace:
+    """How many tokens a pass may compute to take about so long, as the passes before it tell.
+
+    Attributes:
+        pass_s: seconds that it may take.
+        num_tokens: that it may compute.
+    """
+
+    def __init__(self) -> None:
+        """Begin with a guess."""
+        self.pass_s = 0.0
+        self.num_tokens = _FIRST_GUESS
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a pass; from one that is an exception no more than a factor of two."""
+        if 2 * num_tokens < self.num_tokens:
+            return  # a small pass says nothing of larger ones: what it takes is to read the weights
+        wanted = num_tokens * self.pass_s / max(seconds, 1e-6)
+        wanted = min(max(wanted, self.num_tokens / 2), 2 * self.num_tokens)
+        self.num_tokens = min(max(int(wanted), _LEAST_TOKENS), _MOST_TOKENS)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokendance.engine.request import Request, make_output
+from tokendance.engine.tenants import TenantRules
 from tokendance.errors import AbortedError
 from tokendance.fidelity.idle_shadows import IdleShadows
 from tokendance.llm import LLM
@@ -42,6 +43,13 @@ class Dispatcher:
     def __init__(self, llm: LLM, metrics: Metrics, settings: ServerSettings) -> None:
         """Run jobs on the engine of an LLM, which nothing else may use then."""
         self._engine = llm.engine
+        self._engine.set_tenants(
+            TenantRules(
+                num_tenants=max(1, len(settings.api_keys)),
+                reserved=settings.reserved_kv,
+                pass_s=settings.busy_pass_ms / 1000,
+            )
+        )
         self._shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
         self._discovery = DiscoveryConfig(recent_s=settings.recent)
         self.loader = Loader()

@@ -41,6 +41,11 @@ class ServerSettings:
         max_open_requests: requests that are answered at a time; more are told to come back. Half of
             them are divided among the keys, so that each has some that no other takes. A call of
             /v1/rounds counts as its agents, at most as many as one key has for itself.
+        reserved_kv: share of the KV memory (0 to 0.9) that is divided among the keys, so that each
+            has some that no other takes. Where there are several, what would need more than all but
+            the others' part is refused.
+        busy_pass_ms: while requests of several keys are computed, each forward pass is cut to take
+            about so many milliseconds, and divided among them, so that none waits long for others.
         max_body: largest body of a request, like 8MiB; larger ones are refused.
         max_body_objects: messages, parts, references and calls in a body, by their braces; more are
             refused. In a round in which all hear all, references are agents times agents, and
@@ -69,6 +74,8 @@ class ServerSettings:
     recent: float = 600.0
     drain: float = 30.0
     max_open_requests: int = 256
+    reserved_kv: float = 0.25
+    busy_pass_ms: float = 100.0
     max_body: Annotated[int | str, Parameter(metavar="SIZE")] = "8MiB"
     max_body_objects: int = 300_000
     body_timeout: float = 60.0
@@ -85,6 +92,8 @@ class ServerSettings:
             )
         check_range(self, 0, "port", most=65_535)
         check_range(self, 0, "window_ms", "window_share", "round_wait", "recent", "body_timeout")
+        check_range(self, 0, "busy_pass_ms")
+        check_range(self, 0, "reserved_kv", most=0.9)
         check_range(self, 0, "drain", most=MAX_DRAIN_S)
         check_range(self, 1, "max_body_bytes", "max_body_objects", "max_messages", "max_choices")
         check_range(self, 1, "max_open_requests", "default_max_tokens")
