@@ -25,11 +25,12 @@ from tokendance.engine.events import (
     StepDone,
 )
 from tokendance.engine.request import Request
+from tokendance.engine.tenants import TenantRules
 from tokendance.errors import EngineError, StepError
 from tokendance.executor.step import StepInput, StepOutput
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
-from tokendance.rounds.segments import EncodedPrompt
+from tokendance.rounds.segments import EncodedPrompt, Salt
 
 MakeLLM = Callable[..., LLM]
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -48,9 +49,15 @@ def round_of(agents: int, blocks: int = 3, own: int = 10) -> list[Prompt]:
     ]
 
 
-def add(llm: LLM, prompts: list[Prompt], params: SamplingParams = PARAMS) -> list[Request]:
+def add(
+    llm: LLM, prompts: list[Prompt], params: SamplingParams = PARAMS, tenant: str = ""
+) -> list[Request]:
     round_id = llm.engine.new_round_id()
     requests = [llm.make_request(prompt, params, round_id, "") for prompt in prompts]
+    if tenant:
+        encoder = llm.encoder.with_salt(Salt(tenant.encode()))
+        for request, prompt in zip(requests, prompts, strict=True):
+            request.prompt = encoder.encode(prompt)
     llm.engine.add(requests)
     return requests
 
@@ -386,7 +393,10 @@ def test_a_second_executor_works(fake: LoadedModel) -> None:
 
 
 class FakeMachine(RuleBasedStateMachine):
-    """Rounds come, run, fail, are aborted, with little memory; what is said stays what it is."""
+    """Rounds of two tenants come, run, fail, are aborted, with little memory.
+
+    What is said stays what it is.
+    """
 
     model: LoadedModel
 
@@ -401,6 +411,7 @@ class FakeMachine(RuleBasedStateMachine):
         )
         self.executor = FakeExecutor(320, VOCAB, SPECIALS)
         self.llm = LLM.from_loaded(self.model, options, executor=self.executor)
+        self.llm.engine.set_tenants(TenantRules(num_tenants=2, reserved=0.2, pass_s=0))
         self.live: list[Request] = []
         self.steps_at_failure = 0
 
@@ -410,9 +421,10 @@ class FakeMachine(RuleBasedStateMachine):
         shift=st.integers(0, 3),
         tokens=st.integers(1, 4),
         isolated=st.booleans(),
+        tenant=st.sampled_from("ab"),
     )
     def add_round(
-        self, agents: int, blocks: list[int], shift: int, tokens: int, isolated: bool
+        self, agents: int, blocks: list[int], shift: int, tokens: int, isolated: bool, tenant: str
     ) -> None:
         prompts = []
         for n in range(agents):
@@ -422,7 +434,7 @@ class FakeMachine(RuleBasedStateMachine):
             reuse = "exact" if isolated and n == 0 else None
             prompts.append(Prompt([*parts, private([7])], agent=str(n), reuse=reuse))
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        self.live += add(self.llm, prompts, params)
+        self.live += add(self.llm, prompts, params, tenant)
 
     @precondition(lambda self: self.llm.engine.has_work)
     @rule(steps=st.integers(1, 4), fails=st.booleans())

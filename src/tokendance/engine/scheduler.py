@@ -1,7 +1,8 @@
 """The scheduler: which requests run, and which tokens of them the next forward pass computes.
 
-It deals in integers and hashes. Requests are admitted in the order of their tenant's queue, when the
-pages for all they may ever need are there, so a running request never has to stop for memory.
+It deals in integers and hashes. Tenants take turns (`engine/tenants.py`). The requests of each are
+admitted in the order of its queue, when the pages for all they may ever need are there, so a
+running request never has to stop for memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -258,7 +259,11 @@ class Scheduler:
         return min(self._max_num_batched_tokens, max(self.pace.num_tokens, num_tenants))
 
     def _take(
-        self, tenant: Tenant, requests: Sequence[Request], share: int, step: dict[Request, Scheduled]
+        self,
+        tenant: Tenant,
+        requests: Sequence[Request],
+        share: int,
+        step: dict[Request, Scheduled],
     ) -> int:
         """Divide a tenant's share of a step among its requests; return what they cost of it."""
         left = share

@@ -1,11 +1,12 @@
 """Tenants: who waits, what each has used, and what is kept for each.
 
-A tenant is everybody whose prompts have one salt: in a server, whoever asks with one API key. Tenants
-share time and memory and nothing else, and whatever one asks for, each of the others has its part:
+A tenant is everybody whose prompts have one salt: in a server, whoever asks with one API key.
+Tenants share time and memory and nothing else, and whatever one asks for, each of the others has
+its part:
 
-    turns    each tenant has a queue of its own, first come first served. Who has used least is next.
-    passes   the tokens of a pass are divided among the tenants that run.
-    pages    a part is reserved for each tenant, the rest is first come, first served:
+    turns    each has a queue of its own, first come first served; who has used least is next
+    passes   while several run, passes are short, and their tokens are divided among them
+    pages    a part is reserved for each, the rest is first come, first served:
 
              KV memory   [ reserved | reserved | reserved |          for all          ]
 
