@@ -71,7 +71,9 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     room = _room(plan)
     library, over_http = (make_engine(model, settings.engine, "collective", room) for _ in range(2))
     max_open = max(256, 2 * plan.burst)
-    server = ServerSettings(served_name=_NAME, api_keys=_KEYS, max_open_requests=max_open)
+    server = ServerSettings(
+        served_name=_NAME, api_keys=_KEYS, max_open_requests=max_open, reserved_kv=0.0
+    )
     table = LiveTable(console, "the library, and the same over HTTP", _COLUMNS)
     with console.status("The people of the rounds write ..."):
         # What everybody says in each round; the people are those of the first.
