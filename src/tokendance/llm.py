@@ -17,7 +17,7 @@ from tokendance.disk.records import SessionKey
 from tokendance.disk.store import NO_BUDGET, DiskStore
 from tokendance.engine.figures import RoundFigures
 from tokendance.engine.request import Request, make_output
-from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
+from tokendance.errors import ConfigError, ContextError, PromptError, RoundError, TokenDanceError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import Executor
 from tokendance.fidelity.shadow import ShadowReport, Shadows
@@ -329,6 +329,7 @@ class LLM:
             in_round=in_round,
             isolated=prompt.reuse == "exact",
         )
+        request.num_dropped = prompt.dropped_tokens
         request.error = error or request.error
         return request
 
@@ -354,7 +355,7 @@ class LLM:
                 )
         max_context = self.model.shape.max_context
         if len(encoded) >= max_context:
-            error = PromptError(
+            error = ContextError(
                 f"The prompt of {name!r} has {len(encoded)} tokens, and the "
                 f"model's context holds {max_context}, the answer included. Shorten the prompt."
             )
