@@ -34,7 +34,6 @@ from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids
 from tokendance.tier.caches import SpokenCache
 
-
 # Ends a block that was cut.
 _CUT_MARK = " […]\n"
 # Tokens that are worth keeping of a block, before the mark.
@@ -179,6 +178,11 @@ class Conversation:
         self._max_history = max_history
         self._members: dict[str, _Member] = {}
         self._previous_blocks: tuple[Part, ...] = ()
+
+    def configure(self, params: SamplingParams | None, max_history: int | None) -> None:
+        """Change what is given, from the next round on."""
+        self._params = params or self._params
+        self._max_history = self._max_history if max_history is None else max_history
 
     # -- who takes part -----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@
     │   ├── CorruptFileError      a file in it is not what was written
     │   └── NotStoredError        a round was answered, and is not on disk (in outputs.py)
     ├── EngineError               the engine has failed and is given up
-    ├── UsageError                an LLM is called where it cannot be: after a fork, by itself
+    ├── UsageError                an LLM is called where it cannot be: after a fork, by its callback
     ├── BaselineError             the engine that we compare with is missing or failed
     └── RequestError              a request could not be finished; the others are unharmed
         ├── BudgetError           the KV budget cannot hold it
@@ -80,7 +80,7 @@ class EngineError(TokenDanceError):
 
 
 class UsageError(TokenDanceError, RuntimeError):
-    """An LLM is called where it cannot be: in a forked process, by its own callback, when served."""
+    """An LLM is called where it cannot be: after a fork, by its own callback, when it is served."""
 
 
 class BaselineError(TokenDanceError):
