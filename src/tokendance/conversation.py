@@ -19,6 +19,7 @@ Nothing here runs a model, reads a disk or starts a thread: `session.py` does th
 returns and `hear` takes.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,15 +30,10 @@ import numpy as np
 from tokendance.errors import ContextError, RoundError
 from tokendance.outputs import Output
 from tokendance.params import SamplingParams
-from tokendance.rounds.fitting import cut_evenly
+from tokendance.rounds.fitting import CUT_MARK, block_ids, cut_blocks
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids
 from tokendance.tier.caches import SpokenCache
-
-# Ends a block that was cut.
-_CUT_MARK = " […]\n"
-# Tokens that are worth keeping of a block, before the mark.
-_LEAST_KEPT = 8
 
 
 class TextEncoder(Protocol):
@@ -254,7 +250,8 @@ class Conversation:
         drafts = [self._draft(turn, blocks) for turn in turns]
         excess = max(draft.excess for draft in drafts)
         if excess > 0:
-            blocks, num_cut = self._cut(blocks, excess)
+            mark = self.encoder.text_ids(CUT_MARK).tolist()
+            blocks, num_cut = cut_blocks(blocks, excess, mark)
             drafts = [self._draft(turn, blocks) for turn in turns]
         for turn, draft in zip(turns, drafts, strict=True):
             if draft.excess > 0:
@@ -302,40 +299,30 @@ class Conversation:
         rounds, room = turn.member.rounds, self._max_context - turn.params.max_tokens
         if self._max_history is not None:
             rounds = rounds[max(0, len(rounds) - self._max_history) :]
-        num_whole = 0
-        while True:
-            agent = turn.member.agent
-            messages: list[Message] = [{"role": "system", "content": [private(agent.system)]}]
-            for past in rounds:
-                messages += past.messages()
-            messages.append(_user_message(blocks, turn.task))
-            prompt = Prompt(messages, agent=agent.name)
-            num_tokens = len(self.encoder.encode(prompt))
-            num_whole = num_whole or num_tokens
-            if not rounds or num_tokens <= room:
-                excess = num_tokens + turn.answer_tokens - self._max_context
-                return _Draft(prompt, num_tokens, len(rounds), num_whole - num_tokens, excess)
-            rounds = rounds[1:]
+        prompt, num_whole = self._prompt(turn, rounds, blocks)
+        num_tokens = num_whole
+        if num_whole > room and rounds:
+            num_forgotten = 1 + bisect_left(
+                range(1, len(rounds)),
+                True,
+                key=lambda num: self._prompt(turn, rounds[num:], blocks)[1] <= room,
+            )
+            rounds = rounds[num_forgotten:]
+            prompt, num_tokens = self._prompt(turn, rounds, blocks)
+        excess = num_tokens + turn.answer_tokens - self._max_context
+        return _Draft(prompt, num_tokens, len(rounds), num_whole - num_tokens, excess)
 
-    def _cut(self, blocks: tuple[Part, ...], excess: int) -> tuple[tuple[Part, ...], int]:
-        """Make blocks shorter by `excess` tokens; return them, and how many tokens they lost."""
-        mark = self.encoder.text_ids(_CUT_MARK).tolist()
-        contents = [_block_ids(block) for block in blocks]
-        lengths = [len(content) for content in contents]
-        room = max(0, sum(lengths) - excess)
-        kept: list[Part] = []
-        num_cut = 0
-        for block, content, length in zip(
-            blocks, contents, cut_evenly(lengths, room, len(mark) + _LEAST_KEPT), strict=True
-        ):
-            if length == len(content):
-                kept.append(block)
-                continue
-            num_words = max(0, length - len(mark))
-            num_cut += len(content) - num_words
-            if num_words:
-                kept.append(shared([*content[:num_words], *mark]))
-        return tuple(kept), num_cut
+    def _prompt(
+        self, turn: _Turn, rounds: Sequence[_PastRound], blocks: Sequence[Part]
+    ) -> tuple[Prompt, int]:
+        """An agent's prompt with these of its rounds, and its length."""
+        agent = turn.member.agent
+        messages: list[Message] = [{"role": "system", "content": [private(agent.system)]}]
+        for past in rounds:
+            messages += past.messages()
+        messages.append(_user_message(blocks, turn.task))
+        prompt = Prompt(messages, agent=agent.name)
+        return prompt, len(self.encoder.encode(prompt))
 
     def _words(self, output: Output) -> tuple[int, ...]:
         """What an agent said, as token ids that are safe in everybody's prompt."""
@@ -364,7 +351,7 @@ class Conversation:
             for part in past.previous_blocks
         ]
         unique = dict.fromkeys([*blocks, *self._previous_blocks])
-        return [as_token_ids(_block_ids(part)) for part in unique]
+        return [as_token_ids(block_ids(part)) for part in unique]
 
     def state(self) -> dict[str, Any]:
         """All that the next round needs but for KV and `round`, for JSON.
@@ -414,12 +401,6 @@ class Conversation:
             cache = SpokenCache(np.array(token_ids, np.int32), int(num_prompt))
             members[agent.name] = _Member(agent, rounds, cache)
         self._previous_blocks, self._members, self.round = rounds_blocks[0], members, round_number
-
-
-def _block_ids(block: Part) -> tuple[int, ...]:
-    """Token ids of a block, which is made of nothing else."""
-    assert isinstance(block.content, tuple)
-    return block.content
 
 
 def _user_message(blocks: Sequence[Part], task: str) -> Message:

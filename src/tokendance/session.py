@@ -52,6 +52,7 @@ class Session:
         *,
         key: SessionKey | None = None,
         tier: DiskTier | None = None,
+        ttl_s: float | None = None,
         turns: Turns | None = None,
     ) -> None:
         """Have a conversation answered and stored; `load` goes on with what is stored already.
@@ -61,6 +62,7 @@ class Session:
             run_round: answers the prompts in `run`.
             key: under which it is stored.
             tier: where it is stored; without it, or without a key, nowhere.
+            ttl_s: see `LLM.session()`.
             turns: of whoever runs the rounds; its own if left out.
         """
         self._conversation = conversation
@@ -69,7 +71,7 @@ class Session:
         self._turns = turns or Turns()
         self._num_stored: int | None = None  # rounds that are on disk; None if that is not certain
         self.key = key
-        self.ttl_s: float | None = None
+        self.ttl_s = ttl_s
 
     def configure(
         self,
