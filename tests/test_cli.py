@@ -149,7 +149,7 @@ def test_recorded_rounds_are_replayed(tokendance: Run, tmp_path: Path, model: st
     assert [o["text"] for o in document["outputs"]] == ["I go.", "I stay."]
 
 
-def test_a_prompt_that_is_too_long_harms_nobody(
+def test_an_agent_that_cannot_fit_is_named_before_anything_runs(
     tokendance: Run, tmp_path: Path, model: str
 ) -> None:
     long = [AGENTS[0], {**AGENTS[1], "persona": "x" * 600}]
@@ -158,11 +158,9 @@ def test_a_prompt_that_is_too_long_harms_nobody(
     done = tokendance("run", trace, "--model", model, "--rounds", "1", "--json", str(out))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "could not be run" in done.stderr
-    ann, bo = json.loads(out.read_text())["outputs"]
-    assert ann["error"] is None
-    assert ann["token_ids"]
-    assert "context holds 512" in bo["error"]
+    assert "The prompt of 'Bo' has" in done.stderr
+    assert "context holds 512" in done.stderr
+    assert json.loads(out.read_text())["outputs"] == []
 
 
 @pytest.mark.parametrize(

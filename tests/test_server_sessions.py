@@ -126,6 +126,7 @@ class FakeTier:
 
     def __init__(self) -> None:
         self.saved: list[str] = []
+        self.is_closed = False
         self.disk = SimpleNamespace(session=lambda _: None)
 
     def save(self, snapshot: SessionSnapshot, _: object = None) -> None:

@@ -80,6 +80,12 @@ def computed(results: list[RoundResult]) -> list[int]:
     return [result.stats.computed_tokens for result in results]
 
 
+def rounds_on_disk(llm: LLM) -> int:
+    assert llm.tier is not None
+    stored = llm.tier.disk.session(SessionKey("", "town"))
+    return stored.round if stored is not None else 0
+
+
 def test_a_session_goes_on_where_the_last_process_stopped(
     roomy: LoadedModel, tmp_path: Path
 ) -> None:
@@ -221,9 +227,9 @@ def test_a_store_that_fails_says_so_and_keeps_the_round_before(
             session.run("Speak.")
     assert len(raised.value.result.outputs) == 3  # nothing that was computed is lost
     llm.tier.disk.check_integrity()
-    assert llm.session("town").round == 1
+    assert rounds_on_disk(llm) == 1
     run(session, 1)  # and it goes on when there is room again
-    assert llm.session("town").round == 3
+    assert rounds_on_disk(llm) == 3
     llm.tier.disk.check_integrity()
     llm.close()
 

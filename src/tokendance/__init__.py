@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         BudgetError,
         ConfigError,
         ConstraintError,
+        ContextError,
         CorruptFileError,
         EngineError,
         InputError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         TokenDanceError,
         TraceError,
         UnsupportedModelError,
+        UsageError,
     )
     from tokendance.llm import LLM
     from tokendance.outputs import KVBytes, NotStoredError, Output, RoundResult, RoundStats
@@ -40,6 +42,7 @@ __all__ = [
     "BudgetError",
     "ConfigError",
     "ConstraintError",
+    "ContextError",
     "CorruptFileError",
     "EngineError",
     "InputError",
@@ -63,6 +66,7 @@ __all__ = [
     "TokenDanceError",
     "TraceError",
     "UnsupportedModelError",
+    "UsageError",
     "private",
     "shared",
     "strip_separator",

@@ -11,20 +11,26 @@ Each agent's prompt, in the model's own chat template:
 The blocks come in one order for all agents, so one owner serves all. Answers are carried on as
 token ids, so a conversation continues exactly where its KV ends.
 
+A prompt and its answer have to fit the model's context. Where they do not, an agent's oldest rounds
+go first. If that is not enough, the longest blocks of the last round are cut, for all agents alike
+and so that the one with the least room can read them: all still read the same.
+
 Nothing here runs a model, reads a disk or starts a thread: `session.py` does that with what `ask`
 returns and `hear` takes.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from tokendance.errors import RoundError
+from tokendance.errors import ContextError, RoundError
 from tokendance.outputs import Output
 from tokendance.params import SamplingParams
+from tokendance.rounds.fitting import CUT_MARK, block_ids, cut_blocks
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids
 from tokendance.tier.caches import SpokenCache
@@ -84,16 +90,55 @@ class Asked:
     """A round that has begun: for each agent, in their order, what it was asked.
 
     Attributes:
+        blocks: what was said last, as all of them read it.
         tasks: as given.
         prompts: with history.
         params: of the answers.
         remembered: rounds that the prompt holds; those before are forgotten.
     """
 
+    blocks: tuple[Part, ...]
     tasks: tuple[str, ...]
     prompts: list[Prompt]
     params: list[SamplingParams]
     remembered: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What an agent is asked in a round that is being made.
+
+    Attributes:
+        member: who.
+        task: what.
+        params: of the answer.
+        answer_tokens: room that the answer is sure to have.
+    """
+
+    member: _Member
+    task: str
+    params: SamplingParams
+    answer_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """An agent's prompt with as many of its rounds as fit.
+
+    Attributes:
+        prompt: without what it says of dropped tokens.
+        num_tokens: of it.
+        num_rounds: that it holds.
+        num_forgotten: tokens of rounds that it has no room for.
+        excess: tokens that it and its answer have too many though no round is left; none if not
+            above 0.
+    """
+
+    prompt: Prompt
+    num_tokens: int
+    num_rounds: int
+    num_forgotten: int
+    excess: int
 
 
 class Conversation:
@@ -116,8 +161,9 @@ class Conversation:
 
         Args:
             encoder: of the prompts.
-            max_context: most tokens of a prompt and its answer; the oldest rounds are forgotten
-                where they would be more.
+            max_context: most tokens of a prompt and its answer. Where they would be more, so that
+                an answer could not have its `max_tokens`, past rounds are forgotten; if it still
+                could not, or not half of the context if it wants more, the last one is cut.
             params: of every answer, if `ask` does not say otherwise.
             max_history: past rounds that agents remember; as many as fit if left out.
         """
@@ -128,6 +174,11 @@ class Conversation:
         self._max_history = max_history
         self._members: dict[str, _Member] = {}
         self._previous_blocks: tuple[Part, ...] = ()
+
+    def configure(self, params: SamplingParams | None, max_history: int | None) -> None:
+        """Change what is given, from the next round on."""
+        self._params = params or self._params
+        self._max_history = self._max_history if max_history is None else max_history
 
     # -- who takes part -----------------------------------------------------------------------
 
@@ -181,25 +232,45 @@ class Conversation:
 
         Raises:
             RoundError: if nobody is here, or an agent has no task.
+            ContextError: if an agent's own text leaves its answer no room.
+            PromptError: for text that cannot be encoded.
         """
         if not self._members:
             raise RoundError("The session has no agents. Let one join first.")
-        tasks: list[str] = []
-        prompts: list[Prompt] = []
-        chosen: list[SamplingParams] = []
-        remembered: list[int] = []
+        turns: list[_Turn] = []
         for name, member in self._members.items():
             own_task = task if isinstance(task, str) else task.get(name)
             if own_task is None:
                 raise RoundError(f"There is no task for {name!r}. Give one for every agent.")
             own_params = params.get(name) if isinstance(params, Mapping) else params
             own_params = own_params or self._params
-            prompt, num_rounds = self._prompt(member, own_task, own_params.max_tokens)
-            tasks.append(own_task)
-            prompts.append(prompt)
-            chosen.append(own_params)
-            remembered.append(num_rounds)
-        return Asked(tuple(tasks), prompts, chosen, tuple(remembered))
+            answer_tokens = min(own_params.max_tokens, self._max_context // 2)
+            turns.append(_Turn(member, own_task, own_params, answer_tokens))
+        blocks, num_cut = self._previous_blocks, 0
+        drafts = [self._draft(turn, blocks) for turn in turns]
+        excess = max(draft.excess for draft in drafts)
+        if excess > 0:
+            mark = self.encoder.text_ids(CUT_MARK).tolist()
+            blocks, num_cut = cut_blocks(blocks, excess, mark)
+            drafts = [self._draft(turn, blocks) for turn in turns]
+        for turn, draft in zip(turns, drafts, strict=True):
+            if draft.excess > 0:
+                raise ContextError(
+                    f"The prompt of {turn.member.agent.name!r} has {draft.num_tokens} tokens even "
+                    "without what was said before, and its answer is to have room for "
+                    f"{turn.answer_tokens}; the model's context holds {self._max_context}. Shorten "
+                    "its system text or its task, or lower its max_tokens."
+                )
+        return Asked(
+            blocks,
+            tuple(turn.task for turn in turns),
+            [
+                replace(draft.prompt, dropped_tokens=draft.num_forgotten + num_cut)
+                for draft in drafts
+            ],
+            [turn.params for turn in turns],
+            tuple(draft.num_rounds for draft in drafts),
+        )
 
     def hear(self, asked: Asked, outputs: Sequence[Output]) -> None:
         """Take what was said in a round.
@@ -216,29 +287,42 @@ class Conversation:
         ):
             words = self._words(output)
             del member.rounds[: len(member.rounds) - num_rounds]
-            member.rounds.append(_PastRound(self._previous_blocks, task, words))
+            member.rounds.append(_PastRound(asked.blocks, task, words))
             if output.error is None:
                 blocks.append(self._block(output.agent, words))
                 member.cache = SpokenCache.of(output.prompt_token_ids, output.token_ids)
         self._previous_blocks = tuple(blocks)
         self.round += 1
 
-    def _prompt(self, member: _Member, task: str, max_tokens: int) -> tuple[Prompt, int]:
+    def _draft(self, turn: _Turn, blocks: tuple[Part, ...]) -> _Draft:
         """Build an agent's prompt with as many of its rounds as are remembered and fit."""
-        rounds = member.rounds
+        rounds, room = turn.member.rounds, self._max_context - turn.params.max_tokens
         if self._max_history is not None:
             rounds = rounds[max(0, len(rounds) - self._max_history) :]
-        while True:
-            messages: list[Message] = [
-                {"role": "system", "content": [private(member.agent.system)]}
-            ]
-            for past in rounds:
-                messages += past.messages()
-            messages.append(_user_message(self._previous_blocks, task))
-            prompt = Prompt(messages, agent=member.agent.name)
-            if not rounds or len(self.encoder.encode(prompt)) + max_tokens <= self._max_context:
-                return prompt, len(rounds)
-            rounds = rounds[1:]
+        prompt, num_whole = self._prompt(turn, rounds, blocks)
+        num_tokens = num_whole
+        if num_whole > room and rounds:
+            num_forgotten = 1 + bisect_left(
+                range(1, len(rounds)),
+                True,
+                key=lambda num: self._prompt(turn, rounds[num:], blocks)[1] <= room,
+            )
+            rounds = rounds[num_forgotten:]
+            prompt, num_tokens = self._prompt(turn, rounds, blocks)
+        excess = num_tokens + turn.answer_tokens - self._max_context
+        return _Draft(prompt, num_tokens, len(rounds), num_whole - num_tokens, excess)
+
+    def _prompt(
+        self, turn: _Turn, rounds: Sequence[_PastRound], blocks: Sequence[Part]
+    ) -> tuple[Prompt, int]:
+        """An agent's prompt with these of its rounds, and its length."""
+        agent = turn.member.agent
+        messages: list[Message] = [{"role": "system", "content": [private(agent.system)]}]
+        for past in rounds:
+            messages += past.messages()
+        messages.append(_user_message(blocks, turn.task))
+        prompt = Prompt(messages, agent=agent.name)
+        return prompt, len(self.encoder.encode(prompt))
 
     def _words(self, output: Output) -> tuple[int, ...]:
         """What an agent said, as token ids that are safe in everybody's prompt."""
@@ -267,7 +351,7 @@ class Conversation:
             for part in past.previous_blocks
         ]
         unique = dict.fromkeys([*blocks, *self._previous_blocks])
-        return [as_token_ids(part.content) for part in unique]  # type: ignore[arg-type]
+        return [as_token_ids(block_ids(part)) for part in unique]
 
     def state(self) -> dict[str, Any]:
         """All that the next round needs but for KV and `round`, for JSON.

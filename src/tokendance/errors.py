@@ -6,13 +6,15 @@
     │   ├── ModelNotFoundError    no such folder, hub id or alias, or its files are broken
     │   └── UnsupportedModelError the shared-attention arithmetic does not hold for it
     ├── InputError
-    │   ├── PromptError           one prompt is empty, too long, or refused by the template
+    │   ├── PromptError           one prompt is empty, or refused by the template
+    │   │   └── ContextError      it does not fit the model's context
     │   ├── RoundError            the round as a whole is wrong: empty, a name twice
     │   └── TraceError            a line of a trace cannot be read
     ├── StoreError                a folder of sessions that cannot be used
     │   ├── CorruptFileError      a file in it is not what was written
     │   └── NotStoredError        a round was answered, and is not on disk (in outputs.py)
     ├── EngineError               the engine has failed and is given up
+    ├── UsageError                an LLM is called where it cannot be: after a fork, by its callback
     ├── BaselineError             the engine that we compare with is missing or failed
     └── RequestError              a request could not be finished; the others are unharmed
         ├── BudgetError           the KV budget cannot hold it
@@ -53,6 +55,10 @@ class PromptError(InputError):
     """One prompt is empty, too long, or refused by the chat template."""
 
 
+class ContextError(PromptError):
+    """One prompt, with room for its answer, does not fit the model's context."""
+
+
 class RoundError(InputError):
     """A round as a whole is wrong."""
 
@@ -71,6 +77,10 @@ class CorruptFileError(StoreError):
 
 class EngineError(TokenDanceError):
     """The engine has failed and is given up."""
+
+
+class UsageError(TokenDanceError, RuntimeError):
+    """An LLM is called where it cannot be: after a fork, by its own callback, when it is served."""
 
 
 class BaselineError(TokenDanceError):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -17,7 +18,7 @@ from tokendance.disk.records import SessionKey
 from tokendance.disk.store import NO_BUDGET, DiskStore
 from tokendance.engine.figures import RoundFigures
 from tokendance.engine.request import Request, make_output
-from tokendance.errors import ConfigError, PromptError, RoundError, TokenDanceError
+from tokendance.errors import ConfigError, ContextError, PromptError, RoundError, TokenDanceError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import Executor
 from tokendance.fidelity.shadow import ShadowReport, Shadows
@@ -40,6 +41,7 @@ from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Session
 from tokendance.store.entries import RoundId
 from tokendance.tier.tier import DiskTier
+from tokendance.turns import Turns, in_event_loop
 from tokendance.units import parse_bytes
 
 ParamsLike = SamplingParams | Sequence[SamplingParams] | None
@@ -59,6 +61,7 @@ class LLM:
         executor: holds the KV.
         shadows: mirrors that are kept to be computed again.
         tier: memory and disk, where sessions last; None without a store.
+        turns: calls from several threads and coroutines are served one after the other.
     """
 
     def __init__(
@@ -127,9 +130,11 @@ class LLM:
         self.engine, self.kv_store, self.executor = made.loop, made.store, made.executor
         self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)
         self.engine.observe(self._figures)
+        self.turns = Turns()
         self.shadows = Shadows(options.shadow)
         self.engine.attach(self.shadows)
         self.tier: DiskTier | None = None
+        self._sessions: WeakValueDictionary[SessionKey, Session] = WeakValueDictionary()
         if options.store is not None:
             self.open_store(Path(options.store), options.store_budget, int8=options.store_int8)
 
@@ -151,20 +156,21 @@ class LLM:
         Raises:
             StoreError: if it cannot be used, or holds KV of another model.
         """
-        disk = DiskStore(
-            folder,
-            identity_of(self.model),
-            compressed=int8,
-            budget=NO_BUDGET if budget is None else parse_bytes(budget),
-        )
-        self.tier = DiskTier(
-            self.kv_store,
-            self.executor,
-            disk,
-            bytes_per_token=self.engine.kv_bytes_per_token,
-            seconds_per_token=self.engine.seconds_per_token,
-        )
-        self.engine.attach(self.tier)
+        with self.turns.take():
+            disk = DiskStore(
+                folder,
+                identity_of(self.model),
+                compressed=int8,
+                budget=NO_BUDGET if budget is None else parse_bytes(budget),
+            )
+            self.tier = DiskTier(
+                self.kv_store,
+                self.executor,
+                disk,
+                bytes_per_token=self.engine.kv_bytes_per_token,
+                seconds_per_token=self.engine.seconds_per_token,
+            )
+            self.engine.attach(self.tier)
 
     def generate(
         self,
@@ -185,14 +191,21 @@ class LLM:
         """
         if isinstance(prompts, str | Prompt):
             prompts = [prompts]
-        round_id = self.engine.new_round_id()
-        requests = [
-            self.make_request(prompt, own_params, round_id, f"prompt {index}", in_round=False)
-            for index, (prompt, own_params) in enumerate(self._pair(prompts, params))
-        ]
-        if requests:
-            self._run(requests, None)
-        return [make_output(request) for request in requests]
+        with self.turns.take():
+            round_id = self.engine.new_round_id()
+            requests = [
+                self.make_request(prompt, own_params, round_id, f"prompt {index}", in_round=False)
+                for index, (prompt, own_params) in enumerate(self._pair(prompts, params))
+            ]
+            if requests:
+                self._run(requests, None)
+            return [make_output(request) for request in requests]
+
+    async def agenerate(
+        self, prompts: str | Prompt | Sequence[PromptLike], params: ParamsLike = None
+    ) -> list[Output]:
+        """Do what `generate` does while the event loop goes on; see `arun_round`."""
+        return await self.turns.in_background(lambda: self.generate(prompts, params))
 
     def run_round(
         self,
@@ -235,14 +248,29 @@ class LLM:
         ]
         for request in requests:
             request.session = session
-        self._figures.watch(round_id, time.perf_counter())
-        try:
-            self._run(requests, progress)
-        except BaseException:
-            self._figures.forget(round_id)
-            raise
-        outputs = tuple(make_output(request) for request in requests)
-        return RoundResult(outputs, self._figures.take(round_id))
+        with self.turns.take():
+            self._figures.watch(round_id, time.perf_counter())
+            try:
+                self._run(requests, progress)
+            except BaseException:
+                self._figures.forget(round_id)
+                raise
+            outputs = tuple(make_output(request) for request in requests)
+            return RoundResult(outputs, self._figures.take(round_id))
+
+    async def arun_round(
+        self,
+        prompts: Sequence[PromptLike],
+        params: ParamsLike = None,
+        progress: Progress | None = None,
+    ) -> RoundResult:
+        """Do what `run_round` does while the event loop goes on.
+
+        Several at a time are run one after the other. If the awaiting task is cancelled, the round
+        is taken back at the end of its step. `progress` is called in the event loop.
+        """
+        told = in_event_loop(progress)
+        return await self.turns.in_background(lambda: self.run_round(prompts, params, told))
 
     def session(
         self,
@@ -257,9 +285,11 @@ class LLM:
 
         Args:
             name: of the session. With a `store`, each round is on disk when it is done, and a
-                session of this name goes on where it stopped, in this process or a later one.
+                session of this name goes on where it stopped, in this process or a later one. One
+                that is still in use here is shared: who asks for it again gets the same object.
             agents: who is there at first; of a session that goes on, those who are new.
-            params: of every answer, if a round does not say otherwise.
+            params: of every answer, if a round does not say otherwise. Of a session that is shared,
+                this and what follows holds from now on if it is given.
             max_history: past rounds that agents remember; as many as fit the context if left out.
             ttl_s: seconds after its last round in which it is sure to be kept; for ever if left
                 out.
@@ -268,23 +298,32 @@ class LLM:
             InputError: for a name that cannot be.
             StoreError: if what is stored cannot be read.
         """
-        conversation = Conversation(
-            self.encoder, self.model.shape.max_context, params=params, max_history=max_history
-        )
         key = SessionKey("", name) if name is not None else None
-        session = Session(conversation, self.run_round, key=key, tier=self.tier, ttl_s=ttl_s)
-        session.load()
-        for agent in agents:
-            if session.round == 0 or agent.name not in {here.name for here in session.agents}:
-                session.join(agent)
-        return session
+        with self.turns.take():
+            session = self._sessions.get(key) if key is not None else None
+            if session is None:
+                conversation = Conversation(self.encoder, self.model.shape.max_context)
+                session = Session(
+                    conversation, self.run_round, key=key, tier=self.tier, turns=self.turns
+                )
+                session.load()
+                if key is not None and self.tier is not None:
+                    self._sessions[key] = session
+            session.configure(params=params, max_history=max_history, ttl_s=ttl_s)
+            here = {agent.name for agent in session.agents}
+            for agent in agents:
+                if agent.name not in here:
+                    session.join(agent)
+            return session
 
     def close(self) -> None:
-        """Let others use the store. An LLM without one needs no closing."""
-        if self.tier is not None:
-            self.engine.detach(self.tier)
-            self.tier.close()
-            self.tier = None
+        """Let others use the store, where its sessions end. An LLM without one needs no closing."""
+        with self.turns.take():
+            if self.tier is not None:
+                self.engine.detach(self.tier)
+                self.tier.close()
+                self.tier = None
+                self._sessions.clear()
 
     def check_shadow(self) -> ShadowReport | None:
         """Compute one mirror again, exactly, and compare; None if none waits.
@@ -292,15 +331,16 @@ class LLM:
         With `shadow=P`, a share P of mirrors waits for this after each round. It costs a whole
         prompt, so call it when there is nothing else to do.
         """
-        request = self.shadows.next_request(self.engine.new_round_id())
-        if request is None:
-            return None
-        try:
-            self._run([request], None)
-        except BaseException:
-            self.shadows.put_back(request)
-            raise
-        report = self.shadows.finish(request)
+        with self.turns.take():
+            request = self.shadows.next_request(self.engine.new_round_id())
+            if request is None:
+                return None
+            try:
+                self._run([request], None)
+            except BaseException:
+                self.shadows.put_back(request)
+                raise
+            report = self.shadows.finish(request)
         if request.error is not None:
             raise request.error
         return report
@@ -329,6 +369,7 @@ class LLM:
             in_round=in_round,
             isolated=prompt.reuse == "exact",
         )
+        request.num_dropped = prompt.dropped_tokens
         request.error = error or request.error
         return request
 
@@ -354,7 +395,7 @@ class LLM:
                 )
         max_context = self.model.shape.max_context
         if len(encoded) >= max_context:
-            error = PromptError(
+            error = ContextError(
                 f"The prompt of {name!r} has {len(encoded)} tokens, and the "
                 f"model's context holds {max_context}, the answer included. Shorten the prompt."
             )
@@ -388,31 +429,14 @@ class LLM:
 
     def _run(self, requests: list[Request], progress: Progress | None) -> None:
         """Run requests until all are done; take them back if the caller is interrupted."""
-        self.engine.add(requests)
         try:
-            while any(request.finish_reason is None for request in requests):
-                self.engine.tick()
-                if progress is not None:
-                    _report(requests, progress)
+            with self.turns.driving():
+                self.engine.run(requests, progress, self.turns.check_stop)
         except BaseException:
-            for request in requests:
-                self.engine.abort(request)
             for session in {request.session for request in requests}:
                 if self.tier is not None and session is not None:
                     self.tier.give_up(session)
             raise
-
-
-def _report(requests: Sequence[Request], progress: Progress) -> None:
-    ended = sum(request.finish_reason is not None for request in requests)
-    begun = sum(
-        request.finish_reason is not None or request.first_token_s is not None
-        for request in requests
-    )
-    if begun < len(requests):
-        progress("prefill", begun)
-    else:
-        progress("decode", ended)
 
 
 def _read_correction(options: EngineOptions, model: str, dtype: torch.dtype) -> CorrectionPolicy:

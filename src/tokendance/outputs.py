@@ -30,6 +30,8 @@ class Output:
         reused_tokens: prompt tokens whose KV was there already; the rest of `prompt_tokens`.
         corrected_tokens: of the computed ones, shared tokens that had KV and were computed afresh.
         logprobs: float32 (vocabulary,) for each generated token, if asked for.
+        dropped_tokens: of what was said before, in a session: those that the prompt had to leave
+            out this time, because it would not have fitted the model's context.
     """
 
     agent: str
@@ -44,6 +46,7 @@ class Output:
     corrected_tokens: int
     stopped_by_text: bool = False
     logprobs: tuple[Tensor, ...] = ()
+    dropped_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class RoundStats:
         prefill_s: seconds from the round's start to the last agent's first token.
         decode_s: seconds from there to the end of the round.
         kv_bytes: see there.
+        dropped_tokens: see `Output`.
     """
 
     agents: int
@@ -85,6 +89,7 @@ class RoundStats:
     prefill_s: float
     decode_s: float
     kv_bytes: KVBytes
+    dropped_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ from typing import Protocol
 
 from tokendance.conversation import Agent, Asked, Conversation
 from tokendance.disk.records import SessionKey, StoredSession
-from tokendance.errors import StoreError
+from tokendance.errors import CorruptFileError, StoreError
 from tokendance.outputs import NotStoredError, Output, Progress, RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.tier.caches import SessionSnapshot
 from tokendance.tier.loader import Restored, Restoring
 from tokendance.tier.tier import DiskTier
+from tokendance.turns import Turns, in_event_loop
 
 
 class RoundRunner(Protocol):
@@ -52,6 +53,7 @@ class Session:
         key: SessionKey | None = None,
         tier: DiskTier | None = None,
         ttl_s: float | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Have a conversation answered and stored; `load` goes on with what is stored already.
 
@@ -61,12 +63,27 @@ class Session:
             key: under which it is stored.
             tier: where it is stored; without it, or without a key, nowhere.
             ttl_s: see `LLM.session()`.
+            turns: of whoever runs the rounds; its own if left out.
         """
         self._conversation = conversation
         self._run_round = run_round
         self._tier = tier if key is not None else None
+        self._turns = turns or Turns()
+        self._num_stored: int | None = None  # rounds that are on disk; None if that is not certain
         self.key = key
         self.ttl_s = ttl_s
+
+    def configure(
+        self,
+        *,
+        params: SamplingParams | None = None,
+        max_history: int | None = None,
+        ttl_s: float | None = None,
+    ) -> None:
+        """Change what is given, from the next round on; see `LLM.session()`."""
+        with self._turns.take():
+            self._conversation.configure(params, max_history)
+            self.ttl_s = self.ttl_s if ttl_s is None else ttl_s
 
     # -- who takes part -----------------------------------------------------------------------
 
@@ -91,7 +108,8 @@ class Session:
         Raises:
             RoundError: if an agent of that name is here.
         """
-        self._conversation.join(agent)
+        with self._turns.take():
+            self._conversation.join(agent)
 
     def leave(self, name: str) -> None:
         """Let an agent go; its last words are still heard.
@@ -99,7 +117,8 @@ class Session:
         Raises:
             RoundError: if there is none of that name.
         """
-        self._conversation.leave(name)
+        with self._turns.take():
+            self._conversation.leave(name)
 
     @contextmanager
     def provisional(self) -> Iterator[None]:
@@ -131,17 +150,33 @@ class Session:
 
         Raises:
             RoundError: if nobody is here, or an agent has no task.
+            ContextError: if an agent's own text leaves no room for its answer.
             NotStoredError: if the round is not on disk; it has what was answered.
         """
-        asked = self.ask(task, params)
-        self.restore()
-        result = self._run_round(asked.prompts, asked.params, progress, session=self.key)
-        self.hear(asked, result.outputs)
-        try:
-            self.save()
-        except StoreError as error:
-            raise NotStoredError(str(error), result) from error
-        return result
+        with self._turns.take():
+            asked = self.ask(task, params)
+            self.restore()
+            result = self._run_round(asked.prompts, asked.params, progress, session=self.key)
+            self.hear(asked, result.outputs)
+            try:
+                self.save()
+            except StoreError as error:
+                raise NotStoredError(str(error), result) from error
+            return result
+
+    async def arun(
+        self,
+        task: str | Mapping[str, str],
+        params: SamplingParams | Mapping[str, SamplingParams] | None = None,
+        progress: Progress | None = None,
+    ) -> RoundResult:
+        """Do what `run` does while the event loop goes on; see `LLM.arun_round()`.
+
+        If the awaiting task is cancelled, the session has not heard the round, unless all of it had
+        been answered.
+        """
+        told = in_event_loop(progress)
+        return await self._turns.in_background(lambda: self.run(task, params, told))
 
     def ask(
         self,
@@ -165,7 +200,9 @@ class Session:
         Raises:
             StoreError: if it cannot be read.
         """
-        if (stored := self._stored()) is None:
+        stored = self._stored()
+        self._num_stored = stored.round if stored is not None else 0
+        if stored is None:
             return
         try:
             self._conversation.load_state(json.loads(stored.state), stored.round)
@@ -197,9 +234,26 @@ class Session:
         return self._tier.restoring(stored, self._conversation.encoder.salt)
 
     def _stored(self) -> StoredSession | None:
+        """What is on disk of it.
+
+        Raises:
+            StoreError: if that cannot be read, or is what another has said under this name.
+        """
         if self._tier is None or self.key is None:
             return None
-        return self._tier.disk.session(self.key)
+        if self._tier.is_closed:
+            raise StoreError(
+                f"The store of the session {self.key.name!r} is closed. Open it again, and then "
+                "the session."
+            )
+        stored = self._tier.disk.session(self.key)
+        known = self._num_stored
+        if stored is not None and known is not None and stored.round != known:
+            raise StoreError(
+                f"Somebody else has gone on with the session {self.key.name!r}: {stored.round} of "
+                f"its rounds are stored, and only {known} are known here. Open it again."
+            )
+        return stored
 
     def save(self) -> None:
         """Make what was said, and the KV of it, durable.
@@ -209,6 +263,11 @@ class Session:
         """
         if self._tier is None or self.key is None:
             return
+        try:
+            stored = self._stored()
+        except CorruptFileError:
+            stored = None  # what is stored now is whole
+        self._num_stored = None
         self._tier.save(
             SessionSnapshot(
                 self.key,
@@ -218,5 +277,7 @@ class Session:
                 shared_segments=self._conversation.remembered_blocks(),
                 salt=self._conversation.encoder.salt,
                 ttl_s=self.ttl_s,
-            )
+            ),
+            stored,
         )
+        self._num_stored = self.round

@@ -4,6 +4,7 @@ It is an SQLite file. What its tables are is in `schema.py`, and how a session b
 in `rows.py`.
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -32,6 +33,14 @@ class SessionIndex:
     def close(self) -> None:
         """Let go of it."""
         self._database.close()
+
+    def leave_to_parent(self) -> None:
+        """Never close it, in a process that was forked.
+
+        SQLite forbids that: to close it might undo what the parent is about to write. So it gets a
+        reference that nobody gives back, also at the end of the process.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._database))
 
     # -- looking ------------------------------------------------------------------------------
 

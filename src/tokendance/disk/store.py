@@ -18,6 +18,7 @@ import contextlib
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -87,6 +88,7 @@ class DiskStore:
             except BaseException:
                 os.close(self._lock)
                 raise
+        _open_stores.add(self)
 
     def _prepare_folder(self, *, may_make: bool) -> None:
         if not (self.folder / "index.sqlite").exists():
@@ -111,8 +113,17 @@ class DiskStore:
 
     def close(self) -> None:
         """Let others open it."""
+        _open_stores.discard(self)
         self.index.close()
         os.close(self._lock)
+
+    def leave_to_parent(self) -> None:
+        """Keep nothing of it in a process that was forked; nothing else may be called there then.
+
+        The lock is the parent's for as long as the parent wants it, and no longer.
+        """
+        os.close(self._lock)
+        self.index.leave_to_parent()
 
     def __enter__(self) -> "DiskStore":
         return self
@@ -260,3 +271,15 @@ def _take_lock(path: Path) -> int:
     os.ftruncate(handle, 0)
     os.write(handle, str(os.getpid()).encode())
     return handle
+
+
+_open_stores: "weakref.WeakSet[DiskStore]" = weakref.WeakSet()
+
+
+def _leave_stores_to_parent() -> None:
+    for store in list(_open_stores):
+        store.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):  # where processes can be forked
+    os.register_at_fork(after_in_child=_leave_stores_to_parent)

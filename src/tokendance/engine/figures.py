@@ -67,6 +67,7 @@ class RoundFigures:
                 dense=num_tokens * self._kv_bytes_per_token,
                 resident=watched.resident_pages * self._page_bytes,
             ),
+            dropped_tokens=sum(output.dropped_tokens for output in outputs),
         )
 
     def forget(self, round_id: RoundId) -> None:

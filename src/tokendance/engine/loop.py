@@ -7,7 +7,7 @@ to be done between two steps hangs on the loop: shadows, and writing to disk in 
 import itertools
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from tokendance.engine.request import Request
 from tokendance.engine.tenants import TenantRules
 from tokendance.errors import EngineError, StepError
 from tokendance.options import EngineOptions
+from tokendance.outputs import Progress
 from tokendance.rounds.discovery import EarlierPrompt
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt
 from tokendance.store.entries import RoundId
@@ -167,6 +168,32 @@ class EngineLoop:
                 log.exception("what hangs on the loop has failed, and is called no more")
                 self.detach(attachment)
 
+    def run(
+        self,
+        requests: Sequence[Request],
+        progress: Progress | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Add requests, and tick until they are done.
+
+        Args:
+            requests: to run, beside all others that wait or run.
+            progress: told after each tick how many of them are done with a phase.
+            check: called after each tick; these requests are taken back if it raises, as they are
+                if `progress` does, or an interrupt comes.
+        """
+        self.add(requests)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self.tick()
+                check()
+                if progress is not None:
+                    _report(requests, progress)
+        except BaseException:
+            for request in requests:
+                self.abort(request)
+            raise
+
     # -- KV -------------------------------------------------------------------------------------
 
     def seconds_per_token(self) -> float | None:
@@ -201,3 +228,15 @@ class EngineLoop:
     def check_integrity(self) -> None:
         """Assert that page counts, indexes and running requests agree."""
         self._engine.check_integrity()
+
+
+def _report(requests: Sequence[Request], progress: Progress) -> None:
+    ended = sum(request.finish_reason is not None for request in requests)
+    begun = sum(
+        request.finish_reason is not None or request.first_token_s is not None
+        for request in requests
+    )
+    if begun < len(requests):
+        progress("prefill", begun)
+    else:
+        progress("decode", ended)

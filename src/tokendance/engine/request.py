@@ -44,6 +44,7 @@ class Request:
         isolated: computed whole, in forward passes of its own.
         publishes: whether others may reuse what it computes.
         session: that keeps what it reads, if one does.
+        num_dropped: tokens that were left out of the prompt so that it fits.
         seed: of its random numbers.
         stop_ids: tokens that end it.
         constraint: what its answer has to look like.
@@ -83,6 +84,7 @@ class Request:
     isolated: bool = False
     publishes: bool = True
     session: SessionKey | None = None
+    num_dropped: int = 0
     seed: int = 0
     stop_ids: Collection[int] = frozenset()
     constraint: Constraint | None = None
@@ -223,6 +225,7 @@ def make_output(request: Request) -> Output:
         corrected_tokens=0 if failed or request.plan is None else request.plan.num_corrected,
         stopped_by_text=request.stopped_by_text,
         logprobs=tuple(torch.from_numpy(distribution) for distribution in kept),
+        dropped_tokens=0 if failed else request.num_dropped,
     )
 
 

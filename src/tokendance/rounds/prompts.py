@@ -92,12 +92,14 @@ class Prompt:
             models whose chat template lists them.
         reuse: "exact" computes this prompt whole and in passes of its own, so that the answer is
             the same to the bit whatever else runs; None does as the engine does.
+        dropped_tokens: that were left out so that it fits, for the figures; a session counts them.
     """
 
     content: str | Sequence[int] | Sequence[Part] | Sequence[Message]
     agent: str | None = None
     reuse: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    dropped_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.reuse not in (None, "exact"):

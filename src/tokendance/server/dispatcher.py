@@ -11,6 +11,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from tokendance.engine.request import Request, make_output
 from tokendance.engine.tenants import TenantRules
@@ -42,7 +43,7 @@ class Dispatcher:
 
     def __init__(self, llm: LLM, metrics: Metrics, settings: ServerSettings) -> None:
         """Run jobs on the engine of an LLM, which nothing else may use then."""
-        self._engine = llm.engine
+        self._engine, self._turns = llm.engine, llm.turns
         self._engine.set_tenants(
             TenantRules(
                 num_tenants=max(1, len(settings.api_keys)),
@@ -61,6 +62,16 @@ class Dispatcher:
         self._now = 0.0
         self._engine.observe(metrics)
         self._engine.attach(self._shadows)
+
+    def driving(self) -> AbstractContextManager[None]:
+        """Keep all others from the engine, whose calls are refused meanwhile.
+
+        Raises:
+            UsageError: in a process that was forked, or if another server has the engine.
+        """
+        return self._turns.take(
+            refusal="A server runs this LLM. Send it your requests, or make another LLM for them."
+        )
 
     # -- jobs come and go -----------------------------------------------------------------------
 

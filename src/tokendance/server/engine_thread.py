@@ -146,18 +146,20 @@ class EngineThread:
     # -- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            while not self._dispatcher.is_stopped:
-                self._read_inbox()
-                self._dispatcher.tick(time.perf_counter())
-        except BaseException as error:
-            self.failure = error
-            log.exception("the engine has failed; nothing is served any more")
-        finally:
-            with self._gate:
-                self._is_closed = True
-            self._take_last_commands()
-            self._dispatcher.give_up()
+        with contextlib.ExitStack() as turn:
+            try:
+                turn.enter_context(self._dispatcher.driving())
+                while not self._dispatcher.is_stopped:
+                    self._read_inbox()
+                    self._dispatcher.tick(time.perf_counter())
+            except BaseException as error:
+                self.failure = error
+                log.exception("the engine has failed; nothing is served any more")
+            finally:
+                with self._gate:
+                    self._is_closed = True
+                self._take_last_commands()
+                self._dispatcher.give_up()
 
     def _read_inbox(self) -> None:
         """Run all commands in the inbox; wait for one if there is nothing else to do."""

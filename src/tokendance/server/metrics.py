@@ -28,6 +28,9 @@ class Metrics:
         self._computed = counter("computed_tokens", "Of these, computed.")
         self._reused = counter("reused_tokens", "Of these, not computed: their KV was there.")
         self._corrected = counter("corrected_tokens", "Of the computed, shared and corrected.")
+        self._dropped = counter(
+            "dropped_tokens", "Of what was said in sessions, left out of prompts to make them fit."
+        )
         self._generated = counter("generated_tokens", "Tokens of answers.")
         self._requests = counter("requests", "Requests by how they ended.", ["reason"])
         self._first_token = histogram(
@@ -95,6 +98,7 @@ class Metrics:
         self._computed.inc(output.computed_tokens)
         self._reused.inc(output.reused_tokens)
         self._corrected.inc(output.corrected_tokens)
+        self._dropped.inc(output.dropped_tokens)
         self._generated.inc(len(output.token_ids))
         if event.first_token_s is None:
             return

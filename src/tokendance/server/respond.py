@@ -109,6 +109,7 @@ class Endpoint(ABC, Generic[Body]):
         body: Sampling,
         prompts: Sequence[EncodedPrompt],
         *,
+        agent: str = "the client",
         first: int = 0,
         constraint: GrammarConstraint | None = None,
         marked: bool = False,
@@ -118,6 +119,7 @@ class Endpoint(ABC, Generic[Body]):
         Args:
             body: of the request, or of an agent of a round.
             prompts: its prompts.
+            agent: whose they are, unless `body.round` says it.
             first: index of the first answer; the others follow.
             constraint: on each answer.
             marked: see `Job`.
@@ -131,7 +133,7 @@ class Endpoint(ABC, Generic[Body]):
         choices = [
             sampling_params(body, settings, vocab_size, choice) for choice in range(body.n or 1)
         ]
-        agent, key, size, session = "the client", None, None, None
+        key, size, session = None, None, None
         if body.round is not None:
             salt = prompts[0].salt
             agent = body.round.agent or agent

@@ -143,12 +143,16 @@ class TextChunk(_Document):
 
 
 class AgentAnswer(BaseModel):
-    """What an agent of a round says; who ends last may have to warn that it is not stored."""
+    """What an agent of a round says; who ends last may have to warn that it is not stored.
+
+    `dropped_tokens` is there in a session: tokens of what was said before that did not fit.
+    """
 
     agent: str
     message: AnswerMessage
     finish_reason: FinishReason
     usage: Usage
+    dropped_tokens: int = 0
     warning: str | None = None
 
 

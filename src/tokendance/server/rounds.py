@@ -9,8 +9,9 @@
 
 The answer has an entry for each agent, in the order of the request; a stream has an event for each
 agent when it is done. An agent that fails has an `error`, and the others are not affected. With a
-session the server keeps the conversation, and agents have tasks only: see `server/sessions.py`. If
-such a round cannot be stored, the entry of the agent that ends last has a `warning`.
+session the server keeps the conversation, and agents have tasks only: see `server/sessions.py`. The
+`dropped_tokens` of an agent are then those that it could not hear, since they did not fit the
+context. If such a round cannot be stored, the entry of the agent that ends last has a `warning`.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from tokendance.conversation import Asked
-from tokendance.errors import AbortedError, InputError
+from tokendance.errors import AbortedError, ContextError, InputError
 from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt, private, shared
@@ -88,6 +89,8 @@ class RoundEndpoint(Endpoint[RoundRequest]):
         async for index, output in self.listener.outputs(len(self.jobs)):
             outputs[index] = output
             entry = _entry(self.body.agents[index].agent, output)
+            if self.body.session is not None and isinstance(entry, AgentAnswer):
+                entry.dropped_tokens = output.dropped_tokens
             if len(outputs) == len(self.jobs) and (warning := await self.end(outputs)):
                 entry.warning = warning
             yield index, entry
@@ -100,9 +103,8 @@ class RoundEndpoint(Endpoint[RoundRequest]):
                 raise bad_request(f"{name} goes with the round, not with an agent.", name)
         if (agent.n or 1) > 1:
             raise bad_request("An agent of a round has one answer.", "n")
-        self.add_jobs(agent, [prompt], first=index, marked=True)
-        # Errors of the engine name the agent, and the session looks for it in the output.
-        self.jobs[index].request.agent = agent.agent
+        # Errors name the agent, and the session looks for it in the output.
+        self.add_jobs(agent, [prompt], agent=agent.agent, first=index, marked=True)
 
 
 class LoneRound(RoundEndpoint):
@@ -153,6 +155,8 @@ class SessionRound(RoundEndpoint):
             raise bad_request("A session knows what was said; leave blocks out.", "blocks")
         try:
             jobs = await self.read_on_thread()
+        except ContextError as error:
+            raise bad_request(str(error), "agents", "context_length_exceeded") from error
         except InputError as error:
             raise bad_request(str(error), "agents") from error
         await self.context.engine_thread.restore(self._session)
@@ -178,7 +182,8 @@ class SessionRound(RoundEndpoint):
         for prompt in self._asked.prompts:
             index = indices[prompt.agent or ""]
             self.add_job(index, self.encoder.encode(prompt))
-            self.jobs[index].request.session = self._session.key
+            request = self.jobs[index].request
+            request.session, request.num_dropped = self._session.key, prompt.dropped_tokens
 
     async def end(self, outputs: dict[int, Output]) -> str | None:
         """Add the answers to the session, and save it to disk."""

@@ -28,6 +28,7 @@ class DiskTier:
     Attributes:
         disk: the store.
         bytes_on_disk: of KV, when it was last looked at; may be read on any thread.
+        is_closed: whether `close` was called; all that reads or writes fails then.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DiskTier:
         """
         self.disk = disk
         self.bytes_on_disk = disk.num_bytes
+        self.is_closed = False
         cost = ReadCost(bytes_per_token, seconds_per_token)
         row_bytes = bytes_per_token + _POSITION_BYTES
         self._levels = Levels(store, memory, disk, SlotFiles(store), cost, row_bytes)
@@ -107,6 +109,7 @@ class DiskTier:
 
     def close(self) -> None:
         """Close the store; files that have no name in it are removed."""
+        self.is_closed = True
         try:
             self._background.close()
         finally:
