@@ -11,6 +11,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -366,6 +367,46 @@ def test_a_disk_that_is_full_harms_nothing(tmp_path: Path) -> None:
             assert store.index.session_keys() == [TOWN]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def told_as_a_user(folder: Path, identity: dict[str, str] | None) -> str:
+    """What opening a store says to a user who may only read it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            DiskStore(folder, identity)
+        except StoreError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading, encoding="utf-8") as pipe:
+        return pipe.read()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_folder_that_cannot_be_written_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # which others may look into
+        folder = Path(temporary) / "s"
+        Path(temporary).chmod(0o555)
+        assert "Permission denied" in told_as_a_user(folder, IDENTITY)
+        Path(temporary).chmod(0o755)
+        with DiskStore(folder, IDENTITY) as store:
+            save(store, TOWN, 1, {"ann": [1]})
+        before = tree(folder)
+        for part in ("", "kv", "lock", "index.sqlite"):
+            for path in (folder, *folder.iterdir()):
+                path.chmod(0o777)
+            (folder / part).chmod(0o555)
+            for identity in (IDENTITY, None):
+                said = told_as_a_user(folder, identity)
+                assert f"{folder / part} may not be written by this user" in said
+        folder.chmod(0o777)
+        assert tree(folder) == before
 
 
 def hold_index(folder: Path) -> subprocess.Popen[str]:

@@ -40,6 +40,12 @@ def check_folder(folder: Path, *, may_make: bool) -> None:
     for name in (LOCK, INDEX, *_JOURNALS):
         _check_kind(folder / name, is_folder=False)
     _check_kind(folder / KV, is_folder=True)
+    for path in (folder, folder / LOCK, folder / INDEX, folder / KV):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise StoreError(
+                f"{path} may not be written by this user. Let it write there, or give --store "
+                "another folder."
+            )
     index = folder / INDEX
     if index.exists() and index.stat().st_size > 0:
         if _is_another_programs(index):
