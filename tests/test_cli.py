@@ -176,6 +176,8 @@ def test_a_prompt_that_is_too_long_harms_nobody(
         (["run", "--dtype", "float8", "--model", "MODEL"], "float8"),
         (["run", "--reuse", "some"], "some"),
         (["run", "--json", "/no/such/folder/x.json"], "cannot be written"),
+        (["run", "--json", "/dev/full"], "No space left on device"),
+        (["bench", "decode", "--json", "/dev/full"], "No space left on device"),
         (["run", "--reuse", "prefix", "--correction", "all"], "--reuse collective"),
         (["run", "--correction", "none", "--first-k", "2", "--model", "MODEL"], "first_k"),
         (["run", "--correction", "hkvd", "--model", "MODEL"], "'hkvd'"),
@@ -413,3 +415,18 @@ def test_an_interrupt_keeps_what_is_done(
     assert done.returncode == 130
     assert "Interrupted after 1 rounds" in done.stdout
     assert len(json.loads(out.read_text())["rounds"]) == 1
+
+
+@pytest.mark.parametrize("command", [["run"], ["models", "--prepare", "x"], ["calibrate", "x"]])
+def test_an_interrupt_while_a_model_is_loaded_is_a_word(
+    tokendance: Run, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module in ("llm", "commands.models", "commands.calibrate"):
+        monkeypatch.setattr(f"tokendance.{module}.load_model", interrupt)
+    done = tokendance(*command)
+    assert done.returncode == 130
+    assert "nterrupted" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
