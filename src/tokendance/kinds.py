@@ -37,6 +37,8 @@ def check_kinds(settings: Any) -> None:
     kinds = _kinds_of(type(settings))  # type: ignore[arg-type]  # all classes can be hashed
     for name, kind in kinds.items():
         value = getattr(settings, name)
+        if type(value) is kind:  # the usual case, and the quick one
+            continue
         made = _plain(value, kind)
         if not _fits(made, kind):
             raise ConfigError(f"{name} is {reprlib.repr(value)}. Give {_say(kind)}.")
@@ -68,10 +70,17 @@ def _plain(value: object, kind: Any) -> object:
     if not tuples or isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         return value
     item_kind = get_args(tuples[0])[0]
+    if isinstance(value, tuple) and _are_all(value, item_kind):
+        return value
     try:
         return tuple(_plain(item, item_kind) for item in value)
     except TypeError:  # it only seemed that it could be iterated
         return value
+
+
+def _are_all(values: tuple[object, ...], kind: Any) -> bool:
+    """Whether all are of a kind itself; quick, where there are thousands."""
+    return set(map(type, values)) <= {kind}
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -84,7 +93,7 @@ def _fits(value: object, kind: Any) -> bool:
         if not isinstance(value, tuple):
             return False
         if arguments[-1] is ...:
-            return all(_fits(item, arguments[0]) for item in value)
+            return _are_all(value, arguments[0]) or all(_fits(item, arguments[0]) for item in value)
         return len(value) == len(arguments) and all(map(_fits, value, arguments))
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
