@@ -430,3 +430,29 @@ def test_an_interrupt_while_a_model_is_loaded_is_a_word(
     assert done.returncode == 130
     assert "nterrupted" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_while_a_round_is_saved_loses_nothing(
+    tokendance: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokendance.disk.records import SessionKey
+    from tokendance.disk.store import DiskStore
+
+    commit, interrupts = DiskStore.commit, iter([False, True])
+
+    def interrupted(self: DiskStore, *arguments: Any, **named: Any) -> None:
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        commit(self, *arguments, **named)
+
+    monkeypatch.setattr(DiskStore, "commit", interrupted)
+    trace = write_trace(tmp_path / "t.jsonl", *AGENTS)
+    options = ["--model", model, "--max-tokens", "3", "--session", "town", "--rounds", "3"]
+    done = tokendance("run", trace, *options, "--store", str(tmp_path / "s"))
+    assert done.returncode == 130
+    with DiskStore(tmp_path / "s", None) as store:
+        session = store.session(SessionKey("", "town"))
+        assert session is not None
+        assert session.round == 2
+        assert store.verify() == []
+        store.check_integrity()

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 from rich.console import Console
@@ -54,6 +54,13 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
     _check_settings(settings, options, trace)
     with console.status(f"Loading {escape(settings.model)} ..."):
         llm = LLM(settings.model, options)
+    with closing(llm):
+        _play(llm, trace, settings, console)
+
+
+def _play(llm: LLM, trace: Trace, settings: RunSettings, console: Console) -> None:
+    """Run the rounds of a trace, and show and write what came of them."""
+    options = llm.engine.options
     console.print(
         f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, {reuse_name(llm)}, "
@@ -173,6 +180,10 @@ def _live(
                 result = session.run(task, params, report)
             except NotStoredError as error:
                 yield number, error.result
+                raise
+            except KeyboardInterrupt:
+                if session.round == number:  # it was heard, and the interrupt came while saving
+                    session.save()
                 raise
         yield number, result
 
