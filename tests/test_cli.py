@@ -174,6 +174,8 @@ def test_an_agent_that_cannot_fit_is_named_before_anything_runs(
         (["run", "--dtype", "float8", "--model", "MODEL"], "float8"),
         (["run", "--reuse", "some"], "some"),
         (["run", "--json", "/no/such/folder/x.json"], "cannot be written"),
+        (["run", "--json", "/dev/full"], "No space left on device"),
+        (["bench", "decode", "--json", "/dev/full"], "No space left on device"),
         (["run", "--reuse", "prefix", "--correction", "all"], "--reuse collective"),
         (["run", "--correction", "none", "--first-k", "2", "--model", "MODEL"], "first_k"),
         (["run", "--correction", "hkvd", "--model", "MODEL"], "'hkvd'"),
@@ -411,3 +413,44 @@ def test_an_interrupt_keeps_what_is_done(
     assert done.returncode == 130
     assert "Interrupted after 1 rounds" in done.stdout
     assert len(json.loads(out.read_text())["rounds"]) == 1
+
+
+@pytest.mark.parametrize("command", [["run"], ["models", "--prepare", "x"], ["calibrate", "x"]])
+def test_an_interrupt_while_a_model_is_loaded_is_a_word(
+    tokendance: Run, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module in ("llm", "commands.models", "commands.calibrate"):
+        monkeypatch.setattr(f"tokendance.{module}.load_model", interrupt)
+    done = tokendance(*command)
+    assert done.returncode == 130
+    assert "nterrupted" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_while_a_round_is_saved_loses_nothing(
+    tokendance: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokendance.disk.records import SessionKey
+    from tokendance.disk.store import DiskStore
+
+    commit, interrupts = DiskStore.commit, iter([False, True])
+
+    def interrupted(self: DiskStore, *arguments: Any, **named: Any) -> None:
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        commit(self, *arguments, **named)
+
+    monkeypatch.setattr(DiskStore, "commit", interrupted)
+    trace = write_trace(tmp_path / "t.jsonl", *AGENTS)
+    options = ["--model", model, "--max-tokens", "3", "--session", "town", "--rounds", "3"]
+    done = tokendance("run", trace, *options, "--store", str(tmp_path / "s"))
+    assert done.returncode == 130
+    with DiskStore(tmp_path / "s", None) as store:
+        session = store.session(SessionKey("", "town"))
+        assert session is not None
+        assert session.round == 2
+        assert store.verify() == []
+        store.check_integrity()

@@ -4,11 +4,16 @@ import itertools
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import sqlite3
 import stat
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -314,23 +319,311 @@ def test_a_full_disk_harms_nothing(store: DiskStore, monkeypatch: pytest.MonkeyP
     store.check_integrity()
 
 
-def test_who_only_looks_at_the_index_does_no_harm(store: DiskStore) -> None:
-    """A backup that reads it while a round is stored: that round is not, and all others are."""
+def grow(store: DiskStore, seeds: list[int]) -> None:
+    """Store sessions until that cannot be done any more; the index grows with each."""
+    for number in range(500):
+        save(store, SessionKey("", f"{seeds} {number}"), 2, {"ann": seeds})
+
+
+def test_a_limit_of_the_size_of_files_harms_nothing(store: DiskStore) -> None:
     save(store, TOWN, 1, {"ann": [1]})
-    store.index._database.execute("PRAGMA busy_timeout = 50")
-    other = sqlite3.connect(store.index.path, isolation_level=None)
-    other.execute("BEGIN")
-    other.execute("SELECT count(*) FROM sessions").fetchone()
-    for _ in range(2):
-        with pytest.raises(StoreError, match="another program"):
-            save(store, TOWN, 2, {"ann": [1, 2]})
-        stored = store.session(TOWN)
-        assert stored is not None
-        assert stored.round == 1
-    other.execute("COMMIT")
-    other.close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for largest, seeds in ((1_000, [2]), (60_000, [])):  # of files of KV, and of the index
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+        try:
+            with pytest.raises(StoreError, match=r"ulimit -f") as told:
+                grow(store, seeds)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "unharmed" in str(told.value)
+        store.check_integrity()
+        assert store.verify() == []
     save(store, TOWN, 2, {"ann": [1, 2]})
+    stored = store.session(TOWN)
+    assert stored is not None
+    assert stored.round == 2
+
+
+def test_a_disk_that_is_full_harms_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+        pytest.skip("needs a right to mount")
+    try:
+        with DiskStore(disk / "s", IDENTITY) as store:
+            save(store, TOWN, 1, {"ann": [1]})
+            for seeds in ([2], []):  # files of KV, then the index
+                with pytest.raises(StoreError, match=r"disk of .* is full"):
+                    grow(store, seeds)
+                store.check_integrity()
+                assert store.verify() == []
+            for key in store.index.session_keys():
+                if key != TOWN:
+                    assert store.remove(key)
+            save(store, TOWN, 2, {"ann": [1, 2]})
+        with DiskStore(disk / "s", IDENTITY) as store:
+            assert store.verify() == []
+            assert store.index.session_keys() == [TOWN]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def told_as_a_user(folder: Path, identity: dict[str, str] | None) -> str:
+    """What opening a store says to a user who may only read it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            DiskStore(folder, identity)
+        except StoreError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading, encoding="utf-8") as pipe:
+        return pipe.read()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_folder_that_cannot_be_written_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as temporary:  # which others may look into
+        folder = Path(temporary) / "s"
+        Path(temporary).chmod(0o555)
+        assert "Permission denied" in told_as_a_user(folder, IDENTITY)
+        Path(temporary).chmod(0o755)
+        with DiskStore(folder, IDENTITY) as store:
+            save(store, TOWN, 1, {"ann": [1]})
+        before = tree(folder)
+        for part in ("", "kv", "lock", "index.sqlite"):
+            for path in (folder, *folder.iterdir()):
+                path.chmod(0o777)
+            (folder / part).chmod(0o555)
+            for identity in (IDENTITY, None):
+                said = told_as_a_user(folder, identity)
+                assert f"{folder / part} may not be written by this user" in said
+        folder.chmod(0o777)
+        assert tree(folder) == before
+
+
+def hold_index(folder: Path) -> subprocess.Popen[str]:
+    """Another program that holds the index until its input ends; it says whether it got it."""
+    code = (
+        "import sqlite3, sys\n"
+        "index = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+        "try:\n"
+        "    index.execute('BEGIN EXCLUSIVE')\n"
+        "    print('held', flush=True)\n"
+        "except sqlite3.OperationalError as error:\n"
+        "    print(error, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code, str(folder / "index.sqlite")]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+def test_no_other_program_can_hold_the_index_of_an_open_store(store: DiskStore) -> None:
+    save(store, TOWN, 1, {"ann": [1]})
+    # Who is refused in this process takes no lock away.
+    with pytest.raises(StoreError, match="in use"):
+        DiskStore(store.folder, IDENTITY)
+    with hold_index(store.folder) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "database is locked\n"
+        save(store, TOWN, 2, {"ann": [1, 2]})
+        other.communicate()
     assert store.index.session_keys() == [TOWN]
+    (timeout,) = store.index._database.execute("PRAGMA busy_timeout").fetchone()
+    assert timeout == 0  # and if one could, nobody would wait for it
+
+
+def test_a_store_whose_index_is_held_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokendance.disk.schema._LOCKED_S", 0.01)
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        save(store, TOWN, 1, {"ann": [1]})
+    with hold_index(tmp_path / "s") as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(StoreError, match="in use by another program"):
+            DiskStore(tmp_path / "s", IDENTITY)
+        other.communicate()
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        assert store.session(TOWN) is not None
+
+
+def test_a_clock_that_is_set_back_makes_nothing_old(tmp_path: Path) -> None:
+    now = 1e9
+    size = len(rows_of(0).keys.tobytes()) * 2 + 1200
+    with DiskStore(tmp_path / "s", IDENTITY, budget=3 * size, clock=lambda: now) as store:
+        for name, time_s in (("first", 1e9), ("second", 500.0), ("third", 600.0)):
+            now = time_s
+            file, written = store.write(rows_of(1))
+            store.commit(
+                SessionKey("", name), round_number=1, state=b"", files={file: written},
+                caches={"ann": cache_of([(file, 20)])}, ttl_s=60.0,
+            )  # fmt: skip
+        now = 1e9 + 50
+        assert store.remove_expired() == []
+        assert [key.name for key in store.index.keys_with_kv()] == ["first", "second", "third"]
+
+
+def test_files_that_are_named_outlast_an_interrupt(store: DiskStore) -> None:
+    file, written = store.write(rows_of(1))
+    store.commit(
+        TOWN, round_number=1, state=b"", caches={"ann": cache_of([(file, 20)])},
+        files={file: written},
+    )  # fmt: skip
+    other, unnamed = store.write(rows_of(2))
+    store.discard({file: written, other: unnamed})  # as who was interrupted after the commit does
+    store.check_integrity()
+    assert store.verify() == []
+
+
+# -- what is not the store's own ------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, str | bytes]:
+    """All that is under a folder: contents of files, and where links lead."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def link_lock(folder: Path, mine: Path) -> None:
+    (folder / "lock").symlink_to(mine / "letter")
+
+
+def link_hard(folder: Path, mine: Path) -> None:
+    (mine / "empty").touch()
+    (folder / "lock").hardlink_to(mine / "empty")
+
+
+def link_nowhere(folder: Path, mine: Path) -> None:
+    (folder / "lock").symlink_to(mine / "new")
+
+
+def write_lock(folder: Path, _: Path) -> None:
+    (folder / "lock").write_text("do not touch")
+
+
+def make_pipe(folder: Path, _: Path) -> None:
+    os.mkfifo(folder / "lock")
+
+
+def link_kv(folder: Path, mine: Path) -> None:
+    (folder / "kv").symlink_to(mine)
+
+
+def fill_kv(folder: Path, _: Path) -> None:
+    (folder / "kv").mkdir()
+    (folder / "kv" / "letter").write_text("mine")
+
+
+def link_index(folder: Path, mine: Path) -> None:
+    (folder / "index.sqlite").symlink_to(mine / "new")
+
+
+def link_journal(folder: Path, mine: Path) -> None:
+    (folder / "index.sqlite").touch()
+    (folder / "index.sqlite-journal").symlink_to(mine / "letter")
+
+
+def other_index(folder: Path, mine: Path) -> None:
+    with sqlite3.connect(folder / "index.sqlite") as index:
+        index.execute("CREATE TABLE letters (text)")
+    index.close()
+    fill_kv(folder, mine)
+
+
+def empty_index(folder: Path, _: Path) -> None:
+    (folder / "index.sqlite").touch()
+    (folder / "letter").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        link_lock, link_hard, link_nowhere, write_lock, make_pipe, link_kv, fill_kv, link_index,
+        link_journal, other_index, empty_index,
+    ],
+)  # fmt: skip
+def test_nothing_that_is_not_the_stores_own_is_touched(
+    tmp_path: Path, prepare: Callable[[Path, Path], None]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter").write_text("mine")
+    (mine / f"{'0' * 32}.safetensors").write_text("mine, too")
+    (tmp_path / "s").mkdir()
+    prepare(tmp_path / "s", mine)
+    before = tree(tmp_path)
+    for identity in (IDENTITY, None):
+        with pytest.raises(StoreError, match="--store"):
+            DiskStore(tmp_path / "s", identity)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("prepare", [link_lock, link_kv])
+def test_what_was_put_into_a_store_is_left_alone(
+    tmp_path: Path, prepare: Callable[[Path, Path], None]
+) -> None:
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        save(store, TOWN, 1, {"ann": [1]})
+        (file,) = store.index.file_ids()
+        name = store.index.file(file).name
+    # Files of others stay, also in its own folders, and it opens.
+    for place in (tmp_path / "s", tmp_path / "s" / "kv"):
+        (place / "letter").write_text("mine")
+        (place / f"{'0' * 32}.txt").write_text("mine")
+    before = tree(tmp_path)
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        assert store.num_leftovers == 0
+        assert store.verify() == []
+    assert tree(tmp_path) == before
+    # Nor is a link followed that stands in a file's place, though it leads to the right bytes.
+    path = tmp_path / "s" / "kv" / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        (problem,) = store.verify()
+        assert problem.file is not None
+        store.forget_file(problem.file)
+        assert not path.is_symlink()
+    assert (tmp_path / "elsewhere").exists()
+    # Nor one in the place of what it is made of.
+    shutil.move(tmp_path / "s" / "kv", tmp_path / "mine")
+    (tmp_path / "mine" / "letter").write_text("mine")
+    (tmp_path / "s" / "lock").unlink()
+    prepare(tmp_path / "s", tmp_path / "mine")
+    before = tree(tmp_path)
+    with pytest.raises(StoreError, match="link"):
+        DiskStore(tmp_path / "s", IDENTITY)
+    assert tree(tmp_path) == before
+
+
+def test_an_index_that_names_files_elsewhere_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("mine")
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        save(store, TOWN, 1, {"ann": [1]})
+    with sqlite3.connect(tmp_path / "s" / "index.sqlite") as index:
+        index.execute("UPDATE files SET name = '../../letter'")
+    index.close()
+    with DiskStore(tmp_path / "s", IDENTITY) as store:
+        (problem,) = store.verify()
+        assert "not named as such files are" in problem.text
+        store.remove(TOWN)
+    assert (tmp_path / "letter").read_text() == "mine"
 
 
 def test_what_sqlite_takes_back_by_itself_is_told_as_it_is(store: DiskStore) -> None:
@@ -382,7 +675,7 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     with DiskStore(tmp_path / "s", IDENTITY) as store:
         save(store, TOWN, 1, {"ann": [1]})
         store.write(rows_of(2))  # never named
-        (store.folder / "kv" / "abc.tmp").write_bytes(b"half")
+        (store.folder / "kv" / f"{'0' * 32}.safetensors.tmp").write_bytes(b"half")
     with DiskStore(tmp_path / "s", IDENTITY) as store:
         assert store.num_leftovers == 2
         store.check_integrity()

@@ -4,6 +4,7 @@ Options are the fields of dataclasses, whose docstrings are the help: `EngineOpt
 settings of each command. What commands do is in `commands/`, imported when it is needed.
 """
 
+import contextlib
 import re
 import sys
 import tomllib
@@ -19,6 +20,7 @@ from rich.text import Text
 from tokendance import __version__
 from tokendance.bench.settings import BenchOutputs, BenchSettings, Size, SuiteName
 from tokendance.commands.settings import RunSettings
+from tokendance.commands.streams import standard_streams
 from tokendance.errors import ConfigError, TokenDanceError
 from tokendance.options import DEFAULT_MODEL, EngineOptions
 from tokendance.server.settings import ServerSettings
@@ -59,6 +61,7 @@ app = App(
     help_format="markdown",
     default_parameter=Parameter(negative_iterable=()),
     exit_on_error=False,
+    suppress_keyboard_interrupt=False,
     print_error=False,
     result_action="return_value",
 )
@@ -260,14 +263,31 @@ def rm(name: str, /, *, store: Store) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends with one sentence and exit code 2."""
+    """Run the command line.
+
+    A user's mistake ends with one sentence and exit code 2, an interrupt with code 130.
+    """
+    if code := _run():
+        sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command line; return its exit code."""
     try:
-        app(sys.argv[1:])
+        with standard_streams():
+            app(sys.argv[1:])
     except (TokenDanceError, CycloptsError) as error:
-        complain(error)
-        sys.exit(2)
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("Interrupted.")
+        return 130
+    except BrokenPipeError:  # whoever read the output has read enough
+        return 1
+    return 0
 
 
-def complain(error: TokenDanceError | CycloptsError) -> None:
-    """Write an error to standard error, without markup of its own."""
-    Console(stderr=True).print(Text.assemble(("tokendance: ", "bold red"), str(error)))
+def _complain(sentence: str) -> None:
+    """Write a sentence to standard error, without markup of its own."""
+    with contextlib.suppress(OSError):  # nobody can be told then
+        Console(stderr=True).print(Text.assemble(("tokendance: ", "bold red"), sentence))

@@ -28,8 +28,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from tokendance.errors import ContextError, RoundError
+from tokendance.kinds import check_kinds
 from tokendance.outputs import Output
-from tokendance.params import SamplingParams
+from tokendance.params import SamplingParams, check_params
 from tokendance.rounds.fitting import CUT_MARK, block_ids, cut_blocks
 from tokendance.rounds.prompts import Message, Part, Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids
@@ -59,6 +60,9 @@ class Agent:
 
     name: str
     system: str
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +174,17 @@ class Conversation:
         self.encoder = encoder
         self.round = 0
         self._max_context = max_context
-        self._params = params or SamplingParams()
+        self._params = SamplingParams() if params is None else params
+        check_params(self._params)
         self._max_history = max_history
         self._members: dict[str, _Member] = {}
         self._previous_blocks: tuple[Part, ...] = ()
 
     def configure(self, params: SamplingParams | None, max_history: int | None) -> None:
         """Change what is given, from the next round on."""
-        self._params = params or self._params
+        if params is not None:
+            check_params(params)
+            self._params = params
         self._max_history = self._max_history if max_history is None else max_history
 
     # -- who takes part -----------------------------------------------------------------------
@@ -231,10 +238,19 @@ class Conversation:
             params: for all agents, or by name; those of the conversation where left out.
 
         Raises:
+            ConfigError: if they are something else.
             RoundError: if nobody is here, or an agent has no task.
             ContextError: if an agent's own text leaves its answer no room.
             PromptError: for text that cannot be encoded.
         """
+        all_params = params.values() if isinstance(params, Mapping) else [params]
+        for given in all_params:
+            if given is not None:
+                check_params(given)
+        if not isinstance(task, str | Mapping):
+            raise RoundError(
+                f"A task is a {type(task).__name__}. Give a text, or one for each agent by name."
+            )
         if not self._members:
             raise RoundError("The session has no agents. Let one join first.")
         turns: list[_Turn] = []

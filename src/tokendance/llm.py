@@ -1,6 +1,7 @@
 """The offline entry: load a model, run prompts and rounds."""
 
 import itertools
+import reprlib
 import secrets
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from tokendance.executor.step import Executor
 from tokendance.fidelity.shadow import ShadowReport, Shadows
 from tokendance.fidelity.table import table_path
 from tokendance.fidelity.target import FidelityTarget
+from tokendance.kinds import is_number
 from tokendance.models.encoder import PromptEncoder
 from tokendance.models.identity import identity_of
 from tokendance.models.loader import (
@@ -35,7 +37,7 @@ from tokendance.models.loader import (
 )
 from tokendance.options import EngineOptions
 from tokendance.outputs import Output, Progress, RoundResult
-from tokendance.params import SamplingParams
+from tokendance.params import SamplingParams, check_params
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
 from tokendance.rounds.segments import EncodedPrompt, make_salt
 from tokendance.session import Session
@@ -189,7 +191,7 @@ class LLM:
         Returns:
             One output per prompt. A prompt that cannot be run has its `error` set.
         """
-        if isinstance(prompts, str | Prompt):
+        if isinstance(prompts, str | Prompt) or not isinstance(prompts, Sequence):
             prompts = [prompts]
         with self.turns.take():
             round_id = self.engine.new_round_id()
@@ -231,7 +233,7 @@ class LLM:
         Raises:
             RoundError: for a round without prompts, or two agents of one name.
         """
-        if isinstance(prompts, str | Prompt):
+        if isinstance(prompts, str | Prompt) or not isinstance(prompts, Sequence):
             raise RoundError("A round is a list of prompts, one per agent. Put yours into a list.")
         if not prompts:
             raise RoundError("The round is empty. Give it at least one prompt.")
@@ -296,8 +298,16 @@ class LLM:
 
         Raises:
             InputError: for a name that cannot be.
+            ConfigError: for other values that cannot be.
             StoreError: if what is stored cannot be read.
         """
+        for setting, value, is_fit, wanted in (
+            ("agents", agents, _are_agents(agents), "a list of Agents"),
+            ("max_history", max_history, isinstance(max_history, int | None), "a whole number"),
+            ("ttl_s", ttl_s, ttl_s is None or is_number(ttl_s), "a number of seconds"),
+        ):
+            if not is_fit:
+                raise ConfigError(f"{setting} is {reprlib.repr(value)}. Give {wanted}.")
         key = SessionKey("", name) if name is not None else None
         with self.turns.take():
             session = self._sessions.get(key) if key is not None else None
@@ -420,6 +430,8 @@ class LLM:
     ) -> list[tuple[Prompt, SamplingParams]]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        for own_params in params if isinstance(params, Sequence) else [params]:
+            check_params(own_params)
         if len(params) != len(prompts):
             raise ConfigError(
                 f"There are {len(prompts)} prompts and {len(params)} sampling parameters. "
@@ -437,6 +449,10 @@ class LLM:
                 if self.tier is not None and session is not None:
                     self.tier.give_up(session)
             raise
+
+
+def _are_agents(agents: object) -> bool:
+    return isinstance(agents, Sequence) and all(isinstance(agent, Agent) for agent in agents)
 
 
 def _read_correction(options: EngineOptions, model: str, dtype: torch.dtype) -> CorrectionPolicy:

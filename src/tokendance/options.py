@@ -20,6 +20,7 @@ from tokendance.collector.correction import (
     read_correction,
 )
 from tokendance.errors import ConfigError
+from tokendance.kinds import check_kinds, is_number
 from tokendance.units import parse_bytes
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
@@ -80,6 +81,7 @@ class EngineOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.reuse not in REUSE_MODES:
             raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
         if self.attention not in ATTENTION_NAMES:
@@ -88,10 +90,10 @@ class EngineOptions:
             )
         check_range(self, 0, "shadow", most=1)
         check_range(self, 1, "page_size", "max_reuse_rounds", "max_num_batched_tokens", "threads")
-        if self.kv_budget is not None and parse_bytes(self.kv_budget) < 1:
+        if self.kv_budget is not None and parse_bytes(self.kv_budget, "kv_budget") < 1:
             raise ConfigError(f"kv_budget is {self.kv_budget}. Give 1 byte or more.")
         if self.store_budget is not None:
-            parse_bytes(self.store_budget)
+            parse_bytes(self.store_budget, "store_budget")
         self._check_correction()
         if self.shadow and not self.reuses_segments:
             raise ConfigError(
@@ -192,7 +194,9 @@ def check_range(options: object, least: float, *names: str, most: float | None =
     """
     for name in names:
         value = getattr(options, name)
-        if value is None or (value >= least and (most is None or value <= most)):
+        if value is None or (
+            is_number(value) and value >= least and (most is None or value <= most)
+        ):
             continue
         allowed = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
         raise ConfigError(f"{name} is {value}. Give {allowed}.")

@@ -1,8 +1,13 @@
 """Sampling parameters: how a request's tokens are chosen, and when it ends."""
 
+import math
+import reprlib
 from dataclasses import dataclass
 
 from tokendance.errors import ConfigError
+from tokendance.kinds import check_kinds
+
+MAX_TOP_LOGPROBS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +27,7 @@ class SamplingParams:
             For replaying recorded answers and for scoring.
         keep_logprobs: keep the log-probabilities of the whole vocabulary for every token.
         top_logprobs: keep the log-probability of every token, and of so many likeliest ones in its
-            place; None keeps none.
+            place, at most 1000; None keeps none.
         logit_bias: (token, bias) pairs; added to the logits.
     """
 
@@ -40,22 +45,41 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         checks = {
             "max_tokens": (self.max_tokens >= 1, "1 or more"),
             "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "stop": (
-                not isinstance(self.stop, str) and all(self.stop),
-                "a tuple of texts that are not empty",
+            "stop": (all(self.stop), "a list of texts that are not empty"),
+            "top_logprobs": (
+                self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+                f"0 to {MAX_TOP_LOGPROBS}",
             ),
-            "top_logprobs": (self.top_logprobs is None or self.top_logprobs >= 0, "0 or more"),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),
             "forced_tokens": (
                 self.forced_tokens is None or len(self.forced_tokens) > 0,
                 "not empty",
             ),
+            "logit_bias": (
+                all(token < 2**31 and math.isfinite(bias) for token, bias in self.logit_bias),
+                "a list of pairs of a token and a finite number",
+            ),
         }
         for name, (holds, rule) in checks.items():
             if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}. It must be {rule}.")
+                value = reprlib.repr(getattr(self, name))
+                raise ConfigError(f"{name} is {value}. It must be {rule}.")
+
+
+def check_params(params: object) -> None:
+    """Make sure that something is sampling parameters.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(
+            f"params has {reprlib.repr(params)}, a {type(params).__name__}. Give SamplingParams, "
+            "such as SamplingParams(max_tokens=32)."
+        )

@@ -3,6 +3,7 @@
 All raise a ConfigError if it is not installed.
 """
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from tokendance.bench.suite import Row, SuiteResult
 from tokendance.errors import ConfigError
+from tokendance.results import write_result
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; each with a shape of its own.
 _STYLES = {
@@ -146,5 +148,7 @@ def _figure(path: Path, title: str) -> Iterator[Any]:
     yield axes
     axes.set_title(title, fontsize=11)
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, format="svg")
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg")
     plt.close(figure)
+    write_result(path, drawing.getvalue(), "Give another path.")

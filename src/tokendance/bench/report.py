@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokendance.bench.settings import VLLM_SUITES, BenchSettings
 from tokendance.bench.suite import Row, SuiteResult, describe_machine
+from tokendance.results import write_result
 
 
 def write_report(results: Sequence[SuiteResult], settings: BenchSettings, folder: Path) -> Path:
@@ -24,7 +25,7 @@ def write_report(results: Sequence[SuiteResult], settings: BenchSettings, folder
             lines += ["", *_table(rows)]
         lines += ["", *(f"- {note}" for note in result.notes)]
     path = folder / "report.md"
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_result(path, "\n".join(lines).rstrip() + "\n", "Give --out another path.")
     return path
 
 

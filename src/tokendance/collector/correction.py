@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ class Reuse:
     num_blocks: int
 
 
+@runtime_checkable
 class CorrectionPolicy(Protocol):
     """Chooses which tokens of reused segments are computed afresh. Immutable."""
 

@@ -15,8 +15,8 @@ from tokendance.bench.plots import NO_MATPLOTLIB
 from tokendance.bench.report import write_report
 from tokendance.bench.settings import SUITES, VLLM_SUITES, BenchOutputs, BenchSettings, SuiteName
 from tokendance.bench.suite import SuiteResult
-from tokendance.commands.settings import check_writable
 from tokendance.errors import ConfigError
+from tokendance.results import check_writable, write_result
 
 
 class _SuiteModule(Protocol):
@@ -98,7 +98,7 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
         raise ConfigError(NO_MATPLOTLIB)
     for option, path in (("--json", outputs.json), ("--plot", outputs.plot)):
         if path is not None:
-            check_writable(path, option)
+            check_writable(path, f"Give {option} another path.")
     if outputs.out is not None:
         try:
             outputs.out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
             raise ConfigError(
                 f"{outputs.out} cannot be made: {error.strerror}. Give --out another path."
             ) from error
-        check_writable(outputs.out / "report.md", "--out")
+        check_writable(outputs.out / "report.md", "Give --out another path.")
 
 
 def _print_headline(result: SuiteResult, console: Console) -> None:
@@ -125,7 +125,7 @@ def _write(
         json_file = outputs.out / f"{result.suite}.json"
         plot_file = outputs.out / f"{result.suite}.svg"
     if json_file is not None:
-        json_file.write_text(result.to_json() + "\n", encoding="utf-8")
+        write_result(json_file, result.to_json() + "\n", "Give another path.")
         console.print(f"The figures are in {escape(str(json_file))}.")
     if plot_file is not None:
         suite.plot(result, plot_file)

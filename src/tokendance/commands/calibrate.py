@@ -1,7 +1,7 @@
 """`tokendance calibrate`: measure a model, and write its fidelity table into the cache folder."""
 
-import os
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -14,6 +14,9 @@ from tokendance.fidelity.calibrate import CORRECTIONS, TINY, CalibrationSize, me
 from tokendance.fidelity.table import Cell, FidelityTable, table_path
 from tokendance.models.loader import LoadedModel, dtype_name, load_model
 from tokendance.options import EngineOptions
+from tokendance.results import check_writable, write_result
+
+_ADVICE = "Set TOKENDANCE_CACHE to a folder that can be."
 
 
 def run_calibration(
@@ -31,6 +34,8 @@ def run_calibration(
         model = load_model(name, options.dtype, options.device)
     duration = " This takes about half an hour." if size == "full" else ""
     console.print(f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}.{duration}")
+    if size == "full":
+        check_writable(_place(model.name, dtype_name(model.dtype)), _ADVICE)
     try:
         chosen = TINY if size == "tiny" else CalibrationSize()
         table = calibrate(model, chosen, seed, options, console)
@@ -72,18 +77,19 @@ def calibrate(
 
 def write_table(table: FidelityTable, console: Console) -> None:
     """Write a table where `--fidelity-target` looks for it, whole or not at all."""
-    path = table_path(table.model, table.dtype)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(table.to_json() + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror}. Set TOKENDANCE_CACHE to a folder that "
-            "can be."
-        ) from error
+    path = _place(table.model, table.dtype)
+    write_result(path, table.to_json() + "\n", _ADVICE)
     console.print(
         f"The table is {escape(str(path))}. "
         "`tokendance run --fidelity-target KL` chooses corrections by it."
     )
+
+
+def _place(model: str, dtype: str) -> Path:
+    """Where a table goes, in a folder that is there."""
+    path = table_path(model, dtype)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. {_ADVICE}") from error
+    return path

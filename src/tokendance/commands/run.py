@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 from rich.console import Console
@@ -20,12 +20,7 @@ from tokendance.commands.report import (
     print_words,
     reuse_name,
 )
-from tokendance.commands.settings import (
-    LIVE_MAX_TOKENS,
-    LIVE_ROUNDS,
-    RunSettings,
-    check_writable,
-)
+from tokendance.commands.settings import LIVE_MAX_TOKENS, LIVE_ROUNDS, RunSettings
 from tokendance.conversation import Agent
 from tokendance.errors import ConfigError, RequestError
 from tokendance.fidelity.shadow import ShadowReport
@@ -35,6 +30,7 @@ from tokendance.options import EngineOptions
 from tokendance.outputs import NotStoredError, RoundResult
 from tokendance.outputs import Progress as ReportProgress
 from tokendance.params import SamplingParams
+from tokendance.results import check_writable, write_result
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
 from tokendance.units import format_bytes
@@ -44,6 +40,7 @@ NEXT_TASK = (
     "You have heard what everybody wants to do. "
     "In one sentence, what will you do now, and whom do you need?"
 )
+_JSON_ADVICE = "Give --json another path."
 
 
 def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -> None:
@@ -57,6 +54,13 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
     _check_settings(settings, options, trace)
     with console.status(f"Loading {escape(settings.model)} ..."):
         llm = LLM(settings.model, options)
+    with closing(llm):
+        _play(llm, trace, settings, console)
+
+
+def _play(llm: LLM, trace: Trace, settings: RunSettings, console: Console) -> None:
+    """Run the rounds of a trace, and show and write what came of them."""
+    options = llm.engine.options
     console.print(
         f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, {reuse_name(llm)}, "
@@ -80,15 +84,17 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
         console.print(f"Interrupted after {len(done)} rounds; nothing is left running.")
         sys.exit(130)
     finally:
-        # Rounds that are done are shown and written, whatever became of the next.
+        # Rounds that are done are written and shown, whatever became of the next. They are written
+        # first: showing them fails where standard output is full, or nobody reads it any more.
+        if settings.json is not None:
+            text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
+            write_result(settings.json, text + "\n", _JSON_ADVICE)
         if done:
             print_table(done, console)
             print_summary(done, llm, console)
             if options.shadow > 0:
                 print_shadows(shadows, llm.shadows.num_dropped, console)
         if settings.json is not None:
-            text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
-            settings.json.write_text(text + "\n")
             console.print(f"Figures and answers are in {escape(str(settings.json))}.")
     outputs = [output for done_round in done for output in done_round.result.outputs]
     errors = [output.error for output in outputs if output.error is not None]
@@ -122,7 +128,7 @@ def _check_settings(settings: RunSettings, options: EngineOptions, trace: Trace)
             "with. Leave --session and --store out."
         )
     if settings.json is not None:
-        check_writable(settings.json, "--json")
+        check_writable(settings.json, _JSON_ADVICE)
 
 
 def _first_agents(trace: Trace, count: int | None) -> Trace:
@@ -174,6 +180,10 @@ def _live(
                 result = session.run(task, params, report)
             except NotStoredError as error:
                 yield number, error.result
+                raise
+            except KeyboardInterrupt:
+                if session.round == number:  # it was heard, and the interrupt came while saving
+                    session.save()
                 raise
         yield number, result
 

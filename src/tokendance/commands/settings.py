@@ -3,7 +3,6 @@
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from tokendance.errors import ConfigError
 from tokendance.options import DEFAULT_MODEL, check_range
 
 LIVE_ROUNDS = 3
@@ -42,18 +41,3 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_range(self, 1, "agents", "rounds", "max_tokens")
         check_range(self, 0, "temperature")
-
-
-def check_writable(path: Path, option: str) -> None:
-    """Find out that a file can be written before the work, not after it.
-
-    Raises:
-        ConfigError: naming the command line's option that gave the path.
-    """
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror}. Give {option} another path."
-        ) from error

@@ -69,8 +69,18 @@ class SessionIndex:
         return self._select_keys("ORDER BY used_s DESC")
 
     def keys_with_kv(self) -> list[SessionKey]:
-        """Sessions that have KV, those used longest ago first."""
-        return self._select_keys("WHERE id IN (SELECT session FROM caches) ORDER BY used_s")
+        """Sessions that have KV, those stored longest ago first, whatever a clock has said."""
+        # Whoever is stored has all its caches written anew, under higher numbers.
+        return self._select_keys(
+            "JOIN (SELECT session, max(id) AS newest FROM caches GROUP BY session)"
+            " ON session = sessions.id ORDER BY newest"
+        )
+
+    @property
+    def last_used_s(self) -> float:
+        """When any session was used last, in seconds since 1970; 0 if there is none."""
+        ((used_s,),) = self._select("SELECT max(used_s) FROM sessions")
+        return used_s or 0.0
 
     def expired(self, now_s: float) -> list[SessionKey]:
         """Sessions that have outlived their time."""

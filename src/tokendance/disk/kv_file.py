@@ -16,8 +16,10 @@ not in the file, so a file that was put in another's place is found, too.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,12 +39,14 @@ from tokendance.disk.compression import (
     compress_values,
 )
 from tokendance.disk.floats import DTYPES
-from tokendance.errors import CorruptFileError, StoreError
+from tokendance.disk.schema import storage_errors
+from tokendance.errors import CorruptFileError
 from tokendance.store.kv_rows import KVRows
 
 _CHECKSUM_BYTES = 16
 _TEMPORARY = ".tmp"
 _SUFFIX = ".safetensors"
+_NAME = re.compile(rf"[0-9a-f]{{32}}{re.escape(_SUFFIX)}({re.escape(_TEMPORARY)})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +104,24 @@ def write_rows(folder: Path, rows: KVRows, *, compressed: bool = False) -> Writt
     content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     name = secrets.token_hex(16) + _SUFFIX
     temporary = folder / (name + _TEMPORARY)
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(folder / name)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StoreError(
-            f"{folder} cannot be written: {error.strerror}. What was stored before is unharmed; "
-            "make room, or give --store another folder."
-        ) from error
+    with storage_errors(folder):
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(folder / name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
     return WrittenFile(name, len(rows), len(content), checksum_of(content))
+
+
+def is_kv_name(name: str) -> bool:
+    """Whether `write_rows` may have given a file this name, or its temporary one."""
+    return _NAME.fullmatch(name) is not None
 
 
 def flush_folder(folder: Path) -> None:
@@ -133,7 +141,10 @@ def read_rows(folder: Path, file: WrittenFile) -> KVRows:
     """
     path = folder / file.name
     try:
-        content = path.read_bytes()
+        if not is_kv_name(file.name):  # the index is another's, or damaged
+            raise OSError(errno.EINVAL, "it is not named as such files are")
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
+            content = opened.read()
     except OSError as error:
         raise CorruptFileError(
             f"{path} cannot be read: {error.strerror}. What it held is computed again."

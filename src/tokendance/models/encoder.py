@@ -185,6 +185,8 @@ class PromptEncoder:
 
     def _checked(self, values: Sequence[int]) -> TokenIds:
         for value in values:
+            if not isinstance(value, int | np.integer):
+                raise PromptError(f"A token id is a {type(value).__name__}. Give whole numbers.")
             if not 0 <= value < self._vocab_size:
                 raise PromptError(
                     f"The token id {value} is not in the model's vocabulary of "

@@ -30,6 +30,10 @@ class Part:
     def __post_init__(self) -> None:
         if isinstance(self.content, str):
             object.__setattr__(self, "content", strip_separator(self.content))
+        elif not isinstance(self.content, tuple):
+            raise PromptError(
+                f"A part is a {type(self.content).__name__}. Give it text, or a tuple of token ids."
+            )
 
 
 def shared(content: str | Sequence[int]) -> Part:
@@ -102,6 +106,12 @@ class Prompt:
     dropped_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.agent, str | None):
+            raise PromptError(f"A prompt's agent is a {type(self.agent).__name__}. Give a name.")
+        if not isinstance(self.tools, list | tuple) or not all(
+            isinstance(tool, Mapping) for tool in self.tools
+        ):
+            raise PromptError("A prompt's tools are no list of mappings. Give them as OpenAI does.")
         if self.reuse not in (None, "exact"):
             raise PromptError(
                 f"A prompt's reuse is {self.reuse!r}. Use None for the engine's way, or 'exact'."

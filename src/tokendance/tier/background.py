@@ -147,12 +147,12 @@ class BackgroundWriter:
             if group.is_unchanged(self._levels.store):
                 collected.append((file, written, group.slots))
             else:
-                self._levels.disk.discard([written])
+                self._levels.disk.discard({file: written})
         return collected
 
     def drop(self, key: SessionKey) -> None:
         """Remove what a session's round has written."""
-        self._levels.disk.discard([written for _, written, _ in self.collect(key)])
+        self._levels.disk.discard({file: written for file, written, _ in self.collect(key)})
 
     def close(self) -> None:
         """Remove what nobody has collected, and end the thread."""
