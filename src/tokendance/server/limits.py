@@ -1,14 +1,18 @@
-"""Refuses requests without a key, and bodies that are too large or too slow, before parsing."""
+"""Refuses requests before their bodies are parsed.
+
+Those for another host, without a key or without a certain end, and those whose bodies are too large
+or too slow.
+"""
 
 import json
-from collections.abc import Callable
 
 import anyio
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokendance.server.errors import ApiError
-from tokendance.server.settings import ServerSettings
+from tokendance.server.bodies import Bodies, Body
+from tokendance.server.context import ServerContext
+from tokendance.server.errors import ApiError, bad_request
 
 # A client whose connection is closed while it sends sees a broken connection and not the answer. So
 # the rest of its body is read and thrown away, up to so many bytes and seconds.
@@ -19,96 +23,85 @@ _DISCARD_S = 10.0
 class Limits:
     """ASGI middleware; see the module."""
 
-    def __init__(
-        self, app: ASGIApp, tenant_of: Callable[[Scope], str], settings: ServerSettings
-    ) -> None:
-        """Protect an application; `tenant_of` finds the tenant, or raises ApiError."""
+    def __init__(self, app: ASGIApp, context: ServerContext) -> None:
+        """Protect an application."""
         self._app = app
-        self._tenant_of = tenant_of
-        self._max_bytes = settings.max_body_bytes
-        self._max_objects = settings.max_body_objects
-        self._timeout_s = settings.body_timeout
+        self._context = context
+        self._bodies = Bodies(context.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = self._bodies.begin()
         try:
-            scope.setdefault("state", {})["tenant"] = self._tenant_of(scope)
-            length = dict(scope["headers"]).get(b"content-length", b"0")
-            self._check_size(int(length) if length.isdigit() else 0)
-        except ApiError as error:
-            await _refuse(error, receive, send, more_body=True)
-            return
-        deadline = anyio.current_time() + self._timeout_s
-        num_bytes = num_objects = 0
-        is_whole = is_refused = False
+            await self._answer(scope, body, receive, send)
+        finally:
+            self._bodies.end(body)
 
-        async def limited_receive() -> Message:
-            nonlocal num_bytes, num_objects, is_whole, is_refused
-            if is_whole:
-                return await receive()  # the end of the connection, which has no deadline
-            message: Message = {}
+    async def _answer(self, scope: Scope, body: Body, receive: Receive, send: Send) -> None:
+        try:
+            self._context.hosts.check(scope)
+            _check_framing(scope)
+            scope.setdefault("state", {})["tenant"] = self._context.keys.authenticate(scope)
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            body.check_size(int(length) if length.isdigit() else 0)
+        except ApiError as error:
+            await self._refuse(error, receive, send, more_body=True)
+            return
+        is_refused = False
+
+        async def receive_unless_refused() -> Message:
+            nonlocal is_refused
             try:
-                with anyio.CancelScope(deadline=deadline):
-                    message = await receive()
-                if not message:
-                    text = f"The body was not there after {self._timeout_s} s. Ask again."
-                    raise ApiError(408, text)
-                is_whole = not message.get("more_body", False)
-                body = message.get("body", b"")
-                num_bytes += len(body)
-                num_objects += body.count(b"{")
-                self._check_size(num_bytes, num_objects)
+                return await body.receive(receive)
             except ApiError as error:
                 is_refused = True
-                await _refuse(error, receive, send, more_body=not is_whole)
+                await self._refuse(error, receive, send, more_body=not body.is_whole)
                 raise HTTPException(error.status) from error  # ends the application's reading
-            return message
 
         async def send_unless_refused(message: Message) -> None:
             if not is_refused:
                 await send(message)
 
-        await self._app(scope, limited_receive, send_unless_refused)
+        await self._app(scope, receive_unless_refused, send_unless_refused)
 
-    def _check_size(self, num_bytes: int, num_objects: int = 0) -> None:
-        """Raise ApiError for a body that is too large.
+    async def _refuse(
+        self, error: ApiError, receive: Receive, send: Send, *, more_body: bool
+    ) -> None:
+        """Answer, then read and discard the rest of the body."""
+        self._context.metrics.note_refused(error.status)
+        body = json.dumps(error.body()).encode()
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+            **error.headers,
+        }
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        num_bytes = 0
+        with anyio.move_on_after(_DISCARD_S):
+            while more_body and num_bytes < _MAX_DISCARDED:
+                message = await receive()
+                more_body = message.get("more_body", False)
+                num_bytes += len(message.get("body", b""))
+        await send({"type": "http.response.body", "body": b""})
 
-        Each message, part and call is a JSON object, which takes a hundred times as long to
-        validate as its text. Objects are counted by their braces; braces in texts are few.
-        """
-        if num_bytes > self._max_bytes:
-            raise ApiError(
-                413,
-                f"The body is larger than {self._max_bytes} bytes. Send less at a time, or raise "
-                "--max-body.",
-            )
-        if num_objects > self._max_objects:
-            raise ApiError(
-                413,
-                f"The body has more than {self._max_objects} objects (messages, parts, references, "
-                "calls: each is a brace). Send fewer at a time, or raise --max-body-objects.",
-            )
 
+def _check_framing(scope: Scope) -> None:
+    """Raise ApiError for a request whose end is told in two ways.
 
-async def _refuse(error: ApiError, receive: Receive, send: Send, *, more_body: bool) -> None:
-    """Answer, then read and discard the rest of the body."""
-    body = json.dumps(error.body()).encode()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-        **error.headers,
-    }
-    pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    num_bytes = 0
-    with anyio.move_on_after(_DISCARD_S):
-        while more_body and num_bytes < _MAX_DISCARDED:
-            message = await receive()
-            more_body = message.get("more_body", False)
-            num_bytes += len(message.get("body", b""))
-    await send({"type": "http.response.body", "body": b""})
+    A proxy that goes by the other one would take part of its body for another request. Lengths that
+    differ are refused by h11.
+    """
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" not in names:
+        return
+    if b"content-length" in names or scope["http_version"] == "1.0":
+        raise bad_request(
+            "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0. Send "
+            "Content-Length alone."
+        )
