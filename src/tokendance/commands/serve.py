@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import socket
+import threading
 from types import FrameType
 
 import torch
@@ -38,6 +39,7 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
         llm.engine.forget()
     configure(settings.log_format)
     app = create_app(llm, settings)
+    threading.Thread(target=app.state.context.grammars.start, name="grammars", daemon=True).start()
     config = uvicorn.Config(
         app,
         settings.host,

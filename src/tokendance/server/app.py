@@ -23,6 +23,7 @@ from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
 from tokendance.server.malloc import give_back_memory
 from tokendance.server.openapi import DocumentedAPI, whole_or_stream
+from tokendance.server.pauses import watch_event_loop
 from tokendance.server.protocol import ChatRequest, CompletionRequest, RoundRequest
 from tokendance.server.respond import respond
 from tokendance.server.responses import (
@@ -45,15 +46,20 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         context.engine_thread.start()
-        giving_back = asyncio.create_task(give_back_memory())
+        watches = [
+            asyncio.create_task(give_back_memory()),
+            asyncio.create_task(watch_event_loop(context.metrics.event_loop_pauses)),
+        ]
         drain_s = 0.0  # if the server is cancelled
         try:
             yield
             drain_s = settings.drain
         finally:
-            giving_back.cancel()
+            for watch in watches:
+                watch.cancel()
             context.admission.is_draining = True
             await anyio.to_thread.run_sync(context.engine_thread.stop, drain_s)
+            context.grammars.close()
 
     app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
     app.state.context = context
