@@ -13,8 +13,8 @@ from tokendance.engine.request import Request
 
 # For all constraints in a step, but for the last that was begun.
 STEP_S = 0.02
-# Whoever took longer the last time comes after those who did not.
-_QUICK_S = 0.002
+# Who took so long has its next turn after so many times that, if others want one before.
+_REST = 20
 
 
 class MaskTurns:
@@ -27,19 +27,18 @@ class MaskTurns:
     def take(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Requests whose constraint the caller has to prepare now, one after the other.
 
-        Quick ones come first; else whoever has waited longest. At least one comes, if any is not
-        ready.
+        At least one comes, if any is not ready.
         """
         pending = [
             request
             for request in requests
             if request.constraint is not None and not request.constraint.is_ready
         ]
-        pending.sort(key=lambda request: request.mask_turn)
+        pending.sort(key=lambda request: request.mask_due_s)
         begun = now = self._clock()
         for request in pending:
             if now - begun > STEP_S:
                 return
             yield request
             before, now = now, self._clock()
-            request.mask_turn = now - before > _QUICK_S, now
+            request.mask_due_s = now + _REST * (now - before)

@@ -62,7 +62,7 @@ class Request:
 
     Attributes that the loop writes:
         id: when it is added.
-        mask_turn: whether its constraint was slow the last time, and when that was.
+        mask_due_s: clock time at which its constraint may be prepared though others wait for that.
         generated: the answer so far.
         end_token: that ended it, and is no part of it.
         distributions: float32 (vocabulary,), log-probabilities for each of its first tokens, the
@@ -99,7 +99,7 @@ class Request:
     num_retries: int = 0
 
     id: RequestId = RequestId(-1)
-    mask_turn: tuple[bool, float] = (False, 0.0)
+    mask_due_s: float = 0.0
     generated: list[int] = field(default_factory=list)
     end_token: int | None = None
     distributions: list[FloatArray] = field(default_factory=list)

@@ -65,10 +65,12 @@ def error_of(matcher: "llguidance.LLMatcher") -> str | None:
     """Why a grammar has failed, if it has, in one line."""
     if not matcher.is_error():
         return None
-    error = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+    # What is between these lines shows the pattern, and what follows them the whole grammar.
+    first, *others = matcher.get_error().replace("<non-verbose/>", "").splitlines()
+    error = " ".join([first, *[line for line in others if line.startswith("error: ")]]).strip()
     if "Current row has" in error:  # what llguidance advises is for those who write grammars
         return "An object has too many optional properties, or a place too many alternatives."
-    return f"{error[:_MOST_ERROR]}."
+    return f"{error[:_MOST_ERROR].rstrip('.')}."
 
 
 def on_stack(stack_bytes: int, work: Callable[[], None]) -> None:
