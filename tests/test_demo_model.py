@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
 from tokendance.rounds.trace import example_trace
 from tokendance.server.grammar import Grammars
+from tokendance.server.settings import ServerSettings
 
 pytestmark = pytest.mark.demo
 
@@ -45,8 +48,9 @@ def workload(exact: LLM) -> RoundWorkload:
 
 
 @pytest.fixture(scope="module")
-def grammars(model: LoadedModel) -> Grammars:
-    return Grammars(model)
+def grammars(model: LoadedModel) -> Iterator[Grammars]:
+    with closing(Grammars(model, ServerSettings())) as grammars:
+        yield grammars
 
 
 @pytest.mark.parametrize("alias", demo.MODELS)

@@ -199,6 +199,13 @@ class Breaks:
             if self.left < 0:
                 raise ValueError("a bug of the grammar")
 
+    @property
+    def is_ready(self) -> bool:
+        return self.where != "prepare"
+
+    def prepare(self) -> None:
+        self._count("prepare")
+
     def forbidden(self) -> Any:
         self._count("forbidden")
         return np.zeros(VOCAB, np.bool_)
@@ -214,8 +221,10 @@ class Breaks:
         pass
 
 
-@pytest.mark.parametrize("where", ["forbidden", "accept"])
-@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize(
+    ("where", "after"),
+    [("forbidden", 0), ("forbidden", 2), ("accept", 0), ("accept", 2), ("prepare", 0)],
+)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_failure_in_one_requests_part_is_its_own(
     make_fake_llm: MakeLLM, where: str, after: int, victim: int

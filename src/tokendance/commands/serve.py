@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import socket
+import threading
 from types import FrameType
 
 import torch
@@ -39,6 +40,7 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
         llm.engine.forget()
     configure(settings.log_format)
     app = create_app(llm, settings)
+    threading.Thread(target=app.state.context.grammars.start, name="grammars", daemon=True).start()
     console.print(
         f"[bold]{escape(app.state.context.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, KV budget {format_bytes(llm.kv_bytes)}"

@@ -20,6 +20,7 @@ from tokendance.engine.events import (
     RoundStarted,
     StepDone,
 )
+from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.request import Request, RequestId, as_failure, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
@@ -107,6 +108,7 @@ class Engine:
         )
         self._decode = decode
         self._clock = clock
+        self._mask_turns = MaskTurns(clock)
         self._observers: list[EngineObserver] = []
         self._request_ids = itertools.count()
         self._rounds: dict[RoundId, _Round] = {}
@@ -190,6 +192,7 @@ class Engine:
                 on.
         """
         self._admit()
+        self._prepare_masks()
         scheduled = self.scheduler.schedule() or self.scheduler.schedule()
         if not scheduled:
             self._fail_stuck()
@@ -256,6 +259,16 @@ class Engine:
         for request in refused:
             self._finish(request, "error")
 
+    def _prepare_masks(self) -> None:
+        """Find out what may come next in answers that have to look like something."""
+        for request in self._mask_turns.take(self.scheduler.running):
+            assert request.constraint is not None
+            try:
+                request.constraint.prepare()
+                _check_constraint(request)
+            except Exception as error:
+                self._fail(request, as_failure(request, error), keep_kv=True)
+
     def _make_step(self, scheduled: Sequence[Scheduled]) -> tuple[list[Scheduled], StepInput]:
         """What the executor is given; a request whose share cannot be made fails, and no other."""
         made = []
@@ -308,11 +321,7 @@ class Engine:
             request.logprobs.append(logprobs)
         if request.constraint is not None:
             request.constraint.accept(token)
-            if (reason := request.constraint.failure()) is not None:
-                raise ConstraintError(
-                    f"What the answer of {request.agent!r} shall look like cannot be followed: "
-                    f"{reason} Simplify it."
-                )
+            _check_constraint(request)
         if request.first_token_s is None:
             request.first_token_s = now
             self.scheduler.mark_verified(request)
@@ -413,6 +422,16 @@ class Engine:
         """Assert that page counts, indexes and running requests agree."""
         self.store.check_integrity(self.scheduler.held_pages())
         self.scheduler.check_integrity()
+
+
+def _check_constraint(request: Request) -> None:
+    """Raise ConstraintError if what an answer has to look like cannot be followed."""
+    assert request.constraint is not None
+    if (reason := request.constraint.failure()) is not None:
+        raise ConstraintError(
+            f"What the answer of {request.agent!r} shall look like cannot be followed: {reason} "
+            "Simplify it."
+        )
 
 
 def _runs_of(request: Request) -> tuple[RunId, ...]:

@@ -63,6 +63,7 @@ class Request:
 
     Attributes that the loop writes:
         id: when it is added.
+        mask_due_s: clock time at which its constraint may be prepared though others wait for that.
         generated: the answer so far.
         end_token: that ended it, and is no part of it.
         distributions: float32 (vocabulary,), log-probabilities for each of its first tokens, the
@@ -100,6 +101,7 @@ class Request:
     num_retries: int = 0
 
     id: RequestId = RequestId(-1)
+    mask_due_s: float = 0.0
     generated: list[int] = field(default_factory=list)
     end_token: int | None = None
     distributions: list[FloatArray] = field(default_factory=list)
@@ -148,8 +150,13 @@ class Request:
         return self.plan.num_reused if self.plan is not None else 0
 
     def next_positions(self, limit: int) -> npt.NDArray[np.int64]:
-        """Positions of the next tokens to compute, at most `limit`, ascending."""
+        """Positions of the next tokens to compute, at most `limit`, ascending.
+
+        None while its constraint is not ready; see `MaskTurns`.
+        """
         assert self.allocation is not None
+        if self.constraint is not None and not self.constraint.is_ready:
+            limit = 0
         compute = self.allocation.compute
         if self.num_computed < len(compute):
             return compute[self.num_computed : self.num_computed + limit]

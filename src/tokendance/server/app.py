@@ -24,6 +24,7 @@ from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
 from tokendance.server.malloc import give_back_memory
 from tokendance.server.openapi import DocumentedAPI, whole_or_stream
+from tokendance.server.pauses import watch_event_loop
 from tokendance.server.protocol import ChatRequest, CompletionRequest, RoundRequest
 from tokendance.server.respond import respond
 from tokendance.server.responses import (
@@ -49,6 +50,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         background = [
             asyncio.create_task(give_back_memory()),
             asyncio.create_task(context.connections.watch()),
+            asyncio.create_task(watch_event_loop(context.metrics.event_loop_pauses)),
         ]
         drain_s = 0.0  # if the server is cancelled
         try:
@@ -59,6 +61,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
                 task.cancel()
             context.admission.is_draining = True
             await anyio.to_thread.run_sync(context.engine_thread.stop, drain_s)
+            context.grammars.close()
 
     app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
     app.state.context = context

@@ -51,8 +51,9 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
         if count > most:
             message = f"There are {count} messages, and at most {most} are taken."
             raise ApiError(413, message, param="messages")
+        # First, since tools that are refused here would take long to list in the prompt.
+        constraint = constraint_of(body, context.grammars, context.tools, self.tenant)
         prompt = encode_chat(body, self.encoder, context.tools, context.max_characters)
-        constraint = constraint_of(body, context.grammars, context.tools)
         self.check_choices(1)
         # Separators in the messages mark their shared blocks.
         marked = any(SEPARATOR in text for message in body.messages for text in _texts(message))
@@ -255,14 +256,17 @@ def _in_turn(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def constraint_of(
-    body: ChatRequest, grammars: Grammars, tool_format: ToolFormat
+    body: ChatRequest, grammars: Grammars, tool_format: ToolFormat, tenant: str
 ) -> GrammarConstraint | None:
     """The constraint on the answer that tools or the response format require, if there is one.
 
     Raises:
         ApiError: for a schema that is not supported, or a tool that is missing.
     """
-    tools = [tool.function.model_dump() for tool in body.tools or ()]
+    tools = [
+        {"name": tool.function.name, "parameters": tool.function.parameters}
+        for tool in body.tools or ()
+    ]
     choice = body.tool_choice or ("auto" if tools else "none")
     if choice != "none":
         if not tools:
@@ -278,12 +282,14 @@ def constraint_of(
             tool_format,
             required=choice != "auto",
             several=body.parallel_tool_calls is not False,
+            tenant=tenant,
         )
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return grammars.json_schema({"type": "object"}, "response_format")
+        return grammars.json_schema({"type": "object"}, "response_format", tenant)
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise bad_request("json_schema needs a schema.", "response_format.json_schema")
-    return grammars.json_schema(wanted.json_schema.schema_, "response_format.json_schema")
+    schema = wanted.json_schema.schema_
+    return grammars.json_schema(schema, "response_format.json_schema", tenant)

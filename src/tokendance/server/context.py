@@ -55,10 +55,11 @@ class ServerContext:
         self.hosts = Hosts(settings)
         self.metrics = Metrics(llm)
         self.connections = Connections(settings, self.metrics)
-        self.engine_thread = EngineThread(Dispatcher(llm, self.metrics, settings))
+        dispatcher = Dispatcher(llm, self.metrics, settings)
+        self.engine_thread = EngineThread(dispatcher, self.metrics.engine_watch)
         self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
         self.sessions = Sessions(llm, self.engine_thread)
-        self.grammars = Grammars(llm.model)
+        self.grammars = Grammars(llm.model, settings)
         self.tools = find_tool_format(llm.encoder)
         self.started_s = int(time.time())
         self._encoders: dict[str, PromptEncoder] = {}  # by tenant, like the next

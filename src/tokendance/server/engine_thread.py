@@ -24,6 +24,7 @@ from tokendance.errors import AbortedError, TokenDanceError
 from tokendance.server.dispatcher import Dispatcher, refuse
 from tokendance.server.errors import as_api_error
 from tokendance.server.jobs import Job
+from tokendance.server.pauses import EngineWatch
 from tokendance.session import Session
 
 Result = TypeVar("Result")
@@ -38,9 +39,10 @@ class EngineThread:
         failure: the exception that ended the thread, if one did.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        """Prepare to drive a dispatcher, which nothing else may use then."""
+    def __init__(self, dispatcher: Dispatcher, watch: EngineWatch) -> None:
+        """Prepare to drive a dispatcher, which nothing else may use then; `watch` is told."""
         self._dispatcher = dispatcher
+        self._watch = watch
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._gate = threading.Lock()
@@ -166,9 +168,16 @@ class EngineThread:
         pause_s = self._dispatcher.pause_s(time.perf_counter())
         with contextlib.suppress(queue.Empty):
             if pause_s is None or pause_s > 0:
-                self._inbox.get(timeout=pause_s)()
+                self._wait_for_command(pause_s)()
             while True:
                 self._inbox.get_nowait()()
+
+    def _wait_for_command(self, timeout_s: float | None) -> Callable[[], None]:
+        self._watch.rest()
+        try:
+            return self._inbox.get(timeout=timeout_s)
+        finally:
+            self._watch.wake()
 
     def _take_last_commands(self) -> None:
         """Run commands that came before the inbox was closed, so that their callers get answers."""

@@ -78,6 +78,8 @@ def as_api_error(error: Exception) -> ApiError:
             first = error.errors()[0]
             param = _field_name(first["loc"]) if first["type"] != "json_invalid" else None
             return bad_request(f"{param or 'The body'}: {first['msg']}.", param)
+        case HTTPException() if isinstance(error.__cause__, RecursionError):
+            return bad_request("The body is nested too deeply to be read. Nest it less.")
         case HTTPException():
             headers = dict(error.headers or {})
             return ApiError(error.status_code, str(error.detail), headers=headers)

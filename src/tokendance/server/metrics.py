@@ -5,9 +5,10 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tokendance.engine.events import Event, Finished, RoundStarted
+from tokendance.engine.events import Event, Finished, RoundStarted, StepDone
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
+from tokendance.server.pauses import EngineWatch, Pauses
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
@@ -16,7 +17,12 @@ _AGENTS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 
 
 class Metrics:
-    """Counters and histograms of one server, which observes its engine."""
+    """Counters and histograms of one server, which observes its engine.
+
+    Attributes:
+        engine_watch: is told when the engine's thread waits.
+        event_loop_pauses: of whoever answers requests.
+    """
 
     def __init__(self, llm: LLM) -> None:
         self._registry = CollectorRegistry()
@@ -83,6 +89,13 @@ class Metrics:
             buckets=_SHARES,
         )
 
+        self.engine_watch = EngineWatch(
+            Pauses("engine", "What held up the engine's thread, but for passes.", self._registry)
+        )
+        self.event_loop_pauses = Pauses(
+            "event_loop", "What held up the event loop.", self._registry
+        )
+
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(f"tokendance_{name}", text, registry=self._registry).set_function(read)
 
@@ -109,6 +122,8 @@ class Metrics:
             self._agents.observe(event.num_requests)
         elif isinstance(event, Finished):
             self._count(event)
+        elif isinstance(event, StepDone):
+            self.engine_watch.passed(event.time_s, event.seconds)
 
     def _count(self, event: Finished) -> None:
         output = event.output

@@ -70,6 +70,19 @@ class ServerSettings:
         max_messages: messages in a conversation; more are refused.
         max_choices: answers to one request; more are refused.
         default_max_tokens: longest answer where a request does not say.
+        max_schema_size: schemas of a request, of its response format or of all its tools, like
+            256KiB; larger ones are refused. So are those with more than each of the following.
+        max_schema_depth: levels of a schema, references followed; of recursive ones each once.
+        max_schema_definitions: named parts of schemas.
+        max_schema_alternatives: alternatives in anyOf, oneOf and allOf.
+        max_schema_enum: values in enums.
+        max_schema_properties: properties of objects.
+        max_schema_pattern: characters in a pattern.
+        max_schema_repeats: repetitions of a part of a pattern, as in [a-z]{1,50}.
+        schema_timeout: a schema that takes more seconds to compile is refused. Each is tried in a
+            process of its own first, unless the same key has sent it before.
+        schema_memory: likewise memory, like 64MiB.
+        schema_processes: schemas that are tried at a time, one of each key at most.
         log_format: a line for each request, as this.
     """
 
@@ -121,6 +134,17 @@ class ServerSettings:
     max_messages: int = 4096
     max_choices: int = 16
     default_max_tokens: int = 512
+    max_schema_size: Annotated[int | str, Parameter(metavar="SIZE")] = "256KiB"
+    max_schema_depth: int = 256
+    max_schema_definitions: int = 1000
+    max_schema_alternatives: int = 1000
+    max_schema_enum: int = 5000
+    max_schema_properties: int = 2000
+    max_schema_pattern: int = 1000
+    max_schema_repeats: int = 10_000
+    schema_timeout: float = 1.0
+    schema_memory: Annotated[int | str, Parameter(metavar="SIZE")] = "64MiB"
+    schema_processes: int = 2
     log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
@@ -138,6 +162,11 @@ class ServerSettings:
         check_range(self, 1, "max_open_requests", "default_max_tokens", "max_connections")
         check_range(self, 0.01, "head_timeout", "send_timeout", "idle_timeout")
         check_range(self, self.max_body_bytes, "max_arriving_bytes")
+        check_range(self, 1, "max_schema_bytes", "max_schema_depth", "max_schema_definitions")
+        check_range(self, 1, "max_schema_alternatives", "max_schema_enum", "max_schema_properties")
+        check_range(self, 1, "max_schema_pattern", "max_schema_repeats", "schema_processes")
+        check_range(self, 0.05, "schema_timeout", most=600)
+        check_range(self, 2**20, "schema_memory_bytes")
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
         for host in self.allowed_hosts:
@@ -167,6 +196,16 @@ class ServerSettings:
     def max_arriving_bytes(self) -> int:
         """Bytes of all bodies that have not come whole."""
         return parse_bytes(self.max_arriving)
+
+    @property
+    def max_schema_bytes(self) -> int:
+        """Bytes of the largest schema."""
+        return parse_bytes(self.max_schema_size)
+
+    @property
+    def schema_memory_bytes(self) -> int:
+        """Bytes that compiling a schema may take."""
+        return parse_bytes(self.schema_memory)
 
 
 def is_loopback(host: str) -> bool:
