@@ -49,10 +49,17 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """One participant: a name, and the text that makes it who it is."""
+    """One participant.
+
+    Attributes:
+        name: in the session.
+        system: the text that makes it who it is.
+        private: see `Prompt`.
+    """
 
     name: str
     system: str
+    private: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +242,7 @@ class Conversation:
             for past in rounds:
                 messages += past.messages()
             messages.append(_user_message(self._previous_blocks, task))
-            prompt = Prompt(messages, agent=member.agent.name)
+            prompt = Prompt(messages, agent=member.agent.name, private=member.agent.private)
             if not rounds or len(self.encoder.encode(prompt)) + max_tokens <= self._max_context:
                 return prompt, len(rounds)
             rounds = rounds[1:]
@@ -290,6 +297,7 @@ class Conversation:
                     ],
                     "cache": [member.cache.token_ids.tolist(), member.cache.num_prompt],
                 }
+                | ({"private": private} if (private := member.agent.private) else {})
                 for member in self._members.values()
             ],
         }
@@ -308,7 +316,7 @@ class Conversation:
         rounds_blocks = [tuple(map(shared, blocks)) for blocks in state["heard"]]
         members: dict[str, _Member] = {}
         for member in state["members"]:
-            agent = Agent(member["name"], member["system"])
+            agent = Agent(member["name"], member["system"], member.get("private"))
             rounds = [
                 _PastRound(rounds_blocks[index], task, tuple(reply))
                 for index, task, reply in member["turns"]

@@ -92,17 +92,25 @@ class Prompt:
             models whose chat template lists them.
         reuse: "exact" computes this prompt whole and in passes of its own, so that the answer is
             the same to the bit whatever else runs; None does as the engine does.
+        private: "isolated" lets nothing that others read be computed behind text of this prompt
+            that they do not have; None does as the engine does.
     """
 
     content: str | Sequence[int] | Sequence[Part] | Sequence[Message]
     agent: str | None = None
     reuse: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    private: str | None = None
 
     def __post_init__(self) -> None:
         if self.reuse not in (None, "exact"):
             raise PromptError(
                 f"A prompt's reuse is {self.reuse!r}. Use None for the engine's way, or 'exact'."
+            )
+        if self.private not in (None, "isolated"):
+            raise PromptError(
+                f"A prompt's private is {self.private!r}. "
+                "Use None for the engine's way, or 'isolated'."
             )
 
 

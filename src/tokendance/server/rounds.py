@@ -100,7 +100,8 @@ class RoundEndpoint(Endpoint[RoundRequest]):
                 raise bad_request(f"{name} goes with the round, not with an agent.", name)
         if (agent.n or 1) > 1:
             raise bad_request("An agent of a round has one answer.", "n")
-        self.add_jobs(agent, [prompt], first=index, marked=True)
+        guarded = self.body.private == "isolated"
+        self.add_jobs(agent, [prompt], first=index, marked=True, guarded=guarded)
         # Errors of the engine name the agent, and the session looks for it in the output.
         self.jobs[index].request.agent = agent.agent
 
@@ -179,6 +180,7 @@ class SessionRound(RoundEndpoint):
             index = indices[prompt.agent or ""]
             self.add_job(index, self.encoder.encode(prompt))
             self.jobs[index].request.session = self._session.key
+            self.jobs[index].request.guarded |= prompt.private == "isolated"
 
     async def end(self, outputs: dict[int, Output]) -> str | None:
         """Add the answers to the session, and save it to disk."""
