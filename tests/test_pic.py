@@ -42,12 +42,14 @@ class DenseHook:
         sources: position -> (owner's keys and values by layer, owner's position).
         kv: (key, value), each (KVH, T, D), by layer, as attended to.
         chosen: positions recomputed, once layer 1 is done.
+        recomputed_share: of the replaced positions.
     """
 
     layers: tuple[LayerKind, ...]
     sources: dict[int, tuple[list[tuple[Tensor, Tensor]], int]] = field(default_factory=dict)
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     chosen: set[int] = field(default_factory=set)
+    recomputed_share: float = 0.15
 
     def attend(
         self,
@@ -68,7 +70,7 @@ class DenseHook:
         if layer == 1:
             deviation = {p: float(((key[:, p] - copy) ** 2).sum()) for p, copy in moved.items()}
             ranked = sorted(deviation, key=lambda position: -deviation[position])
-            self.chosen = set(ranked[: math.ceil(0.15 * len(ranked))])
+            self.chosen = set(ranked[: math.ceil(self.recomputed_share * len(ranked))])
         for position, (owner, at) in self.sources.items():
             if layer >= 1 and position not in self.chosen:
                 key[:, position] = moved[position]

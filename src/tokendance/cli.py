@@ -137,6 +137,7 @@ def bench(
             "restore: from a stored session to the first token. "
             "capacity: most agents in a time or a memory. "
             "fidelity: how near the answers are to full computation. "
+            "leak: what an agent can learn of another's private text. "
             "serve: what HTTP and finding shared text cost. all: everything, with a report."
         ),
     ],

@@ -56,10 +56,17 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """One participant: a name, and the text that makes it who it is."""
+    """One participant.
+
+    Attributes:
+        name: in the session.
+        system: the text that makes it who it is.
+        private: see `Prompt`.
+    """
 
     name: str
     system: str
+    private: str | None = None
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -337,7 +344,7 @@ class Conversation:
         for past in rounds:
             messages += past.messages()
         messages.append(_user_message(blocks, turn.task))
-        prompt = Prompt(messages, agent=agent.name)
+        prompt = Prompt(messages, agent=agent.name, private=agent.private)
         return prompt, len(self.encoder.encode(prompt))
 
     def _words(self, output: Output) -> tuple[int, ...]:
@@ -390,6 +397,7 @@ class Conversation:
                     ],
                     "cache": [member.cache.token_ids.tolist(), member.cache.num_prompt],
                 }
+                | ({"private": private} if (private := member.agent.private) else {})
                 for member in self._members.values()
             ],
         }
@@ -408,7 +416,7 @@ class Conversation:
         rounds_blocks = [tuple(map(shared, blocks)) for blocks in state["heard"]]
         members: dict[str, _Member] = {}
         for member in state["members"]:
-            agent = Agent(member["name"], member["system"])
+            agent = Agent(member["name"], member["system"], member.get("private"))
             rounds = [
                 _PastRound(rounds_blocks[index], task, tuple(reply))
                 for index, task, reply in member["turns"]

@@ -156,12 +156,15 @@ class LLM:
             int8: see `store_int8` there.
 
         Raises:
-            StoreError: if it cannot be used, or holds KV of another model.
+            StoreError: if it cannot be used, holds KV of another model, or was written with the
+                other `private`.
         """
         with self.turns.take():
+            # What was read of others in open rounds is in everybody's own KV.
+            private = self.engine.options.private
             disk = DiskStore(
                 folder,
-                identity_of(self.model),
+                identity_of(self.model) | ({"private": private} if private != "open" else {}),
                 compressed=int8,
                 budget=NO_BUDGET if budget is None else parse_bytes(budget),
             )
@@ -378,6 +381,7 @@ class LLM:
             round_id,
             in_round=in_round,
             isolated=prompt.reuse == "exact",
+            guarded=prompt.private == "isolated",
         )
         request.num_dropped = prompt.dropped_tokens
         request.error = error or request.error
@@ -392,6 +396,7 @@ class LLM:
         *,
         in_round: bool = True,
         isolated: bool = False,
+        guarded: bool = False,
     ) -> Request:
         """Make a request of an encoded prompt; one that cannot be run has its `error` set."""
         error: TokenDanceError | None = None
@@ -418,6 +423,7 @@ class LLM:
             max_new_tokens=min(wanted, max(1, max_context - len(encoded))),
             in_round=in_round,
             isolated=isolated,
+            guarded=guarded or self.engine.options.private == "isolated",
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=self.model.stop_ids,
             error=error,

@@ -25,6 +25,8 @@ from tokendance.units import parse_bytes
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
+PrivateMode = Literal["open", "isolated"]
+PRIVATE_MODES: tuple[PrivateMode, ...] = get_args(PrivateMode)
 DEFAULT_MODEL = "smollm2-135m"
 
 
@@ -40,6 +42,9 @@ class EngineOptions:
         correction: which tokens of a reused block each agent computes afresh: edges:3+1 (the first
             3 and the last, taken if left out), first:4, epic (the first 16), none, all, or
             target:0.01, a fidelity target. In Python also a policy of your own.
+        private: isolated: what agents read of each other's KV was never computed behind text that
+            they do not have themselves, which costs a little time and fidelity (docs/fidelity.md).
+            open: it may have been. Prompts and requests may ask for isolation themselves.
         first_k: the same as the correction first:K.
         fidelity_target: the same as the correction target:KL: correct as little as keeps the KL
             divergence from full computation (nats per token) below this, by what `tokendance
@@ -65,6 +70,7 @@ class EngineOptions:
 
     reuse: ReuseMode = "collective"
     correction: str | CorrectionPolicy | None = None
+    private: PrivateMode = "open"
     first_k: int | None = None
     fidelity_target: float | None = None
     shadow: float = 0.0
@@ -84,6 +90,8 @@ class EngineOptions:
         check_kinds(self)
         if self.reuse not in REUSE_MODES:
             raise ConfigError(f"There is no reuse {self.reuse!r}. Use one of {REUSE_MODES}.")
+        if self.private not in PRIVATE_MODES:
+            raise ConfigError(f"There is no private {self.private!r}. Use one of {PRIVATE_MODES}.")
         if self.attention not in ATTENTION_NAMES:
             raise ConfigError(
                 f"There is no attention {self.attention!r}. Use one of {ATTENTION_NAMES}."

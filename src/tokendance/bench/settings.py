@@ -7,7 +7,16 @@ from typing import Literal, get_args
 from tokendance.options import DEFAULT_MODEL, EngineOptions, check_range
 
 SuiteName = Literal[
-    "attention", "plain", "prefill", "decode", "storage", "restore", "capacity", "fidelity", "serve"
+    "attention",
+    "plain",
+    "prefill",
+    "decode",
+    "storage",
+    "restore",
+    "capacity",
+    "fidelity",
+    "leak",
+    "serve",
 ]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")  # with a place for vLLM
@@ -23,7 +32,7 @@ class BenchSettings:
         size: full is what docs/benchmarks.md shows; tiny runs every line in seconds, and its
             figures mean nothing.
         repeats: counted runs of each kind in prefill and plain; in fidelity, workloads of other
-            seeds.
+            seeds; in leak, times 28 trials of each kind.
         seed: of texts, lengths and orders.
         source: of private texts and what agents say, in prefill, capacity and fidelity: town, the
             example, or a trace with personas.

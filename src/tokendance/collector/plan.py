@@ -112,10 +112,13 @@ class OwnedRun:
         segments: position, hash and number of tokens of each.
         layout: its positions as they are stored, without those that the prefix has: common
             tokens, then those that mirrors correct.
+        context: all segments of the prompt up to the end of the run, if the request guards its
+            text: only those may read one of the run who have read all before it. Else nothing.
     """
 
     segments: tuple[tuple[int, SegmentHash, int], ...]
     layout: Positions
+    context: tuple[SegmentHash, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ class ReuseRules:
         owns_order: compute segments that are cached in another order only.
         fresh_end: last tokens of a prompt that are computed even if they are cached, unless this
             round has computed them.
+        guarded: see `engine.request.Request`. Of what it computes, others may reuse what stands
+            before its first private token, if they have read the same before it.
     """
 
     prefix: bool
@@ -136,6 +141,7 @@ class ReuseRules:
     publish: bool
     owns_order: bool = False
     fresh_end: int = FRESH_END
+    guarded: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +158,7 @@ class RequestPlan:
         num_reused: prompt tokens that it does not compute (in all layers).
         num_corrected: cached tokens that it computes afresh.
         num_exact: length of its beginning that holds no KV of another context, answer included.
+        guarded: see `engine.request.Request`.
     """
 
     num_prompt: int
@@ -163,6 +170,7 @@ class RequestPlan:
     num_reused: int
     num_corrected: int
     num_exact: int
+    guarded: bool = False
 
     @property
     def compute(self) -> Positions:
@@ -256,7 +264,7 @@ def plan_request(
     ]
     chosen: dict[int, CachedSegment] = {}
     if rules.segments:
-        chosen = choose_sources(segments, index, round_id, owns_order=rules.owns_order)
+        chosen = choose_sources(prompt, segments, index, round_id, owns_order=rules.owns_order)
     reads_inexact_prefix = rules.segments and num_exact < num_prefix
     masks: dict[int, Mask] = {}
     if chosen or reads_inexact_prefix:
@@ -273,14 +281,15 @@ def plan_request(
     roles[:length] = Role.OWN
     roles[:num_prefix] = Role.PREFIX
     publishes_runs = rules.publish and rules.segments
+    num_public = prompt.num_public if rules.guarded else length
     owned: list[tuple[int, Segment]] = []
     uses: list[SegmentUse] = []
     for at, (start, segment) in enumerate(segments):
         first, stop = max(start, num_prefix), start + len(segment)
         source = chosen.get(at)
         if source is None:
-            owned.append((start, segment))
-            if publishes_runs:
+            if publishes_runs and stop <= num_public:
+                owned.append((start, segment))
                 roles[first:stop] = Role.OWNED
             continue
         fresh_end = 1 if source.round_id == round_id else rules.fresh_end
@@ -296,11 +305,12 @@ def plan_request(
         roles,
         tuple(pages),
         tuple(uses),
-        tuple(_owned_runs(owned, policy, num_prefix)) if publishes_runs else (),
+        tuple(_owned_runs(prompt, owned, policy, num_prefix, guarded=rules.guarded)),
         rules.publish,
         num_reused=int(counts[Role.PREFIX] + counts[Role.REUSED]),
         num_corrected=int(counts[Role.CORRECTED]),
         num_exact=first_reused if num_exact == num_prefix else num_exact,
+        guarded=rules.guarded,
     )
 
 
@@ -309,7 +319,12 @@ def _segment_at(prompt: EncodedPrompt, position: int) -> Segment:
 
 
 def _owned_runs(
-    owned: Sequence[tuple[int, Segment]], policy: CorrectionPolicy, num_prefix: int
+    prompt: EncodedPrompt,
+    owned: Sequence[tuple[int, Segment]],
+    policy: CorrectionPolicy,
+    num_prefix: int,
+    *,
+    guarded: bool,
 ) -> list[OwnedRun]:
     """Join segments that follow each other without a gap into runs, and lay them out."""
     runs: list[list[tuple[int, Segment]]] = []
@@ -322,9 +337,19 @@ def _owned_runs(
         OwnedRun(
             tuple((start, segment.hash, len(segment)) for start, segment in run),
             _layout(run, policy, num_prefix),
+            _context(prompt, run) if guarded else (),
         )
         for run in runs
     ]
+
+
+def _context(prompt: EncodedPrompt, run: Sequence[tuple[int, Segment]]) -> tuple[SegmentHash, ...]:
+    last, _ = run[-1]
+    return tuple(
+        segment.hash
+        for start, segment in zip(prompt.starts, prompt.segments, strict=True)
+        if start <= last
+    )
 
 
 def _layout(

@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from tokendance.collector.correction import CorrectionPolicy
+from tokendance.collector.neutral import neutral_runs
 from tokendance.collector.owners import Start, order_starts
 from tokendance.collector.plan import RequestPlan, ReuseRules, plan_request
 from tokendance.collector.sources import KVIndex, usable_sources
-from tokendance.rounds.segments import EncodedPrompt
+from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
 from tokendance.store.entries import RoundId
+
+# What all who guard their text read is not worth a request of its own if it is shorter.
+_LEAST_NEUTRAL_TOKENS = 16
 
 
 class Planner:
@@ -32,17 +38,56 @@ class Planner:
         shared = [prompt.shared_segments() for prompt in prompts]
         known = {
             segment.hash
-            for segments in shared
+            for prompt, segments in zip(prompts, shared, strict=True)
             for (_, segment), sources in zip(
-                segments, usable_sources(segments, self._index, round_id), strict=True
+                segments, usable_sources(prompt, segments, self._index, round_id), strict=True
             )
             if sources
         }
         sizes = [[(part.hash, len(part)) for _, part in segments] for segments in shared]
         return order_starts(sizes, known)
 
+    def neutral_prompts(
+        self,
+        guarded: Sequence[EncodedPrompt],
+        others: Sequence[EncodedPrompt],
+        round_id: RoundId,
+    ) -> list[EncodedPrompt]:
+        """Make the prompts of neutral owners for requests of a round that guard their text.
+
+        Args:
+            guarded: prompts of those.
+            others: of the round, which start before and compute what is shared with them.
+            round_id: of the round.
+        """
+        if not self._segments:
+            return []
+        known = {segment.hash for prompt in others for _, segment in prompt.shared_segments()}
+        missing: list[list[SegmentHash]] = []
+        by_hash: dict[SegmentHash, Segment] = {}
+        for prompt in guarded:
+            shared = prompt.shared_segments()
+            sources = usable_sources(prompt, shared, self._index, round_id)
+            lacking = [
+                segment
+                for (_, segment), found in zip(shared, sources, strict=True)
+                if not found and segment.hash not in known
+            ]
+            missing.append([segment.hash for segment in lacking])
+            by_hash |= {segment.hash: segment for segment in lacking}
+        runs = [[by_hash[name] for name in run] for run in neutral_runs(missing)]
+        return [
+            EncodedPrompt(tuple(run), guarded[0].salt)
+            for run in runs
+            if sum(map(self._num_reusable, run)) >= _LEAST_NEUTRAL_TOKENS
+        ]
+
+    def _num_reusable(self, segment: Segment) -> int:
+        """Tokens of a segment that most mirrors will not compute afresh."""
+        return int(np.count_nonzero(~self._policy.layout(segment)))
+
     def rules(
-        self, *, in_round: bool, isolated: bool, publishes: bool, owns_order: bool
+        self, *, in_round: bool, isolated: bool, publishes: bool, owns_order: bool, guarded: bool
     ) -> ReuseRules:
         """What a request may take and leave; the arguments are a request's (`engine.request`)."""
         return ReuseRules(
@@ -50,6 +95,7 @@ class Planner:
             segments=self._segments and in_round and not isolated,
             publish=self._prefix and publishes,
             owns_order=owns_order,
+            guarded=guarded,
         )
 
     def plan(

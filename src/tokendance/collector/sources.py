@@ -24,10 +24,37 @@ class KVIndex(Protocol):
         ...
 
 
+class _Reader:
+    """Says what a prompt may reuse of what others guard: KV of text that it has read itself.
+
+    That holds if all that its owner had read stands in the prompt before it.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, Segment]]) -> None:
+        """Take all shared segments of a prompt."""
+        self._places: dict[SegmentHash, int] = {}
+        for place, (_, segment) in enumerate(segments):
+            self._places.setdefault(segment.hash, place)
+        # By owner: the place behind which the prompt has read so many of the owner's segments.
+        self._read_at: dict[int, list[int]] = {}
+
+    def may_read(self, source: CachedSegment, place: int) -> bool:
+        if source.num_behind == 0:
+            return True
+        read_at = self._read_at.get(id(source.context))
+        if read_at is None:
+            places = (self._places.get(segment, len(self._places)) for segment in source.context)
+            read_at = self._read_at[id(source.context)] = list(itertools.accumulate(places, max))
+        return read_at[source.num_behind - 1] < place
+
+
 def usable_sources(
-    segments: Sequence[tuple[int, Segment]], index: KVIndex, round_id: RoundId
+    prompt: EncodedPrompt,
+    segments: Sequence[tuple[int, Segment]],
+    index: KVIndex,
+    round_id: RoundId,
 ) -> Iterator[Sequence[CachedSegment]]:
-    """For each segment, where a request of a round may reuse it from.
+    """For each of the last shared segments of a prompt, where a round may reuse it from.
 
     Behind segments that are new in this round, KV of earlier rounds is stale: who computed it had
     not read these. What a host asks in the same words in each round, behind what was said in it,
@@ -35,8 +62,14 @@ def usable_sources(
     time it is, matter little to all that follows.
     """
     num_new = 0
-    for _, segment in segments:
-        sources = index.cached(segment.hash, round_id)
+    shared = prompt.shared_segments()
+    reader = _Reader(shared)
+    for place, (_, segment) in enumerate(segments, len(shared) - len(segments)):
+        sources = [
+            source
+            for source in index.cached(segment.hash, round_id)
+            if reader.may_read(source, place)
+        ]
         if all(source.round_id == round_id for source in sources):
             num_new += len(segment)
         if num_new >= _MANY_NEW_TOKENS:
@@ -45,20 +78,21 @@ def usable_sources(
 
 
 def choose_sources(
+    prompt: EncodedPrompt,
     segments: Sequence[tuple[int, Segment]],
     index: KVIndex,
     round_id: RoundId,
     *,
     owns_order: bool,
 ) -> dict[int, CachedSegment]:
-    """Choose a source for each segment that has one, by its index in `segments`.
+    """Choose a source for each of a prompt's last shared segments, by its index in `segments`.
 
     A run whose segments stand in the request's order comes first, and of those the one that
     covers most tokens: inside one run all distances are the owner's, and one offset serves all
     of it. What is left takes the newest source, unless the request is to own its order.
     """
     by_run: dict[RunId, dict[int, list[CachedSegment]]] = {}
-    for at, sources in enumerate(usable_sources(segments, index, round_id)):
+    for at, sources in enumerate(usable_sources(prompt, segments, index, round_id)):
         for source in sources:
             by_run.setdefault(source.run, {}).setdefault(at, []).append(source)
 

@@ -205,6 +205,12 @@ def _check_meta(meta: Mapping[str, str], folder: Path, identity: Mapping[str, st
     different = sorted(
         name for name in {*stored, *identity} if stored.get(name) != identity.get(name)
     )
+    if different == ["private"]:
+        raise StoreError(
+            f"{folder} was written {'with' if 'private' in stored else 'without'} --private "
+            "isolated, and what agents have read there is in their KV. Use the same, or give "
+            "--store another folder."
+        )
     if different:
         raise StoreError(
             f"{folder} holds KV of another model: {', '.join(different)} differ "

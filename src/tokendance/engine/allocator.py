@@ -89,9 +89,12 @@ class Allocator:
                     (segment, start, slots[start : start + length])
                     for start, segment, length in run.segments
                 ]
-                allocation.entries += store.publish_run(segments, round_id)
+                allocation.entries += store.publish_run(segments, round_id, run.context)
             allocation.entries += store.publish_prefix(
-                prompt.prefix_hashes, slots[: plan.num_prompt], plan.num_exact
+                prompt.prefix_hashes,
+                slots[: plan.num_prompt],
+                plan.num_exact,
+                guarded=plan.guarded,
             )
         return allocation
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokendance.collector.planner import Planner
 from tokendance.engine.events import (
@@ -21,7 +21,7 @@ from tokendance.engine.events import (
     StepDone,
 )
 from tokendance.engine.mask_turns import MaskTurns
-from tokendance.engine.request import Request, RequestId, as_failure, make_output
+from tokendance.engine.request import Request, RequestId, as_failure, make_neutral, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.engine.stops import text_up_to_stop
@@ -54,12 +54,14 @@ class _Round:
         added_s: when the first of its requests was added.
         requests: all that were added, those that are done included.
         num_left: that are not done.
+        neutral: owners that were added for them.
         has_started: whether any of them was admitted.
     """
 
     added_s: float
     requests: list[Request]
     num_left: int = 0
+    neutral: list[Request] = field(default_factory=list)
     has_started: bool = False
 
 
@@ -146,13 +148,31 @@ class Engine:
         sound = [request for request in requests if request.error is None]
         together = [request for request in sound if request.in_round]
         if together:
-            prompts = [request.prompt for request in together]
-            for start in self._planner.order(prompts, together[0].round_id):
-                together[start.index].owns_order = start.owns_order
-                self.scheduler.add(together[start.index])
+            self._queue_round(together, now)
         for request in sound:
             if not request.in_round:
                 self.scheduler.add(request)
+
+    def _queue_round(self, together: Sequence[Request], now: float) -> None:
+        """Queue requests of a round: those that may compute for others come first."""
+        round_id = together[0].round_id
+        others = [request for request in together if not request.guarded]
+        prompts = [request.prompt for request in others]
+        for start in self._planner.order(prompts, round_id):
+            others[start.index].owns_order = start.owns_order
+            self.scheduler.add(others[start.index])
+        guarded = [request for request in together if request.guarded]
+        neutral = self._planner.neutral_prompts(
+            [request.prompt for request in guarded if not request.isolated],
+            [request.prompt for request in others if not request.isolated],
+            round_id,
+        )
+        for prompt in neutral:
+            owner = make_neutral(prompt, round_id, RequestId(next(self._request_ids)), now)
+            self._rounds[round_id].neutral.append(owner)
+            self.scheduler.add(owner)
+        for request in guarded:
+            self.scheduler.add(request)
 
     def abort(self, request: Request, why: str = "The request was taken back.") -> None:
         """End a request; the others go on. Does nothing if it is done."""
@@ -370,6 +390,19 @@ class Engine:
         self._finish(request, "error")
 
     def _finish(self, request: Request, reason: str) -> None:
+        self._end(request, reason)
+        if not request.neutral:
+            ended = self._rounds[request.round_id]
+            ended.num_left -= 1
+            if ended.num_left == 0:
+                del self._rounds[request.round_id]
+                for neutral in ended.neutral:
+                    if neutral.finish_reason is None:
+                        self._end(neutral, "stop")
+                        self._tell_end(neutral)
+        self._tell_end(request)
+
+    def _end(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         request.finished_s = self._clock()
         if reason == "error":
@@ -377,10 +410,9 @@ class Engine:
         elif request.text is None:
             request.text = self._decode(request.generated)
         self.scheduler.release(request, keep_kv=True)
-        finished = self._rounds[request.round_id]
-        finished.num_left -= 1
-        if finished.num_left == 0:
-            del self._rounds[request.round_id]
+
+    def _tell_end(self, request: Request) -> None:
+        assert request.finished_s is not None
         assert request.arrived_s is not None
         self.emit(
             Finished(
@@ -391,6 +423,7 @@ class Engine:
                 request.arrived_s,
                 request.first_token_s,
                 request.plan is not None and bool(request.plan.uses),
+                request.neutral,
             )
         )
 

@@ -96,6 +96,7 @@ class Finished(Event):
         arrived_s: clock time at which it came.
         first_token_s: clock time of its first token, if it had one.
         reused_segments: whether it read segments of another context.
+        neutral: see `engine.request.Request`; nobody waits for it.
     """
 
     request: RequestId
@@ -104,6 +105,7 @@ class Finished(Event):
     arrived_s: float
     first_token_s: float | None
     reused_segments: bool
+    neutral: bool
 
 
 @dataclass(frozen=True, slots=True)

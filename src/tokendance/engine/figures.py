@@ -48,7 +48,8 @@ class RoundFigures:
     def take(self, round_id: RoundId) -> RoundStats:
         """Hand over the figures of a round whose requests are all done, and forget it."""
         watched = self._watched.pop(round_id)
-        answered = [event for event in watched.finished if event.output.error is None]
+        sound = [event for event in watched.finished if event.output.error is None]
+        answered = [event for event in sound if not event.neutral]
         outputs = [event.output for event in answered]
         first_tokens = [e.first_token_s for e in answered if e.first_token_s is not None]
         first_s = max(first_tokens, default=watched.started_s)
@@ -57,7 +58,7 @@ class RoundFigures:
         return RoundStats(
             agents=len(outputs),
             prompt_tokens=sum(output.prompt_tokens for output in outputs),
-            computed_tokens=sum(output.computed_tokens for output in outputs),
+            computed_tokens=sum(event.output.computed_tokens for event in sound),
             reused_tokens=sum(output.reused_tokens for output in outputs),
             corrected_tokens=sum(output.corrected_tokens for output in outputs),
             generated_tokens=sum(len(output.token_ids) for output in outputs),

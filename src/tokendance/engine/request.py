@@ -42,6 +42,10 @@ class Request:
         max_new_tokens: most tokens that it may generate, within the model's context.
         in_round: whether it may reuse shared segments wherever they stand, and publish its own.
         isolated: computed whole, in forward passes of its own.
+        guarded: nothing that others read is computed behind text of this request that they do not
+            have.
+        neutral: it has no text of its own and no answer; it computes what those of its round read
+            who are guarded, and ends with it at the latest.
         publishes: whether others may reuse what it computes.
         session: that keeps what it reads, if one does.
         num_dropped: tokens that were left out of the prompt so that it fits.
@@ -83,6 +87,8 @@ class Request:
     max_new_tokens: int
     in_round: bool = True
     isolated: bool = False
+    guarded: bool = False
+    neutral: bool = False
     publishes: bool = True
     session: SessionKey | None = None
     num_dropped: int = 0
@@ -211,6 +217,23 @@ class Request:
         self.first_token_s = None
         self._random = random.Random(self.seed)
         self.num_retries += 1
+
+
+def make_neutral(
+    prompt: EncodedPrompt, round_id: RoundId, request_id: RequestId, now: float
+) -> Request:
+    """Make the request of a neutral owner of a round, which arrives now."""
+    return Request(
+        "a neutral owner",
+        round_id,
+        prompt,
+        SamplingParams(max_tokens=1),
+        max_new_tokens=1,
+        guarded=True,
+        neutral=True,
+        arrived_s=now,
+        id=request_id,
+    )
 
 
 def make_output(request: Request) -> Output:

@@ -205,6 +205,7 @@ class Scheduler:
             isolated=request.isolated,
             publishes=request.publishes,
             owns_order=request.owns_order,
+            guarded=request.guarded,
         )
 
     def _plan(self, request: Request, rules: ReuseRules) -> RequestPlan:
@@ -372,7 +373,7 @@ class Scheduler:
         num_fed = request.num_computed - len(allocation.compute)
         text = request.prompt.prefix_hashes.extended(request.generated)
         slots = allocation.slots[: len(request.prompt) + num_fed]
-        self._store.publish_prefix(text, slots, plan.num_exact)
+        self._store.publish_prefix(text, slots, plan.num_exact, guarded=plan.guarded)
 
     def mark_verified(self, request: Request) -> None:
         """Note that what a request owns led to finite logits."""

@@ -97,6 +97,8 @@ class Prompt:
         reuse: "exact" computes this prompt whole and in passes of its own, so that the answer is
             the same to the bit whatever else runs; None does as the engine does.
         dropped_tokens: that were left out so that it fits, for the figures; a session counts them.
+        private: "isolated" lets nothing that others read be computed behind text of this prompt
+            that they do not have; None does as the engine does.
     """
 
     content: str | Sequence[int] | Sequence[Part] | Sequence[Message]
@@ -104,6 +106,7 @@ class Prompt:
     reuse: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     dropped_tokens: int = 0
+    private: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.agent, str | None):
@@ -115,6 +118,11 @@ class Prompt:
         if self.reuse not in (None, "exact"):
             raise PromptError(
                 f"A prompt's reuse is {self.reuse!r}. Use None for the engine's way, or 'exact'."
+            )
+        if self.private not in (None, "isolated"):
+            raise PromptError(
+                f"A prompt's private is {self.private!r}. "
+                "Use None for the engine's way, or 'isolated'."
             )
 
 

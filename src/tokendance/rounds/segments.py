@@ -149,6 +149,14 @@ class EncodedPrompt:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def num_public(self) -> int:
+        """Tokens before its first private segment."""
+        starts = (
+            start for start, part in zip(self.starts, self.segments, strict=True) if not part.shared
+        )
+        return next(starts, len(self))
+
     def shared_segments(self) -> list[tuple[int, Segment]]:
         """Position and segment of each shared one, in order."""
         return [

@@ -31,7 +31,9 @@ class Metrics:
         histogram = partial(Histogram, namespace="tokendance", registry=self._registry)
         self._agents = histogram("round_agents", "Requests that started together.", buckets=_AGENTS)
         self._prompt = counter("prompt_tokens", "Prompt tokens of requests that were answered.")
-        self._computed = counter("computed_tokens", "Of these, computed.")
+        self._computed = counter(
+            "computed_tokens", "Of these, computed; and what neutral owners computed for them."
+        )
         self._reused = counter("reused_tokens", "Of these, not computed: their KV was there.")
         self._corrected = counter("corrected_tokens", "Of the computed, shared and corrected.")
         self._dropped = counter(
@@ -127,6 +129,9 @@ class Metrics:
 
     def _count(self, event: Finished) -> None:
         output = event.output
+        if event.neutral:
+            self._computed.inc(output.computed_tokens)
+            return
         self._requests.labels(output.finish_reason).inc()
         if output.error is not None:
             return

@@ -32,6 +32,7 @@ def _at_most(limit: int) -> BeforeValidator:
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Speaker = Annotated[str, Field(max_length=256)]
 TokenList = Annotated[list[int], Field(fail_fast=True)]
+Private = Literal["isolated"]  # see `Prompt`
 MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
 Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
@@ -162,6 +163,7 @@ class Sampling(_Body):
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
     round: RoundField | None = None
+    private: Private | None = None
     # Accepted and ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -264,6 +266,7 @@ class RoundRequest(_Body):
         blocks: shared texts by their ids, outside sessions.
         stream: whether answers come one by one.
         session: whose next round it is; see `server/sessions.py`.
+        private: of all its agents; an agent may also have it alone.
         ttl_s: seconds for which a session is sure to be kept after its last round.
     """
 
@@ -272,6 +275,7 @@ class RoundRequest(_Body):
     blocks: Blocks = {}
     stream: bool | None = None
     session: Name | None = None
+    private: Private | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None
 
 

@@ -113,6 +113,7 @@ class Endpoint(ABC, Generic[Body]):
         first: int = 0,
         constraint: GrammarConstraint | None = None,
         marked: bool = False,
+        guarded: bool = False,
     ) -> None:
         """Add a job for each answer to each prompt.
 
@@ -123,6 +124,7 @@ class Endpoint(ABC, Generic[Body]):
             first: index of the first answer; the others follow.
             constraint: on each answer.
             marked: see `Job`.
+            guarded: see `Request`; the body may ask for it, too.
 
         Raises:
             ApiError: for unsupported fields, and for a prompt that is too long.
@@ -140,8 +142,9 @@ class Endpoint(ABC, Generic[Body]):
             key, size = RoundKey(salt, body.round.id), body.round.size
             if body.round.session is not None:
                 session = SessionKey(f"chat/{salt.hex()}", body.round.session)
+        guarded |= body.private == "isolated"
         for index, (prompt, params) in enumerate(itertools.product(prompts, choices), first):
-            request = llm.request_of(prompt, params, agent, _NO_ROUND)
+            request = llm.request_of(prompt, params, agent, _NO_ROUND, guarded=guarded)
             if request.error is not None:
                 message = str(request.error)
                 raise bad_request(message, self.prompt_field, "context_length_exceeded")

@@ -104,7 +104,8 @@ class RoundEndpoint(Endpoint[RoundRequest]):
         if (agent.n or 1) > 1:
             raise bad_request("An agent of a round has one answer.", "n")
         # Errors name the agent, and the session looks for it in the output.
-        self.add_jobs(agent, [prompt], agent=agent.agent, first=index, marked=True)
+        guarded = self.body.private == "isolated"
+        self.add_jobs(agent, [prompt], agent=agent.agent, first=index, marked=True, guarded=guarded)
 
 
 class LoneRound(RoundEndpoint):
@@ -184,6 +185,7 @@ class SessionRound(RoundEndpoint):
             self.add_job(index, self.encoder.encode(prompt))
             request = self.jobs[index].request
             request.session, request.num_dropped = self._session.key, prompt.dropped_tokens
+            request.guarded |= prompt.private == "isolated"
 
     async def end(self, outputs: dict[int, Output]) -> str | None:
         """Add the answers to the session, and save it to disk."""

@@ -142,4 +142,5 @@ def _admit(session: Session, body: RoundRequest) -> None:
     for name in present - named:
         session.leave(name)
     for agent in new:
-        session.join(Agent(agent.agent, agent.system or ""))
+        private = agent.private or body.private
+        session.join(Agent(agent.agent, agent.system or "", private))

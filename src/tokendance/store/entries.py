@@ -28,6 +28,7 @@ class PrefixPage:
     chain: ChainHash  # hash of the prompt up to the end of this page
     num_tokens: int  # of the page
     exact: bool  # whether the KV is what the model computes for this very prompt
+    guarded: bool = False  # whether it is of a request that guards its text: no part is offered
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +44,9 @@ class CachedSegment:
         round_id: in which its owner computed it; None if it is published for another reason.
         rounds: the rounds in which mirrors have reused it so far; the store counts them.
         verified: whether its owner has had finite logits; the scheduler writes it.
+        context: shared segments that its owner has read, in order, if it guards its text.
+        num_behind: so many of those stand before this one. Who reuses it has to have read them
+            before it, too. 0: anybody may reuse it.
     """
 
     hash: SegmentHash
@@ -53,6 +57,8 @@ class CachedSegment:
     round_id: RoundId | None = None
     rounds: set[RoundId] = field(default_factory=set)
     verified: bool = False
+    context: tuple[SegmentHash, ...] = ()
+    num_behind: int = 0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -115,13 +115,16 @@ class KVStore:
 
     # -- putting in ---------------------------------------------------------------------------
 
-    def publish_prefix(self, text: PrefixHashes, slots: Slots, num_exact: int) -> list[Entry]:
+    def publish_prefix(
+        self, text: PrefixHashes, slots: Slots, num_exact: int, *, guarded: bool = False
+    ) -> list[Entry]:
         """Publish the pages of a text, each with the tokens before it.
 
         Args:
             text: at least as long as `slots`.
             slots: int32, of the tokens whose KV is or will be computed.
             num_exact: length of the beginning that holds no reused KV of another context.
+            guarded: keep `publish_parts` from offering parts of it to others.
 
         Returns:
             The entries that are new; the caller drops them if it fails to compute them.
@@ -141,6 +144,7 @@ class KVStore:
                 )
                 self._prefix[chain, exact] = entry
                 new.append(entry)
+            entry.guarded |= guarded
             touched.append(entry)
         self._add(new)
         self.touch(touched)
@@ -150,10 +154,14 @@ class KVStore:
         self,
         segments: Sequence[tuple[SegmentHash, int, Slots]],
         round_id: RoundId | None = None,
+        context: tuple[SegmentHash, ...] = (),
     ) -> list[StoredSegment]:
-        """Publish the segments of a run: hash, position in the owner's prompt, and slots of each.
+        """Publish the segments of a run.
 
-        `round_id` is that in which the owner computes them, if it does.
+        Args:
+            segments: hash, position in the owner's prompt, and slots of each.
+            round_id: in which the owner computes them, if it does.
+            context: see `OwnedRun`.
         """
         run = RunId(self._num_runs)
         self._num_runs += 1
@@ -163,6 +171,9 @@ class KVStore:
             cached = StoredSegment(
                 segment, len(slots), run, index, start, round_id, slots=own, pages=pages
             )
+            if context:
+                cached.context = context
+                cached.num_behind = len(context) - len(segments) + index
             self._segments.setdefault(segment, []).append(cached)
             new.append(cached)
         self._add(new)
@@ -173,17 +184,22 @@ class KVStore:
     ) -> None:
         """Publish parts of an earlier prompt as segments, where these are not cached yet.
 
-        Of each part: first position, position after the last, and hash.
+        Of each part: first position, position after the last, and hash. What was computed behind
+        text that its agent guards is left out.
         """
         missing = [part for part in parts if part[2] not in self._segments]
         if not missing:
             return
-        slots = self.match_slots(text)
+        pages = self.match_prefix(text, exact=False)
+        slots = slots_of(pages)
+        guarded = np.repeat([page.guarded for page in pages], [page.num_tokens for page in pages])
         # What is still being computed may fail, and then nobody would take it out of the index.
         ready = [
             (segment, first, slots[first:last])
             for first, last, segment in missing
-            if last <= len(slots) and self.slot_ready[slots[first:last]].all()
+            if last <= len(slots)
+            and not guarded[first:last].any()
+            and self.slot_ready[slots[first:last]].all()
         ]
         if ready:
             self.publish_run(ready)

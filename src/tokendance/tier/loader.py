@@ -153,7 +153,8 @@ def _publish(levels: Levels, session: StoredSession, salt: Salt) -> int:
         slots = np.concatenate([slots, files.slots_of(cache.extents, len(slots))])
         # The prompt by itself, too: an answer may be told otherwise than it was generated.
         for length in {min(cache.num_prompt, len(slots)), len(slots)}:
-            store.publish_prefix(text, slots[:length], min(cache.num_exact, length))
+            # Whether the agent guards its text is not stored, so nobody else is offered any of it.
+            store.publish_prefix(text, slots[:length], min(cache.num_exact, length), guarded=True)
         pages, _ = levels.match_computed(text)
         files.mark_on_disk(pages)
         num_lacking += len(cache.token_ids) - len(slots)

@@ -90,7 +90,10 @@ def _evicted(
 def _choose_segments(
     store: KVStore, snapshot: SessionSnapshot, caches: Iterable[Slots]
 ) -> list[tuple[TokenIds, StoredSegment]]:
-    """One copy of each shared segment: that of which caches read most, else the newest."""
+    """One copy of each shared segment: that of which caches read most, else the newest.
+
+    Copies that only some may read stay in memory: the store does not say who may.
+    """
     is_read = np.zeros(store.num_slots, np.bool_)
     for slots in caches:
         is_read[slots] = True
@@ -99,7 +102,7 @@ def _choose_segments(
         copies = [
             copy
             for copy in reversed(store.all_cached(hash_segment(token_ids, snapshot.salt)))
-            if store.slot_ready[copy.slots].all()
+            if copy.num_behind == 0 and store.slot_ready[copy.slots].all()
         ]
         if copies:
             best = max(copies, key=lambda copy: np.count_nonzero(is_read[copy.slots]))
