@@ -192,6 +192,7 @@ class Rounds:
         rules = self._planner.rules(
             in_round=member.in_round,
             isolated=False,
+            guarded=False,
             publishes=True,
             owns_order=member.owns_order,
         )
