@@ -111,7 +111,7 @@ def test_what_all_are_asked_is_computed_by_one_of_the_round(make_llm: MakeLLM) -
 
     def ask(names: Sequence[int], round_id: RoundId) -> list[int]:
         prompts = [Prompt([private([100 + n] * 5), question], agent=f"agent {n}") for n in names]
-        requests = [llm.make_request(one, ONE, round_id, "") for one in prompts]
+        requests = [llm.requests.make(one, ONE, round_id, "") for one in prompts]
         engine.add(requests)
         while engine.has_work:
             engine.tick()
@@ -155,11 +155,11 @@ def test_late_agents_reuse_what_the_round_computed(make_llm: MakeLLM) -> None:
     engine = llm.engine
     round_id = engine.new_round_id()
     params = SamplingParams(max_tokens=6, ignore_eos=True)
-    early = [llm.make_request(prompt(n, *blocks), params, round_id, "") for n in range(2)]
+    early = [llm.requests.make(prompt(n, *blocks), params, round_id, "") for n in range(2)]
     engine.add(early)
     for _ in range(3):
         engine.tick()
-    late = llm.make_request(prompt(2, *blocks), params, round_id, "")
+    late = llm.requests.make(prompt(2, *blocks), params, round_id, "")
     engine.add([late])
     while engine.has_work:
         engine.tick()

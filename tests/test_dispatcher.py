@@ -60,7 +60,7 @@ class Desk:
         salt = Salt(tenant.encode())
         prompt = build_prompt([(self.llm.encoder.text_ids(text), False)], salt)
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        request = self.llm.request_of(prompt, params, f"agent {number}", RoundId(-1))
+        request = self.llm.requests.of(prompt, params, f"agent {number}", RoundId(-1))
         events: list[Event] = []
         key = None if name is None else RoundKey(salt, name)
         job = Job(request, events.append, key, size, chat=cast(KeptChat, session))

@@ -53,7 +53,7 @@ def add(
     llm: LLM, prompts: list[Prompt], params: SamplingParams = PARAMS, tenant: str = ""
 ) -> list[Request]:
     round_id = llm.engine.new_round_id()
-    requests = [llm.make_request(prompt, params, round_id, "") for prompt in prompts]
+    requests = [llm.requests.make(prompt, params, round_id, "") for prompt in prompts]
     if tenant:
         encoder = llm.encoder.with_salt(Salt(tenant.encode()))
         for request, prompt in zip(requests, prompts, strict=True):
@@ -232,7 +232,7 @@ def test_a_failure_in_one_requests_part_is_its_own(
     llm = make_fake_llm()
     prompts = round_of(3)
     round_id = llm.engine.new_round_id()
-    requests = [llm.make_request(prompt, PARAMS, round_id, "") for prompt in prompts]
+    requests = [llm.requests.make(prompt, PARAMS, round_id, "") for prompt in prompts]
     requests[victim].constraint = Breaks(where, after)
     llm.engine.add(requests)
     finish(llm)

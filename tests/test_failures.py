@@ -101,7 +101,7 @@ def test_aborted_requests_leave_the_others(make_llm: MakeLLM, steps: int, victim
     llm = make_llm(max_num_batched_tokens=25)
     engine = llm.engine
     round_id = engine.new_round_id()
-    requests = [llm.make_request(p, PARAMS, round_id, "") for p in prompts]
+    requests = [llm.requests.make(p, PARAMS, round_id, "") for p in prompts]
     engine.add(requests)
     for _ in range(steps):
         engine.tick()

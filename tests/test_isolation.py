@@ -224,7 +224,7 @@ class Table(RuleBasedStateMachine):
             parts = self.histories.get(agent, [private([WHO[agent]] * (WHO[agent] - 145))]) + read
             guard = self.private if agent in GUARDS else None
             asked = Prompt([*parts, private([7])], agent=str(agent), private=guard)
-            request = self.llm.make_request(asked, PARAMS, round_id, str(agent))
+            request = self.llm.requests.make(asked, PARAMS, round_id, str(agent))
             requests.append(request)
             self.prompts.append(request.prompt)
             self.live.append((agent, parts, request))

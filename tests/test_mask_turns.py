@@ -59,7 +59,7 @@ def test_slow_constraints_hold_up_themselves(make_fake_llm: MakeLLM, num_slow: i
     takes = [0.03] * num_slow + [0.0001] * 5 + [None]
     requests: list[Request] = []
     for index, seconds in enumerate(takes):
-        request = llm.make_request(Prompt(f"number {index}"), PARAMS, round_id, "")
+        request = llm.requests.make(Prompt(f"number {index}"), PARAMS, round_id, "")
         request.constraint = None if seconds is None else Takes(clock, seconds)
         requests.append(request)
     llm.engine.add(requests)
@@ -86,7 +86,7 @@ def test_whoever_waited_longest_is_next(make_fake_llm: MakeLLM) -> None:
     round_id = llm.engine.new_round_id()
     requests = []
     for index in range(3):
-        requests.append(llm.make_request(Prompt(f"number {index}"), PARAMS, round_id, ""))
+        requests.append(llm.requests.make(Prompt(f"number {index}"), PARAMS, round_id, ""))
         requests[-1].constraint = Takes(clock, 0.03)
     taken: list[int] = []
     for _ in range(6):

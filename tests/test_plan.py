@@ -295,7 +295,7 @@ def test_a_prompt_is_hashed_once_however_long_it_waits(
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     round_id = llm.engine.new_round_id()
     requests = [
-        llm.make_request(Prompt([token] * 100), params, round_id, str(token), in_round=False)
+        llm.requests.make(Prompt([token] * 100), params, round_id, str(token), in_round=False)
         for token in (5, 6)
     ]
     llm.engine.add(requests)
@@ -320,12 +320,12 @@ def test_waiting_changes_no_order_of_eviction(make_llm: Callable[..., LLM]) -> N
     order = list(llm.kv_store.order)
     long = SamplingParams(max_tokens=60, ignore_eos=True)
     round_id = llm.engine.new_round_id()
-    busy = llm.make_request(Prompt([9] * 200), long, round_id, "busy", in_round=False)
+    busy = llm.requests.make(Prompt([9] * 200), long, round_id, "busy", in_round=False)
     llm.engine.add([busy])
     llm.engine.tick()
     order = [entry for entry in llm.kv_store.order if entry in order]
     # It would go on from the oldest of the three, and does not fit.
-    waits = llm.make_request(Prompt([3] * 320), long, round_id, "waits", in_round=False)
+    waits = llm.requests.make(Prompt([3] * 320), long, round_id, "waits", in_round=False)
     llm.engine.add([waits])
     for _ in range(5):
         llm.engine.tick()

@@ -111,7 +111,7 @@ class Loop:
 
     def add(self, prompts: list[Prompt], params: SamplingParams) -> None:
         round_id = self.llm.engine.new_round_id()
-        self.live = [self.llm.make_request(prompt, params, round_id, "") for prompt in prompts]
+        self.live = [self.llm.requests.make(prompt, params, round_id, "") for prompt in prompts]
         self.llm.engine.add(self.live)
 
     def tick(self) -> None:

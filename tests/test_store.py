@@ -268,7 +268,7 @@ class EngineMachine(RuleBasedStateMachine):
             parts = [private([60 + n] * (n + 1)), *(shared([10 + b] * (5 + b)) for b in order)]
             prompt = Prompt([*parts, private([7])], reuse="exact" if exact and n == 0 else None)
             params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-            requests.append(self.llm.make_request(prompt, params, round_id, str(n)))
+            requests.append(self.llm.requests.make(prompt, params, round_id, str(n)))
         self.llm.engine.add(requests)
         self.live += requests
 

@@ -70,7 +70,7 @@ class Place:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         round_id = self.engine.new_round_id()
         requests = [
-            self.llm.request_of(
+            self.llm.requests.of(
                 encoder.encode(prompt),
                 params,
                 prompt.agent or tenant,

@@ -2,7 +2,6 @@
 
 import itertools
 import reprlib
-import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from tokendance.disk.records import SessionKey
 from tokendance.disk.store import NO_BUDGET, DiskStore
 from tokendance.engine.figures import RoundFigures
 from tokendance.engine.request import Request, make_output
-from tokendance.errors import ConfigError, ContextError, PromptError, RoundError, TokenDanceError
+from tokendance.errors import ConfigError, RoundError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import Executor
 from tokendance.fidelity.shadow import ShadowReport, Shadows
@@ -38,10 +37,10 @@ from tokendance.models.loader import (
 from tokendance.options import EngineOptions
 from tokendance.outputs import Output, Progress, RoundResult
 from tokendance.params import SamplingParams, check_params
+from tokendance.request_maker import RequestMaker
 from tokendance.rounds.prompts import Prompt, PromptLike, as_prompt
-from tokendance.rounds.segments import EncodedPrompt, make_salt
+from tokendance.rounds.segments import make_salt
 from tokendance.session import Session
-from tokendance.store.entries import RoundId
 from tokendance.tier.tier import DiskTier
 from tokendance.turns import Turns, in_event_loop
 from tokendance.units import parse_bytes
@@ -62,6 +61,7 @@ class LLM:
         kv_store: what the engine knows of KV, and where that lies.
         executor: holds the KV.
         shadows: mirrors that are kept to be computed again.
+        requests: makes requests of prompts.
         tier: memory and disk, where sessions last; None without a store.
         turns: calls from several threads and coroutines are served one after the other.
     """
@@ -135,6 +135,7 @@ class LLM:
         self.turns = Turns()
         self.shadows = Shadows(options.shadow)
         self.engine.attach(self.shadows)
+        self.requests = RequestMaker(model, self.encoder, self.shadows, options)
         self.tier: DiskTier | None = None
         self._sessions: WeakValueDictionary[SessionKey, Session] = WeakValueDictionary()
         if options.store is not None:
@@ -199,7 +200,7 @@ class LLM:
         with self.turns.take():
             round_id = self.engine.new_round_id()
             requests = [
-                self.make_request(prompt, own_params, round_id, f"prompt {index}", in_round=False)
+                self.requests.make(prompt, own_params, round_id, f"prompt {index}", in_round=False)
                 for index, (prompt, own_params) in enumerate(self._pair(prompts, params))
             ]
             if requests:
@@ -248,7 +249,7 @@ class LLM:
         unused = (name for name in map("agent {}".format, itertools.count()) if name not in names)
         round_id = self.engine.new_round_id()
         requests = [
-            self.make_request(prompt, own_params, round_id, prompt.agent or next(unused))
+            self.requests.make(prompt, own_params, round_id, prompt.agent or next(unused))
             for prompt, own_params in pairs
         ]
         for request in requests:
@@ -357,79 +358,6 @@ class LLM:
         if request.error is not None:
             raise request.error
         return report
-
-    def make_request(
-        self,
-        prompt: PromptLike,
-        params: SamplingParams,
-        round_id: RoundId,
-        name: str,
-        *,
-        in_round: bool = True,
-    ) -> Request:
-        """Encode a prompt into a request. A prompt that cannot be run has its `error` set."""
-        prompt = as_prompt(prompt)
-        error: TokenDanceError | None = None
-        try:
-            encoded = self.encoder.encode(prompt)
-        except PromptError as reason:
-            encoded, error = EncodedPrompt((), make_salt()), reason
-        request = self.request_of(
-            encoded,
-            params,
-            prompt.agent or name,
-            round_id,
-            in_round=in_round,
-            isolated=prompt.reuse == "exact",
-            guarded=prompt.private == "isolated",
-        )
-        request.num_dropped = prompt.dropped_tokens
-        request.error = error or request.error
-        return request
-
-    def request_of(
-        self,
-        encoded: EncodedPrompt,
-        params: SamplingParams,
-        name: str,
-        round_id: RoundId,
-        *,
-        in_round: bool = True,
-        isolated: bool = False,
-        guarded: bool = False,
-    ) -> Request:
-        """Make a request of an encoded prompt; one that cannot be run has its `error` set."""
-        error: TokenDanceError | None = None
-        forced = params.forced_tokens or ()
-        biased = [token for token, _ in params.logit_bias]
-        for what, tokens in (("forced tokens", forced), ("tokens of logit_bias", biased)):
-            if any(not 0 <= token < self.model.shape.vocab_size for token in tokens):
-                error = PromptError(
-                    f"The {what} of {name!r} are not all in the model's "
-                    "vocabulary. Encode them with this model's tokenizer."
-                )
-        max_context = self.model.shape.max_context
-        if len(encoded) >= max_context:
-            error = ContextError(
-                f"The prompt of {name!r} has {len(encoded)} tokens, and the "
-                f"model's context holds {max_context}, the answer included. Shorten the prompt."
-            )
-        wanted = min(params.max_tokens, len(forced)) if forced else params.max_tokens
-        request = Request(
-            name,
-            round_id,
-            encoded,
-            params,
-            max_new_tokens=min(wanted, max(1, max_context - len(encoded))),
-            in_round=in_round,
-            isolated=isolated,
-            guarded=guarded or self.engine.options.private == "isolated",
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            stop_ids=self.model.stop_ids,
-            error=error,
-        )
-        self.shadows.draw(request)
-        return request
 
     def _pair(
         self, prompts: Sequence[PromptLike], params: ParamsLike

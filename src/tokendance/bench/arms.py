@@ -189,7 +189,7 @@ class DecodingRound:
         round_id = self._engine.new_round_id()
         params = answer_params(num_steps + AHEAD_TOKENS)
         self._requests: list[Request] = [
-            llm.make_request(prompt, params, round_id, str(index))
+            llm.requests.make(prompt, params, round_id, str(index))
             for index, prompt in enumerate(prompts)
         ]
         self._engine.add(self._requests)

@@ -7,7 +7,7 @@ import numpy as np
 from tokendance.collector.known import NO_SLOT, KnownKV, look_up, stored_pages, stored_sources
 from tokendance.collector.plan import Positions, RequestPlan
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.store.entries import Entry, RoundId, Slots
+from tokendance.store.entries import Entry, RoundId, RunId, Slots, StoredSegment
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
 
@@ -30,6 +30,12 @@ class Allocation:
     pages: PageIds
     copied_from: Slots
     entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def owned_runs(self) -> tuple[RunId, ...]:
+        """Runs that the request owns and has yet to compute, each once."""
+        published = (entry for entry in self.entries if isinstance(entry, StoredSegment))
+        return tuple(dict.fromkeys(entry.run for entry in published))
 
     def reads(self) -> Slots:
         """Slots whose KV the request reads or copies."""

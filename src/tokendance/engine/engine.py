@@ -6,7 +6,7 @@ step():  admit  ->  schedule  ->  execute  ->  take what was chosen
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tokendance.collector.planner import Planner
@@ -28,13 +28,12 @@ from tokendance.engine.stops import text_up_to_stop
 from tokendance.engine.tenants import TenantRules
 from tokendance.errors import (
     AbortedError,
-    ConstraintError,
     NumericsError,
     StepError,
     TokenDanceError,
 )
 from tokendance.executor.step import Executor, StepInput, StepOutput
-from tokendance.store.entries import RoundId, RunId, StoredSegment
+from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
 
 log = logging.getLogger("tokendance.engine")
@@ -114,8 +113,6 @@ class Engine:
         self._observers: list[EngineObserver] = []
         self._request_ids = itertools.count()
         self._rounds: dict[RoundId, _Round] = {}
-        self._resident: Mapping[RoundId, int] = {}
-        self._resident_of: list[Request] = []  # for whom that was counted
         self.seconds_per_token: float | None = None
 
     # -- coming and going -----------------------------------------------------------------------
@@ -248,7 +245,7 @@ class Engine:
                 {item.request.id: len(item.positions) for item in scheduled},
                 len(self.scheduler.running),
                 self.scheduler.num_waiting,
-                self._resident_pages(),
+                self.scheduler.resident_pages(),
             )
         )
         self._take(scheduled, output, now)
@@ -262,9 +259,9 @@ class Engine:
         events: dict[RoundId, list[Admitted]] = {}
         for request in admitted:
             assert request.plan is not None
-            event = Admitted(
-                now, request.id, request.round_id, request.agent, request.plan, _runs_of(request)
-            )
+            assert request.allocation is not None
+            runs = request.allocation.owned_runs
+            event = Admitted(now, request.id, request.round_id, request.agent, request.plan, runs)
             events.setdefault(request.round_id, []).append(event)
         for round_id, of_round in events.items():
             started = self._rounds[round_id]
@@ -285,7 +282,7 @@ class Engine:
             assert request.constraint is not None
             try:
                 request.constraint.prepare()
-                _check_constraint(request)
+                request.check_constraint()
             except Exception as error:
                 self._fail(request, as_failure(request, error), keep_kv=True)
 
@@ -341,7 +338,7 @@ class Engine:
             request.logprobs.append(logprobs)
         if request.constraint is not None:
             request.constraint.accept(token)
-            _check_constraint(request)
+            request.check_constraint()
         if request.first_token_s is None:
             request.first_token_s = now
             self.scheduler.mark_verified(request)
@@ -438,39 +435,7 @@ class Engine:
                 log.exception("an observer has failed, and is told no more")
                 self._observers.remove(observer)
 
-    def _resident_pages(self) -> Mapping[RoundId, int]:
-        """Distinct pages that the running requests of each round hold; counted when they change."""
-        if self._resident_of != self.scheduler.running:
-            self._resident_of = list(self.scheduler.running)
-            by_round: dict[RoundId, list[Request]] = {}
-            for request in self._resident_of:
-                by_round.setdefault(request.round_id, []).append(request)
-            self._resident = {
-                round_id: self.scheduler.num_resident_pages(requests)
-                for round_id, requests in by_round.items()
-            }
-        return self._resident
-
     def check_integrity(self) -> None:
         """Assert that page counts, indexes and running requests agree."""
         self.store.check_integrity(self.scheduler.held_pages())
         self.scheduler.check_integrity()
-
-
-def _check_constraint(request: Request) -> None:
-    """Raise ConstraintError if what an answer has to look like cannot be followed."""
-    assert request.constraint is not None
-    if (reason := request.constraint.failure()) is not None:
-        raise ConstraintError(
-            f"What the answer of {request.agent!r} shall look like cannot be followed: {reason} "
-            "Simplify it."
-        )
-
-
-def _runs_of(request: Request) -> tuple[RunId, ...]:
-    """Runs that a request owns, each once."""
-    assert request.allocation is not None
-    entries: Iterable[StoredSegment] = (
-        entry for entry in request.allocation.entries if isinstance(entry, StoredSegment)
-    )
-    return tuple(dict.fromkeys(entry.run for entry in entries))

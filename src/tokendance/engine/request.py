@@ -14,7 +14,7 @@ from tokendance.collector.plan import RequestPlan
 from tokendance.disk.records import SessionKey
 from tokendance.engine.allocator import Allocation
 from tokendance.engine.constraint import Constraint
-from tokendance.errors import StepError, TokenDanceError
+from tokendance.errors import ConstraintError, StepError, TokenDanceError
 from tokendance.executor.step import FloatArray, SamplingRow, StepRequest, TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.params import SamplingParams
@@ -133,6 +133,15 @@ class Request:
     def tenant(self) -> Salt:
         """Whom it is computed for: whoever has this salt shares KV."""
         return self.prompt.salt
+
+    def check_constraint(self) -> None:
+        """Raise ConstraintError if what the answer has to look like cannot be followed."""
+        assert self.constraint is not None
+        if (reason := self.constraint.failure()) is not None:
+            raise ConstraintError(
+                f"What the answer of {self.agent!r} shall look like cannot be followed: {reason} "
+                "Simplify it."
+            )
 
     @property
     def num_to_compute(self) -> int:

@@ -5,7 +5,7 @@ admitted in the order of its queue, when the pages for all they may ever need ar
 running request never has to stop for memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from tokendance.engine.request import Request, as_failure
 from tokendance.engine.scheduling import Pace, SchedulingPolicy
 from tokendance.engine.tenants import Tenant, TenantRules, Tenants
 from tokendance.errors import BudgetError, ConfigError
-from tokendance.store.entries import StoredSegment
+from tokendance.store.entries import RoundId, StoredSegment
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
 from tokendance.units import format_bytes
@@ -73,6 +73,8 @@ class Scheduler:
         self._is_isolated_turn = False
         self._tenants = Tenants()
         self.running: list[Request] = []
+        self._resident: Mapping[RoundId, int] = {}
+        self._resident_of: list[Request] = []  # for whom that was counted
         self.pace = Pace()
         self.set_rules(TenantRules())
 
@@ -401,6 +403,19 @@ class Scheduler:
         """Distinct pages that some running requests hold."""
         held = [_allocation(request).pages for request in requests]
         return len(np.unique(np.concatenate(held))) if held else 0
+
+    def resident_pages(self) -> Mapping[RoundId, int]:
+        """Distinct pages that the running requests of each round hold; counted when they change."""
+        if self._resident_of != self.running:
+            self._resident_of = list(self.running)
+            by_round: dict[RoundId, list[Request]] = {}
+            for request in self._resident_of:
+                by_round.setdefault(request.round_id, []).append(request)
+            self._resident = {
+                round_id: self.num_resident_pages(requests)
+                for round_id, requests in by_round.items()
+            }
+        return self._resident
 
     def check_integrity(self) -> None:
         """Assert that what is counted of each tenant agrees with what it runs."""

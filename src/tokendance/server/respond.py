@@ -144,7 +144,7 @@ class Endpoint(ABC, Generic[Body]):
                 session = SessionKey(f"chat/{salt.hex()}", body.round.session)
         guarded |= body.private == "isolated"
         for index, (prompt, params) in enumerate(itertools.product(prompts, choices), first):
-            request = llm.request_of(prompt, params, agent, _NO_ROUND, guarded=guarded)
+            request = llm.requests.of(prompt, params, agent, _NO_ROUND, guarded=guarded)
             if request.error is not None:
                 message = str(request.error)
                 raise bad_request(message, self.prompt_field, "context_length_exceeded")
