@@ -8,7 +8,7 @@ import socket
 from types import FrameType
 
 import torch
-import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 from rich.markup import escape
 
@@ -17,7 +17,7 @@ from tokendance.models.loader import dtype_name
 from tokendance.options import EngineOptions
 from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
-from tokendance.server.context import ServerContext
+from tokendance.server.connections import Server, raise_handle_limit
 from tokendance.server.logs import configure
 from tokendance.server.malloc import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings
@@ -32,28 +32,20 @@ _TELL_S = 5
 def serve(model: str, options: EngineOptions, settings: ServerSettings, console: Console) -> None:
     """Load the model and serve until interrupted; what is under way is finished first."""
     limit_arenas()
+    raise_handle_limit()
     with console.status(f"Loading {escape(model)} ..."):
         llm = LLM(model, options)
         llm.generate("warm up", SamplingParams(max_tokens=1))
         llm.engine.forget()
     configure(settings.log_format)
     app = create_app(llm, settings)
-    config = uvicorn.Config(
-        app,
-        settings.host,
-        settings.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain) + 2 * _TELL_S,
-        server_header=False,
-    )
     console.print(
         f"[bold]{escape(app.state.context.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
         f"{torch.get_num_threads()} threads, KV budget {format_bytes(llm.kv_bytes)}"
     )
     try:
         with objects_frozen():
-            _DrainingServer(config, app.state.context, console).run()
+            _DrainingServer(app, settings, console).run()
     finally:
         if app.state.context.engine_thread.is_running:
             # In the middle of a step, which would crash without its model. What is stored is whole.
@@ -63,7 +55,7 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
         llm.close()
 
 
-class _DrainingServer(uvicorn.Server):
+class _DrainingServer(Server):
     """Stops in three stages, with each signal the next.
 
     First no more requests are taken, and what is under way is finished. When the time for that is
@@ -71,9 +63,14 @@ class _DrainingServer(uvicorn.Server):
     middle of a long step or the request has never come whole, is cut off.
     """
 
-    def __init__(self, config: uvicorn.Config, context: ServerContext, console: Console) -> None:
-        super().__init__(config)
-        self._context = context
+    def __init__(self, app: FastAPI, settings: ServerSettings, console: Console) -> None:
+        super().__init__(
+            app,
+            host=settings.host,
+            port=settings.port,
+            timeout_graceful_shutdown=math.ceil(settings.drain) + 2 * _TELL_S,
+        )
+        self._context = app.state.context
         self._console = console
         self._num_signals = 0
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from tokendance import __version__
 from tokendance.errors import TokenDanceError
@@ -45,13 +46,17 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         context.engine_thread.start()
-        giving_back = asyncio.create_task(give_back_memory())
+        background = [
+            asyncio.create_task(give_back_memory()),
+            asyncio.create_task(context.connections.watch()),
+        ]
         drain_s = 0.0  # if the server is cancelled
         try:
             yield
             drain_s = settings.drain
         finally:
-            giving_back.cancel()
+            for task in background:
+                task.cancel()
             context.admission.is_draining = True
             await anyio.to_thread.run_sync(context.engine_thread.stop, drain_s)
 
@@ -61,7 +66,16 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         app.add_exception_handler(kind, _answer_error)
     _add_operations(app, context)
     _add_endpoints(app, context)
-    app.add_middleware(Limits, tenant_of=context.keys.authenticate, settings=settings)
+    app.add_middleware(Limits, context=context)
+    if settings.cors_origins:
+        # Around the limits: a page may ask without a key whether it may ask, and learns of errors.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     app.add_middleware(RequestLog)
     return app
 

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from tokendance.server.connections import Server
+
 
 @contextmanager
 def served(app: FastAPI) -> Iterator[tuple[int, uvicorn.Server]]:
-    """Serve an application on a free port of this machine while the context lasts.
+    """Serve an application of `create_app` on a free port of this machine while the context lasts.
 
     Yields:
         The port on 127.0.0.1, and what runs the application.
@@ -20,7 +22,7 @@ def served(app: FastAPI) -> Iterator[tuple[int, uvicorn.Server]]:
     Raises:
         RuntimeError: if it does not start, or does not end.
     """
-    server = _Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = _Server(app)
     # Only where a socket says that it is TCP does asyncio send at once what is written to it.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
@@ -38,11 +40,11 @@ def served(app: FastAPI) -> Iterator[tuple[int, uvicorn.Server]]:
         raise RuntimeError("The server did not end.")
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """Says when it has started, or has failed to."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(app, timeout_graceful_shutdown=5)
         self.is_settled = threading.Event()
 
     def run_on(self, listening: socket.socket) -> None:

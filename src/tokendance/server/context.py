@@ -13,10 +13,12 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.rounds.segments import make_salt
 from tokendance.server.admission import Admission
 from tokendance.server.auth import ApiKeys
+from tokendance.server.connections import Connections
 from tokendance.server.dispatcher import Dispatcher
 from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
+from tokendance.server.hosts import Hosts
 from tokendance.server.metrics import Metrics
 from tokendance.server.sessions import Sessions
 from tokendance.server.settings import ServerSettings
@@ -35,7 +37,9 @@ class ServerContext:
         llm: the model; only `engine_thread` touches its engine.
         settings: of the server.
         keys: authenticates requests.
+        hosts: by which the server may be asked.
         metrics: for Prometheus.
+        connections: of clients.
         engine_thread: runs the engine; it is not started here.
         admission: limits open requests.
         sessions: that are open.
@@ -48,7 +52,9 @@ class ServerContext:
         self.llm = llm
         self.settings = settings
         self.keys = ApiKeys(settings)
+        self.hosts = Hosts(settings)
         self.metrics = Metrics(llm)
+        self.connections = Connections(settings, self.metrics)
         self.engine_thread = EngineThread(Dispatcher(llm, self.metrics, settings))
         self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
         self.sessions = Sessions(llm, self.engine_thread)

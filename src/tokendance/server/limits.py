@@ -1,14 +1,17 @@
-"""Refuses requests without a key, and bodies that are too large or too slow, before parsing."""
+"""Refuses requests before their bodies are parsed.
+
+Those for another host, those without a key, those whose end is ambiguous, and those whose bodies are
+too large or too slow.
+"""
 
 import json
-from collections.abc import Callable
 
 import anyio
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokendance.server.errors import ApiError
-from tokendance.server.settings import ServerSettings
+from tokendance.server.context import ServerContext
+from tokendance.server.errors import ApiError, bad_request
 
 # A client whose connection is closed while it sends sees a broken connection and not the answer. So
 # the rest of its body is read and thrown away, up to so many bytes and seconds.
@@ -19,12 +22,11 @@ _DISCARD_S = 10.0
 class Limits:
     """ASGI middleware; see the module."""
 
-    def __init__(
-        self, app: ASGIApp, tenant_of: Callable[[Scope], str], settings: ServerSettings
-    ) -> None:
-        """Protect an application; `tenant_of` finds the tenant, or raises ApiError."""
+    def __init__(self, app: ASGIApp, context: ServerContext) -> None:
+        """Protect an application."""
         self._app = app
-        self._tenant_of = tenant_of
+        self._context = context
+        settings = context.settings
         self._max_bytes = settings.max_body_bytes
         self._max_objects = settings.max_body_objects
         self._timeout_s = settings.body_timeout
@@ -35,11 +37,13 @@ class Limits:
             await self._app(scope, receive, send)
             return
         try:
-            scope.setdefault("state", {})["tenant"] = self._tenant_of(scope)
+            self._context.hosts.check(scope)
+            _check_framing(scope)
+            scope.setdefault("state", {})["tenant"] = self._context.keys.authenticate(scope)
             length = dict(scope["headers"]).get(b"content-length", b"0")
             self._check_size(int(length) if length.isdigit() else 0)
         except ApiError as error:
-            await _refuse(error, receive, send, more_body=True)
+            await self._refuse(error, receive, send, more_body=True)
             return
         deadline = anyio.current_time() + self._timeout_s
         num_bytes = num_objects = 0
@@ -63,7 +67,7 @@ class Limits:
                 self._check_size(num_bytes, num_objects)
             except ApiError as error:
                 is_refused = True
-                await _refuse(error, receive, send, more_body=not is_whole)
+                await self._refuse(error, receive, send, more_body=not is_whole)
                 raise HTTPException(error.status) from error  # ends the application's reading
             return message
 
@@ -92,23 +96,41 @@ class Limits:
                 "calls: each is a brace). Send fewer at a time, or raise --max-body-objects.",
             )
 
+    async def _refuse(
+        self, error: ApiError, receive: Receive, send: Send, *, more_body: bool
+    ) -> None:
+        """Answer, then read and discard the rest of the body."""
+        self._context.metrics.note_refused(error.status)
+        body = json.dumps(error.body()).encode()
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+            **error.headers,
+        }
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        num_bytes = 0
+        with anyio.move_on_after(_DISCARD_S):
+            while more_body and num_bytes < _MAX_DISCARDED:
+                message = await receive()
+                more_body = message.get("more_body", False)
+                num_bytes += len(message.get("body", b""))
+        await send({"type": "http.response.body", "body": b""})
 
-async def _refuse(error: ApiError, receive: Receive, send: Send, *, more_body: bool) -> None:
-    """Answer, then read and discard the rest of the body."""
-    body = json.dumps(error.body()).encode()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-        **error.headers,
-    }
-    pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    num_bytes = 0
-    with anyio.move_on_after(_DISCARD_S):
-        while more_body and num_bytes < _MAX_DISCARDED:
-            message = await receive()
-            more_body = message.get("more_body", False)
-            num_bytes += len(message.get("body", b""))
-    await send({"type": "http.response.body", "body": b""})
+
+def _check_framing(scope: Scope) -> None:
+    """Raise ApiError for a request with two ends.
+
+    A proxy that goes by one of them takes for a second request what this server takes for the body.
+    Lengths that differ are no HTTP for h11.
+    """
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" not in names:
+        return
+    if b"content-length" in names or scope["http_version"] == "1.0":
+        raise bad_request(
+            "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0. Leave it out, or "
+            "the other."
+        )

@@ -39,6 +39,15 @@ class Metrics:
             ["reuse"],
             buckets=_SECONDS,
         )
+        self._connections = Gauge(
+            "tokendance_connections", "Connections of clients.", registry=self._registry
+        )
+        self._closed = counter(
+            "connections_closed", "Connections that the server has closed, and why.", ["reason"]
+        )
+        self._refused = counter(
+            "refused_requests", "Requests refused before they were read, by status.", ["status"]
+        )
         status, page_bytes = llm.engine.status, llm.engine.page_bytes
         self._gauge("running_requests", "Being computed.", lambda: status().num_running)
         self._gauge("waiting_requests", "In the queue.", lambda: status().num_waiting)
@@ -73,6 +82,18 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(f"tokendance_{name}", text, registry=self._registry).set_function(read)
+
+    def note_connections(self, count: int) -> None:
+        """Record how many connections there are."""
+        self._connections.set(count)
+
+    def note_closed(self, reason: str) -> None:
+        """Record a connection that the server has closed; there are few reasons."""
+        self._closed.labels(reason).inc()
+
+    def note_refused(self, status: int) -> None:
+        """Record a request that was refused before its body was read."""
+        self._refused.labels(status).inc()
 
     def note_shadow(self, report: ShadowReport) -> None:
         """Record a mirror that was computed again."""

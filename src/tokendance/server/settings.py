@@ -4,6 +4,7 @@ The command line takes the same names, with hyphens, and shows the texts below a
 """
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -29,6 +30,11 @@ class ServerSettings:
             everybody may ask. Better in the environment (separated by blanks) than on the command
             line, where other users of the machine see it.
         allow_public: listen beyond this machine without a key.
+        allowed_hosts: a name of this server that clients ask it by; give it once per name. Without a
+            key, on this machine, only localhost and its addresses are answered otherwise, since web
+            pages could come in by any other name. * lets all in.
+        cors_origins: web pages of this origin, like https://town.example, may ask from a browser;
+            give it once per origin. * lets all.
         open_metrics: show /metrics without a key, to whoever scrapes it. Otherwise, where there are
             keys, all paths but /health and /ready need one.
         window_ms: requests that arrive within so many milliseconds of each other make a round.
@@ -45,7 +51,15 @@ class ServerSettings:
         max_body_objects: messages, parts, references and calls in a body, by their braces; more are
             refused. In a round in which all hear all, references are agents times agents, and
             checking so many holds up everybody for a second.
-        body_timeout: requests that take more seconds to arrive are refused.
+        body_timeout: bodies that take more seconds to arrive are refused.
+        head_timeout: connections on which the head of a request takes more seconds to arrive, from
+            when they are made, are closed.
+        send_timeout: connections whose client reads nothing of its answer for so many seconds are
+            closed.
+        idle_timeout: connections on which nothing is asked for so many seconds are closed.
+        max_connections: connections at a time, or fewer if the limit of open files (ulimit -n) does
+            not allow them. Beyond that, a new one takes the place of the one that has kept the
+            server waiting longest; so nobody is locked out by those who ask nothing.
         max_messages: messages in a conversation; more are refused.
         max_choices: answers to one request; more are refused.
         default_max_tokens: longest answer where a request does not say.
@@ -62,6 +76,24 @@ class ServerSettings:
         ),
     ] = field(default=(), repr=False)
     allow_public: bool = False
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--allowed-host",
+            env_var="TOKENDANCE_ALLOWED_HOSTS",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--cors-origin",
+            env_var="TOKENDANCE_CORS_ORIGINS",
+            metavar="ORIGIN",
+            show_default=False,
+        ),
+    ] = ()
     open_metrics: bool = False
     window_ms: float = 4.0
     window_share: float = 0.05
@@ -72,13 +104,17 @@ class ServerSettings:
     max_body: Annotated[int | str, Parameter(metavar="SIZE")] = "8MiB"
     max_body_objects: int = 300_000
     body_timeout: float = 60.0
+    head_timeout: float = 10.0
+    send_timeout: float = 60.0
+    idle_timeout: float = 30.0
+    max_connections: int = 2048
     max_messages: int = 4096
     max_choices: int = 16
     default_max_tokens: int = 512
     log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
-        if not self.api_keys and not self.allow_public and not _is_loopback(self.host):
+        if not self.api_keys and not self.allow_public and not is_loopback(self.host):
             raise ConfigError(
                 f"Without an API key the server listens on this machine only, not on {self.host}. "
                 "Give --api-key, or --allow-public if everybody who reaches it may use it."
@@ -87,9 +123,22 @@ class ServerSettings:
         check_range(self, 0, "window_ms", "window_share", "round_wait", "recent", "body_timeout")
         check_range(self, 0, "drain", most=MAX_DRAIN_S)
         check_range(self, 1, "max_body_bytes", "max_body_objects", "max_messages", "max_choices")
-        check_range(self, 1, "max_open_requests", "default_max_tokens")
+        check_range(self, 1, "max_open_requests", "default_max_tokens", "max_connections")
+        check_range(self, 0.01, "head_timeout", "send_timeout", "idle_timeout")
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
+        for host in self.allowed_hosts:
+            if not re.fullmatch(r"\*|\[[0-9a-f:]+\]|[\w.-]+", host.lower(), re.ASCII):
+                raise ConfigError(
+                    f"The allowed host {host!r} is no name. Give it without scheme and port, like "
+                    "town.example, 10.0.0.5 or [fd00::5]."
+                )
+        for origin in self.cors_origins:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ConfigError(
+                    f"The origin {origin!r} is none. Give scheme, host and port as a browser shows "
+                    "them, without a path: https://town.example or http://localhost:3000."
+                )
         if self.max_open_requests < len(self.api_keys):
             raise ConfigError(
                 f"max_open_requests is {self.max_open_requests}, and there are "
@@ -102,7 +151,8 @@ class ServerSettings:
         return parse_bytes(self.max_body)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
