@@ -1,7 +1,7 @@
 """Refuses requests before their bodies are parsed.
 
-Those for another host, those without a key, those whose end is ambiguous, and those whose bodies are
-too large or too slow.
+Those for another host, without a key or without a certain end, and those whose bodies are too large
+or too slow.
 """
 
 import json
@@ -121,16 +121,16 @@ class Limits:
 
 
 def _check_framing(scope: Scope) -> None:
-    """Raise ApiError for a request with two ends.
+    """Raise ApiError for a request whose end is told in two ways.
 
-    A proxy that goes by one of them takes for a second request what this server takes for the body.
-    Lengths that differ are no HTTP for h11.
+    A proxy that goes by the other one would take part of its body for another request. Lengths that
+    differ are refused by h11.
     """
     names = {name for name, _ in scope["headers"]}
     if b"transfer-encoding" not in names:
         return
     if b"content-length" in names or scope["http_version"] == "1.0":
         raise bad_request(
-            "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0. Leave it out, or "
-            "the other."
+            "Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0. Send "
+            "Content-Length alone."
         )

@@ -30,11 +30,11 @@ class ServerSettings:
             everybody may ask. Better in the environment (separated by blanks) than on the command
             line, where other users of the machine see it.
         allow_public: listen beyond this machine without a key.
-        allowed_hosts: a name of this server that clients ask it by; give it once per name. Without a
-            key, on this machine, only localhost and its addresses are answered otherwise, since web
-            pages could come in by any other name. * lets all in.
+        allowed_hosts: a name by which clients may ask this server, besides localhost; give it once
+            per name. Without any, all names are answered, but where no key is needed and the server
+            listens on this machine only: there a web page could get in by another name. * is all.
         cors_origins: web pages of this origin, like https://town.example, may ask from a browser;
-            give it once per origin. * lets all.
+            give it once per origin. * is all.
         open_metrics: show /metrics without a key, to whoever scrapes it. Otherwise, where there are
             keys, all paths but /health and /ready need one.
         window_ms: requests that arrive within so many milliseconds of each other make a round.
