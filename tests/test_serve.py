@@ -108,7 +108,7 @@ def endless_answer(port: int, model: str) -> Iterator[Iterator[str]]:
 def test_each_signal_is_the_next_stage(endless: str) -> None:
     """What is under way is finished; who waits is told; who never asks is cut off."""
     head = (
-        "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n"
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n"
         "content-type: application/json\r\nexpect: 100-continue\r\n\r\n"
     )
     with serve("--model", endless, "--drain", "60") as (port, process):

@@ -954,7 +954,7 @@ def test_who_has_no_key_is_refused_unread(make_fake_llm: MakeLLM) -> None:
 
 
 def test_a_body_that_never_comes_is_not_waited_for(make_fake_llm: MakeLLM) -> None:
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
     body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1})
     with serving(make_fake_llm(), body_timeout=0.05) as (client, _):
         for content, status in (("{", 408), (body, 200)):

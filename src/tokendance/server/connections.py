@@ -318,7 +318,7 @@ class Server(uvicorn.Server):
                 http=protocol,  # type: ignore[arg-type]
                 ws="none",
                 backlog=_ACCEPTED_AT_ONCE,
-                timeout_keep_alive=math.ceil(connections.settings.idle_timeout),
+                timeout_keep_alive=connections.settings.idle_timeout,  # type: ignore[arg-type]
                 # Of warnings there is one, "Invalid HTTP request", as often as a client likes.
                 log_level="error",
                 access_log=False,
