@@ -222,11 +222,8 @@ def test_the_limit_of_handles_is_raised() -> None:
 # -- bodies and answers -----------------------------------------------------------------------
 
 
-def test_a_body_that_nobody_waits_for_ends_in_time(
-    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_body_that_nobody_waits_for_ends_in_time(make_fake_llm: MakeLLM) -> None:
     """The request is answered, and its body goes on for ever."""
-    monkeypatch.setattr(connections, "_BODY_GRACE_S", 0.0)
     settings = {"body_timeout": 0.3, "head_timeout": 0.3, "idle_timeout": 60.0}
     with serving(make_fake_llm(), **settings) as (client, server), connected(client) as slow:
         slow.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9999\r\n\r\n")

@@ -26,6 +26,8 @@ from soak.bodies import Body
 from soak.client import Leave, Reply, exchange
 from soak.fuzz import mutated
 from soak.judge import problem_of
+from soak.loiter import Loiterers
+from tokendance.server.connections import raise_handle_limit
 
 # The longest answers have hundreds of tokens, and a small machine may have much else to do.
 _DEADLINE_S = 240.0
@@ -57,6 +59,8 @@ class Target:
         max_body_bytes: larger bodies are refused.
         max_messages: longer conversations are refused.
         max_context: tokens; longer prompts are refused.
+        max_connections: at a time.
+        deadlines: of connections, by the server's setting.
     """
 
     port: int
@@ -65,6 +69,8 @@ class Target:
     max_body_bytes: int
     max_messages: int
     max_context: int
+    max_connections: int
+    deadlines: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -125,6 +131,12 @@ class Clients:
             (self._no_request, 2),
             (self._operator, 1),
             (self._burst, 1),
+            (self._loiterer("crowd"), 1),
+            (self._loiterer("slow_head"), 10),
+            (self._loiterer("slow_body"), 10),
+            (self._loiterer("silent"), 10),
+            (self._loiterer("unread"), 2),
+            (self._loiterer("nonsense"), 1),
         ]
         tasks = [
             self._loop(client, random.Random(f"{self._seed} {client.__name__} {index}"))
@@ -387,6 +399,30 @@ class Clients:
             given = rng.choice(["text/plain", "application/xml", "multipart/form-data", "a/b/c"])
             await self._ask("no JSON", _CHAT, body, key=key, expected=(400,), content_type=given)
 
+    # -- clients that let the server wait ---------------------------------------------------------
+
+    def _loiterer(self, kind: str) -> Callable[[random.Random], Awaitable[None]]:
+        """A client of `Loiterers`, whose problems are noted."""
+        target = self.target
+        loiterers = Loiterers(target.port, target.keys[0], target.deadlines, target.max_connections)
+
+        async def client(rng: random.Random) -> None:
+            begun = time.monotonic()
+            problem: str | None = None
+            try:
+                async with asyncio.timeout(max(0.0, self._end - begun)):
+                    problem = await getattr(loiterers, kind)(rng)
+            except (ConnectionError, TimeoutError):  # there are too many; the soak is over
+                pass
+            except (OSError, httpx.HTTPError) as error:
+                problem = repr(error)
+            self._count(kind, "closed", begun)
+            if problem:
+                self.tally.complain(kind, problem)
+
+        client.__name__ = kind
+        return client
+
 
 # -- the process ------------------------------------------------------------------------------
 
@@ -418,5 +454,6 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
+    raise_handle_limit()
     sys.setrecursionlimit(20_000)  # bodies that are nested deeply
     asyncio.run(_main())

@@ -41,6 +41,12 @@ _SETTINGS: dict[str, Any] = {
     # Fewer than a burst: there have to be some who are told to come back.
     "max_open_requests": 96,
     "default_max_tokens": 16,
+    # Fewer than the largest crowd.
+    "max_connections": 600,
+    "head_timeout": 5.0,
+    "body_timeout": 10.0,
+    "send_timeout": 10.0,
+    "idle_timeout": 5.0,
 }
 
 # Memory is flat if a straight line through its last two thirds gains less than this in MiB. What
@@ -105,6 +111,8 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
             _SETTINGS["max_body"],
             _SETTINGS["max_messages"],
             _CONTEXT,
+            _SETTINGS["max_connections"],
+            {name: value for name, value in _SETTINGS.items() if name.endswith("_timeout")},
         )
         _run_clients(target, 1.0, seed, lambda _: None)  # what is made once is made now
         watch.problems += _leftovers(server, runner)

@@ -245,6 +245,10 @@ class _Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
+    def _body_grace_s(self) -> float:
+        return _BODY_GRACE_S if self._is_answering else 0.0
+
+    @property
     def _has_begun(self) -> bool:
         """Whether something has come of a head that is awaited."""
         return bool(self.conn.trailing_data[0])
@@ -266,7 +270,7 @@ class _Connection(H11Protocol):
                     self._refuse(ApiError(408, text))
                 self.transport.close()
                 self._connections.note_closed(Reason.HEAD)
-            case Phase.BODY if waited_s > settings.body_timeout + _BODY_GRACE_S:
+            case Phase.BODY if waited_s > settings.body_timeout + self._body_grace_s:
                 self.transport.abort()
                 self._connections.note_closed(Reason.BODY)
             case Phase.UNREAD if waited_s > settings.send_timeout:
