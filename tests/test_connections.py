@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.client import HTTPResponse
 from typing import Any, cast
@@ -306,6 +306,28 @@ def test_small_chunks_are_taken_few_at_a_time(
         assert answer_on(connection)[0] == 200
     assert max(sizes) <= 2**14
     assert sum(sizes) > 6 * 40_000
+
+
+def test_bodies_that_do_not_end_hold_no_more_than_so_much(make_fake_llm: MakeLLM) -> None:
+    """The one that has been arriving longest is refused when others need its memory."""
+    settings = {"max_body": 100_000, "max_arriving": 250_000}
+    head = HEAD + b"content-length: 99999\r\nexpect: 100-continue\r\n\r\n"
+    with serving(make_fake_llm(), **settings) as (client, server), ExitStack() as stack:
+        sockets = [stack.enter_context(connected(client)) for _ in range(4)]
+        for slow in sockets:
+            slow.sendall(head)
+            assert b"100 Continue" in slow.recv(1000)  # its body is waited for
+        for slow in sockets:
+            slow.sendall(b" " * 99_990)
+        for slow in sockets[:2]:
+            status, body = answer_on(slow)
+            assert status == 503
+            assert b"--max-arriving" in body
+        assert chat(client).status_code == 200
+        for slow in sockets[2:]:
+            slow.sendall(b" " * 9)  # it is whole, and no JSON
+            assert answer_on(slow)[0] == 400
+        assert counted(server, 'refused_requests_total{status="503"}') == 2
 
 
 # -- what is not HTTP -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import random
+import resource
 import sys
 import time
 from collections import Counter
@@ -27,7 +28,6 @@ from soak.client import Leave, Reply, exchange
 from soak.fuzz import mutated
 from soak.judge import problem_of
 from soak.loiter import Loiterers
-from tokendance.server.connections import raise_handle_limit
 
 # The longest answers have hundreds of tokens, and a small machine may have much else to do.
 _DEADLINE_S = 240.0
@@ -454,6 +454,7 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
-    raise_handle_limit()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for crowds
     sys.setrecursionlimit(20_000)  # bodies that are nested deeply
     asyncio.run(_main())

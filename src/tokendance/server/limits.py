@@ -10,6 +10,7 @@ import anyio
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokendance.server.bodies import Bodies, Body
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, bad_request
 
@@ -26,75 +27,45 @@ class Limits:
         """Protect an application."""
         self._app = app
         self._context = context
-        settings = context.settings
-        self._max_bytes = settings.max_body_bytes
-        self._max_objects = settings.max_body_objects
-        self._timeout_s = settings.body_timeout
+        self._bodies = Bodies(context.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = self._bodies.begin()
+        try:
+            await self._answer(scope, body, receive, send)
+        finally:
+            self._bodies.end(body)
+
+    async def _answer(self, scope: Scope, body: Body, receive: Receive, send: Send) -> None:
         try:
             self._context.hosts.check(scope)
             _check_framing(scope)
             scope.setdefault("state", {})["tenant"] = self._context.keys.authenticate(scope)
             length = dict(scope["headers"]).get(b"content-length", b"0")
-            self._check_size(int(length) if length.isdigit() else 0)
+            body.check_size(int(length) if length.isdigit() else 0)
         except ApiError as error:
             await self._refuse(error, receive, send, more_body=True)
             return
-        deadline = anyio.current_time() + self._timeout_s
-        num_bytes = num_objects = 0
-        is_whole = is_refused = False
+        is_refused = False
 
-        async def limited_receive() -> Message:
-            nonlocal num_bytes, num_objects, is_whole, is_refused
-            if is_whole:
-                return await receive()  # the end of the connection, which has no deadline
-            message: Message = {}
+        async def receive_unless_refused() -> Message:
+            nonlocal is_refused
             try:
-                with anyio.CancelScope(deadline=deadline):
-                    message = await receive()
-                if not message:
-                    text = f"The body was not there after {self._timeout_s} s. Ask again."
-                    raise ApiError(408, text)
-                is_whole = not message.get("more_body", False)
-                body = message.get("body", b"")
-                num_bytes += len(body)
-                num_objects += body.count(b"{")
-                self._check_size(num_bytes, num_objects)
+                return await body.receive(receive)
             except ApiError as error:
                 is_refused = True
-                await self._refuse(error, receive, send, more_body=not is_whole)
+                await self._refuse(error, receive, send, more_body=not body.is_whole)
                 raise HTTPException(error.status) from error  # ends the application's reading
-            return message
 
         async def send_unless_refused(message: Message) -> None:
             if not is_refused:
                 await send(message)
 
-        await self._app(scope, limited_receive, send_unless_refused)
-
-    def _check_size(self, num_bytes: int, num_objects: int = 0) -> None:
-        """Raise ApiError for a body that is too large.
-
-        Each message, part and call is a JSON object, which takes a hundred times as long to
-        validate as its text. Objects are counted by their braces; braces in texts are few.
-        """
-        if num_bytes > self._max_bytes:
-            raise ApiError(
-                413,
-                f"The body is larger than {self._max_bytes} bytes. Send less at a time, or raise "
-                "--max-body.",
-            )
-        if num_objects > self._max_objects:
-            raise ApiError(
-                413,
-                f"The body has more than {self._max_objects} objects (messages, parts, references, "
-                "calls: each is a brace). Send fewer at a time, or raise --max-body-objects.",
-            )
+        await self._app(scope, receive_unless_refused, send_unless_refused)
 
     async def _refuse(
         self, error: ApiError, receive: Receive, send: Send, *, more_body: bool

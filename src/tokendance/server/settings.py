@@ -51,6 +51,8 @@ class ServerSettings:
         max_body_objects: messages, parts, references and calls in a body, by their braces; more are
             refused. In a round in which all hear all, references are agents times agents, and
             checking so many holds up everybody for a second.
+        max_arriving: memory for all bodies that have not come whole, like 512MiB. Beyond that, the
+            one that has been arriving longest is refused.
         body_timeout: bodies that take more seconds to arrive are refused.
         head_timeout: connections on which the head of a request takes more seconds to arrive, from
             when they are made, are closed.
@@ -103,6 +105,7 @@ class ServerSettings:
     max_open_requests: int = 256
     max_body: Annotated[int | str, Parameter(metavar="SIZE")] = "8MiB"
     max_body_objects: int = 300_000
+    max_arriving: Annotated[int | str, Parameter(metavar="SIZE")] = "512MiB"
     body_timeout: float = 60.0
     head_timeout: float = 10.0
     send_timeout: float = 60.0
@@ -125,6 +128,7 @@ class ServerSettings:
         check_range(self, 1, "max_body_bytes", "max_body_objects", "max_messages", "max_choices")
         check_range(self, 1, "max_open_requests", "default_max_tokens", "max_connections")
         check_range(self, 0.01, "head_timeout", "send_timeout", "idle_timeout")
+        check_range(self, self.max_body_bytes, "max_arriving_bytes")
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
         for host in self.allowed_hosts:
@@ -149,6 +153,11 @@ class ServerSettings:
     def max_body_bytes(self) -> int:
         """Bytes of the largest body."""
         return parse_bytes(self.max_body)
+
+    @property
+    def max_arriving_bytes(self) -> int:
+        """Bytes of all bodies that have not come whole."""
+        return parse_bytes(self.max_arriving)
 
 
 def is_loopback(host: str) -> bool:
