@@ -416,7 +416,7 @@ class Clients:
                 pass
             except (OSError, httpx.HTTPError) as error:
                 problem = repr(error)
-            self._count(kind, "closed", begun)
+            self.tally.answers.setdefault(kind, Counter())["closed"] += 1
             if problem:
                 self.tally.complain(kind, problem)
 

@@ -45,8 +45,8 @@ _RESERVED_HANDLES = 256
 _ACCEPTED_AT_ONCE = 32
 # Those not accepted yet wait in the system, which may allow fewer.
 _QUEUE_LENGTH = 2048
-# Bytes read at a time: of bodies whose length is known, and of all else. Chunks may have a byte each,
-# which takes 6 with its frame and h11 7 us: 20 ms for as much as is read.
+# Bytes read at a time: of bodies whose length is known, and of all else. Chunks may have one byte
+# each, 6 with its frame, for which h11 takes 7 us: 20 ms for what is read.
 _READ_BYTES_OF_BODY = 2**18
 _READ_BYTES = 2**14
 # A client reads its answer if it has taken so many bytes of it.
