@@ -42,6 +42,8 @@ def test_a_tenant_leaves_room_for_the_others() -> None:
     assert server.num_open == 0
     with pytest.raises(ConfigError, match="max_open_requests"):
         ServerSettings(api_keys=("one", "two"), max_open_requests=1)
+    with pytest.raises(ConfigError, match="reserved_kv"):
+        ServerSettings(reserved_kv=1.0)
 
 
 def test_a_round_in_one_call_counts_as_its_agents() -> None:

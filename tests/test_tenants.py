@@ -168,34 +168,31 @@ def test_a_crowd_of_one_key_leaves_time_for_anothers(fake: LoadedModel) -> None:
 # -- turns ----------------------------------------------------------------------------------------
 
 
-def test_whoever_has_used_least_is_admitted_next(fake: LoadedModel) -> None:
-    place = Place(fake, num_pages=8, num_tenants=1)  # of 16 tokens: one request at a time
-    jobs = [(tenant, place.ask(tenant, 80)) for tenant in "aaabc"]
-    ended: list[str] = []
-    while place.engine.has_work:
-        place.engine.tick()
-        ended += [tenant for tenant, request in jobs if request.finish_reason]
-        jobs = [(tenant, request) for tenant, request in jobs if not request.finish_reason]
-    assert "".join(ended) == "abcaa"
-
-
-def test_idling_saves_up_nothing(fake: LoadedModel) -> None:
-    place = Place(fake, num_pages=8, num_tenants=1)
-    place.run(place.ask("b"))  # it has been here before
-    for _ in range(5):
-        place.ask("a", 80)
-        place.run()
-    first = place.ask("a", 80)
-    place.engine.tick()
-    # What they have used counts from now on, so they alternate.
-    jobs = {place.ask(tenant, 80): tenant for tenant in "aaabbb"}
+def order_of_ends(place: Place, jobs: dict[Request, str]) -> str:
+    """In which order requests of some tenants end, by the tenants' names."""
     ended = ""
     while place.engine.has_work:
         place.engine.tick()
         ended += "".join(tenant for request, tenant in jobs.items() if request.finish_reason)
         jobs = {request: tenant for request, tenant in jobs.items() if not request.finish_reason}
-    assert first.finish_reason
-    assert ended in ("bababa", "babaab")
+    return ended
+
+
+def test_whoever_has_used_least_is_admitted_next(fake: LoadedModel) -> None:
+    place = Place(fake, num_pages=8, num_tenants=1)  # one request at a time
+    assert order_of_ends(place, {place.ask(tenant, 80): tenant for tenant in "aaabc"}) == "abcaa"
+
+
+def test_idling_saves_up_nothing(fake: LoadedModel) -> None:
+    place = Place(fake, num_pages=8, num_tenants=1)
+    *many, last = [place.ask("a", 80) for _ in range(10)]
+    place.run(place.ask("b", 16))  # it has been here before, and used little
+    place.run(*many)
+    place.engine.tick()
+    assert last.num_computed
+    # What both use counts from now on, so they alternate.
+    jobs = {place.ask(tenant, 80): tenant for tenant in "aaabbb"}
+    assert order_of_ends(place, jobs) == "bababa"
 
 
 def test_two_that_always_want_more_get_the_same(fake: LoadedModel) -> None:
@@ -209,6 +206,20 @@ def test_two_that_always_want_more_get_the_same(fake: LoadedModel) -> None:
         place.engine.tick()
     computed = [sum(request.num_computed for request in jobs) for jobs in (one, two)]
     assert computed[0] - before == pytest.approx(computed[1], abs=64)
+    place.run()
+
+
+def test_who_has_used_much_goes_on(fake: LoadedModel) -> None:
+    place = Place(fake, num_pages=4000)
+    used_much = place.ask("one", 3000, 50)
+    place.ask("two")
+    while not used_much.generated:
+        place.engine.tick()
+    used_little = place.ask("two", 2500)
+    for number in range(2, 30):
+        place.engine.tick()
+        assert len(used_much.generated) == number
+    assert used_little.num_computed > 0
     place.run()
 
 
@@ -236,18 +247,25 @@ def test_what_is_reserved_no_other_takes(fake: LoadedModel) -> None:
     place.engine.tick()
     held = place.engine.status().resident_pages
     assert 80 - 15 - 5 < held <= 80 - 15
-    # Another fills what is left for all; each of the others still has its own.
+    # Each of the others still has its own.
     small = [place.ask(tenant, 31, 9) for tenant in ("two", "three", "four")]
     place.engine.tick()
     assert all(request.allocation is not None for request in small)
-    large = place.ask("two", 160, 5)
-    place.run(*small)
-    # It waits for its turn, and those who come later do not keep it from it.
-    more = [place.ask("three", 31, 9) for _ in range(100)]
-    place.run(large)
-    assert sum(request.finish_reason is not None for request in more) < 60
-    assert not all(request.finish_reason for request in many)
     place.run()
+    assert all(request.error is None for request in many)
+
+
+def test_pages_for_all_are_kept_for_whoever_is_next(fake: LoadedModel) -> None:
+    place = Place(fake, num_pages=80, num_tenants=4)
+    place.ask("one", 40, 300)  # 22 pages
+    place.engine.tick()
+    large = place.ask("two", 800, 5)  # 51 of the 65 that it may have
+    flood = [place.ask("three", 31, 5 + number % 7) for number in range(300)]
+    place.run(large)
+    # It waited for the first; the flood went on in its own pages, and no others.
+    assert sum(request.finish_reason is not None for request in flood) < 150
+    place.run()
+    assert all(request.error is None for request in flood)
 
 
 def test_what_is_too_large_beside_others_is_refused(fake: LoadedModel) -> None:
@@ -300,7 +318,7 @@ def test_one_alone_is_served_as_if_there_were_no_tenants(fake: LoadedModel) -> N
     assert max(sum(len(positions) for positions, _ in step) for step in steps[0]) == 70
 
 
-# -- how long a pass may be -------------------------------------------------------------------------
+# -- how long a pass may be -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
