@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from schema_attacks import ORDINARY, as_format, as_tool, attacks, bodies
+from hostile_schemas import ORDINARY, as_format, as_tool, attacks, bodies
 from serving import chat, serving
 from tokendance import LLM
 from tokendance.models.loader import LoadedModel
-from tokendance.server import grammar, grammar_check
+from tokendance.server import grammar, grammar_check, grammar_process
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.settings import ServerSettings
@@ -165,7 +165,7 @@ def test_a_tenant_leaves_room_for_others(made: Grammars, monkeypatch: pytest.Mon
 def test_the_tokenizer_is_read_once(fake: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(4)
     read: list[int] = []
-    make = grammar.make_tokenizer
+    make = grammar_process.make_tokenizer
 
     def note(given: dict[str, Any]) -> Any:
         read.append(1)

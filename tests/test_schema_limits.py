@@ -5,7 +5,7 @@ from typing import Any, Literal, Optional, Union
 import pytest
 from pydantic import BaseModel
 
-from schema_attacks import ORDINARY, attacks, chain, nested
+from hostile_schemas import ORDINARY, attacks, chain, nested
 from tokendance.errors import ConfigError
 from tokendance.server.schema_limits import SchemaTooLargeError, check_schemas
 from tokendance.server.settings import ServerSettings
@@ -157,5 +157,6 @@ def test_deep_values_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["max_schema_depth", "schema_processes", "schema_timeout"])
 def test_limits_are_checked(name: str) -> None:
+    wrong: dict[str, Any] = {name: 0}
     with pytest.raises(ConfigError, match=name):
-        ServerSettings(**{name: 0})
+        ServerSettings(**wrong)

@@ -3,6 +3,8 @@
 import random
 from typing import Any
 
+from hostile_schemas import attacks
+
 Body = dict[str, Any]
 
 MODEL = "tiny"
@@ -19,6 +21,10 @@ SCHEMA = {
     },
     "required": ["mood", "list"],
     "additionalProperties": False,
+}
+# Those that are no larger than a body may be.
+HOSTILE = {
+    name: schema for name, schema in attacks().items() if name not in ("all of", "enum", "numbers")
 }
 TOOLS = [
     {

@@ -22,6 +22,7 @@ from typing import Any
 import h11
 import httpx
 
+from hostile_schemas import as_format, as_tool
 from soak import bodies
 from soak.bodies import Body
 from soak.client import Leave, Reply, exchange
@@ -128,6 +129,7 @@ class Clients:
             (self._leave_named_round, 1),
             (self._fuzzed, 4),
             (self._too_much, 2),
+            (self._hostile_schema, 1),
             (self._no_request, 2),
             (self._operator, 1),
             (self._burst, 1),
@@ -374,6 +376,14 @@ class Clients:
             # Each thing wrong with a body is an error of its own to whoever checks all of it.
             many = dict.fromkeys(map(str, range(self.target.max_body_bytes // 15)), 0)
             await self._ask("too many fields", _CHAT, body | many, key=key, expected=(400,))
+
+    async def _hostile_schema(self, rng: random.Random) -> None:
+        name, schema = rng.choice([*bodies.HOSTILE.items()])
+        wanted = rng.choice([as_format, as_tool])(schema)
+        body = bodies.chat(rng) | {"tools": None, "response_format": None, **wanted}
+        key = self._key(rng)
+        await self._ask(f"schema: {name}", _CHAT, body, key=key, expected=(200, 400, 413))
+        await asyncio.sleep(rng.random())
 
     async def _no_request(self, rng: random.Random) -> None:
         key = self._key(rng)

@@ -65,11 +65,22 @@ class Watch:
         seconds: of each look at the memory, since the first clients came.
         memory: MiB, of each kind.
         problems: what was not as it has to be.
+        pauses: seconds of the longest of each kind.
     """
 
     seconds: list[float] = field(default_factory=list)
     memory: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    pauses: dict[str, float] = field(default_factory=dict)
+
+    def note_pauses(self, server: ServerContext) -> None:
+        """Look at the longest pauses of the last minute."""
+        metrics = server.metrics
+        for who, pauses in (
+            ("engine", metrics.engine_pauses),
+            ("event loop", metrics.event_loop_pauses),
+        ):
+            self.pauses[who] = max(self.pauses.get(who, 0.0), pauses.longest())
 
     def look(self, seconds: float, remembered_mib: float) -> None:
         """Look at the memory, but for so much that is remembered and has a bound of its own."""
@@ -121,10 +132,12 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
 
         def look(progress: dict[str, Any]) -> None:
             watch.look(time.monotonic() - begun, _remembered_mib(server))
+            watch.note_pauses(server)
             _check_books(server, watch)
             _show_progress(progress, watch, console)
 
         result = _run_clients(target, seconds, seed, look)
+        watch.note_pauses(server)
         watch.problems += result["problems"] + _leftovers(server, runner)
         watch.problems += _new_handles(server, before)
     if seconds >= _SHORTEST_S:
@@ -301,6 +314,8 @@ def _show(result: dict[str, Any], watch: Watch, console: Console) -> None:
         table.add_row(kind, *shown, str(sum(counts.values())))
     console.print(table)
     console.print(f"The slowest answer took {result['slowest_s']:.2f} s: {result['slowest']}.")
+    for who, pause_s in watch.pauses.items():
+        console.print(f"Longest pause of the {who}: {1000 * pause_s:.0f} ms.")
     for kind, mib in watch.memory.items():
         third = max(1, len(mib) // 3)
         console.print(

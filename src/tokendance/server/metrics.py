@@ -20,8 +20,9 @@ class Metrics:
     """Counters and histograms of one server, which observes its engine.
 
     Attributes:
-        engine_watch: is told when the engine's thread waits.
-        event_loop_pauses: of whoever answers requests.
+        engine_pauses: of the engine's thread.
+        engine_watch: notes them; it has to be told when the thread waits.
+        event_loop_pauses: of the loop that answers requests.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -91,9 +92,10 @@ class Metrics:
             buckets=_SHARES,
         )
 
-        self.engine_watch = EngineWatch(
-            Pauses("engine", "What held up the engine's thread, but for passes.", self._registry)
+        self.engine_pauses = Pauses(
+            "engine", "What held up the engine's thread, but for passes.", self._registry
         )
+        self.engine_watch = EngineWatch(self.engine_pauses)
         self.event_loop_pauses = Pauses(
             "event_loop", "What held up the event loop.", self._registry
         )
