@@ -116,7 +116,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
+class _Question:
     """What an agent is asked in a round that is being made.
 
     Attributes:
@@ -260,7 +260,7 @@ class Conversation:
             )
         if not self._members:
             raise RoundError("The session has no agents. Let one join first.")
-        turns: list[_Turn] = []
+        questions: list[_Question] = []
         for name, member in self._members.items():
             own_task = task if isinstance(task, str) else task.get(name)
             if own_task is None:
@@ -268,30 +268,30 @@ class Conversation:
             own_params = params.get(name) if isinstance(params, Mapping) else params
             own_params = own_params or self._params
             answer_tokens = min(own_params.max_tokens, self._max_context // 2)
-            turns.append(_Turn(member, own_task, own_params, answer_tokens))
+            questions.append(_Question(member, own_task, own_params, answer_tokens))
         blocks, num_cut = self._previous_blocks, 0
-        drafts = [self._draft(turn, blocks) for turn in turns]
+        drafts = [self._draft(question, blocks) for question in questions]
         excess = max(draft.excess for draft in drafts)
         if excess > 0:
             mark = self.encoder.text_ids(CUT_MARK).tolist()
             blocks, num_cut = cut_blocks(blocks, excess, mark)
-            drafts = [self._draft(turn, blocks) for turn in turns]
-        for turn, draft in zip(turns, drafts, strict=True):
+            drafts = [self._draft(question, blocks) for question in questions]
+        for question, draft in zip(questions, drafts, strict=True):
             if draft.excess > 0:
                 raise ContextError(
-                    f"The prompt of {turn.member.agent.name!r} has {draft.num_tokens} tokens even "
-                    "without what was said before, and its answer is to have room for "
-                    f"{turn.answer_tokens}; the model's context holds {self._max_context}. Shorten "
-                    "its system text or its task, or lower its max_tokens."
+                    f"The prompt of {question.member.agent.name!r} has {draft.num_tokens} tokens "
+                    "even without what was said before, and its answer is to have room for "
+                    f"{question.answer_tokens}; the model's context holds {self._max_context}. "
+                    "Shorten its system text or its task, or lower its max_tokens."
                 )
         return Asked(
             blocks,
-            tuple(turn.task for turn in turns),
+            tuple(question.task for question in questions),
             [
                 replace(draft.prompt, dropped_tokens=draft.num_forgotten + num_cut)
                 for draft in drafts
             ],
-            [turn.params for turn in turns],
+            [question.params for question in questions],
             tuple(draft.num_rounds for draft in drafts),
         )
 
@@ -317,33 +317,33 @@ class Conversation:
         self._previous_blocks = tuple(blocks)
         self.round += 1
 
-    def _draft(self, turn: _Turn, blocks: tuple[Part, ...]) -> _Draft:
+    def _draft(self, question: _Question, blocks: tuple[Part, ...]) -> _Draft:
         """Build an agent's prompt with as many of its rounds as are remembered and fit."""
-        rounds, room = turn.member.rounds, self._max_context - turn.params.max_tokens
+        rounds, room = question.member.rounds, self._max_context - question.params.max_tokens
         if self._max_history is not None:
             rounds = rounds[max(0, len(rounds) - self._max_history) :]
-        prompt, num_whole = self._prompt(turn, rounds, blocks)
+        prompt, num_whole = self._prompt(question, rounds, blocks)
         num_tokens = num_whole
         if num_whole > room and rounds:
             num_forgotten = 1 + bisect_left(
                 range(1, len(rounds)),
                 True,
-                key=lambda num: self._prompt(turn, rounds[num:], blocks)[1] <= room,
+                key=lambda num: self._prompt(question, rounds[num:], blocks)[1] <= room,
             )
             rounds = rounds[num_forgotten:]
-            prompt, num_tokens = self._prompt(turn, rounds, blocks)
-        excess = num_tokens + turn.answer_tokens - self._max_context
+            prompt, num_tokens = self._prompt(question, rounds, blocks)
+        excess = num_tokens + question.answer_tokens - self._max_context
         return _Draft(prompt, num_tokens, len(rounds), num_whole - num_tokens, excess)
 
     def _prompt(
-        self, turn: _Turn, rounds: Sequence[_PastRound], blocks: Sequence[Part]
+        self, question: _Question, rounds: Sequence[_PastRound], blocks: Sequence[Part]
     ) -> tuple[Prompt, int]:
         """An agent's prompt with these of its rounds, and its length."""
-        agent = turn.member.agent
+        agent = question.member.agent
         messages: list[Message] = [{"role": "system", "content": [private(agent.system)]}]
         for past in rounds:
             messages += past.messages()
-        messages.append(_user_message(blocks, turn.task))
+        messages.append(_user_message(blocks, question.task))
         prompt = Prompt(messages, agent=agent.name, private=agent.private)
         return prompt, len(self.encoder.encode(prompt))
 

@@ -247,14 +247,14 @@ class LLM:
             if count > 1:
                 raise RoundError(f"Two agents are called {name!r}. Give each its own name.")
         unused = (name for name in map("agent {}".format, itertools.count()) if name not in names)
-        round_id = self.engine.new_round_id()
-        requests = [
-            self.requests.make(prompt, own_params, round_id, prompt.agent or next(unused))
-            for prompt, own_params in pairs
-        ]
-        for request in requests:
-            request.session = session
         with self.turns.take():
+            round_id = self.engine.new_round_id()
+            requests = [
+                self.requests.make(prompt, own_params, round_id, prompt.agent or next(unused))
+                for prompt, own_params in pairs
+            ]
+            for request in requests:
+                request.session = session
             self._figures.watch(round_id, time.perf_counter())
             try:
                 self._run(requests, progress)
