@@ -45,7 +45,7 @@ from tokendance.rounds.segments import (
 )
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
-from tokendance.store.pages import Holder
+from tokendance.store.pages import Holder, PagePool
 from tracing_executor import Secrets, TracingExecutor, letters
 
 MakeLLM = Callable[..., LLM]
@@ -114,7 +114,7 @@ def test_who_guards_its_text_publishes_what_stands_before_it() -> None:
 
 
 def test_a_reader_has_to_have_read_what_stood_before() -> None:
-    store = KVStore(64, 4, 16)
+    store = KVStore(PagePool(64, 4), 16)
     asked = prompt(*((20, token, "shared") for token in (2, 3, 4)))
     names = [segment.hash for _, segment in asked.shared_segments()]
     (slots,), pages = store.take_slots([60])
@@ -142,7 +142,7 @@ def test_no_part_of_a_guarded_prompt_is_offered_to_others() -> None:
     text = PrefixHashes(np.arange(40, dtype=np.int32), salt)
     name = hash_segment(text.token_ids[10:30], salt)
     for guards in itertools.product((False, True), repeat=2):
-        store = KVStore(64, 4, 16)
+        store = KVStore(PagePool(64, 4), 16)
         (slots,), pages = store.take_slots([40])
         store.slot_ready[slots] = True
         for guarded in guards:  # the same pages, published twice
