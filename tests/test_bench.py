@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tokendance.bench import arms
 from tokendance.bench.settings import SUITES, BenchOutputs, BenchSettings
 from tokendance.bench.suite import between, in_turn, ratio
+from tokendance.bench.suites import leak
 from tokendance.bench.suites.capacity import _Search
 from tokendance.commands.bench import run_bench
 from tokendance.errors import ConfigError
@@ -37,6 +39,7 @@ HEADLINES: dict[str, set[str]] = {
         for figure in ("kl", "kl_next", "top1", "identical", "recall", "corrected")
         for mode in ("pic", "collective")
     } | {"kl_ratio", "kl_next_ratio"},
+    "leak": {"p_exact", "p_uncorrected", "p_default", "p_isolated"},
     "restore": {
         "speedup_vs_dense_restore", "speedup_vs_fused_restore", "speedup_vs_dense_from_disk",
         "speedup_vs_computing_again", "next_round_vs_computing_again",
@@ -101,6 +104,35 @@ def test_storage_counts_shared_parts_once(model: str, capsys: pytest.CaptureFixt
     assert last["collective"]["dense_mib"] == last["prefix"]["dense_mib"]
     assert 1 < last["collective"]["shared_compression"] <= 3
     assert last["pic-batched"]["shared_compression"] == 1
+
+
+def test_leak_counts_what_isolation_computes(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run("leak", model, BenchOutputs(None, None, None), capsys)["rows"]
+    of = {row["way"]: row for row in rows}
+    assert all(row["trials"] == 8 and 0 < row["p"] <= row["p_holm"] <= 1 for row in rows)
+    assert of["exact"]["kl_trial"] == of["exact"]["over_exact"] == 0
+    assert of["exact"]["kl"] < 1e-6 < of["isolated"]["kl"]
+    computed = {way: row["computed"] for way, row in of.items()}
+    # A neutral owner more, so every agent corrects 4 tokens of each of 3 blocks; else all but one.
+    assert computed["isolated"] == computed["default"] + 4 * 3
+    assert computed["uncorrected"] < computed["default"] < computed["exact"]
+
+
+def test_the_test_of_leaks_finds_what_there_is_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(8, size=300)
+    scores = rng.normal(size=(300, 8)) + 5 * np.arange(8)  # some are said whatever the secret is
+    kinds = np.array(["a", "b"] * 150)
+    assert leak.redraw_p_value(leak.log_odds(scores, kinds), labels, 0) > 0.05
+    scores[np.arange(300), labels] += 0.4
+    odds = leak.log_odds(scores, kinds)
+    assert leak.redraw_p_value(odds, labels, 0) < 0.001
+    assert odds[np.arange(300), labels].mean() == pytest.approx(0.4 * 7 / 8, abs=0.15)
+    assert leak.binomial_tail(0, 10, 0.5) == pytest.approx(1)
+    assert leak.binomial_tail(9, 10, 0.5) == pytest.approx(11 / 1024)
+    assert leak.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
 
 
 def test_bench_all_writes_a_report(

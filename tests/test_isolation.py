@@ -341,15 +341,17 @@ def told(secret: list[int], readers: int = 3, **asks: Any) -> list[Prompt]:
 
 
 @pytest.mark.parametrize("asks", [{}, {"private": "isolated"}])
-@pytest.mark.parametrize("chunk", [4096, 24])
+@pytest.mark.parametrize(
+    ("reuse", "chunk"), [("collective", 4096), ("collective", 24), ("pic", 64)]
+)
 def test_no_secret_changes_what_others_are_told(
-    asks: dict[str, Any], chunk: int, make_llm: MakeLLM
+    asks: dict[str, Any], reuse: str, chunk: int, make_llm: MakeLLM
 ) -> None:
     def answers(isolated: bool, secret: int) -> torch.Tensor:
         prompts = told([secret] * 20, **asks)
         if not isolated:
             prompts = [Prompt(one.content, agent=one.agent) for one in prompts]
-        llm = make_llm(correction="edges:3+1", max_num_batched_tokens=chunk)
+        llm = make_llm(reuse=reuse, correction="edges:3+1", max_num_batched_tokens=chunk)
         result = llm.run_round(prompts, KEEP)
         result.raise_for_errors()
         assert result.stats.agents == 4

@@ -87,7 +87,13 @@ class Planner:
         return int(np.count_nonzero(~self._policy.layout(segment)))
 
     def rules(
-        self, *, in_round: bool, isolated: bool, publishes: bool, owns_order: bool, guarded: bool
+        self,
+        *,
+        in_round: bool,
+        isolated: bool,
+        publishes: bool,
+        owns_order: bool,
+        guarded: bool = False,
     ) -> ReuseRules:
         """What a request may take and leave; the arguments are a request's (`engine.request`)."""
         return ReuseRules(

@@ -177,11 +177,7 @@ def _most_in_budget(llm: LLM, workload: RoundWorkload) -> int:
         prompts = workload.head(size).encoded(llm)
         for start in planner.order(prompts, round_id):
             rules = planner.rules(
-                in_round=True,
-                isolated=False,
-                publishes=True,
-                owns_order=start.owns_order,
-                guarded=False,
+                in_round=True, isolated=False, publishes=True, owns_order=start.owns_order
             )
             prompt = prompts[start.index]
             plan = planner.plan(prompt, ANSWER_TOKENS, rules, round_id)
