@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +215,17 @@ def test_mistakes_end_with_one_sentence(
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert word in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(tokendance: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = tokendance("serve", "--port", port, "--model", "no/such-model")
+    assert done.returncode == 2
+    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in done.stderr
+    done = tokendance("serve", "--host", "203.0.113.7", "--api-key", "x", "--model", "no/such")
+    assert done.returncode == 2
+    assert "cannot listen at 203.0.113.7" in done.stderr
 
 
 def test_a_broken_line_is_named(tokendance: Run, tmp_path: Path) -> None:

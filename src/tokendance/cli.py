@@ -19,6 +19,7 @@ from rich.text import Text
 
 from tokendance import __version__
 from tokendance.bench.settings import BenchOutputs, BenchSettings, Size, SuiteName
+from tokendance.commands.address import check_address
 from tokendance.commands.settings import RunSettings
 from tokendance.commands.streams import standard_streams
 from tokendance.errors import ConfigError, TokenDanceError
@@ -124,6 +125,7 @@ def serve(
             f"The server needs {error.name}, which is not installed. "
             "Run pip install 'tokendance[serve]'."
         ) from error
+    check_address(server.host, server.port)
     serve(model, engine, server, Console())
 
 
