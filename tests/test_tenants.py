@@ -209,32 +209,53 @@ def test_two_that_always_want_more_get_the_same(fake: LoadedModel) -> None:
     place.run()
 
 
-def test_who_has_used_much_goes_on(fake: LoadedModel) -> None:
-    place = Place(fake, num_pages=4000)
-    used_much = place.ask("one", 3000, 50)
-    place.ask("two")
-    while not used_much.generated:
-        place.engine.tick()
-    used_little = place.ask("two", 2500)
-    for number in range(2, 30):
-        place.engine.tick()
-        assert len(used_much.generated) == number
-    assert used_little.num_computed > 0
+def test_what_is_admitted_counts_before_it_is_computed(fake: LoadedModel) -> None:
+    place = Place(fake, num_pages=100, num_tenants=1, max_num_batched_tokens=64)
+    place.ask("a", 1000)  # 63 pages
+    place.engine.tick()
+    # There is room for six more.
+    some = [place.ask("a", 80, 10) for _ in range(6)]
+    others = [place.ask("b", 80, 10) for _ in range(6)]
+    place.engine.tick()
+    assert not any(request.allocation for request in some)
+    assert all(request.allocation for request in others)
+    place.run()
+    # And so it does among those that come at the same time.
+    several = [[place.ask(tenant, 80, 200) for _ in range(5)] for tenant in "ab"]
+    place.engine.tick()
+    assert [sum(r.allocation is not None for r in requests) for requests in several] == [3, 2]
     place.run()
 
 
-def test_what_one_leaves_of_its_part_others_have(fake: LoadedModel) -> None:
-    place = Place(fake, num_pages=4000, num_tenants=3)
-    place.ask("long", 4000)
-    for tenant in ("one", "two"):
-        place.ask(tenant, 1, 1000)
-    place.engine.tick()
-    for _ in range(100):
+def test_each_has_a_part_of_a_pass_and_what_others_leave(fake: LoadedModel) -> None:
+    """Also who has used much; and who has used little has no more than its part."""
+    place = Place(fake, num_pages=4000)
+    used_much = place.ask("one", 3000, 100)
+    place.ask("two", 16, 300)
+    while not used_much.generated:
+        place.engine.tick()
+    place.ask("two", 3000)
+    for number in range(2, 40):
         num_tokens = place.engine._engine.scheduler.pace.num_tokens
         place.engine.tick()
-        step = place.executor.steps[-1]
-        assert [len(request.positions) for request in step.requests[1:]] == [1, 1]
-        assert step.num_tokens == num_tokens
+        assert len(used_much.generated) == number
+        assert place.executor.steps[-1].num_tokens == num_tokens
+    place.ask("one", 2000)
+    place.engine.tick()
+    place.engine.tick()
+    decoding, *prompts = sorted(len(r.positions) for r in place.executor.steps[-1].requests)[1:]
+    assert decoding == 1
+    assert prompts[0] == pytest.approx(prompts[1], abs=1)
+    place.run()
+
+
+def test_isolated_requests_take_turns_too(fake: LoadedModel) -> None:
+    place = Place(fake, num_pages=4000)
+    prompts = [Prompt([private([20 + n] * 3000)], reuse="exact") for n in range(3)]
+    place.add("one", prompts, 50)
+    place.engine.tick()
+    (small,) = place.add("two", [Prompt([private([7] * 31)], reuse="exact")])
+    assert place.seconds(small) < SOON_S
     place.run()
 
 
