@@ -224,7 +224,8 @@ class SharedText(_Body):
     text: str
 
 
-RoundPart = BlockRef | SharedText | TextPart
+# In this order, as a body may have thousands of references: each is then tried once.
+RoundPart = Annotated[BlockRef | SharedText | TextPart, Field(union_mode="left_to_right")]
 
 
 class RoundMessage(BaseModel):
