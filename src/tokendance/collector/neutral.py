@@ -37,11 +37,17 @@ def neutral_runs(requests: Sequence[Sequence[SegmentHash]]) -> list[list[Segment
     by_readers: dict[tuple[int, ...], list[SegmentHash]] = {}
     for segment, indices in readers.items():
         by_readers.setdefault(tuple(indices), []).append(segment)
-    runs: list[list[SegmentHash]] = []
-    for group, run in by_readers.items():
-        members = set(run)
-        in_one_order = all(
-            [segment for segment in orders[index] if segment in members] == run for index in group
-        )
-        runs += [run] if in_one_order else [[segment] for segment in run]
-    return runs
+    runs = list(by_readers.values())
+    run_of = {segment: number for number, run in enumerate(runs) for segment in run}
+    in_one_order = [True] * len(runs)
+    for order in orders:
+        here: dict[int, list[SegmentHash]] = {}
+        for segment in order:
+            here.setdefault(run_of[segment], []).append(segment)
+        for number, run in here.items():
+            in_one_order[number] &= run == runs[number]
+    return [
+        part
+        for run, is_one in zip(runs, in_one_order, strict=True)
+        for part in ([run] if is_one else [[segment] for segment in run])
+    ]
