@@ -480,7 +480,8 @@ def test_files_that_are_named_outlast_an_interrupt(store: DiskStore) -> None:
         files={file: written},
     )  # fmt: skip
     other, unnamed = store.write(rows_of(2))
-    store.discard({file: written, other: unnamed})  # as who was interrupted after the commit does
+    # Whoever is interrupted after the commit does this.
+    store.discard_unnamed({file: written, other: unnamed})
     store.check_integrity()
     assert store.verify() == []
 

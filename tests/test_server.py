@@ -30,7 +30,7 @@ from tiny_models import SPECIALS, VOCAB
 from tokendance import LLM, Agent, Prompt, SamplingParams
 from tokendance.cli import app as command_line
 from tokendance.disk.kv_file import WrittenFile
-from tokendance.disk.records import SessionKey
+from tokendance.disk.records import FileId, SessionKey
 from tokendance.engine.request import Request
 from tokendance.errors import ConfigError, ModelNotFoundError, StoreError
 from tokendance.models.loader import LoadedModel, load_model
@@ -715,6 +715,45 @@ def test_a_session_that_cannot_be_read_is_nobody_elses_trouble(
     llm.close()
 
 
+@pytest.mark.parametrize("way", ["chat", "session"])
+def test_a_disk_that_is_slow_to_write_holds_nobody_up(
+    roomy: LoadedModel, tmp_path: Path, way: str
+) -> None:
+    llm = LLM.from_loaded(roomy, EngineOptions(kv_budget=2**24))
+    llm.open_store(tmp_path / "store")
+    assert llm.tier is not None
+    disk, may_write, engines = llm.tier.disk, threading.Event(), set[str]()
+    write = disk.write
+
+    def wait_and_write(rows: KVRows) -> tuple[FileId, WrittenFile]:
+        engines.add(threading.current_thread().name)
+        assert may_write.wait(60)
+        return write(rows)
+
+    disk.write = wait_and_write  # type: ignore[method-assign]
+    with serving(llm) as (client, server), ThreadPoolExecutor(1) as own:
+        named = {"round": {"id": "r", "size": 1, "agent": "ann", "session": "s"}}
+        asked = (
+            own.submit(chat, client, prompts_of_a_round(1)[0], **named)
+            if way == "chat"
+            else own.submit(ask_session, client, "ab", "Speak.")
+        )
+        wait_until(server, lambda: engines)
+        assert chat(client).status_code == 200
+        if way == "chat":
+            assert asked.result(60).status_code == 200  # what it has said is not the server's
+        else:
+            assert not asked.done()  # it is answered when it is on disk
+        assert disk.index.session_keys() == []
+        may_write.set()
+        assert asked.result(60).status_code == 200
+        wait_until(server, disk.index.session_keys)
+    assert engines == {"store_0"}
+    assert len(disk.index.session_keys()) == 1
+    assert disk.verify() == []
+    llm.close()
+
+
 @pytest.mark.parametrize("where", ["discovery", "adding", "step"])
 def test_an_engine_that_fails_answers_all(
     fake: LoadedModel, monkeypatch: pytest.MonkeyPatch, where: str
@@ -772,7 +811,7 @@ def test_a_round_of_several_sessions_keeps_each(roomy: LoadedModel, tmp_path: Pa
         prompt = prompts_of_a_round(1)[0]
         for one in [pool.submit(chat, client, prompt, round=of(name)) for name in "ab"]:
             assert one.result(60).status_code == 200
-        assert {key.name for key in index.session_keys()} == {"a", "b"}
+        wait_until(server, lambda: {key.name for key in index.session_keys()} == {"a", "b"})
         # Not of who goes away before the round begins.
         arrivals = server.engine_thread._dispatcher.arrivals
         with asking(client, messages=prompt, round=of("d")):

@@ -35,6 +35,8 @@ class FakeDurable:
         self.files = [Future[Any]() for _ in range(num_files)]
         self.error = error
         self.is_closed = False
+        self.is_being_written = False
+        self.num_saved = 0
 
     def restoring(self) -> Restoring | None:
         return self._steps() if self.files else None
@@ -48,9 +50,13 @@ class FakeDurable:
             self.is_closed = True
         return Restored(0, 0, 0, ())
 
+    def go_on_writing(self) -> bool:
+        return self.is_being_written
+
     def save(self) -> None:
         if self.error is not None:
             raise self.error
+        self.num_saved += 1
 
 
 def test_a_session_is_loaded_file_by_file() -> None:
@@ -109,6 +115,27 @@ def test_who_waits_is_told_when_the_server_stops() -> None:
     assert not loader
 
 
+def test_who_is_being_written_is_saved_later_and_at_the_end_at_once() -> None:
+    loader, slow, quick = Loader(), FakeDurable("slow"), FakeDurable("quick")
+    slow.is_being_written = True
+    for session in (slow, quick):
+        loader.when_written(session, session.save)
+    assert loader.pause_s > 0
+    loader.go_on()
+    assert (slow.num_saved, quick.num_saved) == (0, 1)
+    loader.go_on()
+    assert slow.num_saved == 0
+    slow.is_being_written = False
+    loader.go_on()
+    assert slow.num_saved == 1
+    assert not loader
+    slow.is_being_written = True
+    loader.when_written(slow, slow.save)
+    loader.stop()
+    assert slow.num_saved == 2
+    assert not loader
+
+
 class FakeWorker:
     """Does at once what the engine's thread would do."""
 
@@ -119,6 +146,9 @@ class FakeWorker:
         if self.is_closed:
             raise ApiError(503, "The engine has stopped.")
         return work()
+
+    async def save(self, session: Session) -> TokenDanceError | None:
+        return cast(TokenDanceError | None, await self.call(lambda: try_to_save(session)))
 
 
 class FakeTier:

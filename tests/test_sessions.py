@@ -253,9 +253,10 @@ def test_prompts_are_written_while_the_round_decodes(
     session = llm.session("town", PEOPLE, params=ANSWER)
     (first,) = run(session, 1)
     ahead = sum(rows for thread, rows in written if thread.startswith("store"))
-    assert ahead == first.stats.prompt_tokens
+    assert ahead >= first.stats.prompt_tokens
     # Each answer but its last token, which has no KV yet.
-    assert sum(rows for _, rows in written) - ahead == first.stats.generated_tokens - len(PEOPLE)
+    num_answer = first.stats.generated_tokens - len(PEOPLE)
+    assert sum(rows for _, rows in written) == first.stats.prompt_tokens + num_answer
     llm.close()
     llm = open_llm(roomy, tmp_path / "store")
     parts = [first, *run(llm.session("town", params=ANSWER), 2)]

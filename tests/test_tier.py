@@ -229,6 +229,11 @@ class SlowDisk:
         assert self.has_written.acquire(timeout=60)
 
 
+def settle(town: Town) -> None:
+    """Let the thread that writes come to the end of what it has been given."""
+    town.tier._background._thread.submit(lambda: None).result(60)
+
+
 def num_files(town: Town) -> int:
     return len(list((town.disk.folder / "kv").iterdir()))
 
@@ -247,6 +252,7 @@ def test_a_round_that_nobody_saves_is_removed_in_time(
     assert town.tier.due_s() == 113.0
     town.tier.after_step(112.9, ())
     assert num_files(town) == 1
+    settle(town)
     town.tier.after_step(113.0, ())
     assert num_files(town) == 0
     assert town.tier.due_s() is None
@@ -267,6 +273,44 @@ def test_what_was_written_in_the_background_is_taken_over(
     assert town.memory.num_reads == 3
     assert town.extents() == {"ann": [(0, 0, 8), (1, 0, 5)], "bo": [(0, 0, 8), (2, 0, 3)]}
     assert town.tier.due_s() is None
+
+
+def test_answers_are_written_in_the_background_too(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowDisk(town, monkeypatch)
+    request = request_of(ANN)
+    town.compute(ANN)
+    town.tier.after_step(0.0, [request])
+    request.generated = [5, 6, 7]
+    request.finish_reason = "stop"
+    said = np.concatenate([ANN, as_token_ids(request.generated)])
+    town.compute(said)
+    town.tier.after_step(1.0, [request])
+    assert town.tier.go_on_writing(TOWN)
+    for _ in range(2):
+        slow.write_one()
+    settle(town)
+    assert not town.tier.go_on_writing(TOWN)
+    town.tier.after_step(60.0, ())  # it is awaited, so nothing is dropped
+    assert town.tier.due_s() is None
+    assert town.memory.num_reads == 2
+    town.tier.save(snapshot({"ann": said}))  # writes no file by itself: the disk would be slow
+    assert town.memory.num_reads == 2
+    assert town.extents() == {"ann": [(0, 0, 13), (1, 0, 3)]}
+    assert not town.tier.go_on_writing(TOWN)
+
+
+def test_what_is_dropped_while_it_is_written_is_removed_then(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowDisk(town, monkeypatch)
+    town.compute(ANN)
+    town.tier.after_step(0.0, [request_of(ANN)])
+    town.tier.after_step(10.0, ())  # waits for nothing
+    slow.may_write.release()
+    settle(town)
+    assert num_files(town) == 0
 
 
 def test_few_copies_wait_to_be_written(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:

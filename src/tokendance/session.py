@@ -255,6 +255,12 @@ class Session:
             )
         return stored
 
+    def go_on_writing(self) -> bool:
+        """Whether files of its last round are still being written; see `DiskTier.go_on_writing`."""
+        if self._tier is None or self.key is None:
+            return False
+        return self._tier.go_on_writing(self.key)
+
     def save(self) -> None:
         """Make what was said, and the KV of it, durable.
 

@@ -153,14 +153,18 @@ class DiskStore:
         file = FileId(secrets.randbits(62))
         return file, write_rows(self._files, rows, compressed=self._compressed)
 
-    def discard(self, files: Mapping[FileId, WrittenFile]) -> None:
+    def discard(self, files: Iterable[WrittenFile]) -> None:
+        """Remove files that were written and not named; from any thread."""
+        self._unlink(file.name for file in files)
+
+    def discard_unnamed(self, files: Mapping[FileId, WrittenFile]) -> None:
         """Remove files that were written, but for those that have been named.
 
         If the index cannot be read they stay, and go when the store is opened again.
         """
         with contextlib.suppress(StoreError):
             named = self.index.file_ids()
-            self._unlink(written.name for file, written in files.items() if file not in named)
+            self.discard(written for file, written in files.items() if file not in named)
 
     def _unlink(self, names: Iterable[str]) -> None:
         for name in filter(is_kv_name, names):  # an index that is damaged may say anything

@@ -7,6 +7,7 @@ begins when all its requests are there, or after a timeout.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from tokendance.rounds.arrival_window import ArrivalWindow
 from tokendance.server.jobs import Job, RoundKey
@@ -151,7 +152,7 @@ class Arrivals:
         del self._named[key]
         for chat, has_answers in named.chats.items():
             if has_answers:
-                try_to_save(chat)
+                self._loader.when_written(chat, partial(try_to_save, chat))
 
     def take_waiting(self) -> list[Job]:
         """All jobs that have not begun, for when the engine has stopped."""

@@ -24,6 +24,7 @@ from tokendance.errors import AbortedError, TokenDanceError
 from tokendance.server.dispatcher import Dispatcher, refuse
 from tokendance.server.errors import as_api_error
 from tokendance.server.jobs import Job
+from tokendance.server.loading import try_to_save
 from tokendance.server.pauses import EngineWatch
 from tokendance.session import Session
 
@@ -124,6 +125,21 @@ class EngineThread:
         await self.call(lambda: self._dispatcher.loader.begin(session, loaded.set_result))
         if (error := await asyncio.wrap_future(loaded)) is not None:
             raise error
+
+    async def save(self, session: Session) -> TokenDanceError | None:
+        """Save a session to disk, while other requests run; return the error if that fails.
+
+        Raises:
+            ApiError: 503 if the thread has ended.
+        """
+        saved: Future[TokenDanceError | None] = Future()
+
+        def save() -> None:
+            if saved.set_running_or_notify_cancel():  # else the caller was cancelled
+                saved.set_result(try_to_save(session))
+
+        await self.call(lambda: self._dispatcher.loader.when_written(session, save))
+        return await asyncio.wrap_future(saved)
 
     def stop(self, drain_s: float) -> None:
         """Wait for live jobs, for `drain_s` seconds at most, then end the thread."""

@@ -41,6 +41,10 @@ class KeptChat:
         if len(self._spoken) > _MAX_AGENTS:
             del self._spoken[next(iter(self._spoken))]
 
+    def go_on_writing(self) -> bool:
+        """See `DiskTier.go_on_writing`."""
+        return self._tier.go_on_writing(self.key)
+
     def save(self) -> None:
         """Save it to disk, with agents stored earlier that have not spoken since the server began.
 

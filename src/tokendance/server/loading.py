@@ -1,5 +1,8 @@
 """Loads sessions from disk step by step, while the engine runs other requests, and saves them.
 
+The engine's thread waits for no disk: files are read and written on other threads, and a session is
+loaded or saved when they are there.
+
 Any exception becomes an error of the session whose files caused it, and others are served all the
 same. All of it is called on the engine's thread.
 """
@@ -34,6 +37,9 @@ class Durable(Protocol):
 
     def restoring(self) -> Restoring | None:
         """Load KV that is not in memory, in steps; None if nothing is stored."""
+
+    def go_on_writing(self) -> bool:
+        """Whether files of it are still being written; `save` would wait for them."""
 
     def save(self) -> None:
         """Make it durable as it is now."""
@@ -83,17 +89,27 @@ class _Loading:
         return self.file is not None and not self.file.done()
 
 
+def _is_being_written(session: Durable) -> bool:
+    try:
+        return session.go_on_writing()
+    except Exception:  # what is left is written when it is saved
+        log.exception("a session could not be written in the background")
+        return False
+
+
 class Loader:
-    """All sessions that are being loaded."""
+    """All sessions that are being loaded, or wait to be saved."""
 
     def __init__(self) -> None:
         self._loading: dict[SessionKey, _Loading] = {}
+        self._to_save: list[tuple[Durable, Callable[[], object]]] = []
 
     def __contains__(self, session: Durable) -> bool:
+        """Whether a session is being loaded."""
         return session.key in self._loading
 
     def __bool__(self) -> bool:
-        return bool(self._loading)
+        return bool(self._loading or self._to_save)
 
     def begin(self, session: Durable, on_loaded: OnLoaded = _log_error) -> None:
         """Begin to load KV of a session that is not in memory; call `on_loaded` at the end."""
@@ -112,13 +128,21 @@ class Loader:
         else:
             self._loading[session.key] = _Loading(steps, [on_loaded])
 
+    def when_written(self, session: Durable, save: Callable[[], object]) -> None:
+        """Call a function that saves a session when it has to wait for no file any more."""
+        self._to_save.append((session, save))
+
     @property
     def pause_s(self) -> float:
         """Seconds until `go_on` should be called if there is nothing else to do."""
         return _PAUSE_S if all(loading.is_waiting for loading in self._loading.values()) else 0.0
 
     def go_on(self) -> None:
-        """Do a step for each session whose file has been read."""
+        """Do a step for each session whose file has been read, and save those that are written."""
+        written = [one for one in self._to_save if not _is_being_written(one[0])]
+        if written:  # one at a time, since others wait meanwhile
+            self._to_save.remove(written[0])
+            written[0][1]()
         for key, loading in list(self._loading.items()):
             if loading.is_waiting:
                 continue
@@ -132,7 +156,10 @@ class Loader:
                     self._end(key, None)
 
     def stop(self) -> None:
-        """Stop loading; `on_loaded` gets an error."""
+        """Stop loading, of which `on_loaded` gets an error, and save now what waits for it."""
+        waiting, self._to_save = self._to_save, []
+        for _, save in waiting:
+            save()
         for key, loading in list(self._loading.items()):
             with contextlib.suppress(Exception):  # the engine may have failed
                 loading.steps.close()

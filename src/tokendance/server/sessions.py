@@ -32,7 +32,6 @@ from tokendance.rounds.segments import Salt
 from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.kept_chats import KeptChat
-from tokendance.server.loading import try_to_save
 from tokendance.server.protocol import RoundRequest
 from tokendance.session import Session
 
@@ -104,7 +103,7 @@ class Sessions:
     async def save(self, session: Session) -> TokenDanceError | ApiError | None:
         """Save a session to disk; return the error if that fails, and it stays in memory only."""
         try:
-            return await self._engine_thread.call(lambda: try_to_save(session))
+            return await self._engine_thread.save(session)
         except ApiError as error:
             log.warning("A session is not on disk: %s", error)
             return error

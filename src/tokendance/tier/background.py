@@ -1,8 +1,9 @@
 """KV of rounds that are under way, written in the background while they decode.
 
 A prompt's KV does not change once it is computed, so most of what a round leaves can be on disk
-before it ends. Such files have no name in the index until the session is saved: if that does not
-happen they are removed, by this process or by the next that opens the store.
+before it ends, and its answers soon after. Such files have no name in the index until the session
+is saved: if that does not happen they are removed, by this process or by the next that opens the
+store.
 """
 
 import logging
@@ -17,8 +18,10 @@ from tokendance.disk.kv_file import WrittenFile, file_bytes
 from tokendance.disk.records import FileId, SessionKey
 from tokendance.engine.request import Request
 from tokendance.errors import StoreError
+from tokendance.rounds.segments import PrefixHashes
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.kv_store import KVStore
+from tokendance.tier.caches import SpokenCache
 from tokendance.tier.levels import Levels
 
 log = logging.getLogger("tokendance.store")
@@ -27,6 +30,8 @@ log = logging.getLogger("tokendance.store")
 _MAX_UNDER_WAY = 2
 # Longer than the time between a round's last token and its save.
 _ABANDONED_S = 10.0
+
+_Job = Future[tuple[FileId, WrittenFile]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,8 +52,9 @@ class _Round:
     round_id: RoundId
     seen_s: float  # when a request of it was last seen
     left: list[_Group]  # that are not being written yet
-    begun: list[tuple[_Group, "Future[tuple[FileId, WrittenFile]]"]] = field(default_factory=list)
+    begun: list[tuple[_Group, _Job]] = field(default_factory=list)
     num_bytes: int = 0  # at most, of what is begun
+    is_awaited: bool = False  # by somebody who saves the session when all of it is written
 
 
 class BackgroundWriter:
@@ -66,7 +72,7 @@ class BackgroundWriter:
 
     def due_s(self) -> float | None:
         """When `after_step` has something to remove if nothing else happens; None for never."""
-        seen_s = [round_.seen_s for round_ in self._rounds.values()]
+        seen_s = [round_.seen_s for round_ in self._rounds.values() if not round_.is_awaited]
         return min(seen_s) + _ABANDONED_S if seen_s else None
 
     def after_step(self, now: float, requests: Collection[Request]) -> None:
@@ -83,10 +89,11 @@ class BackgroundWriter:
             try:
                 if key not in self._rounds or self._rounds[key].round_id != round_id:
                     self._begin(now, key, together)
+                self._add_answers(key, together)
                 self._write_next(key)
             except StoreError as error:  # the round goes on, and whoever saves it is told
                 log.warning("KV cannot be written in the background: %s", error)
-                self.drop(key)
+                self._drop(key)
                 self._rounds[key] = _Round(round_id, now, [])
 
     def _drop_abandoned(self, now: float, seen: Mapping[SessionKey, object]) -> None:
@@ -94,18 +101,41 @@ class BackgroundWriter:
         for key, round_ in list(self._rounds.items()):
             if key in seen:
                 round_.seen_s = now
-            elif now - round_.seen_s >= _ABANDONED_S:
-                self.drop(key)
+            elif now - round_.seen_s >= _ABANDONED_S and not round_.is_awaited:
+                self._drop(key)
 
     def _begin(self, now: float, key: SessionKey, together: Sequence[Request]) -> None:
         """Plan the files of a round, and make room for them."""
+        self._drop(key)
+        self._rounds[key] = _Round(together[0].round_id, now, [])
         prompts = [request.prompt for request in together if request.error is None]
-        levels, stamps = self._levels, self._levels.store.slot_stamp
-        caches = [levels.match_computed(prompt.prefix_hashes)[1] for prompt in prompts]
-        left = [_Group(slots, stamps[slots]) for slots in levels.unwritten(caches, (), ())]
-        self.drop(key)
-        self._rounds[key] = _Round(together[0].round_id, now, left)
-        num_bytes = sum(len(group.slots) for group in left) * levels.row_bytes
+        self._add(key, [prompt.prefix_hashes for prompt in prompts])
+
+    def _add_answers(self, key: SessionKey, together: Sequence[Request]) -> None:
+        """Plan files of the answers that have just ended."""
+        ended = [request for request in together if request.finish_reason and not request.error]
+        spoken = [SpokenCache.of(one.prompt.token_ids, one.generated) for one in ended]
+        self._add(
+            key,
+            [
+                PrefixHashes(cache.token_ids, request.prompt.salt)
+                for cache, request in zip(spoken, ended, strict=True)
+            ],
+        )
+
+    def _add(self, key: SessionKey, texts: Sequence[PrefixHashes]) -> None:
+        """Plan files of what is not on disk of some texts, nor planned, and make room for them."""
+        if not texts:
+            return
+        levels, stamps, round_ = self._levels, self._levels.store.slot_stamp, self._rounds[key]
+        is_planned = np.zeros(levels.store.num_slots, np.bool_)
+        for group in (*round_.left, *(group for group, _ in round_.begun)):
+            if group.is_unchanged(levels.store):
+                is_planned[group.slots] = True
+        caches = [levels.match_computed(text)[1] for text in texts]
+        for slots in levels.unwritten([cache[~is_planned[cache]] for cache in caches], (), ()):
+            round_.left.append(_Group(slots, stamps[slots]))
+        num_bytes = sum(len(group.slots) for group in round_.left) * levels.row_bytes
         levels.disk.make_room(num_bytes + self.num_bytes, key)
 
     def _write_next(self, key: SessionKey) -> None:
@@ -128,6 +158,17 @@ class BackgroundWriter:
         round_.begun.append((round_.left.pop(0), self._thread.submit(levels.disk.write, rows)))
         round_.num_bytes += file_bytes(rows)
 
+    def go_on(self, key: SessionKey) -> bool:
+        """See `DiskTier.go_on_writing`."""
+        if (round_ := self._rounds.get(key)) is None:
+            return False
+        round_.is_awaited = True
+        try:
+            self._write_next(key)
+        except StoreError:  # whoever saves the session is told
+            round_.left.clear()
+        return bool(round_.left) or not all(job.done() for _, job in round_.begun)
+
     def collect(self, key: SessionKey) -> list[tuple[FileId, WrittenFile, Slots]]:
         """Hand over what a session's round has written, with the slots that still hold it.
 
@@ -147,17 +188,28 @@ class BackgroundWriter:
             if group.is_unchanged(self._levels.store):
                 collected.append((file, written, group.slots))
             else:
-                self._levels.disk.discard({file: written})
+                self._levels.disk.discard([written])
         return collected
 
-    def drop(self, key: SessionKey) -> None:
-        """Remove what a session's round has written."""
-        self._levels.disk.discard({file: written for file, written, _ in self.collect(key)})
+    def give_up(self, key: SessionKey) -> None:
+        """Wait for what a session's round is writing, and remove it."""
+        self._levels.disk.discard([written for _, written, _ in self.collect(key)])
+
+    def _drop(self, key: SessionKey) -> None:
+        """Remove what a session's round has written; what is being written, when it is there."""
+        if key in self._rounds:
+            for _, job in self._rounds.pop(key).begun:
+                if not job.cancel():
+                    job.add_done_callback(self._discard)
+
+    def _discard(self, job: _Job) -> None:
+        if job.exception() is None:
+            self._levels.disk.discard([job.result()[1]])
 
     def close(self) -> None:
         """Remove what nobody has collected, and end the thread."""
         try:
             for key in list(self._rounds):
-                self.drop(key)
+                self._drop(key)
         finally:
             self._thread.shutdown()

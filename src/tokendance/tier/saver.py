@@ -63,7 +63,7 @@ def save(
         )
     except BaseException:
         files.forget(written)
-        levels.disk.discard(written)
+        levels.disk.discard_unnamed(written)
         raise
     for pages, _ in in_memory.values():
         files.mark_on_disk(pages)

@@ -103,9 +103,17 @@ class DiskTier:
         """When, on the clock of `after_step`, it has something to remove; None for never."""
         return self._background.due_s()
 
+    def go_on_writing(self, key: SessionKey) -> bool:
+        """Go on with what `after_step` has begun to write of a round that has ended.
+
+        Returns:
+            Whether anything of it is still being written: `save` would wait for that.
+        """
+        return self._background.go_on(key)
+
     def give_up(self, key: SessionKey) -> None:
         """Remove what `after_step` has written of a session whose round will not be saved."""
-        self._background.drop(key)
+        self._background.give_up(key)
 
     def close(self) -> None:
         """Close the store; files that have no name in it are removed."""
