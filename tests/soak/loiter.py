@@ -103,7 +103,7 @@ class Loiterers:
             connection.setblocking(False)
             await loop.sock_connect(connection, ("127.0.0.1", self._port))
             await loop.sock_sendall(connection, page * 300 + _POST + head + data)
-            # Answers first have to fill what the system keeps of them, which a busy server does slowly.
+            # First the answers have to fill what the system keeps of them.
             await asyncio.sleep(self._deadlines["send_timeout"] + 10)
 
             async def read_all() -> None:
