@@ -133,16 +133,13 @@ class Grammars:
         return constraint
 
     def _compile(self, tokenizer: "llguidance.LLTokenizer", grammar: str) -> "GrammarConstraint":
-        made: list[GrammarConstraint] = []
-
-        def work() -> None:
+        def work() -> GrammarConstraint:
             only_end = np.ones(self._model.shape.vocab_size, np.bool_)
             only_end[sorted(self._model.stop_ids)] = False
             matcher = make_matcher(tokenizer, grammar)
-            made.append(GrammarConstraint(matcher, only_end, _mask(matcher, only_end)))
+            return GrammarConstraint(matcher, only_end, _mask(matcher, only_end))
 
-        on_stack(self.checker.stack_bytes, work)
-        return made[0]
+        return on_stack(self.checker.stack_bytes, work)
 
     def _tokenizer(self) -> "llguidance.LLTokenizer":
         """The model's tokenizer for llguidance; reading it takes a second, once.

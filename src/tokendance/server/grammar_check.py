@@ -67,18 +67,27 @@ class GrammarChecker:
             ApiError: 503 if the grammars of others took too long; 500 if none can be tried.
         """
         key = hashlib.sha256(f"{tenant}\0{grammar}".encode()).digest()
+        if self._is_known(key):
+            return None
+        with self._turn(tenant):
+            if self._is_known(key):  # by now: agents of a round ask for the same
+                return None
+            error = self._try(grammar)
+            if error is None:
+                self._note(key)
+        return error
+
+    def _is_known(self, key: bytes) -> bool:
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
-                return None
-        with self._turn(tenant):
-            error = self._try(grammar)
-        if error is None:
-            with self._lock:
-                self._known[key] = None
-                if len(self._known) > _MAX_KNOWN:
-                    self._known.popitem(last=False)
-        return error
+            return key in self._known
+
+    def _note(self, key: bytes) -> None:
+        with self._lock:
+            self._known[key] = None
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
 
     def close(self) -> None:
         """End the process; it is started again if it is needed."""

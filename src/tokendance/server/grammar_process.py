@@ -24,9 +24,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import llguidance
+
+Result = TypeVar("Result")
 
 # How far a grammar is followed, at random.
 _STEPS = 48
@@ -53,7 +56,7 @@ def make_tokenizer(given: dict[str, Any]) -> "llguidance.LLTokenizer":
 
 
 def make_matcher(tokenizer: "llguidance.LLTokenizer", grammar: str) -> "llguidance.LLMatcher":
-    """Compile a grammar, within limits that are the same in all processes; see `is_error`.
+    """Compile a grammar, within limits that are the same in all processes; see `error_of`.
 
     Needs stack for each level of a schema, and ends the process where there is not enough.
     """
@@ -73,16 +76,23 @@ def error_of(matcher: "llguidance.LLMatcher") -> str | None:
     return f"{error[:_MOST_ERROR].rstrip('.')}."
 
 
-def on_stack(stack_bytes: int, work: Callable[[], None]) -> None:
-    """Do something on a thread of its own that has so much stack, and wait for it."""
+def on_stack(stack_bytes: int, work: Callable[[], Result]) -> Result:
+    """Do something on a thread of its own that has so much stack, and return what it returns."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
     with _stack_size:
         before = threading.stack_size(stack_bytes)
         try:
-            thread = threading.Thread(target=work, name="grammar")
-            thread.start()
+            threading.Thread(target=run, name="grammar").start()
         finally:
             threading.stack_size(before)
-    thread.join()
+    return done.result()
 
 
 _stack_size = threading.Lock()  # it is one for the whole process
@@ -142,14 +152,12 @@ def _answer(tokenizer: "llguidance.LLTokenizer", connection: socket.socket) -> N
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for its last words
         given = receive(connection)
         _limit(given["seconds"], given["memory_bytes"] + given["stack_bytes"])
-        reply: dict[str, str | None] = {}
 
-        def work() -> None:
+        def work() -> str | None:
             matcher = make_matcher(tokenizer, given["grammar"])
-            reply["error"] = error_of(matcher) or _follow(matcher, given["step_seconds"])
+            return error_of(matcher) or _follow(matcher, given["step_seconds"])
 
-        on_stack(given["stack_bytes"], work)
-        send(connection, reply)
+        send(connection, {"error": on_stack(given["stack_bytes"], work)})
     finally:
         os._exit(0)
 
