@@ -32,7 +32,8 @@ def main() -> None:
     page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
     options = EngineOptions(kv_budget=num_pages * page_bytes)
     llm = LLM.from_loaded(model, options, executor=FakeExecutor(num_pages * 16, VOCAB, SPECIALS))
-    with serving(llm) as (client, _):
+    # So many that all of them come as far as the limits of schemas.
+    with serving(llm, max_body_objects=300_000) as (client, _):
         tell("ordinary", chat(client, **as_format(ORDINARY), max_tokens=50))
         for name, schema in attacks().items():
             tell(name, chat(client, **as_format(schema)))
