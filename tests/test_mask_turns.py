@@ -11,6 +11,7 @@ from tokendance import LLM, Prompt, SamplingParams
 from tokendance.engine import mask_turns
 from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.request import Request
+from tokendance.errors import ConstraintError
 from tokendance.executor.step import StepInput
 
 MakeLLM = Callable[..., LLM]
@@ -97,3 +98,33 @@ def test_whoever_waited_longest_is_next(make_fake_llm: MakeLLM) -> None:
             request.constraint.prepare()
             taken.append(requests.index(request))
     assert taken == [0, 1, 2, 0, 1, 2]
+
+
+class Fails(Takes):
+    """A constraint that turns out to be wrong when what may come second is asked for."""
+
+    has_failed = False
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.has_failed = True
+
+    def failure(self) -> str | None:
+        return "It is too large." if self.has_failed else None
+
+
+def test_a_slow_constraint_that_fails_takes_nobody_with_it(make_fake_llm: MakeLLM) -> None:
+    llm, clock = make_fake_llm(), Clock()
+    llm.engine._engine._mask_turns = MaskTurns(clock)
+    round_id = llm.engine.new_round_id()
+    requests: list[Request] = []
+    for constraint in (Fails(clock, 0.03), Takes(clock, 0.0001)):
+        request = llm.requests.make(Prompt(f"number {len(requests)}"), PARAMS, round_id, "")
+        request.constraint = constraint
+        requests.append(request)
+    llm.engine.add(requests)
+    while llm.engine.has_work:
+        llm.engine.tick()
+    assert isinstance(requests[0].error, ConstraintError)
+    assert requests[1].error is None
+    assert len(requests[1].generated) == PARAMS.max_tokens

@@ -610,6 +610,20 @@ def test_chat_requests_may_name_a_session(roomy: LoadedModel, tmp_path: Path) ->
     assert cached_tokens[1] > 80
 
 
+def test_a_round_may_wait_for_ever(make_fake_llm: MakeLLM) -> None:
+    first, second = prompts_of_a_round(2)
+    with (
+        serving(make_fake_llm(num_pages=2000), round_wait=math.inf) as (client, server),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked: dict[str, Any] = {"round": {"id": "r1", "size": 2}}
+        waiting = pool.submit(chat, client, first, **asked)
+        arrivals = server.engine_thread._dispatcher.arrivals
+        wait_until(server, lambda: any(named.waiting for named in arrivals._named.values()))
+        assert chat(client, second, **asked).status_code == 200
+        assert waiting.result(60).status_code == 200
+
+
 def test_who_has_not_spoken_since_a_restart_is_kept_too(roomy: LoadedModel, tmp_path: Path) -> None:
     prompts = prompts_of_a_round(2)
     for number, agents in enumerate(("ab", "a", "b")):

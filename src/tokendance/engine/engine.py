@@ -212,8 +212,9 @@ class Engine:
         self._prepare_masks()
         scheduled = self.scheduler.schedule() or self.scheduler.schedule()
         if not scheduled:
-            self._fail_stuck()
-            return
+            if all(request.has_mask for request in self.scheduler.running):
+                self._fail_stuck()
+            return  # or others' masks took all the time, and these have their turn next
         scheduled, step = self._make_step(scheduled)
         if not scheduled:
             return

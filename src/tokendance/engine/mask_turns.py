@@ -29,11 +29,7 @@ class MaskTurns:
 
         At least one comes, if any is not ready.
         """
-        pending = [
-            request
-            for request in requests
-            if request.constraint is not None and not request.constraint.is_ready
-        ]
+        pending = [request for request in requests if not request.has_mask]
         pending.sort(key=lambda request: request.mask_due_s)
         begun = now = self._clock()
         for request in pending:

@@ -164,13 +164,18 @@ class Request:
         """Prompt tokens that it does not compute, as far as it has been admitted."""
         return self.plan.num_reused if self.plan is not None else 0
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether it is known what may come next; see `MaskTurns`."""
+        return self.constraint is None or self.constraint.is_ready
+
     def next_positions(self, limit: int) -> npt.NDArray[np.int64]:
         """Positions of the next tokens to compute, at most `limit`, ascending.
 
-        None while its constraint is not ready; see `MaskTurns`.
+        None while it is not known what may come next.
         """
         assert self.allocation is not None
-        if self.constraint is not None and not self.constraint.is_ready:
+        if not self.has_mask:
             limit = 0
         compute = self.allocation.compute
         if self.num_computed < len(compute):

@@ -32,6 +32,9 @@ Result = TypeVar("Result")
 
 log = logging.getLogger("tokendance.server")
 
+# The system waits for no longer than some centuries, and may be asked to for ever.
+_LONGEST_S = 3600.0
+
 
 class EngineThread:
     """Drives a dispatcher; see the module.
@@ -191,7 +194,9 @@ class EngineThread:
     def _wait_for_command(self, timeout_s: float | None) -> Callable[[], None]:
         self._watch.rest()
         try:
-            return self._inbox.get(timeout=timeout_s)
+            return self._inbox.get(
+                timeout=None if timeout_s is None else min(timeout_s, _LONGEST_S)
+            )
         finally:
             self._watch.wake()
 

@@ -47,6 +47,8 @@ def configure(log_format: LogFormat) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Of warnings there is one for each event of a stream whose client has gone.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 class RequestLog:
