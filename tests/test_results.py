@@ -54,6 +54,13 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None
     assert names(tmp_path) == []
 
 
+def test_a_link_that_leads_to_itself_is_told_in_a_sentence(tmp_path: Path) -> None:
+    link = tmp_path / "loop"
+    link.symlink_to(link)
+    with pytest.raises(ConfigError, match="symbolic links"):
+        check_writable(link, ADVICE)
+
+
 def test_devices_and_pipes_are_written_as_they_are(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -277,6 +277,27 @@ def test_who_is_cancelled_is_taken_back(stored: LLM, gate: Gate) -> None:
     stored.tier.disk.check_integrity()
 
 
+def test_nobody_complains_of_a_call_that_was_left(llm: LLM, gate: Gate) -> None:
+    complaints: list[object] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        gate.close()
+        running = asyncio.create_task(llm.arun_round(ROUND, ANSWER))
+        await asyncio.to_thread(gate.is_reached.wait, 60)
+        running.cancel()
+        await asyncio.sleep(0)
+        gate.is_open.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        del running
+        gc.collect()
+
+    asyncio.run(main())
+    assert not complaints
+
+
 def test_a_coroutine_that_is_cancelled_need_not_have_its_turn(
     llm: LLM, gate: Gate, pool: ThreadPoolExecutor
 ) -> None:
@@ -360,6 +381,8 @@ def test_a_forked_process_is_told(
         lambda: stored.session("town"),
         lambda: session.run("x"),
         lambda: session.join(Agent("Cy", "")),
+        session.save,
+        session.restore,
         lambda: asyncio.run(stored.arun_round(ROUND)),
         lambda: asyncio.run(session.arun("x")),
         stored.check_shadow,

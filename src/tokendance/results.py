@@ -61,7 +61,7 @@ def write_result(path: Path, text: str, advice: str) -> None:
                 _write(handle, content)
                 os.fsync(handle)
                 try:
-                    temporary.replace(path.resolve())
+                    temporary.replace(_target(path))
                 except OSError:  # it is mounted, or another user's in a folder of all
                     path.write_bytes(content)
 
@@ -79,10 +79,18 @@ def _write(handle: int, content: bytes) -> None:
         content = content[os.write(handle, content) :]
 
 
+def _target(path: Path) -> Path:
+    """Where a path leads in the end."""
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # in place of what the system says of links in a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+
+
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[tuple[int, Path]]:
     """A new file beside another, with its permissions; removed at the end if it is still there."""
-    target = path.resolve()
+    target = _target(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

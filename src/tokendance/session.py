@@ -238,9 +238,11 @@ class Session:
 
         Raises:
             StoreError: if that cannot be read, or is what another has said under this name.
+            UsageError: in a process that was forked.
         """
         if self._tier is None or self.key is None:
             return None
+        self._turns.check_process()
         if self._tier.is_closed:
             raise StoreError(
                 f"The store of the session {self.key.name!r} is closed. Open it again, and then "

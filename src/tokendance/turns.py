@@ -148,6 +148,8 @@ class Turns:
                     stop.set()
                     self._changed.notify_all()
                 await asyncio.wait([done])
+                if not done.cancelled():
+                    done.exception()  # which nobody wants: asyncio is not to complain of that
             raise
 
 
