@@ -280,11 +280,13 @@ def test_bodies_that_are_no_request(served: Served, make_fake_llm: MakeLLM) -> N
     headers = {"content-type": "application/json"}
     for body in (b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"null", b"[" * 5000):
         assert client.post(url, content=body, headers=headers).status_code == 400
+    assert client.post(url, content='{"model": "\u2200"}'.encode("utf-16")).status_code == 400
     assert client.post(url, content=b"x" * 200_000).status_code == 413
     chunks = (b"x" * 1000 for _ in range(200))  # does not say how long it is
     assert client.post(url, content=chunks).status_code == 413
     with serving(make_fake_llm(), max_body_objects=20) as (few, _):
-        assert few.post(url, content=b'[{"a":"}"},' * 21).status_code == 413
+        for many in (b'[{"a":"}"},' * 21, b"[" * 168, b'{"a":[' + b"1," * 1100, b'"a":' * 84):
+            assert few.post(url, content=many).status_code == 413
         parts = [{"type": "text", "text": "x"}]
         for count, status in ((18, 200), (21, 413)):
             talk = [{"role": "user", "content": parts * count}]

@@ -4,6 +4,7 @@ import anyio
 from starlette.types import Message, Receive
 
 from tokendance.server.errors import ApiError
+from tokendance.server.json_size import JSONSize
 from tokendance.server.settings import ServerSettings
 
 
@@ -50,7 +51,7 @@ class Body:
         self.is_whole = False
         self._bodies = bodies
         self._settings = bodies.settings
-        self._num_objects = 0
+        self._size = JSONSize()
         self._has_given_way = False
         self._deadline = anyio.current_time() + self._settings.body_timeout
         self._waiting = anyio.CancelScope()
@@ -73,7 +74,9 @@ class Body:
             message = await receive()
         if message and not self._has_given_way:
             data = message.get("body", b"")
-            self._num_objects += data.count(b"{")
+            if b"\0" in data:  # as other encodings have, whose quotes cannot be told by their bytes
+                raise ApiError(400, "The body is not JSON in UTF-8. Send it as that.")
+            self._size.add(data)
             self._bodies.hold(self, len(data))
             self.check_size(self.num_bytes)
         if self._has_given_way:
@@ -93,11 +96,7 @@ class Body:
         return message
 
     def check_size(self, num_bytes: int) -> None:
-        """Raise ApiError if a body of so many bytes, or what has come of it, is too large.
-
-        Each message, part and call is a JSON object, which takes a hundred times as long to
-        validate as its text. Objects are counted by their braces; braces in texts are few.
-        """
+        """Raise ApiError if a body of so many bytes, or what has come of it, is too large."""
         settings = self._settings
         if num_bytes > settings.max_body_bytes:
             raise ApiError(
@@ -105,10 +104,10 @@ class Body:
                 f"The body is larger than {settings.max_body_bytes} bytes. Send less at a time, or "
                 "raise --max-body.",
             )
-        if self._num_objects > settings.max_body_objects:
+        if self._size.num_objects > settings.max_body_objects:
             raise ApiError(
                 413,
                 f"The body has more than {settings.max_body_objects} objects (messages, parts, "
-                "references, calls: each is a brace). Send fewer at a time, or raise "
-                "--max-body-objects.",
+                "references, calls), or more fields, lists or values than count for as many (4, 8 "
+                "and 50 to an object). Send fewer at a time, or raise --max-body-objects.",
             )

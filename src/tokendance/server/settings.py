@@ -53,9 +53,10 @@ class ServerSettings:
         busy_pass_ms: while requests of several keys are computed, each forward pass is cut to take
             about so many milliseconds, and divided among them, so that none waits long for others.
         max_body: largest body of a request, like 8MiB; larger ones are refused.
-        max_body_objects: messages, parts, references and calls in a body, by their braces; more are
-            refused, since checking them holds up everybody: 20,000 for some 50 ms. In a round in
-            which all hear all, references are agents times agents; one with a session needs none.
+        max_body_objects: messages, parts, references and calls in a body, or four times as many
+            fields, eight times as many lists or fifty times as many values; more are refused, since
+            reading them holds up everybody: 20,000 for some 50 ms. In a round in which all hear
+            all, references are agents times agents; one with a session needs none.
         max_arriving: memory for all bodies that have not come whole, like 512MiB. Beyond that, the
             one that has been arriving longest is refused.
         body_timeout: bodies that take more seconds to arrive are refused.
