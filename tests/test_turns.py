@@ -488,6 +488,8 @@ def test_what_is_closed_is_not_called_damaged(stored: LLM, tmp_path: Path) -> No
     stored.close()
     with pytest.raises(StoreError, match="is closed"):
         session.run("Speak.")
+    with pytest.raises(StoreError, match="is closed"):  # a new one would last nowhere
+        stored.session("town")
     assert session.round == 1
     stored.open_store(tmp_path / "store")
     again = stored.session("town", params=ANSWER)

@@ -18,7 +18,7 @@ from tokendance.disk.records import SessionKey
 from tokendance.disk.store import NO_BUDGET, DiskStore
 from tokendance.engine.figures import RoundFigures
 from tokendance.engine.request import Request, make_output
-from tokendance.errors import ConfigError, RoundError
+from tokendance.errors import ConfigError, RoundError, StoreError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import Executor
 from tokendance.fidelity.shadow import ShadowReport, Shadows
@@ -137,6 +137,7 @@ class LLM:
         self.engine.attach(self.shadows)
         self.requests = RequestMaker(model, self.encoder, self.shadows, options)
         self.tier: DiskTier | None = None
+        self._is_closed = False  # its store, if it had one
         self._sessions: WeakValueDictionary[SessionKey, Session] = WeakValueDictionary()
         if options.store is not None:
             self.open_store(Path(options.store), options.store_budget, int8=options.store_int8)
@@ -177,6 +178,7 @@ class LLM:
                 seconds_per_token=self.engine.seconds_per_token,
             )
             self.engine.attach(self.tier)
+            self._is_closed = False
 
     def generate(
         self,
@@ -314,6 +316,8 @@ class LLM:
                 raise ConfigError(f"{setting} is {reprlib.repr(value)}. Give {wanted}.")
         key = SessionKey("", name) if name is not None else None
         with self.turns.take():
+            if key is not None and self._is_closed:
+                raise StoreError(f"The store of the session {name!r} is closed. Open it again.")
             session = self._sessions.get(key) if key is not None else None
             if session is None:
                 conversation = Conversation(self.encoder, self.model.shape.max_context)
@@ -337,6 +341,7 @@ class LLM:
                 self.engine.detach(self.tier)
                 self.tier.close()
                 self.tier = None
+                self._is_closed = True
                 self._sessions.clear()
 
     def check_shadow(self) -> ShadowReport | None:
