@@ -86,7 +86,7 @@ def _play(llm: LLM, trace: Trace, settings: RunSettings, console: Console) -> No
     finally:
         # Rounds that are done are written and shown, whatever became of the next. They are written
         # first: showing them fails where standard output is full, or nobody reads it any more.
-        if settings.json is not None:
+        if settings.json is not None and done:  # else what was there before stays
             text = json.dumps(document(llm, done, shadows), ensure_ascii=False, indent=1)
             write_result(settings.json, text + "\n", _JSON_ADVICE)
         if done:
@@ -94,7 +94,7 @@ def _play(llm: LLM, trace: Trace, settings: RunSettings, console: Console) -> No
             print_summary(done, llm, console)
             if options.shadow > 0:
                 print_shadows(shadows, llm.shadows.num_dropped, console)
-        if settings.json is not None:
+        if settings.json is not None and done:
             console.print(f"Figures and answers are in {escape(str(settings.json))}.")
     outputs = [output for done_round in done for output in done_round.result.outputs]
     errors = [output.error for output in outputs if output.error is not None]
