@@ -81,6 +81,7 @@ class Tally:
     Attributes:
         answers: by kind of request and status, or "left" where the client went away.
         slowest_s: the longest that any answer took, with its kind.
+        canary_s: what each answer of a tenant took that asks for little, while others flood.
         problems: what was not as it has to be; the first ones.
         num_problems: all of them.
     """
@@ -88,6 +89,7 @@ class Tally:
     answers: dict[str, Counter[str]] = field(default_factory=dict)
     slowest_s: float = 0.0
     slowest: str = ""
+    canary_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     num_problems: int = 0
 
@@ -211,6 +213,8 @@ class Clients:
     def _count(self, kind: str, how: str, begun: float) -> None:
         self.tally.answers.setdefault(kind, Counter())[how] += 1
         took = time.monotonic() - begun
+        if kind == "canary":
+            self.tally.canary_s.append(took)
         if took > self.tally.slowest_s:
             self.tally.slowest_s, self.tally.slowest = took, kind
 

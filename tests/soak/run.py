@@ -25,6 +25,7 @@ from serving import comes_true, held_by, listening
 from soak.load import Target
 from tiny_models import save_model
 from tokendance import LLM
+from tokendance.engine.events import Event, StepDone
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
@@ -55,6 +56,8 @@ _SETTINGS: dict[str, Any] = {
 # memory that was freed lies between pieces that are in use. Shorter runs have hardly warmed up.
 _MOST_GROWTH = {"resident": 32.0, "in use": 8.0}
 _SHORTEST_S = 240.0
+# Most that a small request of another key may take, beside the pass that is under way.
+_CANARY_S = 2.0
 
 
 @dataclass(slots=True)
@@ -72,6 +75,12 @@ class Watch:
     memory: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     pauses: dict[str, float] = field(default_factory=dict)
+    longest_pass_s: float = 0.0
+
+    def on_event(self, event: Event) -> None:
+        """Note the longest pass."""
+        if isinstance(event, StepDone):
+            self.longest_pass_s = max(self.longest_pass_s, event.seconds)
 
     def note_pauses(self, server: ServerContext) -> None:
         """Look at the longest pauses of the last minute."""
@@ -129,6 +138,7 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
         watch.problems += _leftovers(server, runner)
         before = _handles()
         begun = time.monotonic()
+        llm.engine.observe(watch)
 
         def look(progress: dict[str, Any]) -> None:
             watch.look(time.monotonic() - begun, _remembered_mib(server))
@@ -141,6 +151,8 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
         watch.problems += result["problems"] + _leftovers(server, runner)
         watch.problems += _new_handles(server, before)
     if seconds >= _SHORTEST_S:
+        if max(result["canary_s"]) > _CANARY_S + watch.longest_pass_s:
+            watch.problems.append("a small request waited too long for others")
         for kind in watch.memory:
             if watch.growth(kind) > _MOST_GROWTH[kind]:
                 watch.problems.append(f"memory {kind} grew by {watch.growth(kind):.1f} MiB")
@@ -191,10 +203,12 @@ def _check_books(server: ServerContext, watch: Watch) -> None:
     """Have the engine's thread compare all counts of pages between two steps."""
 
     def check() -> None:
+        server.metrics.engine_watch.rest()  # this is nothing that a client has asked for
         try:
             server.llm.engine.check_integrity()
         except AssertionError as error:
             watch.problems.append(f"under load: {error}")
+        server.metrics.engine_watch.wake()
 
     server.engine_thread._put(check)
 
@@ -314,6 +328,11 @@ def _show(result: dict[str, Any], watch: Watch, console: Console) -> None:
         table.add_row(kind, *shown, str(sum(counts.values())))
     console.print(table)
     console.print(f"The slowest answer took {result['slowest_s']:.2f} s: {result['slowest']}.")
+    canary_s = result["canary_s"]
+    console.print(
+        f"A small request of another key took {np.median(canary_s):.2f} s, {max(canary_s):.2f} at "
+        f"most; the longest pass {watch.longest_pass_s:.2f} s."
+    )
     for who, pause_s in watch.pauses.items():
         console.print(f"Longest pause of the {who}: {1000 * pause_s:.0f} ms.")
     for kind, mib in watch.memory.items():

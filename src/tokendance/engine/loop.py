@@ -200,7 +200,7 @@ class EngineLoop:
         """Of the last large pass over prompts; None before there was one."""
         return self._engine.seconds_per_token
 
-    def num_known(self, prompt: EncodedPrompt) -> int:
+    def num_cached(self, prompt: EncodedPrompt) -> int:
         """How many tokens at the beginning of a prompt have KV that its round may reuse."""
         return len(self._engine.store.match_slots(prompt.prefix_hashes))
 

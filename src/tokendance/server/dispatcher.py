@@ -88,7 +88,7 @@ class Dispatcher:
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
         for salt, of_tenant in by_salt.items():
             # Tokens at the beginning of each prompt whose KV is there already.
-            num_cached = {job: self._engine.num_known(job.request.prompt) for job in of_tenant}
+            num_cached = {job: self._engine.num_cached(job.request.prompt) for job in of_tenant}
             self._discover(salt, num_cached)
             own_round = self._engine.new_round_id() if round_id is None else round_id
             for job in of_tenant:
