@@ -24,6 +24,7 @@ from tokendance.executor.step import StepInput, StepOutput
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
 from tokendance.rounds.segments import Salt
+from tokendance.store.pages import Holder
 
 # What a pass takes: much as a small model on two cores.
 PASS_S, TOKEN_S = 0.04, 0.0015
@@ -274,6 +275,30 @@ def test_what_is_reserved_no_other_takes(fake: LoadedModel) -> None:
     assert all(request.allocation is not None for request in small)
     place.run()
     assert all(request.error is None for request in many)
+
+
+def test_pages_that_are_read_from_disk_are_no_tenants(fake: LoadedModel) -> None:
+    """A request may hold pages that a load holds, too, and outlive the load or end before it."""
+    for load_ends_first in (True, False):
+        place = Place(fake, num_pages=80, num_tenants=2)
+        pool = place.llm.kv_store.pool
+        first = place.ask("one", 64, 40)
+        place.engine.tick()
+        assert first.allocation is not None
+        loading = first.allocation.pages.copy()
+        pool.retain(loading, Holder.REQUEST)
+        place.llm.kv_store.loading["load"] = [loading]
+        second = place.ask("one", 64, 3)
+        place.engine.tick()
+        for ends in ("load", "request") if load_ends_first else ("request", "load"):
+            if ends == "load":
+                pool.release(loading, Holder.REQUEST)
+                del place.llm.kv_store.loading["load"]
+            else:
+                place.engine.abort(first)
+            place.engine.check_integrity()
+        place.run(second)
+        place.engine.check_integrity()
 
 
 def test_pages_for_all_are_kept_for_whoever_is_next(fake: LoadedModel) -> None:

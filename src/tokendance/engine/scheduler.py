@@ -172,11 +172,10 @@ class Scheduler:
 
     def _admit(self, request: Request, plan: RequestPlan) -> None:
         """Let a request run, whose plan fits."""
-        tenant, pool = self._tenants.of(request), self._store.pool
-        num_held = pool.num_held(Holder.REQUEST)
+        tenant = self._tenants.of(request)
         request.plan = plan
         request.allocation = self._allocator.allocate(plan, request.prompt, request.round_id)
-        tenant.num_pages += pool.num_held(Holder.REQUEST) - num_held
+        tenant.hold(request.allocation.pages)
         tenant.num_running += 1
         self.running.append(request)
 
@@ -310,10 +309,9 @@ class Scheduler:
         for entry in allocation.entries:
             if not (keep_kv and self._store.slot_ready[entry.slots].all()):
                 self._store.drop(entry)
-        tenant, pool = self._tenants.of(request), self._store.pool
-        num_held = pool.num_held(Holder.REQUEST)
-        pool.release(allocation.pages, Holder.REQUEST)
-        tenant.num_pages -= num_held - pool.num_held(Holder.REQUEST)
+        tenant = self._tenants.of(request)
+        self._store.pool.release(allocation.pages, Holder.REQUEST)
+        tenant.let_go(allocation.pages)
         tenant.num_running -= 1
         request.allocation = None
         computed = allocation.slots[allocation.compute]
@@ -422,8 +420,9 @@ class Scheduler:
         running = dict(self._tenants.in_turn(self.running))
         for tenant in {*self._tenants, *running}:
             requests = running.get(tenant, [])
-            assert tenant.num_running == len(requests)
-            assert tenant.num_pages == self.num_resident_pages(requests)
+            assert tenant.num_running == len(requests), "running requests are miscounted"
+            num_pages = self.num_resident_pages(requests)
+            assert tenant.num_pages == num_pages, "pages of a tenant are miscounted"
 
 
 def _allocation(request: Request) -> Allocation:

@@ -19,8 +19,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from tokendance.engine.request import Request
 from tokendance.rounds.segments import Salt
+from tokendance.store.pages import PageIds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,22 @@ class Tenant:
     num_running: int = 0
     num_pages: int = 0
     used: int = 0
+    # By page, how many of its requests hold it. Not to be told by the pool's counts: pages that are
+    # being read from disk are held there, too.
+    _num_refs: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def hold(self, pages: PageIds) -> None:
+        """Count what one more of its requests holds: distinct pages."""
+        missing = int(pages.max(initial=-1)) + 1 - len(self._num_refs)
+        if missing > 0:
+            self._num_refs = np.append(self._num_refs, np.zeros(missing, np.int32))
+        self._num_refs[pages] += 1
+        self.num_pages += int(np.count_nonzero(self._num_refs[pages] == 1))
+
+    def let_go(self, pages: PageIds) -> None:
+        """Count what one of its requests holds no more."""
+        self._num_refs[pages] -= 1
+        self.num_pages -= int(np.count_nonzero(self._num_refs[pages] == 0))
 
     @property
     def is_active(self) -> bool:
