@@ -46,6 +46,19 @@ def attacks() -> dict[str, Schema]:
     }
 
 
+NAMED_LIMITS = {
+    "definitions": "definitions",
+    "depth": "depth",
+    "all of": "size",
+    "references": "definitions",
+    "pattern": "pattern",
+    "enum": "size",
+    "numbers": "size",
+    "properties": "properties",
+}
+"""Of some attacks, which of `--max-schema-*` refuses them."""
+
+
 def as_format(schema: Schema) -> Schema:
     """As `response_format`."""
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hostile_schemas import ORDINARY, as_format, as_tool, attacks, bodies
+from hostile_schemas import NAMED_LIMITS, ORDINARY, as_format, as_tool, attacks, bodies
 from serving import chat, serving
 from tokendance import LLM
 from tokendance.models.loader import LoadedModel
@@ -59,16 +59,7 @@ def test_attacks_end_one_request_each() -> None:
     statuses = {answer["name"]: answer["status"] for answer in answers}
     assert len(answers) == 2 + 2 * len(attacks()) + len(bodies())
     assert answers[0]["status"] == answers[-1]["status"] == 200
-    for name, option in (
-        ("definitions", "definitions"),
-        ("depth", "depth"),
-        ("all of", "size"),
-        ("references", "definitions"),
-        ("pattern", "pattern"),
-        ("enum", "size"),
-        ("numbers", "size"),
-        ("properties", "properties"),
-    ):
+    for name, option in NAMED_LIMITS.items():
         for one in (name, f"{name}, tool"):
             assert statuses[one] == 400
             assert f"--max-schema-{option} raised" in messages[one]

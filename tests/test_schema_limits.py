@@ -5,7 +5,7 @@ from typing import Any, Literal, Optional, Union
 import pytest
 from pydantic import BaseModel
 
-from hostile_schemas import ORDINARY, attacks, chain, nested
+from hostile_schemas import NAMED_LIMITS, ORDINARY, attacks, chain, nested
 from tokendance.errors import ConfigError
 from tokendance.server.schema_limits import SchemaTooLargeError, check_schemas
 from tokendance.server.settings import ServerSettings
@@ -65,16 +65,7 @@ def test_usual_schemas_pass(schema: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("attack", "option"),
-    [
-        ("definitions", "definitions"),
-        ("depth", "depth"),
-        ("all of", "size"),
-        ("references", "definitions"),
-        ("pattern", "pattern"),
-        ("enum", "size"),
-        ("numbers", "size"),
-        ("properties", "properties"),
-    ],
+    NAMED_LIMITS.items(),
 )
 def test_the_limit_is_named(attack: str, option: str) -> None:
     with pytest.raises(SchemaTooLargeError, match=f"at most .*--max-schema-{option} raised"):
