@@ -18,6 +18,14 @@ LogFormat = Literal["text", "json"]
 MAX_DRAIN_S = 86_400.0
 
 
+_Size = Annotated[int | str, Parameter(metavar="SIZE")]
+
+
+def _each(name: str, variable: str, metavar: str) -> Parameter:
+    """An option that is given once for each of its values, or all in an environment variable."""
+    return Parameter(name=name, env_var=variable, metavar=metavar, show_default=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """How the server listens, whom it lets in, and what it refuses.
@@ -90,30 +98,15 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     served_name: str | None = None
-    api_keys: Annotated[
-        tuple[str, ...],
-        Parameter(
-            name="--api-key", env_var="TOKENDANCE_API_KEYS", metavar="KEY", show_default=False
-        ),
-    ] = field(default=(), repr=False)
+    api_keys: Annotated[tuple[str, ...], _each("--api-key", "TOKENDANCE_API_KEYS", "KEY")] = field(
+        default=(), repr=False
+    )
     allow_public: bool = False
     allowed_hosts: Annotated[
-        tuple[str, ...],
-        Parameter(
-            name="--allowed-host",
-            env_var="TOKENDANCE_ALLOWED_HOSTS",
-            metavar="NAME",
-            show_default=False,
-        ),
+        tuple[str, ...], _each("--allowed-host", "TOKENDANCE_ALLOWED_HOSTS", "NAME")
     ] = ()
     cors_origins: Annotated[
-        tuple[str, ...],
-        Parameter(
-            name="--cors-origin",
-            env_var="TOKENDANCE_CORS_ORIGINS",
-            metavar="ORIGIN",
-            show_default=False,
-        ),
+        tuple[str, ...], _each("--cors-origin", "TOKENDANCE_CORS_ORIGINS", "ORIGIN")
     ] = ()
     open_metrics: bool = False
     window_ms: float = 4.0
@@ -124,9 +117,9 @@ class ServerSettings:
     max_open_requests: int = 256
     reserved_kv: float = 0.25
     busy_pass_ms: float = 100.0
-    max_body: Annotated[int | str, Parameter(metavar="SIZE")] = "8MiB"
+    max_body: _Size = "8MiB"
     max_body_objects: int = 20_000
-    max_arriving: Annotated[int | str, Parameter(metavar="SIZE")] = "512MiB"
+    max_arriving: _Size = "512MiB"
     body_timeout: float = 60.0
     head_timeout: float = 10.0
     send_timeout: float = 60.0
@@ -135,7 +128,7 @@ class ServerSettings:
     max_messages: int = 4096
     max_choices: int = 16
     default_max_tokens: int = 512
-    max_schema_size: Annotated[int | str, Parameter(metavar="SIZE")] = "256KiB"
+    max_schema_size: _Size = "256KiB"
     max_schema_depth: int = 256
     max_schema_definitions: int = 1000
     max_schema_alternatives: int = 1000
@@ -144,7 +137,7 @@ class ServerSettings:
     max_schema_pattern: int = 1000
     max_schema_repeats: int = 10_000
     schema_timeout: float = 1.0
-    schema_memory: Annotated[int | str, Parameter(metavar="SIZE")] = "64MiB"
+    schema_memory: _Size = "64MiB"
     schema_processes: int = 2
     log_format: LogFormat = "text"
 
