@@ -16,9 +16,9 @@ from tokendance.engine.request import Request, RequestId
 from tokendance.errors import AbortedError, EngineError, StoreError
 from tokendance.fidelity.idle_shadows import IDLE_S
 from tokendance.outputs import Output
+from tokendance.rounds import discoveries
 from tokendance.rounds.discovery import Discovery
 from tokendance.rounds.segments import Salt, build_prompt
-from tokendance.server import dispatcher
 from tokendance.server.dispatcher import Dispatcher
 from tokendance.server.jobs import Event, Job, NewTokens, RoundKey
 from tokendance.server.kept_chats import KeptChat
@@ -232,7 +232,7 @@ def test_two_tenants_in_one_window_share_nothing(desk: Desk) -> None:
 def test_the_tenant_that_asked_longest_ago_is_forgotten(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "_MAX_TENANTS", 2)
+    monkeypatch.setattr(discoveries, "_MAX_TENANTS", 2)
 
     def reuses(tenant: str) -> bool:
         job = desk.ask(tenant=tenant)

@@ -275,7 +275,7 @@ def _errors_noted(watch: Watch) -> Iterator[None]:
 
 def _remembered_mib(server: ServerContext) -> float:
     """What discovery remembers: in ten minutes it fills up to its bound, for each tenant."""
-    discoveries = server.engine_thread._dispatcher._discoveries.values()
+    discoveries = server.engine_thread._dispatcher._discoveries
     return sum(discovery.num_bytes for discovery in discoveries) / 2**20
 
 

@@ -1,11 +1,16 @@
-"""Where the KV lies that a plan reads: slots for its positions, and the pages that hold them."""
+"""Between a plan and the store that it was made over: where lies what it reads, and what it leaves.
+
+Whoever computes plans over a `KVStore` looks them up here, whatever allocates their own pages.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokendance.collector.plan import RequestPlan, Role
-from tokendance.store.entries import Slots, StoredPage, StoredSegment
+from tokendance.rounds.segments import PrefixHashes
+from tokendance.store.entries import Entry, RoundId, Slots, StoredPage, StoredSegment
+from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import PageIds
 
 NO_SLOT = -1
@@ -38,11 +43,11 @@ def look_up(plan: RequestPlan, page_size: int) -> KnownKV:
     """
     slots: Slots = np.full(len(plan.roles), NO_SLOT, np.int32)
     copied_from = np.full(len(slots) if Role.COPIED in plan.roles else 0, NO_SLOT, np.int32)
-    pages = [page.slots for page in stored_pages(plan)]
+    pages = [page.slots for page in _stored_pages(plan)]
     if pages:
         num_prefix = np.count_nonzero(plan.roles == Role.PREFIX)
         slots[:num_prefix] = np.concatenate(pages)[:num_prefix]
-    sources = stored_sources(plan)
+    sources = _stored_sources(plan)
     if sources:
         positions = np.concatenate([np.arange(use.start, use.stop) for use in plan.uses])
         source_slots = np.concatenate([source.slots for source in sources])
@@ -55,7 +60,41 @@ def look_up(plan: RequestPlan, page_size: int) -> KnownKV:
     return KnownKV(plan, slots, copied_from, held.astype(np.int32))
 
 
-def stored_sources(plan: RequestPlan) -> list[StoredSegment]:
+def note_reuse(plan: RequestPlan, store: KVStore, round_id: RoundId) -> None:
+    """Note in the store that a request of a round reads what its plan says."""
+    store.touch(_stored_pages(plan))
+    sources = _stored_sources(plan)
+    store.count_reuse(sources, round_id)
+    store.touch(sources)
+
+
+def publish(
+    plan: RequestPlan, store: KVStore, text: PrefixHashes, slots: Slots, round_id: RoundId
+) -> list[Entry]:
+    """Publish what a plan computes for others: its runs, and the pages of its prompt.
+
+    Args:
+        plan: of a request of the round.
+        store: that it was made over.
+        text: of its prompt.
+        slots: int32, of its positions as far as they are known: at least of its runs.
+        round_id: of the round.
+
+    Returns:
+        The entries that are new; the caller drops them if it fails to compute them.
+    """
+    new: list[Entry] = []
+    for run in plan.runs:
+        segments = [
+            (segment, start, slots[start : start + length])
+            for start, segment, length in run.segments
+        ]
+        new += store.publish_run(segments, round_id, run.context)
+    prompt = slots[: plan.num_prompt]
+    return new + store.publish_prefix(text, prompt, plan.num_exact, guarded=plan.guarded)
+
+
+def _stored_sources(plan: RequestPlan) -> list[StoredSegment]:
     """The cached segments that a plan uses, as the store's index has them."""
     sources = [use.source for use in plan.uses]
     stored = [source for source in sources if isinstance(source, StoredSegment)]
@@ -63,7 +102,7 @@ def stored_sources(plan: RequestPlan) -> list[StoredSegment]:
     return stored
 
 
-def stored_pages(plan: RequestPlan) -> list[StoredPage]:
+def _stored_pages(plan: RequestPlan) -> list[StoredPage]:
     """The pages of the beginning that a plan reads, as the store's index has them."""
     pages = [page for page in plan.prefix if isinstance(page, StoredPage)]
     assert len(pages) == len(plan.prefix)

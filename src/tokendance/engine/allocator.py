@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokendance.collector.known import NO_SLOT, KnownKV, look_up, stored_pages, stored_sources
+from tokendance.collector.known import NO_SLOT, KnownKV, look_up, note_reuse, publish
 from tokendance.collector.plan import Positions, RequestPlan
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import Entry, RoundId, RunId, Slots, StoredSegment
@@ -85,23 +85,9 @@ class Allocator:
             slots[positions] = fresh
         held = np.union1d(found.pages, pages).astype(np.int32)
         allocation = Allocation(slots, plan.compute, held, found.copied_from)
-        store.touch(stored_pages(plan))
-        sources = stored_sources(plan)
-        store.count_reuse(sources, round_id)
-        store.touch(sources)
+        note_reuse(plan, store, round_id)
         if plan.publish:
-            for run in plan.runs:
-                segments = [
-                    (segment, start, slots[start : start + length])
-                    for start, segment, length in run.segments
-                ]
-                allocation.entries += store.publish_run(segments, round_id, run.context)
-            allocation.entries += store.publish_prefix(
-                prompt.prefix_hashes,
-                slots[: plan.num_prompt],
-                plan.num_exact,
-                guarded=plan.guarded,
-            )
+            allocation.entries += publish(plan, store, prompt.prefix_hashes, slots, round_id)
         return allocation
 
     def _find(self, plan: RequestPlan) -> KnownKV:

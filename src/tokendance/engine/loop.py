@@ -19,7 +19,7 @@ from tokendance.errors import EngineError, StepError
 from tokendance.options import EngineOptions
 from tokendance.outputs import Progress
 from tokendance.rounds.discovery import EarlierPrompt
-from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt
+from tokendance.rounds.segments import EncodedPrompt, Salt
 from tokendance.store.entries import RoundId
 from tokendance.store.pages import Holder
 
@@ -206,8 +206,7 @@ class EngineLoop:
 
     def recall(self, prompts: Iterable[EarlierPrompt], salt: Salt) -> None:
         """Offer parts of earlier prompts for reuse, as far as their KV is still there."""
-        for prompt in prompts:
-            self._engine.store.publish_parts(PrefixHashes(prompt.token_ids, salt), prompt.segments)
+        self._engine.store.recall(prompts, salt)
 
     def forget(self) -> None:
         """Forget all KV but what running requests hold."""

@@ -7,9 +7,7 @@ driver calls `tick` again and again, and may sleep in between for `pause_s`.
 """
 
 import contextlib
-import logging
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -18,7 +16,8 @@ from tokendance.engine.tenants import TenantRules
 from tokendance.errors import AbortedError
 from tokendance.fidelity.idle_shadows import IdleShadows
 from tokendance.llm import LLM
-from tokendance.rounds.discovery import Discovery, DiscoveryConfig
+from tokendance.rounds.discoveries import Discoveries
+from tokendance.rounds.discovery import DiscoveryConfig
 from tokendance.rounds.segments import Salt
 from tokendance.server.arrivals import Arrivals
 from tokendance.server.jobs import Job, NewTokens
@@ -26,11 +25,6 @@ from tokendance.server.loading import Loader
 from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
 from tokendance.store.entries import RoundId
-
-log = logging.getLogger("tokendance.server")
-
-# Tenants whose texts are remembered for discovery; the least recently used is forgotten.
-_MAX_TENANTS = 64
 
 
 class Dispatcher:
@@ -52,10 +46,9 @@ class Dispatcher:
             )
         )
         self._shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
-        self._discovery = DiscoveryConfig(recent_s=settings.recent)
+        self._discoveries = Discoveries(DiscoveryConfig(recent_s=settings.recent))
         self.loader = Loader()
         self.arrivals = Arrivals(self.loader, settings)
-        self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
         self._live: dict[Request, Job] = {}
         self._is_stopping = False
         self._deadline_s = math.inf  # when live jobs are aborted
@@ -105,20 +98,13 @@ class Dispatcher:
         unmarked = [job for job in num_cached if not job.marked]
         if not unmarked or not self._engine.options.reuses_segments:
             return
-        if salt not in self._discoveries:
-            self._discoveries[salt] = Discovery(salt, self._discovery)
-            if len(self._discoveries) > _MAX_TENANTS:
-                self._discoveries.popitem(last=False)
-        self._discoveries.move_to_end(salt)
-        try:
-            shared = self._discoveries[salt].segment(
-                [job.request.prompt.token_ids for job in unmarked],
-                self._now,
-                [num_cached[job] for job in unmarked],
-            )
-        except Exception:  # the jobs run all the same
-            log.exception("prompts could not be compared; what was remembered is forgotten")
-            del self._discoveries[salt]
+        shared = self._discoveries.segment(
+            salt,
+            [job.request.prompt.token_ids for job in unmarked],
+            self._now,
+            [num_cached[job] for job in unmarked],
+        )
+        if shared is None:
             return
         self._engine.recall(shared.earlier, salt)
         for job, prompt in zip(unmarked, shared.prompts, strict=True):

@@ -19,7 +19,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-from tokendance.rounds.segments import ChainHash, PrefixHashes, SegmentHash
+from tokendance.rounds.discovery import EarlierPrompt
+from tokendance.rounds.segments import ChainHash, PrefixHashes, Salt, SegmentHash
 from tokendance.store.entries import (
     CachedSegment,
     Entry,
@@ -203,6 +204,11 @@ class KVStore:
         ]
         if ready:
             self.publish_run(ready)
+
+    def recall(self, prompts: Iterable[EarlierPrompt], salt: Salt) -> None:
+        """Publish parts of earlier prompts of a tenant, as far as their KV is still there."""
+        for prompt in prompts:
+            self.publish_parts(PrefixHashes(prompt.token_ids, salt), prompt.segments)
 
     def touch(self, entries: Sequence[Entry]) -> None:
         """Mark entries of one prompt, given from its beginning to its end, as just used."""

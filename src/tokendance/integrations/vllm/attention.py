@@ -88,10 +88,9 @@ class MetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
     def _make_backend(self) -> Backend:
         kinds = [step.layer_kinds[name] for name in self._layer_names]
-        indices = {name: index for index, name in enumerate(self._layer_names)}
         context = self.vllm_config.compilation_config.static_forward_context
-        for name in self._layer_names:
-            context[name].impl.index = indices[name]
+        for index, name in enumerate(self._layer_names):
+            context[name].impl.index = index
         return make_backend(
             kinds, self.kv_cache_spec.head_size, self.device, self.kv_cache_spec.dtype, "auto"
         )

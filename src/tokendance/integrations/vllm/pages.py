@@ -26,9 +26,6 @@ class BlockPool(Protocol):
     def free_blocks(self, ordered_blocks: Sequence[Any]) -> None:
         """Give one back."""
 
-    def get_num_free_blocks(self) -> int:
-        """Blocks that nobody refers to."""
-
 
 class BlockPages(PagePool):
     """A page pool whose pages are vLLM's blocks, of the same numbers. It allocates none itself."""
@@ -55,7 +52,3 @@ class BlockPages(PagePool):
     def allocate(self, count: int) -> PageIds:
         """See `PagePool.allocate`; blocks are allocated by vLLM alone."""
         raise NotImplementedError("vLLM allocates")
-
-    def num_named(self) -> int:
-        """Pages that anybody of ours refers to."""
-        return self.num_pages - self.num_free

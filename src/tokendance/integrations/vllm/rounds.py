@@ -11,8 +11,7 @@ computing starts when they are scheduled, and is planned then.
 Nothing here imports vLLM.
 """
 
-import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,20 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.collector.correction import CorrectionPolicy
-from tokendance.collector.known import NO_SLOT, KnownKV, look_up, stored_pages, stored_sources
+from tokendance.collector.known import NO_SLOT, KnownKV, look_up, note_reuse, publish
 from tokendance.collector.plan import RequestPlan, ReuseRules
 from tokendance.collector.planner import Planner, alone
 from tokendance.rounds.arrival_window import ArrivalWindow
-from tokendance.rounds.discovery import Discovery, DiscoveryConfig
-from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Salt, SegmentHash, TokenIds
+from tokendance.rounds.discoveries import Discoveries
+from tokendance.rounds.discovery import DiscoveryConfig
+from tokendance.rounds.segments import (
+    EncodedPrompt,
+    PrefixHashes,
+    Salt,
+    SegmentHash,
+    TokenIds,
+    build_prompt,
+)
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
 
-log = logging.getLogger("tokendance.vllm")
-
-# Tenants whose texts are remembered for discovery; the least recently used is forgotten.
-_MAX_TENANTS = 64
 _NO_PAGES: PageIds = np.empty(0, np.int32)
 _NO_ROUND = RoundId(-1)
 
@@ -67,6 +70,12 @@ class Member:
     held: PageIds = field(default_factory=lambda: _NO_PAGES)  # pages that it reads
     num_until_published: int = 0  # own tokens that have to be scheduled before
     is_published: bool = False
+
+    @property
+    def owned(self) -> Iterator[SegmentHash]:
+        """Segments that it computes for all, once it has started."""
+        runs = self.plan.runs if self.plan is not None else ()
+        return (segment for run in runs for _, segment, _ in run.segments)
 
     @property
     def is_mirror(self) -> bool:
@@ -103,8 +112,7 @@ class Rounds:
         self._window_s = window_s
         self._window_share = window_share
         self._max_retained = max_retained
-        self._discovery = DiscoveryConfig(recent_s=recent_s)
-        self._discoveries: OrderedDict[Salt, Discovery] = OrderedDict()
+        self._discoveries = Discoveries(DiscoveryConfig(recent_s=recent_s))
         self._waiting: list[Member] = []  # in the order in which they may start
         self._live: dict[str, Member] = {}  # started
         self._computing: Counter[SegmentHash] = Counter()  # segments that started members own
@@ -123,11 +131,6 @@ class Rounds:
     def num_waiting(self) -> int:
         """Members that have not started."""
         return len(self._waiting) + sum(map(len, self._windows.values()))
-
-    def due_s(self) -> float | None:
-        """When the next round begins if nothing else arrives; None if none waits for that."""
-        due = [window.due_s() for window in self._windows.values()]
-        return min((time_s for time_s in due if time_s is not None), default=None)
 
     def remove(self, request_id: str) -> Member | None:
         """Take out a member that has not started; None if there is none of that id."""
@@ -170,18 +173,16 @@ class Rounds:
             self._waiting.append(member)
 
     def _discover(self, salt: Salt, members: Sequence[Member], now: float) -> list[EncodedPrompt]:
-        discovery = self._discoveries.setdefault(salt, Discovery(salt, self._discovery))
-        self._discoveries.move_to_end(salt)
-        if len(self._discoveries) > _MAX_TENANTS:
-            self._discoveries.popitem(last=False)
         num_known = [
             len(self._store.match_slots(PrefixHashes(member.token_ids, salt))) for member in members
         ]
         for member, num in zip(members, num_known, strict=True):
             member.in_round = num > 0
-        found = discovery.segment([member.token_ids for member in members], now, num_known)
-        for earlier in found.earlier:
-            self._store.publish_parts(PrefixHashes(earlier.token_ids, salt), earlier.segments)
+        texts = [member.token_ids for member in members]
+        found = self._discoveries.segment(salt, texts, now, num_known)
+        if found is None:
+            return [build_prompt([(text, False)], salt) for text in texts]
+        self._store.recall(found.earlier, salt)
         return found.prompts
 
     # -- starting -----------------------------------------------------------------------------
@@ -197,12 +198,11 @@ class Rounds:
             owns_order=member.owns_order,
         )
         known = self._plan(member, rules)
-        if not self._leaves_room(member, known):
+        if not self._leaves_room(known):
             known = self._plan(member, alone(rules))
         plan = known.plan
         self._hold(member, known)
-        for run in plan.runs:
-            self._computing.update(segment for _, segment, _ in run.segments)
+        self._computing.update(member.owned)
         last_owned = max(
             (int(run.layout.max()) for run in plan.runs if len(run.layout)), default=-1
         )
@@ -218,16 +218,15 @@ class Rounds:
         plan = self._planner.plan(member.prompt, member.max_new_tokens, rules, member.round_id)
         return look_up(plan, self._store.page_size)
 
-    def _leaves_room(self, member: Member, known: KnownKV) -> bool:
+    def _leaves_room(self, known: KnownKV) -> bool:
         """Whether each request still fits into memory by itself, beside all that members hold.
 
         A preempted mirror goes on holding what it reads. So whoever comes first in vLLM's queue
         has to find room though nobody else runs, or all would wait for ever.
         """
         pool, size = self._store.pool, self._store.page_size
-        num_own = [len(member.token_ids) - int(np.count_nonzero(known.slots != NO_SLOT))]
+        num_own = [int(np.count_nonzero(known.slots == NO_SLOT))]  # of prompt and answer
         num_own += [len(other.own) + other.max_new_tokens for other in self._live.values()]
-        num_own[0] += member.max_new_tokens
         fresh = pool.num_refs(known.pages, Holder.REQUEST) == 0
         num_held = pool.num_held(Holder.REQUEST) + int(np.count_nonzero(fresh))
         # One page is vLLM's null block.
@@ -240,10 +239,7 @@ class Rounds:
         member.own = np.flatnonzero(member.reads == NO_SLOT)
         member.held = known.pages
         store.pool.retain(known.pages, Holder.REQUEST)
-        store.touch(stored_pages(plan))
-        sources = stored_sources(plan)
-        store.count_reuse(sources, member.round_id)
-        store.touch(sources)
+        note_reuse(plan, store, member.round_id)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -270,14 +266,9 @@ class Rounds:
         assert member.prompt is not None
         member.is_published = True
         slots = self._context(member.reads, num_scheduled, pages)
-        for run in member.plan.runs:
-            segments = [
-                (segment, start, slots[start : start + length])
-                for start, segment, length in run.segments
-            ]
-            self._store.publish_run(segments, member.round_id)
+        self._store.slot_ready[slots] = True
+        publish(member.plan, self._store, member.prompt.prefix_hashes, slots, member.round_id)
         self._end_computing(member)
-        self._publish_prefix(member, member.prompt.prefix_hashes, slots)
         self._keep_within_budget()
 
     def end(
@@ -296,18 +287,19 @@ class Rounds:
             return
         if not member.is_published:
             self._end_computing(member)
-        if member.is_published and member.prompt is not None:
+        if member.is_published:
+            assert member.plan is not None
+            assert member.prompt is not None
             room = np.full(len(answer), NO_SLOT, np.int32)
             slots = self._context(np.concatenate([member.reads, room]), num_computed, pages)
             text = member.prompt.prefix_hashes.extended(answer)
-            self._publish_prefix(member, text, slots)
+            self._store.slot_ready[slots] = True
+            self._store.publish_prefix(text, slots, member.plan.num_exact)
         self._store.pool.release(member.held, Holder.REQUEST)
         self._keep_within_budget()
 
     def _end_computing(self, member: Member) -> None:
-        assert member.plan is not None
-        for run in member.plan.runs:
-            self._computing.subtract(segment for _, segment, _ in run.segments)
+        self._computing.subtract(member.owned)
         self._computing = +self._computing
 
     def _context(self, reads: Slots, num_computed: int, pages: Sequence[int]) -> Slots:
@@ -325,11 +317,6 @@ class Rounds:
         )
         return slots if num_computed == len(own) else slots[: own[num_computed]]
 
-    def _publish_prefix(self, member: Member, text: PrefixHashes, slots: Slots) -> None:
-        assert member.plan is not None
-        self._store.slot_ready[slots] = True
-        self._store.publish_prefix(text, slots, member.plan.num_exact)
-
     # -- room ---------------------------------------------------------------------------------
 
     def give_up(self, count: int) -> bool:
@@ -337,15 +324,10 @@ class Rounds:
 
         Called when vLLM has too few blocks.
         """
-        pool = self._store.pool
-        return self._forget(pool.num_free + count)
+        return self._store.make_room(self._store.pool.num_free + count)
 
     def _keep_within_budget(self) -> None:
-        self._forget(self._store.pool.num_pages - self._max_retained)
-
-    def _forget(self, num_free: int) -> bool:
-        """Forget entries in their order until so many pages have no name of ours."""
-        return self._store.make_room(num_free)
+        self._store.make_room(self._store.pool.num_pages - self._max_retained)
 
     def forget(self) -> None:
         """Forget all KV but what requests hold, as when vLLM's weights or its cache change."""
@@ -356,7 +338,6 @@ class Rounds:
         self._store.check_integrity(member.held for member in self._live.values())
         computing: Counter[SegmentHash] = Counter()
         for member in self._live.values():
-            if not member.is_published and member.plan is not None:
-                for run in member.plan.runs:
-                    computing.update(segment for _, segment, _ in run.segments)
+            if not member.is_published:
+                computing.update(member.owned)
         assert computing == self._computing

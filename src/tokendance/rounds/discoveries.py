@@ -1,0 +1,47 @@
+"""Discovery for all tenants: the texts of each are compared with its own only."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from tokendance.rounds.discovery import Discovery, DiscoveryConfig, DiscoveryResult
+from tokendance.rounds.segments import Salt, TokenIds
+
+log = logging.getLogger("tokendance.rounds")
+
+# Tenants whose texts are remembered; the least recently used is forgotten.
+_MAX_TENANTS = 64
+
+
+class Discoveries:
+    """A `Discovery` for each tenant, known by the salt of its prompts."""
+
+    def __init__(self, config: DiscoveryConfig) -> None:
+        self._config = config
+        self._by_salt: OrderedDict[Salt, Discovery] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Discovery]:
+        return iter(self._by_salt.values())
+
+    def segment(
+        self, salt: Salt, prompts: Sequence[TokenIds], now: float, prefix_lengths: Sequence[int]
+    ) -> DiscoveryResult | None:
+        """Do what `Discovery.segment` does for a tenant; None if it fails.
+
+        Requests run all the same then, and what was remembered of the tenant is forgotten.
+        """
+        if salt not in self._by_salt:
+            self._by_salt[salt] = Discovery(salt, self._config)
+            if len(self._by_salt) > _MAX_TENANTS:
+                self._by_salt.popitem(last=False)
+        self._by_salt.move_to_end(salt)
+        try:
+            return self._by_salt[salt].segment(prompts, now, prefix_lengths)
+        except Exception:
+            log.exception("prompts could not be compared; what was remembered is forgotten")
+            del self._by_salt[salt]
+            return None
+
+    def clear(self) -> None:
+        """Forget all texts."""
+        self._by_salt.clear()
