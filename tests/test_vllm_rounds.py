@@ -17,6 +17,7 @@ from conftest import examples
 from tokendance.collector.correction import Edges
 from tokendance.collector.known import NO_SLOT
 from tokendance.errors import ConfigError
+from tokendance.integrations.vllm.arrivals import RoundKey
 from tokendance.integrations.vllm.contexts import Contexts
 from tokendance.integrations.vllm.pages import BlockPages
 from tokendance.integrations.vllm.rewriting import rewrite
@@ -26,7 +27,7 @@ from tokendance.rounds.segments import make_salt
 from tokendance.store.kv_store import KVStore
 
 PAGE = 4
-SALT = make_salt("test")
+KEY = RoundKey(make_salt("test"))
 
 
 @dataclass(eq=False)
@@ -89,6 +90,7 @@ class Imitation:
             Edges(1, 1),
             window_s=1.0,
             window_share=10.0,
+            round_wait_s=1.0,
             max_retained=max_retained,
             recent_s=1e9,
         )
@@ -222,7 +224,7 @@ def test_everybody_reads_what_its_prompt_says(
             if history and rng.random() < 0.5:  # goes on with what was said
                 prompt = np.concatenate([history[index % len(history)], prompt])[:200]
             member = Member(
-                f"{number}-{index}", SALT, prompt.astype(np.int32), int(rng.integers(1, 5))
+                f"{number}-{index}", KEY, prompt.astype(np.int32), int(rng.integers(1, 5))
             )
             world.rounds.arrive(member, world.now)
         history = []
@@ -251,7 +253,7 @@ def test_a_round_computes_what_all_read_once() -> None:
     shared = rng.integers(0, 9, 120)
     for index in range(6):
         prompt = np.concatenate([rng.integers(10, 99, 5 + index), shared, rng.integers(10, 99, 3)])
-        world.rounds.arrive(Member(str(index), SALT, prompt.astype(np.int32), 1), world.now)
+        world.rounds.arrive(Member(str(index), KEY, prompt.astype(np.int32), 1), world.now)
     while world.running or world.rounds.num_waiting:
         world.start()
         world.step()
@@ -267,7 +269,7 @@ def test_nobody_reads_across_tenants() -> None:
     world = Imitation(400, np.random.default_rng(0), 400)
     prompt = np.arange(60, dtype=np.int32)
     for name in ("one", "two"):
-        world.rounds.arrive(Member(name, make_salt(name), prompt, 1), world.now)
+        world.rounds.arrive(Member(name, RoundKey(make_salt(name)), prompt, 1), world.now)
     world.start()
     world.step()
     assert [one.member.is_mirror for one in world.running] == [False, False]
@@ -294,7 +296,7 @@ class Request:
 
 def test_a_mirror_keeps_the_hashes_of_its_exact_beginning_only() -> None:
     tokens = list(range(32))
-    member = Member("a", SALT, np.arange(32, dtype=np.int32), 100)
+    member = Member("a", KEY, np.arange(32, dtype=np.int32), 100)
     member.reads = np.full(32, NO_SLOT, np.int32)
     member.reads[10:30] = np.arange(20)
     member.own = np.flatnonzero(member.reads == NO_SLOT)
