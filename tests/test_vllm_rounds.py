@@ -19,6 +19,7 @@ from tokendance.collector.known import NO_SLOT
 from tokendance.errors import ConfigError
 from tokendance.integrations.vllm.arrivals import RoundKey
 from tokendance.integrations.vllm.contexts import Contexts
+from tokendance.integrations.vllm.hints import Hints, read_hints
 from tokendance.integrations.vllm.pages import BlockPages
 from tokendance.integrations.vllm.rewriting import rewrite
 from tokendance.integrations.vllm.rounds import Member, Rounds
@@ -273,6 +274,103 @@ def test_nobody_reads_across_tenants() -> None:
     world.start()
     world.step()
     assert [one.member.is_mirror for one in world.running] == [False, False]
+
+
+def named(request_id: str, size: int | None, token: int = 5) -> Member:
+    prompt = np.full(20, token, np.int32)
+    return Member(request_id, KEY._replace(name="round"), prompt, 1, round_size=size)
+
+
+def test_a_round_with_a_name_begins_when_it_is_full_or_after_a_wait() -> None:
+    rounds = Imitation(400, np.random.default_rng(0), 400).rounds
+    rounds.arrive(named("a", 3), 0.0)
+    rounds.arrive(named("b", 3), 0.9)
+    assert list(rounds.start(1.8)) == []
+    rounds.arrive(named("c", 3), 1.8)
+    assert [member.request_id for member in rounds.start(1.8)] == ["a", "b", "c"]
+    for index in range(40):  # somebody keeps arriving, a little before each wait is over
+        rounds.arrive(named(f"late{index}", None), 10 + 0.9 * index)
+        if 10 + 0.9 * index >= 20:
+            break
+        list(rounds.start(10 + 0.9 * index))
+    assert rounds.num_waiting == index + 1
+    assert rounds.remove("late0") is not None
+    assert rounds.remove("late0") is None
+    assert len(list(rounds.start(20.0))) == index  # ten waits after the first: no longer
+
+
+def test_sessions_have_windows_of_their_own() -> None:
+    rounds = Imitation(400, np.random.default_rng(0), 400).rounds
+    for name in ("one", "two"):
+        key = KEY._replace(session=name)
+        rounds.arrive(Member(name, key, np.full(20, 3, np.int32), 1), 0.0)
+    (first, second) = rounds._arrivals.take(100.0)
+    assert [member.request_id for member in (*first, *second)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("priority", "waits"), [(-1, False), (0, True), (1, True)])
+def test_nobody_waits_for_an_owner_that_is_put_off_for_less(priority: int, waits: bool) -> None:
+    world = Imitation(400, np.random.default_rng(0), 400)
+    shared = np.arange(100, 200, dtype=np.int32)
+    for name in ("first", "second"):
+        prompt = np.concatenate([np.full(3, ord(name[0]), np.int32), shared])
+        world.rounds.arrive(Member(name, KEY, prompt, 1), world.now)
+    world.start()
+    assert [one.member.request_id for one in world.running] == ["first"]
+    late = np.concatenate([np.full(5, 7, np.int32), shared])
+    world.rounds.arrive(Member("late", KEY, late, 1, priority=priority), world.now)
+    world.start()
+    started = [one.member.request_id for one in world.running]
+    assert ("late" not in started) == waits
+
+
+def test_blocks_are_where_the_client_says() -> None:
+    world = Imitation(400, np.random.default_rng(0), 400)
+    for index in range(2):
+        prompt = np.arange(60, dtype=np.int32)
+        prompt[: 5 * (index + 1)] = 100 + index  # 10 to 59 are equal; the client says 20 to 39
+        member = Member(str(index), KEY, prompt, 1, blocks=((20, 40),))
+        world.rounds.arrive(member, world.now)
+    while world.running or world.rounds.num_waiting:
+        world.start()
+        world.step()
+        for one in list(world.running):
+            if one.answer:
+                world.end(one)
+    assert world.rounds.figures.mirrors == 1
+    assert world.rounds.figures.reused_tokens == 20 - 2
+    assert world.rounds.figures.corrected_tokens == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"round": ""},
+        {"round": "x" * 257},
+        {"round": 7},
+        {"round_size": 3},
+        {"blocks": 5},
+        {"blocks": [1]},
+        {"blocks": [3, 2]},
+        {"blocks": [-1, 2]},
+        {"blocks": [0, 99]},
+        {"blocks": [0, 5, 4, 8]},
+        {"blocks": [0, True]},
+        {"blocks": ["0", "1"]},
+        {"blocks": [0, 1] * 5000},
+        {"reuse": ["exact"]},
+        {"reuse": {}},
+        {"tokendance_reads": [1, 2], "pages": [3]},
+    ],
+)
+def test_what_cannot_be_is_ignored(said: dict[str, Any]) -> None:
+    assert read_hints(said, 10) == Hints()
+
+
+def test_hints_are_read() -> None:
+    said = {"round": "r", "round_size": 3, "blocks": [0, 4, 4, 10], "reuse": "exact"}
+    assert read_hints(said, 10) == Hints("r", 3, ((0, 4), (4, 10)), exact=True)
+    assert read_hints({"round": "r", "round_size": True}, 10) == Hints("r")
 
 
 @dataclass
