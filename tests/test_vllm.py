@@ -281,7 +281,7 @@ def test_who_has_priority_waits_for_no_owner_that_has_less(model: Path) -> None:
     requests = ROUND.add()["add"]
     rising = [{**request, "priority": -index} for index, request in enumerate(requests)]
     late = {**requests[0], "id": "late", "priority": -9}
-    scenarios = {
+    scenarios: Scripts = {
         "rising": [{"add": rising}, FINISH],
         "late": [
             {"add": [{**request, "priority": 5} for request in requests]},

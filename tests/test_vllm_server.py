@@ -130,8 +130,8 @@ REUSED = len(ROUND.shared) - 4
 def test_usage_and_metrics_are_those_of_the_clients_prompts(server: Server, streams: bool) -> None:
     agents = Round(10 + streams)
     name = 'tokendance:{}_total{{engine="0"}}'
-    counters = ("rounds", "mirrors", "prompt_tokens", "computed_tokens", "reused_tokens")
-    counters += ("corrected_tokens",)
+    tokens = ("prompt_tokens", "computed_tokens", "reused_tokens", "corrected_tokens")
+    counters = ("rounds", "mirrors", *tokens)
     before = {counter: server.metric(name.format(counter)) for counter in counters}
     vllms = server.metric('vllm:prompt_tokens_total{engine="0",model_name="m"}')
     body: dict[str, Any] = {"vllm_xargs": NAMED}
