@@ -57,7 +57,13 @@ def vllm_server(
         "TOKENDANCE": str(int(plugin)),
     }
     settings = ["--enforce-eager", "--block-size=32", "--kv-cache-memory-bytes=500000000"]
-    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]
+    command: list[str | Path] = [
+        python,
+        "-P",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        f"--model={model}",
+    ]
     command += ["--host=127.0.0.1", f"--port={port}", "--generation-config=vllm"]
     log = folder / "vllm.log"
     with log.open("wb") as file:

@@ -1,4 +1,4 @@
-"""An ASGI middleware for vLLM's server (`--middleware recording.Recorder`): what is asked and answered.
+"""What is asked and answered: an ASGI middleware for vLLM (`--middleware recording.Recorder`).
 
 Each chat request becomes a line of the file that TEST_RECORDS names, when its answer is complete:
 
