@@ -4,7 +4,7 @@ Each chat request becomes a line of the file that TEST_RECORDS names, when its a
 
     {"arrived": SECONDS, "prompt": [token ids], "answer": [token ids], "cached": N, "chunks": N}
 
-It lets vLLM say the token ids by an argument that clients may give; theirs need not know it.
+It asks vLLM for token ids and usage in the client's place, which gets what it has asked for.
 """
 
 import json
@@ -35,7 +35,10 @@ class Recorder:
             if not received.get("more_body"):
                 break
             received = await receive()
-        body = json.dumps({**json.loads(body), "return_token_ids": True}).encode()
+        asked = {**json.loads(body), "return_token_ids": True}
+        if asked.get("stream"):
+            asked["stream_options"] = {"include_usage": True}
+        body = json.dumps(asked).encode()
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         answer = b""
 
@@ -50,7 +53,8 @@ class Recorder:
             if b"data: [DONE]" in part or (part and not message.get("more_body")):
                 with open(RECORDS, "a", encoding="utf-8") as file:
                     print(json.dumps({"arrived": arrived, **read(answer.decode())}), file=file)
-            await send(message)
+            if b'"choices":[]' not in part:  # usage, in an event of its own
+                await send(message)
 
         await self._app(scope, receive_changed, send_and_keep)
 

@@ -64,10 +64,7 @@ class Placement:
         """
         self._forget(now)
         place = self._places.pop(name, None)
-        if place is not None and place[0] in loads:
-            replica = place[0]
-        else:
-            replica = self._place(name, loads)
+        replica = place[0] if place is not None and place[0] in loads else self._place(name, loads)
         self._places[name] = (replica, now)
         return replica
 

@@ -6,8 +6,8 @@
     )
 
 The session is the header X-Session-ID, which Ray reads by itself, or what the caller gives to
-`handle.options(session_id=...)`. A request without one goes to whoever has least to do: nothing says
-what it belongs to. The keywords are those of `Placement`; docs/scale.md has the rest.
+`handle.options(session_id=...)`. A request without one goes to whoever has least to do: what it
+belongs to is not known. The keywords are those of `Placement`; docs/scale.md has the rest.
 """
 
 import random
