@@ -12,14 +12,17 @@ import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-SHARED = "\n".join(
-    f"{name}: I have seen {number} boats below the {place}, and nobody was in them."
-    for number, (name, place) in enumerate(
-        (name, place)
-        for name in ("Ann", "Bo", "Cy", "Dora", "Emil", "Fay")
-        for place in ("bridge", "mill", "weir")
+PEOPLE = ("Ann", "Bo", "Cy", "Dora", "Emil", "Fay")
+PLACES = ("bridge", "mill", "weir")
+
+
+def shared_text(name: str) -> str:
+    """What all agents of a round read, and nobody has read before."""
+    return "\n".join(
+        f"{person}: In {name} I was at the {place}. By the end of {name} the water was higher."
+        for person in PEOPLE
+        for place in PLACES
     )
-)
 
 
 def ask(url: str, model: str, session: str, name: str, agent: int) -> int:
@@ -27,7 +30,7 @@ def ask(url: str, model: str, session: str, name: str, agent: int) -> int:
     who = f"You are agent {agent} of {name}. " + "You have little time. " * agent
     messages = [
         {"role": "system", "content": who},
-        {"role": "user", "content": f"{SHARED}\nThis is {name}. What do you do?"},
+        {"role": "user", "content": f"{shared_text(name)}\nWhat do you do?"},
     ]
     body = {"model": model, "messages": messages, "max_tokens": 4, "temperature": 0}
     headers = {"Content-Type": "application/json"}

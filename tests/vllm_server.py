@@ -1,12 +1,13 @@
-"""vLLM's own API server in a process of its own, with TokenDance inside it or without."""
+"""Processes with vLLM in them: its own API server, or a script. Nothing of them is left behind."""
 
 import contextlib
 import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -18,14 +19,43 @@ START_S, END_S = 300.0, 30.0
 
 
 def end(process: subprocess.Popen[bytes], grace_s: float = END_S) -> None:
-    """End a process that leads a session, and whatever it has started."""
-    with contextlib.suppress(ProcessLookupError):
+    """End a process that leads a session, if need be after a time, and whatever it has started."""
+    if grace_s:
         process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(grace_s)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def run(
+    command: Sequence[str | Path], said: str, variables: Mapping[str, str], timeout_s: float = 600
+) -> str:
+    """Run a command to its end, and return what it printed. Its children end in any case.
+
+    Args:
+        command: and its arguments.
+        said: its standard input.
+        variables: its environment.
+        timeout_s: seconds after which it is killed.
+    """
+    with tempfile.TemporaryFile() as errors:
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=variables,
+            start_new_session=True,
+        ) as process:
+            try:
+                printed, _ = process.communicate(said.encode(), timeout_s)
+            finally:
+                end(process, 0)
+        errors.seek(0)
+        assert process.returncode == 0, errors.read()[-4000:].decode(errors="replace")
+        return printed.decode()
 
 
 @contextlib.contextmanager
