@@ -1,7 +1,6 @@
 """TokenDance inside the real vLLM on a CPU: `make vllm` installs it, and else these are skipped."""
 
 import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.bench.vllm import VLLMConfig, child_environment, find_vllm
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
+from vllm_server import run
 
 PYTHON = find_vllm()
 SCRIPT = Path(__file__).parent / "vllm_scenarios" / "run.py"
@@ -53,17 +53,8 @@ def run_in_vllm(
     job = {"model": str(model), "engine": settings, "scenarios": scenarios}
     variables = child_environment(PYTHON, VLLMConfig(threads=torch.get_num_threads()))
     variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENDANCE": str(int(plugin))}
-    result = subprocess.run(
-        [PYTHON, "-P", SCRIPT],
-        input=json.dumps(job) + "\n",
-        env=variables | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    printed = run([PYTHON, "-P", SCRIPT], json.dumps(job) + "\n", variables | environment)
+    answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return answer
 
 
