@@ -63,6 +63,7 @@ class Place:
         self.engine = self.llm.engine
         self._numbers = itertools.count()
         self.engine._engine._clock = lambda: self.executor.now
+        self.engine._engine.scheduler._clock = self.engine._engine._clock
         self.engine.set_tenants(TenantRules(num_tenants=num_tenants, reserved=0.25))
 
     def add(self, tenant: str, prompts: Sequence[Prompt], max_tokens: int = 5) -> list[Request]:

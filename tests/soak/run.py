@@ -30,6 +30,7 @@ from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
 from tokendance.server.context import ServerContext
+from tokendance.server.malloc import objects_frozen
 
 _CONTEXT = 1024
 _NUM_PAGES = 2000
@@ -117,6 +118,7 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
     watch = Watch()
     with (
         _llm() as llm,
+        objects_frozen(),  # as `tokendance serve` has them
         listening(llm, **_SETTINGS) as (port, server, runner),
         _errors_noted(watch),
     ):

@@ -106,6 +106,7 @@ class Engine:
             policy,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_bytes_per_token=kv_bytes_per_token,
+            clock=clock,
         )
         self._decode = decode
         self._clock = clock
