@@ -219,7 +219,7 @@ class Engine:
         scheduled, step = self._make_step(scheduled)
         if not scheduled:
             return
-        start = self._clock()
+        start, cpu_start = self._clock(), time.thread_time()
         try:
             output = self._executor.execute(step)
         except Exception as error:
@@ -244,6 +244,7 @@ class Engine:
             StepDone(
                 now,
                 now - start,
+                time.thread_time() - cpu_start,
                 {item.request.id: len(item.positions) for item in scheduled},
                 len(self.scheduler.running),
                 self.scheduler.num_waiting,

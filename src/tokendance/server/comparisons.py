@@ -62,8 +62,9 @@ class Comparison:
 class Comparisons:
     """All that are under way, in the order in which they were added."""
 
-    def __init__(self) -> None:
-        """Begin without any."""
+    def __init__(self, few_tokens: int = _FEW_TOKENS) -> None:
+        """Begin without any; `few_tokens` are compared at once."""
+        self._few_tokens = few_tokens
         self._under_way: deque[Comparison] = deque()
         self._thread: ThreadPoolExecutor | None = None  # started when there is much to compare
 
@@ -77,7 +78,7 @@ class Comparisons:
 
     def add(self, comparison: Comparison) -> None:
         """Do it now if it is small and alone, else on the thread."""
-        if not self._under_way and comparison.num_tokens <= _FEW_TOKENS:
+        if not self._under_way and comparison.num_tokens <= self._few_tokens:
             comparison.run()
         else:
             if self._thread is None:
