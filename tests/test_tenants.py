@@ -160,8 +160,8 @@ def test_a_crowd_of_one_key_leaves_time_for_anothers(fake: LoadedModel) -> None:
     desk, executor = crowded(fake, num_pages=8000)
     for n in range(300):
         desk.ask(f"{n}?", tenant="one", max_tokens=50)
-    desk.tick(3)
-    assert desk.llm.engine.status().num_running == 300
+    while desk.llm.engine.status().num_waiting or desk.llm.engine.status().num_running < 300:
+        desk.tick()  # before each pass some are admitted
     assert seconds_of_a_small_request(desk, executor) < SOON_S
     desk.run()
     assert desk.is_empty()

@@ -18,7 +18,7 @@ from tokendance.fidelity.idle_shadows import IdleShadows
 from tokendance.llm import LLM
 from tokendance.rounds.discoveries import Discoveries
 from tokendance.rounds.discovery import DiscoveryConfig, DiscoveryResult
-from tokendance.rounds.segments import Salt
+from tokendance.rounds.segments import Salt, as_token_ids
 from tokendance.server.arrivals import Arrivals
 from tokendance.server.comparisons import Comparison, Comparisons
 from tokendance.server.jobs import Job, NewTokens
@@ -56,7 +56,9 @@ class Dispatcher:
             )
         )
         self._shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
-        self._discoveries = Discoveries(DiscoveryConfig(recent_s=settings.recent))
+        self._discoveries = Discoveries(
+            DiscoveryConfig(recent_s=settings.recent, special_ids=llm.encoder.special_ids)
+        )
         self._compared = Comparisons()
         self.loader = Loader()
         self.arrivals = Arrivals(self.loader, settings)
@@ -196,6 +198,11 @@ class Dispatcher:
     def _finish(self, job: Job) -> None:
         request, has_answer = job.request, job.request.error is None
         del self._live[request]
+        if has_answer and not job.marked:
+            prompt = request.prompt
+            self._discoveries.note_output(
+                prompt.salt, prompt.token_ids, as_token_ids(request.generated)
+            )
         if job.is_alone and has_answer and request.finished_s and request.arrived_s:
             self.arrivals.window.note_lone(request.finished_s - request.arrived_s)
         self.arrivals.note_done(job, has_answer=has_answer)
