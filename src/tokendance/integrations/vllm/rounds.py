@@ -31,6 +31,7 @@ from tokendance.rounds.segments import (
     Salt,
     SegmentHash,
     TokenIds,
+    as_token_ids,
     build_prompt,
 )
 from tokendance.store.entries import RoundId, Slots
@@ -95,6 +96,7 @@ class Rounds:
         window_share: float,
         max_retained: int,
         recent_s: float,
+        special_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Begin with none.
 
@@ -105,6 +107,7 @@ class Rounds:
             window_share: the longest wait, as a share of the time that a lone request takes.
             max_retained: pages that may be kept for later rounds though no request holds them.
             recent_s: see `DiscoveryConfig`.
+            special_ids: likewise.
         """
         self._store = store
         self._planner = Planner(store, policy, prefix=True, segments=True)
@@ -112,7 +115,7 @@ class Rounds:
         self._window_s = window_s
         self._window_share = window_share
         self._max_retained = max_retained
-        self._discoveries = Discoveries(DiscoveryConfig(recent_s=recent_s))
+        self._discoveries = Discoveries(DiscoveryConfig(recent_s=recent_s, special_ids=special_ids))
         self._waiting: list[Member] = []  # in the order in which they may start
         self._live: dict[str, Member] = {}  # started
         self._computing: Counter[SegmentHash] = Counter()  # segments that started members own
@@ -287,6 +290,7 @@ class Rounds:
             return
         if not member.is_published:
             self._end_computing(member)
+        self._discoveries.note_output(member.salt, member.token_ids, as_token_ids(answer))
         if member.is_published:
             assert member.plan is not None
             assert member.prompt is not None
