@@ -32,6 +32,7 @@ from tokendance.rounds.segments import (
     Salt,
     SegmentHash,
     TokenIds,
+    as_token_ids,
     build_prompt,
 )
 from tokendance.store.entries import RoundId, Slots
@@ -103,6 +104,7 @@ class Rounds:
         round_wait_s: float,
         max_retained: int,
         recent_s: float,
+        special_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Begin with none.
 
@@ -115,12 +117,13 @@ class Rounds:
                 full.
             max_retained: pages that may be kept for later rounds though no request holds them.
             recent_s: see `DiscoveryConfig`.
+            special_ids: likewise.
         """
         self._store = store
         self._planner = Planner(store, policy, prefix=True, segments=True)
         self._arrivals: Arrivals[Member] = Arrivals(window_s, window_share, round_wait_s)
         self._max_retained = max_retained
-        self._discoveries = Discoveries(DiscoveryConfig(recent_s=recent_s))
+        self._discoveries = Discoveries(DiscoveryConfig(recent_s=recent_s, special_ids=special_ids))
         self._waiting: list[Member] = []  # in the order in which they may start
         self._live: dict[str, Member] = {}  # started
         self._computing: Counter[SegmentHash] = Counter()  # segments that started members own
@@ -316,6 +319,7 @@ class Rounds:
             return
         if not member.is_published:
             self._end_computing(member)
+        self._discoveries.note_output(member.salt, member.token_ids, as_token_ids(answer))
         if member.is_published:
             assert member.plan is not None
             assert member.prompt is not None

@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from vllm.config import ModelConfig
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VLLMAsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -59,6 +61,7 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
             round_wait_s=settings.round_wait_s,
             max_retained=int(pool.num_pages * settings.retained_share),
             recent_s=settings.recent_s,
+            special_ids=_special_ids(self.vllm_config.model_config),
         )
         self._requests: dict[str, Request] = {}  # that have not started
         self._members: dict[str, Member] = {}  # that have
@@ -267,4 +270,19 @@ def _can_share(request: Request) -> bool:
         and params.repetition_penalty == 1.0
         and not params.bad_words
         and not request.skip_reading_prefix_cache
+    )
+
+
+def _special_ids(model_config: ModelConfig) -> frozenset[int]:
+    """Special tokens of the model's tokenizer, which this process has loaded for grammars anyway.
+
+    None where vLLM is told to load no tokenizer: blocks are then told apart by outputs alone.
+    """
+    tokenizer = cached_tokenizer_from_config(model_config=model_config)
+    if tokenizer is None:
+        return frozenset()
+    # Those of a chat template need not be among those that the tokenizer has a name for.
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids).union(
+        token_id for token_id, token in added.items() if token.special
     )
