@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import examples
+from tokendance.attention.interface import PackedBatch, PackedRequest
+from tokendance.attention.plan import make_plan
 from tokendance.collector.correction import Edges
 from tokendance.collector.known import NO_SLOT
 from tokendance.errors import ConfigError
@@ -162,14 +164,30 @@ class Imitation:
         one.pages = []
 
     def _compute(self, scheduled: Sequence[tuple[Running, int]]) -> None:
-        packed, row = [], 0
-        for one, num_new in scheduled:
-            pages = np.array(one.pages)
-            request = self.contexts.add_step(
-                one.member.request_id, row, one.num_done, num_new, pages
-            )
-            packed.append((one, request))
-            row += num_new
+        if not scheduled:
+            return
+        tables = np.zeros((len(scheduled), self.store.pool.num_pages), np.int32)
+        for table, (one, _) in zip(tables, scheduled, strict=True):
+            table[: len(one.pages)] = one.pages
+        step = self.contexts.take(
+            [one.member.request_id for one, _ in scheduled],
+            np.array([one.num_done for one, _ in scheduled]),
+            np.array([num_new for _, num_new in scheduled]),
+            tables,
+            np.arange(len(scheduled)),
+        )
+        packed = [
+            (one, request)
+            for (one, _), request in zip(scheduled, step.batch.requests, strict=True)
+        ]
+        true = {
+            request.first_row + index: position
+            for one, request in packed
+            if one.member.is_mirror
+            for index, position in enumerate(request.positions.tolist())
+        }
+        assert dict(zip(step.rows.tolist(), step.positions.tolist(), strict=True)) == true
+        check_plan(step.batch)
         for one, request in packed:  # a layer writes all new KV before it attends
             for position in request.positions.tolist():
                 self.content[request.slots[position]] = one.tokens[position]
@@ -192,6 +210,19 @@ class Imitation:
 
     def check(self) -> None:
         self.rounds.check_integrity()
+
+
+def check_plan(batch: PackedBatch) -> None:
+    """Assert that what earlier steps have found changes no plan."""
+    anew = PackedBatch(
+        [PackedRequest(one.first_row, one.positions, one.slots) for one in batch.requests],
+        batch.slot_position,
+    )
+    plan, expected = make_plan(batch), make_plan(anew)
+    for name in ("offsets", "row_indptr", "range_indptr", "rows", "slot_begin", "slot_end"):
+        assert getattr(plan, name).tolist() == getattr(expected, name).tolist(), name
+    assert plan.rotations.tolist() == expected.rotations.tolist()
+    assert plan.key_end.tolist() == expected.key_end.tolist()
 
 
 def random_prompts(rng: np.random.Generator, num_agents: int) -> list[np.ndarray]:
