@@ -54,7 +54,9 @@ def run_in_vllm(
     variables = child_environment(PYTHON, VLLMConfig(threads=torch.get_num_threads()))
     variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENDANCE": str(int(plugin))}
     printed = run([PYTHON, "-P", SCRIPT], json.dumps(job) + "\n", variables | environment)
-    answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    # vLLM's log goes to the standard output, too, and may have something to say at the end.
+    said = next(line for line in reversed(printed.splitlines()) if line.startswith("{"))
+    answer: dict[str, Any] = json.loads(said)
     return answer
 
 
