@@ -42,7 +42,7 @@ from tokendance.rounds.segments import (
     SegmentHash,
     TokenIds,
     as_token_ids,
-    build_prompt,
+    build_prompt_at,
     hash_segment,
 )
 from tokendance.rounds.unitigs import find_shared
@@ -158,7 +158,7 @@ class Discovery:
         ]
         shared = self._find_shared(compared)
         cut = {
-            key: build_prompt(_cut(prompt, ranges), self._salt)
+            key: build_prompt_at(prompt, ranges, self._salt)
             for (key, prompt), ranges in zip(distinct.items(), shared, strict=False)
         }
         in_earlier = shared[len(new) : len(new) + len(earlier)]
@@ -292,14 +292,3 @@ def _common_prefix_length(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
         differing = np.flatnonzero(text[:length] != prompt[:length])
         longest = max(longest, int(differing[0]) if len(differing) else length)
     return longest
-
-
-def _cut(prompt: TokenIds, shared: Sequence[tuple[int, int]]) -> list[tuple[TokenIds, bool]]:
-    """Cut a prompt at the ranges of its shared text: `(token_ids, shared)` of all it has."""
-    cut: list[tuple[TokenIds, bool]] = []
-    done = 0
-    for begin, end in shared:
-        cut.append((prompt[done:begin], False))
-        cut.append((prompt[begin:end], True))
-        done = end
-    return [*cut, (prompt[done:], False)]
