@@ -122,9 +122,7 @@ def save_adapter(folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def test_adapters_are_tenants(
-    model: Path, embedded: list[list[int]], tmp_path: Path
-) -> None:
+def test_adapters_are_tenants(model: Path, embedded: list[list[int]], tmp_path: Path) -> None:
     """Two rounds of the same text at once: each adapter's agents read their own owner's KV."""
     rounds = {
         prefix: ROUND.add(prefix, adapter=name, path=save_adapter(tmp_path / name, seed))
