@@ -15,7 +15,7 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.models.loader import load_model
 from tokendance.rounds.segments import make_salt
 from tokendance.server.jobs import Job
-from tokendance.server.tool_calls import ToolFormat, find_tool_format
+from tokendance.server.tool_format import ToolFormat, find_tool_format
 
 LISTING = "{% if tools %}{% for t in tools %}{{ t['function'] | tojson }}\n{% endfor %}{% endif %}"
 MESSAGE = "{{ '<|start|>' + m['role'] + '\n' + m['content'] }}"
@@ -24,25 +24,6 @@ END = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 NAME_ARGUMENTS = """{"name": "{{ c['name'] }}", "%s": {{ c['arguments'] | tojson }}}"""
-
-
-def test_cutting_calls_out_of_an_answer() -> None:
-    text = 'I go.\n<tool_call>\n{"name": "walk", "arguments": {"to": "a"}}\n</tool_call>'
-    words, calls = ToolFormat().split(text)
-    assert words == "I go."
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("walk", {"to": "a"})]
-    inside = '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call> done'
-    assert ToolFormat().split(inside)[0] == "done"
-    for other in ("no call", "<tool_call> cut off", "<tool_call>[]</tool_call>", "</tool_call>"):
-        assert ToolFormat().split(other) == (other, [])
-
-
-def test_calls_that_are_the_whole_answer() -> None:
-    bare = ToolFormat("", "", "parameters")
-    words, (call,) = bare.split('{"name": "walk", "parameters": {"to": "a"}}')
-    assert (words, call.name, json.loads(call.arguments)) == ("", "walk", {"to": "a"})
-    for other in ("", "no call", "a {}", "{ cut", '{"name": "walk", "arguments": {}}'):
-        assert bare.split(other) == (other, [])
 
 
 def template(call: str, listing: str = LISTING) -> str:

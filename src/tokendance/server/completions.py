@@ -7,7 +7,7 @@ from typing import Any
 from tokendance.errors import InputError
 from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.chat import check_length
+from tokendance.server.chat_prompt import check_length
 from tokendance.server.errors import bad_request
 from tokendance.server.jobs import Delta
 from tokendance.server.protocol import CompletionRequest

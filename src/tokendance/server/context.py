@@ -22,7 +22,7 @@ from tokendance.server.hosts import Hosts
 from tokendance.server.metrics import Metrics
 from tokendance.server.sessions import Sessions
 from tokendance.server.settings import ServerSettings
-from tokendance.server.tool_calls import find_tool_format
+from tokendance.server.tool_format import find_tool_format
 
 Result = TypeVar("Result")
 

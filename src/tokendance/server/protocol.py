@@ -38,7 +38,18 @@ Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
 Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
 
 
-class _Body(BaseModel):
+class _Lenient(BaseModel):
+    """Takes null for a field that is not there, as many clients send it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, body: Any) -> Any:
+        if isinstance(body, dict) and None in body.values():
+            return {key: value for key, value in body.items() if value is not None}
+        return body
+
+
+class _Body(_Lenient):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -47,21 +58,21 @@ class _Body(BaseModel):
         return _check_size(body, _MAX_FIELDS)
 
 
-class TextPart(BaseModel):
+class TextPart(_Lenient):
     """A part of a message's content."""
 
     type: Literal["text", "refusal"]
     text: str = ""
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(_Lenient):
     """What a model wants to call."""
 
     name: Annotated[str, Field(max_length=64)]
     arguments: str = "{}"
 
 
-class ToolCall(BaseModel):
+class ToolCall(_Lenient):
     """A call in an earlier answer."""
 
     id: str = ""
@@ -69,7 +80,7 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Lenient):
     """One message of a conversation. Unknown fields are ignored: other servers add some."""
 
     role: MessageRole
@@ -79,7 +90,7 @@ class ChatMessage(BaseModel):
     tool_call_id: str | None = None
 
 
-class FunctionSpec(BaseModel):
+class FunctionSpec(_Lenient):
     """A function that a model may call."""
 
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
@@ -88,27 +99,27 @@ class FunctionSpec(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(_Lenient):
     """A tool; only functions are known."""
 
     type: Literal["function"]
     function: FunctionSpec
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(_Lenient):
     """Which function has to be called."""
 
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(_Lenient):
     """Which tool has to be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(_Lenient):
     """A schema for an answer."""
 
     name: str = ""
@@ -116,14 +127,14 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Lenient):
     """What an answer has to look like."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Lenient):
     """What a stream holds."""
 
     include_usage: bool | None = None
@@ -186,6 +197,8 @@ class ChatRequest(Sampling):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    functions: list[Any] | None = None
+    function_call: Any = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
@@ -228,7 +241,7 @@ class SharedText(_Body):
 RoundPart = Annotated[BlockRef | SharedText | TextPart, Field(union_mode="left_to_right")]
 
 
-class RoundMessage(BaseModel):
+class RoundMessage(_Lenient):
     """A message of an agent; its parts may be blocks of the round."""
 
     role: MessageRole
@@ -298,15 +311,18 @@ def refuse_unsupported(body: Sampling) -> None:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is not supported. Use n.", "best_of")
     if isinstance(body, ChatRequest):
-        if body.top_logprobs is not None and not body.logprobs:
-            raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")
-        formatted = body.response_format is not None and body.response_format.type != "text"
-        if formatted and body.may_call:
-            raise bad_request(
-                "response_format with tools is not supported. Leave one of them out, or set "
-                "tool_choice to 'none'.",
-                "response_format",
-            )
+        _refuse_functions(body)
+    if isinstance(body, ChatRequest) and body.top_logprobs is not None and not body.logprobs:
+        raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")
+
+
+def _refuse_functions(body: ChatRequest) -> None:
+    """Refuse tools in the form that they had before there were tools."""
+    if body.functions:
+        raise bad_request("functions is not supported. Send the same as tools.", "functions")
+    if body.function_call not in (None, "none", "auto"):
+        message = "function_call is not supported. Send it as tool_choice."
+        raise bad_request(message, "function_call")
 
 
 def sampling_params(
@@ -323,7 +339,7 @@ def sampling_params(
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     elif isinstance(body, CompletionRequest):
         top_logprobs = body.logprobs
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop = (body.stop,) if body.stop and isinstance(body.stop, str) else tuple(body.stop or ())
     if any(not text for text in stop):
         raise bad_request("A stop text is empty.", "stop")
     return SamplingParams(

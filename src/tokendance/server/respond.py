@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -25,7 +25,7 @@ from tokendance.outputs import Output
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
-from tokendance.server.grammar import GrammarConstraint
+from tokendance.server.grammar_constraint import GrammarConstraint
 from tokendance.server.jobs import Delta, Job, Listener, RoundKey
 from tokendance.server.protocol import (
     ChatRequest,
@@ -42,6 +42,7 @@ Result = TypeVar("Result")
 Body = TypeVar("Body", ChatRequest, CompletionRequest, RoundRequest)
 PromptBody = TypeVar("PromptBody", ChatRequest, CompletionRequest)
 
+_MAX_HEADER = 1000
 _NO_ROUND = RoundId(-1)  # until the dispatcher has found the round
 
 
@@ -53,6 +54,7 @@ class Endpoint(ABC, Generic[Body]):
         prompt_field: the field of the body that errors of prompts name.
         num_agents: see `Admission.admitted`.
         head: first fields of each document.
+        headers: of the answer; `read` adds them.
         jobs: by the index of the answer that each gives; `read` adds them.
         listener: receives the jobs' events; set by `read_on_thread`.
     """
@@ -70,6 +72,7 @@ class Endpoint(ABC, Generic[Body]):
         self.body: Body = body
         self.encoder = context.encoder(tenant)
         self.head = context.head(self.kind)
+        self.headers: dict[str, str] = {}
         self.jobs: dict[int, Job] = {}
 
     @abstractmethod
@@ -245,8 +248,9 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         # If the client disconnects, or one job fails, nobody waits for the others.
         stack.callback(context.engine_thread.cancel, jobs)
         if endpoint.body.stream:
-            return ReleasingStream(endpoint.events(), stack.pop_all())
-        return JSONResponse(dump(await _unless_gone(request, endpoint.whole())))
+            return ReleasingStream(endpoint.events(), endpoint.headers, stack.pop_all())
+        answer = dump(await _unless_gone(request, endpoint.whole()))
+        return JSONResponse(answer, headers=endpoint.headers)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -287,6 +291,12 @@ def finish_reason(output: Output) -> FinishReason:
     return "length" if output.finish_reason == "length" else "stop"
 
 
+def header_value(text: str) -> str:
+    """A text that clients have sent as the value of a header: printable, and not too long."""
+    printable = "".join(character if " " <= character <= "~" else "?" for character in text)
+    return printable if len(printable) <= _MAX_HEADER else f"{printable[:_MAX_HEADER]}..."
+
+
 def _event(document: dict[str, Any]) -> str:
     return f"data: {json.dumps(document)}\n\n"
 
@@ -294,10 +304,11 @@ def _event(document: dict[str, Any]) -> str:
 class ReleasingStream(StreamingResponse):
     """A stream of events that closes a stack at its end, also if the client disconnects."""
 
-    def __init__(self, events: AsyncIterator[str], stack: AsyncExitStack) -> None:
-        super().__init__(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+    def __init__(
+        self, events: AsyncIterator[str], headers: Mapping[str, str], stack: AsyncExitStack
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", **headers}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

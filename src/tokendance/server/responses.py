@@ -77,10 +77,19 @@ class ChatAnswer(_Document):
     usage: Usage
 
 
-class StreamedTool(CalledTool):
-    """A call in a stream, by its number in the answer."""
+class MoreArguments(BaseModel):
+    """More of a call's arguments."""
+
+    arguments: str
+
+
+class StreamedTool(BaseModel):
+    """A call in a stream, by its number in the answer; its id and its name come first, alone."""
 
     index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction | MoreArguments
 
 
 class ChatDelta(BaseModel):

@@ -25,7 +25,7 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.chat import as_message, check_length
+from tokendance.server.chat_prompt import as_message, check_length
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.protocol import (
