@@ -148,6 +148,25 @@ def test_nulls_within_fields_are_as_if_absent(client: httpx.Client) -> None:
     assert ask(client, response_format=wanted)["message"]["content"] == '"a"'
 
 
+def test_some_of_the_tools_are_allowed(client: httpx.Client) -> None:
+    def choose(*names: str, mode: str) -> dict[str, Any]:
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    for name in ("walk", "stay"):
+        fields = {"tools": TOOLS, "tool_choice": choose(name, mode="required")}
+        calls = ask(client, temperature=1, seed=4, **fields)["message"]["tool_calls"]
+        assert {call["function"]["name"] for call in calls} == {name}
+    assert chat(client, tools=TOOLS, tool_choice=choose("walk", mode="auto")).status_code == 200
+    refused = chat(client, tools=TOOLS, tool_choice=choose("fly", mode="auto"))
+    assert refused.status_code == 400
+    assert "'fly'" in refused.json()["error"]["message"]
+    for wrong in ({"type": "allowed_tools"}, {"type": "x"}, "sometimes", 3, choose(mode="auto")):
+        refused = chat(client, tools=TOOLS, tool_choice=wrong)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"].startswith("tool_choice")
+
+
 def test_what_is_not_held_is_said(client: httpx.Client) -> None:
     odd = {**PARAMETERS, "properties": {**PARAMETERS["properties"], "file": {
         "type": "string", "format": "path"}}}  # fmt: skip

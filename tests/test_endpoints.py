@@ -70,7 +70,7 @@ USAGE = {
     "prompt_tokens": 4,
     "completion_tokens": 2,
     "total_tokens": 6,
-    "prompt_tokens_details": {"cached_tokens": 3},
+    "prompt_tokens_details": {"cached_tokens": 3, "approximate_tokens": 0},
 }
 LOGPROBS = [TokenLogprobs(-0.5, ((104, -0.5),)), TokenLogprobs(float("-inf"), ())]
 CHAT_LOGPROBS = {

@@ -46,7 +46,9 @@ def encode_chat(
             raise bad_request(str(error), "messages") from error
 
 
-def check_length(texts: Iterable[str], max_characters: int, param: str = "messages") -> None:
+def check_length(
+    texts: Iterable[str], max_characters: int, param: str = "messages", whose: str = ""
+) -> None:
     """Refuse texts that cannot fit the model's context, before they are tokenized.
 
     Raises:
@@ -55,7 +57,7 @@ def check_length(texts: Iterable[str], max_characters: int, param: str = "messag
     total = sum(map(len, texts))
     if total > max_characters:
         raise bad_request(
-            f"The prompt has {total} characters, more than the model's context can hold.",
+            f"The prompt{whose} has {total} characters, more than the model's context can hold.",
             param,
             "context_length_exceeded",
         )

@@ -1,8 +1,10 @@
 """What a chat request wants of its answer: calls of tools, JSON of a schema, or any text."""
 
+from collections.abc import Sequence
+
 from tokendance.server.answer_grammar import FORMAT_PARAM, Calls, NamedSchema, Wanted
 from tokendance.server.errors import bad_request
-from tokendance.server.protocol import ChatRequest, NamedTool, ResponseFormat, Tool
+from tokendance.server.protocol import AllowedTools, ChatRequest, NamedTool, ResponseFormat, Tool
 
 
 def wanted_of(body: ChatRequest) -> Wanted | None:
@@ -18,10 +20,10 @@ def wanted_of(body: ChatRequest) -> Wanted | None:
     choice = body.tool_choice
     tools = body.tools or []
     if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
-        if not tools:
-            message = f"tool_choice names {choice.function.name!r}, which is not among the tools."
-            raise bad_request(message, "tool_choice")
+        tools = [_tool(choice, tools)]
+    elif isinstance(choice, AllowedTools):
+        tools = [_tool(one, tools) for one in choice.allowed_tools.tools]
+        choice = choice.allowed_tools.mode
     elif choice == "required" and not tools:
         raise bad_request("tool_choice asks for tools, and there are none.", "tool_choice")
     is_required = choice == "required" or isinstance(choice, NamedTool)
@@ -34,6 +36,15 @@ def wanted_of(body: ChatRequest) -> Wanted | None:
         several=body.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
         answer=answer,
     )
+
+
+def _tool(named: NamedTool, tools: Sequence[Tool]) -> Tool:
+    """The tool of a name; raises ApiError if there is none."""
+    name = named.function.name
+    for tool in tools:
+        if tool.function.name == name:
+            return tool
+    raise bad_request(f"tool_choice names {name!r}, which is not among the tools.", "tool_choice")
 
 
 def _parameters(tool: Tool) -> NamedSchema:

@@ -6,7 +6,15 @@ answer and are not supported are refused by name (`refuse_unsupported`), and so 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from tokendance.params import SamplingParams
@@ -16,6 +24,8 @@ from tokendance.server.settings import ServerSettings
 # Pydantic lists all errors of a body, though the client is told the first only. So that there are
 # never a million, lists fail at their first error, and objects have no more fields than this.
 _MAX_FIELDS = 256
+_TEXTS = ("text", "refusal")
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
 
 
 def _check_size(value: Any, limit: int) -> Any:
@@ -32,7 +42,8 @@ def _at_most(limit: int) -> BeforeValidator:
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Speaker = Annotated[str, Field(max_length=256)]
 TokenList = Annotated[list[int], Field(fail_fast=True)]
-Private = Literal["isolated"]  # see `Prompt`
+Private = Literal["isolated"]  # see `Prompt`, likewise the next
+Reuse = Literal["exact"]
 MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
 Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
@@ -72,6 +83,20 @@ class FunctionCall(_Lenient):
     arguments: str = "{}"
 
 
+def _without_thoughts(content: Any) -> Any:
+    """Leave out what a model has thought, and say which kinds of parts are not read."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in (*_TEXTS, *_THOUGHTS):
+            message = f"It has a part of type {kind[:40]!r}, and this model reads text only"
+            raise PydanticCustomError("unsupported_part", "{text}", {"text": message})
+    return [
+        part for part in content if not isinstance(part, dict) or part.get("type") not in _THOUGHTS
+    ]
+
+
 class ToolCall(_Lenient):
     """A call in an earlier answer."""
 
@@ -84,7 +109,10 @@ class ChatMessage(_Lenient):
     """One message of a conversation. Unknown fields are ignored: other servers add some."""
 
     role: MessageRole
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None = None
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None,
+        BeforeValidator(_without_thoughts),
+    ] = None
     name: Speaker | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=1024)] | None = None
     tool_call_id: str | None = None
@@ -117,6 +145,33 @@ class NamedTool(_Lenient):
 
     type: Literal["function"]
     function: NamedFunction
+
+
+class AllowedToolList(_Lenient):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True, min_length=1, max_length=128)]
+
+
+class AllowedTools(_Lenient):
+    """Which tools may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedToolList
+
+
+def _kind_of_choice(choice: Any) -> str:
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", "word")
+    return kind if kind in ("word", "function", "allowed_tools") else "function"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[NamedTool, Tag("function")]
+    | Annotated[AllowedTools, Tag("allowed_tools")],
+    Discriminator(_kind_of_choice),
+]
 
 
 class JsonSchema(_Lenient):
@@ -175,11 +230,17 @@ class Sampling(_Body):
     ignore_eos: bool | None = None
     round: RoundField | None = None
     private: Private | None = None
+    reuse: Reuse | None = None
     # Accepted and ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+
+    @property
+    def max_tokens_asked(self) -> int | None:
+        """Most tokens of the answer, if the client has said it."""
+        return self.max_tokens
 
 
 class ChatRequest(Sampling):
@@ -191,7 +252,7 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # Accepted and ignored.
     reasoning_effort: str | None = None
@@ -201,6 +262,11 @@ class ChatRequest(Sampling):
     function_call: Any = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+
+    @property
+    def max_tokens_asked(self) -> int | None:
+        """Most tokens of the answer, if the client has said it."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def may_call(self) -> bool:
@@ -333,9 +399,8 @@ def sampling_params(
     Raises:
         ApiError: naming the field.
     """
-    max_tokens, top_logprobs = body.max_tokens, None
+    top_logprobs = None
     if isinstance(body, ChatRequest):
-        max_tokens = body.max_completion_tokens or max_tokens
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     elif isinstance(body, CompletionRequest):
         top_logprobs = body.logprobs
@@ -343,7 +408,7 @@ def sampling_params(
     if any(not text for text in stop):
         raise bad_request("A stop text is empty.", "stop")
     return SamplingParams(
-        max_tokens=max_tokens or settings.default_max_tokens,
+        max_tokens=body.max_tokens_asked or settings.default_max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k or 0),

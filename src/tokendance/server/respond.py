@@ -147,10 +147,19 @@ class Endpoint(ABC, Generic[Body]):
                 session = SessionKey(f"chat/{salt.hex()}", body.round.session)
         guarded |= body.private == "isolated"
         for index, (prompt, params) in enumerate(itertools.product(prompts, choices), first):
-            request = llm.requests.of(prompt, params, agent, _NO_ROUND, guarded=guarded)
+            request = llm.requests.of(
+                prompt,
+                params,
+                agent,
+                _NO_ROUND,
+                guarded=guarded,
+                isolated=body.reuse == "exact",
+            )
             if request.error is not None:
                 message = str(request.error)
                 raise bad_request(message, self.prompt_field, "context_length_exceeded")
+            if body.max_tokens_asked is not None and request.max_new_tokens < params.max_tokens:
+                self.headers["X-TokenDance-Max-Tokens"] = str(request.max_new_tokens)
             request.constraint = constraint.copy() if constraint is not None else None
             request.session = session
             self.jobs[index] = Job(request, self.listener.of(index), key, size, marked)
@@ -278,11 +287,12 @@ def usage_of(outputs: Sequence[Output], choices: int) -> Usage:
     prompt = sum(output.prompt_tokens for output in outputs[::choices])
     answer = sum(len(output.token_ids) for output in outputs)
     cached = sum(output.reused_tokens for output in outputs[::choices])
+    approximate = sum(output.approximate_tokens for output in outputs[::choices])
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=answer,
         total_tokens=prompt + answer,
-        prompt_tokens_details=CachedTokens(cached_tokens=cached),
+        prompt_tokens_details=CachedTokens(cached_tokens=cached, approximate_tokens=approximate),
     )
 
 

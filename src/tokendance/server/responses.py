@@ -23,9 +23,13 @@ class _Document(BaseModel):
 
 
 class CachedTokens(BaseModel):
-    """Of the prompt's tokens, those that were not computed."""
+    """Of the prompt's tokens, those that were not computed.
+
+    `approximate_tokens` of them have KV of another context; the others are exact.
+    """
 
     cached_tokens: int
+    approximate_tokens: int
 
 
 class Usage(BaseModel):

@@ -127,7 +127,8 @@ class LoneRound(RoundEndpoint):
                 raise bad_request(f"{name} goes with a session. Put it into the messages.", name)
         if (agent.messages is None) == (agent.segments is None):
             raise bad_request(f"Give {agent.agent!r} either messages or segments.", "agents")
-        check_length(_texts(agent, blocks), self.context.max_characters)
+        whose = f" of {agent.agent!r}"
+        check_length(_texts(agent, blocks), self.context.max_characters, whose=whose)
         try:
             if agent.segments is not None:
                 return encoder.encode(Prompt(_parts(agent.segments, blocks)))
@@ -172,7 +173,9 @@ class SessionRound(RoundEndpoint):
                     f"In a session {agent.agent!r} has a task, and neither messages nor segments.",
                     "agents",
                 )
-            check_length([agent.task, agent.system or ""], context.max_characters)
+            whose = f" of {agent.agent!r}"
+            texts = [agent.task, agent.system or ""]
+            check_length(texts, context.max_characters, whose=whose)
         size = context.llm.model.shape.vocab_size
         self._asked = self._session.ask(
             {agent.agent: agent.task or "" for agent in agents},
