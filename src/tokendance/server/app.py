@@ -40,6 +40,7 @@ from tokendance.server.responses import (
 )
 from tokendance.server.rounds import LoneRound, SessionRound
 from tokendance.server.settings import ServerSettings
+from tokendance.server.turnstile import Turnstile
 
 
 def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
@@ -87,6 +88,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
             ],
         )
     app.add_middleware(RequestLog)
+    app.add_middleware(Turnstile)
     return app
 
 
