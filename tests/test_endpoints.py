@@ -27,6 +27,7 @@ CONTEXT = cast(
         head=lambda kind: {"id": kind, "created": 0, "model": "tiny"},
         tools=ToolFormat(),
         token_text=chr,
+        token_bytes=lambda token: chr(token).encode(),
     ),
 )
 HEAD = {"id": "chatcmpl", "object": "chat.completion", "created": 0, "model": "tiny"}

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from fake_executor import FakeExecutor
-from serving import HELLO, asking, chat, serving, wait_until
+from serving import HELLO, asking, chat, events, serving, wait_until
 from tiny_models import SPECIALS, VOCAB
 from tokendance import LLM
 from tokendance.models.loader import LoadedModel
@@ -148,3 +148,104 @@ def test_who_left_is_cancelled(make_fake_llm: Callable[..., LLM]) -> None:
 
         wait_until(server, cancelled)
         assert 'reason="error"' not in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_p": 0, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0},
+        {"min_tokens": 0, "stop_token_ids": [], "ignore_eos": False, "length_penalty": 1.0},
+        {"skip_special_tokens": True, "spaces_between_special_tokens": True, "echo": False},
+        {"include_stop_str_in_output": False, "early_stopping": False, "use_beam_search": False},
+        {"add_generation_prompt": True, "continue_final_message": False, "bad_words": []},
+        {"guided_json": None, "guided_regex": None, "guided_choice": None, "cache_salt": None},
+        {"structured_outputs": None, "prompt_logprobs": None, "return_token_ids": False},
+        {"service_tier": "auto", "prompt_cache_key": "a", "prompt_cache_retention": "24h"},
+        {
+            "priority": 3,
+            "safety_identifier": "a",
+            "request_id": "b",
+            "truncate_prompt_tokens": None,
+        },
+    ],
+)
+def test_what_changes_no_answer_is_taken(client: httpx.Client, fields: dict[str, Any]) -> None:
+    answers = [chat(client, **fields), chat(client)]
+    assert answers[0].status_code == 200, answers[0].text
+    contents = [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+    assert contents[0] == contents[1]
+    for extra in ({}, {"best_of": 1, "suffix": None}):
+        body = {"model": "tiny", "prompt": "abc", "max_tokens": 4, **fields, **extra}
+        assert client.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"length_penalty": 2}, "Leave it out."),
+        ({"continue_final_message": True}, "/v1/completions"),
+        ({"guided_choice": ["a"]}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "response_format"),
+        ({"cache_salt": "x"}, "--api-key"),
+        ({"skip_special_tokens": False}, "Answers have none"),
+        ({"prompt_logprobs": 1}, "Leave it out."),
+    ],
+)
+def test_what_is_not_supported_says_what_to_do(
+    client: httpx.Client, fields: dict[str, Any], advice: str
+) -> None:
+    (name,) = fields
+    response = chat(client, **fields)
+    message = message_of(response)
+    assert message.startswith(f"{name} is not supported. ")
+    assert advice in message
+    assert response.json()["error"]["param"] == name
+
+
+def test_values_that_cannot_be(client: httpx.Client) -> None:
+    for fields in (
+        {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": -1}, {"stop_token_ids": [10**6]},
+        {"min_tokens": 9, "max_tokens": 8}, {"frequency_penalty": 3},
+    ):  # fmt: skip
+        response = chat(client, **fields)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"].split(".")[0] in fields
+
+
+def test_the_bytes_of_all_tokens_are_the_text(client: httpx.Client) -> None:
+    """A token of this tokenizer is a byte, so characters have several."""
+    wanted = {"enum": ["é🧀ß"]}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": wanted}}
+    fields = {"response_format": schema, "logprobs": True, "max_tokens": 20}
+    choice = chat(client, **fields).json()["choices"][0]
+    text = choice["message"]["content"]
+    entries = choice["logprobs"]["content"]
+    assert text == '"é🧀ß"'
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == text
+    chunks = events(chat(client, stream=True, **fields))
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    deltas = [choice["delta"].get("content", "") for choice in choices]
+    assert "".join(deltas) == text
+    assert not any("\ufffd" in delta for delta in deltas)
+    sent = [entry for one in choices if one.get("logprobs") for entry in one["logprobs"]["content"]]
+    assert bytes(byte for entry in sent for byte in entry["bytes"]).decode() == text
+
+
+def test_completions_stream_their_log_probabilities(client: httpx.Client) -> None:
+    body = {"model": "tiny", "prompt": "abc", "logprobs": 1, "max_tokens": 6, "temperature": 0}
+    whole = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    stream = events(client.post("/v1/completions", json={**body, "stream": True}))
+    parts = [one["logprobs"] for chunk in stream for one in chunk["choices"] if one["logprobs"]]
+    for key, value in whole.items():
+        assert [one for part in parts for one in part[key]] == value
+
+
+def test_tokens_that_end_an_answer(served: Served) -> None:
+    client, server = served
+    fields = {"max_tokens": 8, "ignore_eos": True}
+    text: str = chat(client, **fields).json()["choices"][0]["message"]["content"]
+    last = next(character for character in reversed(text) if character.isascii())
+    (token,) = server.llm.encoder.text_ids(last).tolist()
+    choice = chat(client, **fields, stop_token_ids=[token]).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == text[: text.index(last)]

@@ -58,6 +58,8 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
         if count > most:
             message = f"There are {count} messages, and at most {most} are taken."
             raise ApiError(413, message, param="messages")
+        if body.logprobs:
+            context.token_bytes(0)  # reads the tokenizer, once
         # First, since tools that are refused here would take long to list in the prompt.
         constraint = None
         if self._wanted is not None:
@@ -138,7 +140,11 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.context.token_text(token)
-            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+            return {
+                "token": text,
+                "logprob": max(logprob, -9999.0),
+                "bytes": list(self.context.token_bytes(token)),
+            }
 
         return {
             "content": [

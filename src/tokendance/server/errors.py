@@ -82,6 +82,8 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestValidationError():
             first = error.errors()[0]
             param = _field_name(first["loc"]) if first["type"] != "json_invalid" else None
+            if first["type"] == "unsupported":
+                return bad_request(first["msg"], first["ctx"]["field"])
             if first["type"] == "extra_forbidden":
                 return bad_request(f"{param or 'A field'} is not supported. Leave it out.", param)
             if tuple(first["loc"]) == ("body",) and first["type"] != "missing":

@@ -181,6 +181,13 @@ class Grammars:
 
         return on_stack(self.checker.stack_bytes, work)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of a token; None if its tokenizer cannot be read."""
+        try:
+            return self._vocabulary(self._tokenizer()).spell(token)
+        except ValueError:
+            return None
+
     def _vocabulary(self, tokenizer: "llguidance.LLTokenizer") -> Vocabulary:
         """What constraints know of the model's tokens; read once."""
         with self._lock:

@@ -1,7 +1,7 @@
-"""Bodies of requests, in OpenAI's format, and the sampling parameters in them.
+"""Bodies of requests, in OpenAI's format.
 
 Fields that mean nothing to a local model are accepted and ignored. Fields that would change the
-answer and are not supported are refused by name (`refuse_unsupported`), and so are unknown ones.
+answer and are not supported are refused by name (`unsupported.py`), and so are unknown ones.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,9 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from tokendance.params import SamplingParams
-from tokendance.server.errors import bad_request
-from tokendance.server.settings import ServerSettings
+from tokendance.server.unsupported import leave_out_neutral
 
 # Pydantic lists all errors of a body, though the client is told the first only. So that there are
 # never a million, lists fail at their first error, and objects have no more fields than this.
@@ -225,8 +223,12 @@ class Sampling(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: Biases | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[TokenList, Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
     round: RoundField | None = None
     private: Private | None = None
@@ -236,6 +238,16 @@ class Sampling(_Body):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    priority: int | None = None
+    request_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral(cls, body: Any) -> Any:
+        return leave_out_neutral(body)
 
     @property
     def max_tokens_asked(self) -> int | None:
@@ -258,10 +270,6 @@ class ChatRequest(Sampling):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
 
     @property
     def max_tokens_asked(self) -> int | None:
@@ -284,8 +292,6 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenList], Field(fail_fast=True, max_length=1024)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool | None = None
-    suffix: str | None = None
     best_of: int | None = None
 
 
@@ -357,75 +363,3 @@ class RoundRequest(_Body):
     session: Name | None = None
     private: Private | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None
-
-
-def refuse_unsupported(body: Sampling) -> None:
-    """Refuse fields that would change the answer and are not supported.
-
-    Raises:
-        ApiError: naming the field.
-    """
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(body, name):
-            raise bad_request(f"{name} is not supported. Leave it out, or set it to 0.", name)
-    if isinstance(body, CompletionRequest):
-        if body.logprobs is not None and body.stream:
-            raise bad_request("logprobs with stream is not supported here.", "logprobs")
-        for name in ("echo", "suffix"):
-            if getattr(body, name):
-                raise bad_request(f"{name} is not supported. Leave it out.", name)
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise bad_request("best_of is not supported. Use n.", "best_of")
-    if isinstance(body, ChatRequest):
-        _refuse_functions(body)
-    if isinstance(body, ChatRequest) and body.top_logprobs is not None and not body.logprobs:
-        raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")
-
-
-def _refuse_functions(body: ChatRequest) -> None:
-    """Refuse tools in the form that they had before there were tools."""
-    if body.functions:
-        raise bad_request("functions is not supported. Send the same as tools.", "functions")
-    if body.function_call not in (None, "none", "auto"):
-        message = "function_call is not supported. Send it as tool_choice."
-        raise bad_request(message, "function_call")
-
-
-def sampling_params(
-    body: Sampling, settings: ServerSettings, vocab_size: int, choice: int = 0
-) -> SamplingParams:
-    """Sampling parameters of an answer, the one of index `choice` of `n`; OpenAI's defaults.
-
-    Raises:
-        ApiError: naming the field.
-    """
-    top_logprobs = None
-    if isinstance(body, ChatRequest):
-        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    elif isinstance(body, CompletionRequest):
-        top_logprobs = body.logprobs
-    stop = (body.stop,) if body.stop and isinstance(body.stop, str) else tuple(body.stop or ())
-    if any(not text for text in stop):
-        raise bad_request("A stop text is empty.", "stop")
-    return SamplingParams(
-        max_tokens=body.max_tokens_asked or settings.default_max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        seed=None if body.seed is None else (body.seed + choice) % 2**63,
-        stop=stop,
-        ignore_eos=bool(body.ignore_eos),
-        top_logprobs=top_logprobs,
-        logit_bias=_logit_bias(body, vocab_size),
-    )
-
-
-def _logit_bias(body: Sampling, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    biases: list[tuple[int, float]] = []
-    for key, bias in (body.logit_bias or {}).items():
-        if not key.isdecimal() or len(key) > 9 or int(key) >= vocab_size:
-            raise bad_request(f"logit_bias names {key[:20]!r}, no token id.", "logit_bias")
-        if not -100 <= bias <= 100:
-            raise bad_request("A logit_bias lies between -100 and 100.", "logit_bias")
-        biases.append((int(key), bias))
-    return tuple(biases)

@@ -32,10 +32,9 @@ from tokendance.server.protocol import (
     CompletionRequest,
     RoundRequest,
     Sampling,
-    refuse_unsupported,
-    sampling_params,
 )
 from tokendance.server.responses import CachedTokens, FinishReason, Usage, dump
+from tokendance.server.sampling import sampling_params
 from tokendance.store.entries import RoundId
 
 Result = TypeVar("Result")
@@ -132,7 +131,6 @@ class Endpoint(ABC, Generic[Body]):
         Raises:
             ApiError: for unsupported fields, and for a prompt that is too long.
         """
-        refuse_unsupported(body)
         llm, settings = self.context.llm, self.context.settings
         vocab_size = llm.model.shape.vocab_size
         choices = [

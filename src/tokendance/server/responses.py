@@ -143,7 +143,7 @@ class TextChunkChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: dict[str, Any] | None
     finish_reason: FinishReason | None
 
 

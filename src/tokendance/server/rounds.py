@@ -34,10 +34,10 @@ from tokendance.server.protocol import (
     RoundPart,
     RoundRequest,
     TextPart,
-    sampling_params,
 )
 from tokendance.server.respond import Endpoint, finish_reason, usage_of
 from tokendance.server.responses import AgentAnswer, AgentError, AnswerMessage, RoundAnswer, dump
+from tokendance.server.sampling import sampling_params
 from tokendance.session import Session
 
 
