@@ -149,3 +149,37 @@ def test_tools_go_the_way_of_the_chat_template(
         refused = chat(client, **fields)
         assert refused.status_code == 400
         assert "special token" in refused.json()["error"]["message"]
+
+
+def test_options_of_the_chat_template(
+    make_llm: Callable[..., LLM], model_folder: Callable[..., Path]
+) -> None:
+    """Those that it asks for are given to it, and others change nothing."""
+    model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
+    plain = model.tokenizer.chat_template
+    with serving(make_llm(num_pages=2000, model=model)) as (client, _):
+
+        def length(**fields: Any) -> int:
+            response = chat(client, **fields)
+            assert response.status_code == 200, response.text
+            count: int = response.json()["usage"]["prompt_tokens"]
+            return count
+
+        without = length()
+        for fields in ({"enable_thinking": False}, {"chat_template_kwargs": {"thinking": True}}):
+            assert length(**fields) == without
+        model.tokenizer.chat_template = plain + "{% if enable_thinking is false %}abc{% endif %}"
+        client_side: list[dict[str, Any]] = [
+            {"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}},
+        ]  # fmt: skip
+        # The server's tokenizer is the model's own.
+        for fields in client_side:
+            assert length(**fields) == without + 3
+        assert length(enable_thinking=True) == length() == without
+        for wrong in ({"tools": 1}, {"add_generation_prompt": False}, {"a": []}, {"a b": 1}):
+            refused = chat(client, chat_template_kwargs=wrong)
+            assert refused.status_code == 400
+            assert "chat_template_kwargs" in refused.json()["error"]["message"]
+        refused = chat(client, chat_template_kwargs={"enable_thinking": "<|end|>"})
+        assert refused.status_code == 400
+        assert "special token" in refused.json()["error"]["message"]

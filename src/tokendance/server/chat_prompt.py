@@ -38,10 +38,16 @@ def encode_chat(
     texts = [part["text"] for message in messages for part in message["content"]]
     check_length([*texts, *map(json.dumps, template_tools)], max_characters)
     try:
-        return encoder.encode(Prompt(messages, tools=template_tools))
+        return encoder.encode(
+            Prompt(messages, tools=template_tools, template_options=body.template_options)
+        )
     except PromptError as error:
         try:
-            return encoder.encode(Prompt(_in_turn(messages), tools=template_tools))
+            return encoder.encode(
+                Prompt(
+                    _in_turn(messages), tools=template_tools, template_options=body.template_options
+                )
+            )
         except PromptError:
             raise bad_request(str(error), "messages") from error
 

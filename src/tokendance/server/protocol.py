@@ -43,6 +43,28 @@ TokenList = Annotated[list[int], Field(fail_fast=True)]
 Private = Literal["isolated"]  # see `Prompt`, likewise the next
 Reuse = Literal["exact"]
 MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
+# Names that templates are given by others.
+_TEMPLATE_NAMES = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
+    "messages", "tokenize", "tools",
+}  # fmt: skip
+
+
+def _check_options(options: Any) -> Any:
+    if isinstance(options, dict):
+        for name, value in options.items():
+            if not str(name).isidentifier() or name in _TEMPLATE_NAMES or len(name) > 64:
+                message = f"It may not have {str(name)[:40]!r}"
+                raise PydanticCustomError("template_option", "{text}", {"text": message})
+            if not isinstance(value, bool | int | float | str) or len(str(value)) > 1024:
+                message = f"{name[:40]!r} is no number, short text, true or false"
+                raise PydanticCustomError("template_option", "{text}", {"text": message})
+    return options
+
+
+TemplateOptions = Annotated[
+    dict[str, Any], Field(max_length=16), BeforeValidator(_check_options), _at_most(16)
+]
 Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
 Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
 
@@ -266,6 +288,8 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     # Accepted and ignored.
     reasoning_effort: str | None = None
     verbosity: str | None = None
@@ -275,6 +299,12 @@ class ChatRequest(Sampling):
     def max_tokens_asked(self) -> int | None:
         """Most tokens of the answer, if the client has said it."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is told, if it asks for it."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return thinking | (self.chat_template_kwargs or {})
 
     @property
     def may_call(self) -> bool:
