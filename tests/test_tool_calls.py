@@ -176,7 +176,8 @@ def test_options_of_the_chat_template(
         for fields in client_side:
             assert length(**fields) == without + 3
         assert length(enable_thinking=True) == length() == without
-        for wrong in ({"tools": 1}, {"add_generation_prompt": False}, {"a": []}, {"a b": 1}):
+        many: list[dict[str, Any]] = [{"tools": 1}, {"tokenize": True}, {"a": []}, {"a b": 1}]
+        for wrong in many:
             refused = chat(client, chat_template_kwargs=wrong)
             assert refused.status_code == 400
             assert "chat_template_kwargs" in refused.json()["error"]["message"]

@@ -157,7 +157,7 @@ class PromptEncoder:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
-                **{name: options[name] for name in (options or {}) if name in template},
+                **{name: value for name, value in (options or {}).items() if name in template},
             )
         except (
             jinja2.exceptions.TemplateError,

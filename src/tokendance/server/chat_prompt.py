@@ -37,17 +37,15 @@ def encode_chat(
         template_tools = []
     texts = [part["text"] for message in messages for part in message["content"]]
     check_length([*texts, *map(json.dumps, template_tools)], max_characters)
+
+    def prompt(of: Sequence[dict[str, Any]]) -> Prompt:
+        return Prompt(of, tools=template_tools, template_options=body.template_options)
+
     try:
-        return encoder.encode(
-            Prompt(messages, tools=template_tools, template_options=body.template_options)
-        )
+        return encoder.encode(prompt(messages))
     except PromptError as error:
         try:
-            return encoder.encode(
-                Prompt(
-                    _in_turn(messages), tools=template_tools, template_options=body.template_options
-                )
-            )
+            return encoder.encode(prompt(_in_turn(messages)))
         except PromptError:
             raise bad_request(str(error), "messages") from error
 
