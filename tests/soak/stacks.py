@@ -4,17 +4,17 @@
                     <------ pause ------>
                     #1      #2    #2   #3               what the report is made of
 
-A look is a stack and the time that the thread has computed so far, so that a frame that computes can
-be told from one that waits. Nobody can look while one C function keeps the interpreter's lock: such
-a gap counts for the stack that is seen when it ends, and collections of garbage, which are the
-longest of these, are noted by themselves.
+A look is a stack and the time that the thread has computed so far, so that a frame that computes
+can be told from one that waits. Nobody can look while one C function keeps the interpreter's lock:
+such a gap counts for the stack that is seen when it ends, and collections of garbage, which are
+the longest of these, are noted by themselves.
 """
 
 import gc
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,17 +81,19 @@ class Stacks:
     def report(self, begin_s: float, end_s: float) -> str:
         """Where the calling thread was between two times, most computing first."""
         thread = threading.get_ident()
-        waited: Counter[tuple[str, ...]] = Counter()
-        computed: Counter[tuple[str, ...]] = Counter()
+        waited: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        computed: defaultdict[tuple[str, ...], float] = defaultdict(float)
         before: _Look | None = None
         for look in list(self._looks.get(thread, ())):
             if before is not None and begin_s <= look.time_s <= end_s + _EVERY_S:
                 waited[look.frames] += look.time_s - max(before.time_s, begin_s)
                 computed[look.frames] += look.computed_s - before.computed_s
             before = look
+        most = sorted(computed, key=computed.__getitem__, reverse=True)[:_NUM_SHOWN]
         lines = [
-            f"  {1000 * waited[frames]:.0f} ms, computing {1000 * seconds:.0f}: {' < '.join(frames)}"
-            for frames, seconds in computed.most_common(_NUM_SHOWN)
+            f"  {1000 * waited[frames]:.0f} ms, computing {1000 * computed[frames]:.0f}: "
+            + " < ".join(frames)
+            for frames in most
         ]
         lines += [
             f"  {1000 * seconds:.0f} ms: garbage of generation {generation}"
