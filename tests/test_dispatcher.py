@@ -27,6 +27,7 @@ from tokendance.server.kept_chats import KeptChat
 from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
 from tokendance.store.entries import RoundId
+from tokendance.tier.steps import Steps
 
 MakeLLM = Callable[..., LLM]
 STEP_S = 0.001  # what a step takes here
@@ -144,7 +145,8 @@ class FakeChat(FakeDurable):
     def note(self, request: Request) -> None:
         self.noted.append(request.id)
 
-    def save(self) -> None:
+    def saving(self) -> Steps[None]:
+        yield from ()
         self.num_saved += 1
 
 

@@ -54,7 +54,7 @@ class KeepsUp(ThreadPoolExecutor):
 @pytest.fixture
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what is written where: a save writes what the background has not begun."""
-    monkeypatch.setattr("tokendance.tier.background.ThreadPoolExecutor", KeepsUp)
+    monkeypatch.setattr("tokendance.tier.levels.ThreadPoolExecutor", KeepsUp)
 
 
 def open_llm(model: LoadedModel, folder: Path | None, pages: int = 2000, **budget: Any) -> LLM:

@@ -29,6 +29,7 @@ from tokendance.store.pages import Holder, PagePool
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
 from tokendance.tier.levels import ReadCost
 from tokendance.tier.slot_files import SlotFiles
+from tokendance.tier.steps import finish
 from tokendance.tier.tier import DiskTier
 
 SALT = make_salt("test")
@@ -193,7 +194,7 @@ def test_a_session_is_read_once_when_it_is_saved(
     assert len(reads) == 1
     chat = KeptChat(TOWN, SALT, town.tier)
     chat.note(request_of(ANN))
-    chat.save()
+    finish(chat.saving())
     assert len(reads) == 2
     assert town.stored().round == 4
 
@@ -231,7 +232,7 @@ class SlowDisk:
 
 def settle(town: Town) -> None:
     """Let the thread that writes come to the end of what it has been given."""
-    town.tier._background._thread.submit(lambda: None).result(60)
+    town.tier._levels.threads.writer.submit(lambda: None).result(60)
 
 
 def num_files(town: Town) -> int:

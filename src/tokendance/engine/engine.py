@@ -190,10 +190,10 @@ class Engine:
     def can_compute(self) -> bool:
         """Whether a step would compute something, as far as one can tell before it.
 
-        Requests may wait for pages that are being filled from disk.
+        Requests may wait for pages that are being filled from disk, or written.
         """
         scheduler = self.scheduler
-        return bool(scheduler.running or (scheduler.num_waiting and not self.store.loading))
+        return bool(scheduler.running or (scheduler.num_waiting and not self.store.in_transit))
 
     @property
     def num_rounds(self) -> int:

@@ -24,7 +24,7 @@ from tokendance.errors import AbortedError, TokenDanceError
 from tokendance.server.dispatcher import Dispatcher, refuse
 from tokendance.server.errors import as_api_error
 from tokendance.server.jobs import Job
-from tokendance.server.loading import try_to_save
+from tokendance.server.loading import Saved
 from tokendance.server.pauses import EngineWatch
 from tokendance.session import Session
 
@@ -135,13 +135,8 @@ class EngineThread:
         Raises:
             ApiError: 503 if the thread has ended.
         """
-        saved: Future[TokenDanceError | None] = Future()
-
-        def save() -> None:
-            if saved.set_running_or_notify_cancel():  # else the caller was cancelled
-                saved.set_result(try_to_save(session))
-
-        await self.call(lambda: self._dispatcher.loader.when_written(session, save))
+        saved: Saved = Future()
+        await self.call(lambda: self._dispatcher.loader.save(session, saved))
         return await asyncio.wrap_future(saved)
 
     def stop(self, drain_s: float) -> None:
