@@ -1,6 +1,8 @@
-"""Stop texts: where an answer ends that a text ends."""
+"""Where an answer ends: at a token, at a text, or at its greatest length."""
 
 from collections.abc import Callable, Sequence
+
+from tokendance.engine.request import Request
 
 # Tokens more than a stop text can have, for characters that are cut and tokens without text.
 _MARGIN = 8
@@ -25,3 +27,23 @@ def text_up_to_stop(
     text = decode(generated)
     ends = [at for at in map(text.find, stops) if at >= 0]
     return text[: min(ends)] if ends else None
+
+
+def append(request: Request, token: int, decode: Callable[[Sequence[int]], str]) -> str | None:
+    """Add a token to a request's answer; return why it is done, if it is."""
+    params = request.params
+    if params.forced_tokens is None:
+        # A constrained answer ends where its grammar does.
+        goes_on = params.ignore_eos and request.constraint is None
+        ends = () if goes_on else request.stop_ids
+        if token in ends or token in params.stop_token_ids:
+            request.end_token = token
+            return "stop"
+    request.generated.append(token)
+    if params.stop and params.forced_tokens is None:
+        text = text_up_to_stop(request.generated, params.stop, decode)
+        if text is not None:
+            request.text = text
+            request.stopped_by_text = True
+            return "stop"
+    return "length" if len(request.generated) >= request.max_new_tokens else None

@@ -12,7 +12,7 @@ from tokendance.disk.records import FileId
 from tokendance.disk.store import DiskStore
 from tokendance.errors import StoreError
 from tokendance.executor.step import RowMemory
-from tokendance.rounds.segments import PrefixHashes
+from tokendance.rounds.segments import PrefixHashes, Salt
 from tokendance.store.entries import Slots, StoredPage
 from tokendance.store.eviction import EvictionOrder
 from tokendance.store.kv_store import KVStore, slots_of
@@ -113,6 +113,7 @@ class Levels:
     files: SlotFiles  # what of memory is on disk
     cost: ReadCost  # of reading files
     row_bytes: int  # of a token in a file that is not compressed
+    num_kept: Callable[[Salt], int]  # pages that a tenant's KV must not take when it is read
     threads: Threads  # of the disk
     turn: Turn  # of saves
 

@@ -66,7 +66,7 @@ def restoring(
                 damaged.append(file)
                 continue
             start = time.perf_counter()
-            pages = _load(levels, file, rows)
+            pages = _load(levels, file, rows, salt)
             if pages is None:
                 break
             held.append(pages)
@@ -114,10 +114,15 @@ def _read_ahead(
     yield from waiting
 
 
-def _load(levels: Levels, file: FileId, rows: KVRows) -> PageIds | None:
-    """Put a file's rows into memory; return the pages, held, or None if there is no room."""
+def _load(levels: Levels, file: FileId, rows: KVRows, salt: Salt) -> PageIds | None:
+    """Put a file's rows into memory; return the pages, held, or None if there is no room.
+
+    What is kept for other tenants is left alone: these pages are held until all is read.
+    """
     store = levels.store
-    if not store.make_room(store.num_pages([len(rows)])):
+    num_pages = store.num_pages([len(rows)])
+    num_left = store.pool.num_pages - store.pool.num_held(Holder.REQUEST) - levels.num_kept(salt)
+    if num_pages > num_left or not store.make_room(num_pages):
         return None
     (slots,), pages = store.take_slots([len(rows)])
     try:

@@ -39,18 +39,26 @@ class DiskTier:
         *,
         bytes_per_token: int,
         seconds_per_token: Callable[[], float | None],
+        num_kept: Callable[[Salt], int] = lambda _: 0,
     ) -> None:
         """Write what is computed to `disk`, which `close` closes.
 
-        A token's KV takes `bytes_per_token` in memory, and computing it `seconds_per_token` now;
-        None while nobody knows.
+        Args:
+            store: index of the KV in memory.
+            memory: that KV.
+            disk: store on disk.
+            bytes_per_token: of KV in memory.
+            seconds_per_token: that computing takes now; None while nobody knows.
+            num_kept: pages that are kept for others when KV of a tenant is read.
         """
         self.disk = disk
         self.is_closed = False
         cost = ReadCost(bytes_per_token, seconds_per_token)
         row_bytes = bytes_per_token + _POSITION_BYTES
         files = SlotFiles(store)
-        self._levels = Levels(store, memory, disk, files, cost, row_bytes, Threads(), Turn())
+        self._levels = Levels(
+            store, memory, disk, files, cost, row_bytes, num_kept, Threads(), Turn()
+        )
         self._background = BackgroundWriter(self._levels)
 
     @property
