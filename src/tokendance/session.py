@@ -201,7 +201,7 @@ class Session:
         Raises:
             StoreError: if it cannot be read.
         """
-        stored = finish(self._tier.job(self._stored)) if self._tier is not None else None
+        stored = finish(self._stored())
         self._num_stored = stored.round if stored is not None else 0
         if stored is None:
             return
@@ -230,15 +230,13 @@ class Session:
 
     def restoring(self, *, always: bool = False) -> Steps[Restored | None]:
         """The same in steps between which the engine may go on."""
-        if self._tier is None:
-            return None
-        stored = yield from self._tier.job(self._stored)
-        if stored is None:
+        stored = yield from self._stored()
+        if self._tier is None or stored is None:
             return None
         salt = self._conversation.encoder.salt
         return (yield from self._tier.restoring(stored, salt, always=always))
 
-    def _stored(self) -> StoredSession | None:
+    def _stored(self) -> Steps[StoredSession | None]:
         """What is on disk of it.
 
         Raises:
@@ -248,16 +246,17 @@ class Session:
         if self._tier is None or self.key is None:
             return None
         self._turns.check_process()
-        if self._tier.is_closed:
+        tier, key = self._tier, self.key
+        if tier.is_closed:
             raise StoreError(
-                f"The store of the session {self.key.name!r} is closed. Open it again, and then "
+                f"The store of the session {key.name!r} is closed. Open it again, and then "
                 "the session."
             )
-        stored = self._tier.disk.session(self.key)
+        stored = yield from tier.job(lambda: tier.disk.session(key))
         known = self._num_stored
         if stored is not None and known is not None and stored.round != known:
             raise StoreError(
-                f"Somebody else has gone on with the session {self.key.name!r}: {stored.round} of "
+                f"Somebody else has gone on with the session {key.name!r}: {stored.round} of "
                 f"its rounds are stored, and only {known} are known here. Open it again."
             )
         return stored
@@ -290,7 +289,7 @@ class Session:
             ttl_s=self.ttl_s,
         )
         try:
-            stored = yield from self._tier.job(self._stored)
+            stored = yield from self._stored()
         except CorruptFileError:
             stored = None  # what is stored now is whole
         self._num_stored = None

@@ -79,6 +79,10 @@ class Dispatcher:
             refusal="A server runs this LLM. Send it your requests, or make another LLM for them."
         )
 
+    def check_process(self) -> None:
+        """Raise UsageError in a process that was forked since the LLM was made."""
+        self._turns.check_process()
+
     # -- jobs come and go -----------------------------------------------------------------------
 
     def begin(self, jobs: Sequence[Job], round_id: RoundId | None = None) -> None:
