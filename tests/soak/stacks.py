@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 _EVERY_S = 0.004
-_NUM_LOOKS = 2000
+_NUM_LOOKS = 500
 _NUM_SHOWN = 4
 _DEPTH = 9
 
