@@ -194,21 +194,42 @@ def _llm() -> Iterator[LLM]:
 def _run_clients(
     target: Target, seconds: float, seed: int, look: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Let the clients ask, in a process of their own; return what they have counted."""
+    """Let the clients ask, in two processes of their own; return what they have counted."""
+    results: list[dict[str, Any]] = []
+    with _clients(target, seconds, seed, "--canary") as canary:
+        next(canary)  # it knows what has to be answered
+        with _clients(target, seconds, seed) as others:
+            for document in (*others, *canary):
+                if "progress" in document:
+                    look(document["progress"])
+                if "result" in document:
+                    results.append(document["result"])
+    if len(results) < 2:
+        raise RuntimeError("Some clients have failed.")
+    return {
+        "answers": results[0]["answers"] | results[1]["answers"],
+        "canary_s": results[1]["canary_s"],
+        "problems": [problem for result in results for problem in result["problems"]],
+        "num_problems": sum(result["num_problems"] for result in results),
+        **{name: max(results, key=_slowest)[name] for name in ("slowest_s", "slowest")},
+    }
+
+
+def _slowest(result: dict[str, Any]) -> float:
+    return float(result["slowest_s"])
+
+
+@contextmanager
+def _clients(
+    target: Target, seconds: float, seed: int, *options: str
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """A process of clients: the documents that it writes."""
     command = [sys.executable, "-m", "soak.load", "--target", json.dumps(asdict(target))]
-    command += ["--seconds", str(seconds), "--seed", str(seed)]
+    command += ["--seconds", str(seconds), "--seed", str(seed), *options]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    result: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as clients:
         assert clients.stdout is not None
-        for line in clients.stdout:
-            document = json.loads(line)
-            if "progress" in document:
-                look(document["progress"])
-            result = document.get("result", result)
-    if not result:
-        raise RuntimeError(f"The clients have failed with exit code {clients.returncode}.")
-    return result
+        yield map(json.loads, clients.stdout)
 
 
 # -- what has to be true ----------------------------------------------------------------------
