@@ -31,7 +31,7 @@ from tokendance.store.pages import Holder, PagePool
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
 from tokendance.tier.levels import ReadCost
 from tokendance.tier.slot_files import SlotFiles
-from tokendance.tier.steps import finish
+from tokendance.tier.steps import Steps, finish
 from tokendance.tier.tier import DiskTier
 
 SALT = make_salt("test")
@@ -214,13 +214,20 @@ def test_what_is_kept_for_other_tenants_is_not_taken(town: Town) -> None:
     assert town.tier.restore(town.stored(), SALT).rows == 8
 
 
+def begin_to_write(town: Town, steps: Steps[None]) -> None:
+    """Do the steps of a save up to its first file."""
+    job = next(steps)
+    while town.memory.num_reads == 0:
+        wait([job])
+        job = next(steps)
+
+
 def test_what_is_being_saved_is_not_evicted(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests go on meanwhile, and want its pages; what it refers to is there when it is named."""
     slow = SlowDisk(town, monkeypatch)
     town.compute(ANN)
     steps = town.tier.saving(snapshot({"ann": ANN}))
-    while town.memory.num_reads == 0:
-        wait([next(steps)])
+    begin_to_write(town, steps)
     assert not town.store.make_room(town.store.pool.num_pages)
     town.store.check_integrity([])
     slow.may_write.release(9)
@@ -235,8 +242,7 @@ def test_who_gives_up_saving_leaves_nothing_behind(
     slow = SlowDisk(town, monkeypatch)
     town.compute(ANN)
     steps = town.tier.saving(snapshot({"ann": ANN}))
-    while town.memory.num_reads == 0:
-        wait([next(steps)])
+    begin_to_write(town, steps)
     steps.close()
     slow.may_write.release(9)
     settle(town)
