@@ -84,15 +84,16 @@ class Comparisons:
     def add(self, comparison: Comparison) -> None:
         """Begin it when those of its tenant are done that were added before."""
         queue = self._under_way.setdefault(comparison.salt, deque())
+        before = next((one for one in reversed(queue) if one.unmarked), None)
         queue.append(comparison)
         if not comparison.unmarked:
             comparison.run()  # there is nothing to do
             return
         self._new.append(comparison)
-        if len(queue) == 1:
+        if before is None:
             self._begin(comparison)
         else:
-            queue[-2].when_done(lambda: self._begin(comparison))
+            before.when_done(lambda: self._begin(comparison))
 
     def _begin(self, comparison: Comparison) -> None:
         with contextlib.suppress(RuntimeError):  # it was closed meanwhile

@@ -250,11 +250,13 @@ class KVStore:
 
     def make_room(self, count: int) -> bool:
         """Evict entries in their order until `count` pages are free; say if they are."""
-        missing = count - self.pool.num_free
-        if missing <= 0:
+        if self.pool.can_allocate(count):
             return True
+        is_held = self.pool.num_refs(self.pool.all_pages(), Holder.REQUEST) > 0
+        if count > self.pool.num_pages - np.count_nonzero(is_held):
+            return False  # and nothing is evicted for it
         for entry in self.order.in_turn():
-            if (self.pool.num_refs(entry.pages, Holder.REQUEST) > 0).all():
+            if is_held[entry.pages].all():
                 continue  # running requests hold all of it: taking it out would free nothing
             self.drop(entry)
             self.num_evicted += 1
