@@ -137,6 +137,7 @@ class Backend(Protocol):
         keys: Tensor,
         values: Tensor,
         scale: float,
+        output: Tensor | None = None,
     ) -> Tensor:
         """Write the new keys and values into memory, then attend.
 
@@ -148,9 +149,10 @@ class Backend(Protocol):
             keys: (KVH, S, D), the layer's memory; written at `write_slots`.
             values: (KVH, S, D), likewise.
             scale: of the scores.
+            output: contiguous (T, H, D), in the query's dtype; the result is written there.
 
         Returns:
-            (T, H, D), in the query's dtype.
+            `output`, or a new tensor like it.
         """
         ...
 
