@@ -124,9 +124,7 @@ class Step:
 
         def attend() -> None:
             for keys, values in memory:
-                ops.cpu_attn_reshape_and_cache(
-                    self.key, self.value, keys, values, new_slots, isa
-                )
+                ops.cpu_attn_reshape_and_cache(self.key, self.value, keys, values, new_slots, isa)
                 ops.cpu_attention_with_kv_cache(
                     query=self.query,
                     key_cache=keys,
