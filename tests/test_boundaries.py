@@ -74,8 +74,10 @@ def test_a_range_is_cut_into_blocks_alike_wherever_it_stands(
     begin: int, length: int, messages: set[int], outputs: set[int], moved: int
 ) -> None:
     def split(move: int) -> list[tuple[int, int]]:
-        cuts = [np.array(sorted(at + move for at in one), np.int64) for one in (messages, outputs)]
-        blocks = split_range(begin + move, begin + move + length, *cuts, GRAM, 5)
+        said, ended = (
+            np.array(sorted(at + move for at in one), np.int64) for one in (messages, outputs)
+        )
+        blocks = split_range(begin + move, begin + move + length, said, ended, GRAM, 5)
         return [(first - move, last - move) for first, last in blocks]
 
     blocks = split(0)

@@ -177,8 +177,7 @@ class Imitation:
             np.arange(len(scheduled)),
         )
         packed = [
-            (one, request)
-            for (one, _), request in zip(scheduled, step.batch.requests, strict=True)
+            (one, request) for (one, _), request in zip(scheduled, step.batch.requests, strict=True)
         ]
         true = {
             request.first_row + index: position

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from test_vllm import FINISH, NUM_AGENTS, PYTHON, ROUND, run_in_vllm, tokens
 from tiny_models import save_model
@@ -18,7 +16,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(PYTHON is None, reason="vLLM is not installed (make vllm)"),
 ]
-V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+V2: dict[str, Any] = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 SCENARIO = {"round": [ROUND.add(), FINISH]}
 
 
@@ -54,9 +52,7 @@ def check_round(result: Mapping[str, Any], embedded: list[list[int]]) -> None:
     ],
     ids=["whole", "in chunks, asynchronous"],
 )
-def test_the_v2_runner(
-    engine: Mapping[str, Any], model: Path, embedded: list[list[int]]
-) -> None:
+def test_the_v2_runner(engine: Mapping[str, Any], model: Path, embedded: list[list[int]]) -> None:
     results = run_in_vllm(model, SCENARIO, engine={"max_num_seqs": 8, **engine}, **V2)
     check_round(results["round"], embedded)
     assert results["runner"] == "vllm.v1.worker.cpu.model_runner"
@@ -79,16 +75,12 @@ def test_the_v2_runner(
     ],
     ids=["two devices a layer", "two stages", "drafts"],
 )
-def test_the_v1_runner(
-    engine: Mapping[str, Any], model: Path, embedded: list[list[int]]
-) -> None:
+def test_the_v1_runner(engine: Mapping[str, Any], model: Path, embedded: list[list[int]]) -> None:
     check_round(run_in_vllm(model, SCENARIO, engine=engine)["round"], embedded)
 
 
 @pytest.mark.parametrize("environment", [{}, V2], ids=["V1", "V2"])
-def test_without_the_shift_vllm_refuses_to_start(
-    environment: Mapping[str, str], model: Path
-) -> None:
+def test_without_the_shift_vllm_refuses_to_start(environment: dict[str, Any], model: Path) -> None:
     """The check at the start sees what would give wrong answers."""
     with pytest.raises(AssertionError, match="check at the start failed"):
         run_in_vllm(model, SCENARIO, TEST_WITHOUT_SHIFT="1", **environment)
@@ -96,7 +88,7 @@ def test_without_the_shift_vllm_refuses_to_start(
 
 @pytest.mark.parametrize("environment", [{}, V2], ids=["V1", "V2"])
 def test_without_the_shift_the_answers_are_others(
-    environment: Mapping[str, str], model: Path, embedded: list[list[int]]
+    environment: dict[str, Any], model: Path, embedded: list[list[int]]
 ) -> None:
     """A control: the comparison can fail."""
     result = run_in_vllm(

@@ -1,15 +1,16 @@
-"""The process in which our native kernel and vLLM's own CPU attention take turns on plain requests.
+"""The process in which our native kernel and vLLM's own CPU attention take turns.
 
-Run by the Python that vLLM is installed for, with TokenDance beside it (`make vllm`). A JSON line on
-stdin says what to measure, and each kind of step is answered by a line:
+Run by the Python that vLLM is installed for, with TokenDance beside it (`make vllm`). A JSON line
+on stdin says what to measure, and each kind of step is answered by a line:
 
     {"cases": [{"name": "decode", "requests": 8, "context": 512, "new": 1}, ...],
      "repeats": 7, "heads": [3, 3, 64], "block_size": 128, "memory_bytes": 268435456}
     {"name": "decode", ..., "ours": [seconds, ...], "vllm": [seconds, ...], "plan": [...], ...}
 
-All of a step's requests have a context of so many tokens in scattered blocks, and compute so many new
-ones behind it. Both kernels take the same views of one row of projections, write the new keys and
-values into pages, and attend. Times are those of a layer: the mean over as many layers as no cache
+All of a step's requests have a context of so many tokens in scattered blocks, and compute so many
+new ones behind it. Both kernels take the same views of one row of projections, write the new keys
+and values into pages, and attend. Times are those of a layer: the mean over as many layers as no
+cache
 can hold; what each does once for a step (`plan`: our plan, vLLM's schedule) is apart.
 """
 
@@ -58,12 +59,12 @@ class Step:
         heads = self.kv_heads * self.group
         width = (heads + 2 * self.kv_heads) * self.size
         rows = torch.randn(self.num_rows, width, generator=generator).to(DTYPE)
-        query, key, value = rows.split(
-            [heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size], dim=-1
+        query, key, value = torch.split(
+            rows, [heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size], dim=-1
         )
-        self.query = query.unflatten(-1, (heads, self.size))
-        self.key = key.unflatten(-1, (self.kv_heads, self.size))
-        self.value = value.unflatten(-1, (self.kv_heads, self.size))
+        self.query = torch.unflatten(query, -1, (heads, self.size))
+        self.key = torch.unflatten(key, -1, (self.kv_heads, self.size))
+        self.value = torch.unflatten(value, -1, (self.kv_heads, self.size))
         kv = torch.randn(num_pages, page_numbers, generator=generator).to(DTYPE)
         self.memory = [kv.clone() for _ in range(self.num_layers)]
         self.output = torch.empty(self.num_rows, heads, self.size, dtype=DTYPE)
@@ -84,12 +85,12 @@ class Step:
         backend = NativeBackend([kind], self.size, torch.device("cpu"), DTYPE)
         shape = (-1, self.kv_heads, 2 * self.size)
         memory = [pages.view(shape).transpose(0, 1) for pages in self.memory]
-        query = self.query.unflatten(1, (self.kv_heads, self.group)).permute(1, 2, 0, 3)
+        query = torch.unflatten(self.query, 1, (self.kv_heads, self.group)).permute(1, 2, 0, 3)
         key, value = self.key.transpose(0, 1), self.value.transpose(0, 1)
 
         def attend() -> None:
             for kv in memory:
-                keys, values = kv.split(self.size, dim=-1)
+                keys, values = torch.split(kv, self.size, dim=-1)
                 backend.attend(0, query, key, value, keys, values, self.size**-0.5)
 
         return lambda: backend.prepare(batch), attend
@@ -164,7 +165,7 @@ def measure(job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
             planned = time.perf_counter()
             attend()
             plans.append(planned - start)
-            return (time.perf_counter() - planned) / step.num_layers
+            return float((time.perf_counter() - planned) / step.num_layers)
 
         runs[name] = run
     figures |= in_turn(runs, job["repeats"])

@@ -5,7 +5,7 @@ sees differences of positions only, so a context that is shifted as a whole has 
 
     owner     [ X ]                              at 0
     plain     [ X | T ]                          at 0, computed
-    mirror            d spaces [ reads X | T ]   its own tokens T at the true positions d + len(X) ...
+    mirror            d spaces [ reads X | T ]   its own tokens T at true positions d + len(X) ...
 
 Mirror and plain agree, unless keys are turned by another offset, read from other slots, or the
 model is given other positions. T repeats X, so that a model that can copy has to look there.

@@ -13,7 +13,7 @@ Both model runners of vLLM use it. Nothing here imports vLLM.
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt

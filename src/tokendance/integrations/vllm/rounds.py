@@ -319,7 +319,7 @@ class Rounds:
             return
         if not member.is_published:
             self._end_computing(member)
-        self._discoveries.note_output(member.salt, member.token_ids, as_token_ids(answer))
+        self._discoveries.note_output(member.key.salt, member.token_ids, as_token_ids(answer))
         if member.is_published:
             assert member.plan is not None
             assert member.prompt is not None
