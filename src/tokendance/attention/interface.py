@@ -77,12 +77,14 @@ class PackedRequest:
         slots: int, of its tokens at positions 0 ... positions[-1], new ones included. Every slot
             is either filled, or written by some request of the same batch.
         ranges: of these slots, as far as earlier steps have found them; `make_plan` goes on there.
+        reads_others: whether KV of others is among them.
     """
 
     first_row: int
     positions: IntArray
     slots: IntArray
     ranges: SlotRanges = field(default_factory=SlotRanges)
+    reads_others: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -349,7 +349,7 @@ class TritonBackend:
             )
 
     def _block_queries(self, group: int) -> int:
-        return max(self._tiling.block_queries, triton.next_power_of_2(group))
+        return max(self._tiling.block_queries, 1 << (group - 1).bit_length())
 
     def _planned(self, group: int) -> DevicePlan:
         assert self._batch is not None, "attend() before prepare()"

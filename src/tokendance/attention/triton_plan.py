@@ -4,7 +4,6 @@ All of its arrays, and the tables of its rotations, are sent in one copy from pi
 the host does not wait for, into memory that is there from step to step.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ class PlanSender:
         self._windows = windows_of(layers)
         self._ropes = list(dict.fromkeys(layer.rope for layer in layers))
         self._device = device
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._memory: Tensor | None = None
 
     def send(self, batch: PackedBatch, rows_per_task: int) -> DevicePlan:
         """Plan a step. What was sent before is overwritten, when the device is done with it.
@@ -81,29 +80,39 @@ class PlanSender:
             *(plan.key_begin[window] for window in self._windows),
             *(table.numpy() for pair in tables for table in pair),
         ]
-        sent = iter(self._send(arrays))
-        whole = list(itertools.islice(sent, 8))
-        key_begin = dict(zip(self._windows, sent, strict=False))
+        tasks, rows, slot_begin, rotations, key_end, indptr, index, write, *rest = self._send(
+            arrays
+        )
+        others = iter(rest)
         return DevicePlan(
-            *whole,
-            key_begin=key_begin,
-            tables={rope: (next(sent), next(sent)) for rope in self._ropes},
+            tasks,
+            rows,
+            slot_begin,
+            rotations,
+            key_end,
+            partial_indptr=indptr,
+            partial_index=index,
+            write=write,
+            key_begin={window: next(others) for window in self._windows},
+            tables={rope: (next(others), next(others)) for rope in self._ropes},
         )
 
     def _send(self, arrays: Sequence[npt.NDArray[np.generic]]) -> list[Tensor]:
         ends = np.cumsum([-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays])
         begins = [0, *ends.tolist()]
         num_bytes = begins.pop()
-        if num_bytes > len(self._memory):
-            self._memory = torch.empty(2 * num_bytes, dtype=torch.uint8, device=self._device)
+        memory = self._memory
+        if memory is None or num_bytes > len(memory):
+            memory = torch.empty(2 * num_bytes, dtype=torch.uint8, device=self._device)
+            self._memory = memory
         # torch takes pinned memory again only after the copy from it.
         is_gpu = self._device.type == "cuda"
         host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_gpu)
         for array, begin in zip(arrays, begins, strict=True):
             host[begin : begin + array.nbytes].numpy()[:] = array.reshape(-1).view(np.uint8)
-        self._memory[:num_bytes].copy_(host, non_blocking=True)
+        memory[:num_bytes].copy_(host, non_blocking=True)
         return [
-            self._memory[begin : begin + array.nbytes]
+            memory[begin : begin + array.nbytes]
             .view(torch.from_numpy(array[:0]).dtype)
             .view(array.shape)
             for array, begin in zip(arrays, begins, strict=True)

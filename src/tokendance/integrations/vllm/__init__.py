@@ -15,6 +15,8 @@ log = logging.getLogger("vllm.tokendance")  # below vllm's, so that it is shown 
 
 SCHEDULER = "tokendance.integrations.vllm.scheduler.make_scheduler"
 CPU_WORKER = "tokendance.integrations.vllm.cpu_worker.RoundWorker"
+CUDA_WORKER = "tokendance.integrations.vllm.gpu_worker.RoundWorker"
+CUDA_ATTENTION = "tokendance.integrations.vllm.cuda_attention.RoundAttentionBackend"
 
 
 def register() -> None:
@@ -23,12 +25,16 @@ def register() -> None:
         return
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        log.warning("TokenDance inside vLLM serves CPUs only so far: vLLM runs as it is.")
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        log.warning("TokenDance inside vLLM serves CPUs and NVIDIA GPUs: vLLM runs as it is.")
         return
     platform = type(current_platform)
     if getattr(platform, "has_tokendance", False):
         return
+    if current_platform.is_cuda():
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        register_backend(AttentionBackendEnum.CUSTOM, CUDA_ATTENTION)
     check = platform.check_and_update_config
 
     def check_and_configure(vllm_config: Any) -> None:
@@ -43,13 +49,22 @@ def register() -> None:
 
 
 def _configure(vllm_config: Any) -> None:
-    """Choose our scheduler and worker for a configuration that can be served."""
+    """Choose our scheduler, worker and attention for a configuration that can be served."""
     import vllm
+    from vllm.platforms import current_platform
 
-    from tokendance.integrations.vllm.support import why_not
+    from tokendance.integrations.vllm.support import why_not, why_not_on_cuda
 
-    if (reason := why_not(vllm_config, vllm.__version__)) is not None:
+    is_cuda = current_platform.is_cuda()
+    reason = why_not(vllm_config, vllm.__version__)
+    if reason is None and is_cuda:
+        reason = why_not_on_cuda(vllm_config, current_platform)
+    if reason is not None:
         log.warning("vLLM runs without TokenDance: %s.", reason)
         return
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    vllm_config.parallel_config.worker_cls = CPU_WORKER
+    vllm_config.parallel_config.worker_cls = CUDA_WORKER if is_cuda else CPU_WORKER
+    if is_cuda:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 TESTED_VERSIONS = ("0.32.",)
 ANY_VERSION = "TOKENDANCE_ANY_VERSION"
 _ROPE_TYPES = ("default", "llama3")
@@ -41,6 +43,33 @@ def why_not(config: Any, version: str) -> str | None:
         "KV is copied in memory (HiSparse)": config.attention_config.hisparse_config is not None,
         "layers share KV": config.cache_config.kv_sharing_fast_prefill,
         "tokens are drafted otherwise than by n-grams": not _drafts_are_known(config),
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+
+def why_not_on_cuda(config: Any, platform: Any) -> str | None:
+    """The same for NVIDIA GPUs alone.
+
+    Args:
+        config: see `why_not`.
+        platform: `vllm.platforms.current_platform`.
+    """
+    try:
+        from tokendance.attention.triton_backend import can_serve
+    except ImportError as error:
+        return f"Triton cannot be used ({error})"
+    model, attention = config.model_config, config.attention_config
+    head_size, chosen = model.get_head_size(), attention.backend
+    reasons = {
+        "the GPU's compute capability is below 8.0": not platform.has_device_capability(80),
+        f"there is no kernel for heads of {head_size} in {model.dtype}": not (
+            model.dtype in (torch.bfloat16, torch.float16) and can_serve(head_size, model.dtype)
+        ),
+        "another attention backend than FLASH_ATTN was asked for": (
+            bool(attention.backend_per_kind)
+            or (chosen is not None and chosen.name not in ("FLASH_ATTN", "CUSTOM"))
+        ),
+        "the old model runner is used": not config.use_v2_model_runner,
     }
     return next((reason for reason, is_so in reasons.items() if is_so), None)
 
