@@ -247,6 +247,9 @@ class TritonBackend:
         self._batch: PackedBatch | None = None
         self._plan: DevicePlan | None = None
         self._tiling = _tiling(head_dim, dtype)
+        # Results that are merged, and their log-sum-exps: the room is kept, as layers take turns.
+        self._partials = torch.empty(0, dtype=torch.float32, device=device)
+        self._partial_lse = torch.empty_like(self._partials)
 
     def prepare(self, batch: PackedBatch) -> None:
         """Take the step; it is planned with the first layer, which knows G."""
@@ -302,15 +305,14 @@ class TritonBackend:
             page_size = 0
         plan, kind, tiling = self._planned(group), self._layers[layer], self._tiling
         block_queries = self._block_queries(group)
-        partials = query.new_empty(len(plan.rows), heads, size, dtype=torch.float32)
-        partial_lse = query.new_empty(len(plan.rows), heads, dtype=torch.float32)
+        self._make_room(len(plan.rows) * heads, size)
         with _current(self._device):
             _attend_kernel[(len(plan.tasks), kv_heads)](
                 query,
                 keys,
                 values,
-                partials,
-                partial_lse,
+                self._partials,
+                self._partial_lse,
                 plan.tasks,
                 plan.rows,
                 plan.slot_begin,
@@ -340,13 +342,19 @@ class TritonBackend:
             )
             _merge_kernel[(rows, heads)](
                 output,
-                partials,
-                partial_lse,
+                self._partials,
+                self._partial_lse,
                 plan.partial_indptr,
                 plan.partial_index,
                 heads,
                 size=size,
             )
+
+    def _make_room(self, num_partials: int, size: int) -> None:
+        if num_partials > len(self._partial_lse):
+            num_partials += num_partials // 4  # as contexts grow
+            self._partials = self._partials.new_empty(num_partials * size)
+            self._partial_lse = self._partial_lse.new_empty(num_partials)
 
     def _block_queries(self, group: int) -> int:
         return max(self._tiling.block_queries, 1 << (group - 1).bit_length())

@@ -16,7 +16,6 @@ log = logging.getLogger("vllm.tokendance")  # below vllm's, so that it is shown 
 SCHEDULER = "tokendance.integrations.vllm.scheduler.make_scheduler"
 CPU_WORKER = "tokendance.integrations.vllm.cpu_worker.RoundWorker"
 CUDA_WORKER = "tokendance.integrations.vllm.gpu_worker.RoundWorker"
-CUDA_ATTENTION = "tokendance.integrations.vllm.cuda_attention.RoundAttentionBackend"
 
 
 def register() -> None:
@@ -31,10 +30,6 @@ def register() -> None:
     platform = type(current_platform)
     if getattr(platform, "has_tokendance", False):
         return
-    if current_platform.is_cuda():
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-        register_backend(AttentionBackendEnum.CUSTOM, CUDA_ATTENTION)
     check = platform.check_and_update_config
 
     def check_and_configure(vllm_config: Any) -> None:
@@ -65,6 +60,19 @@ def _configure(vllm_config: Any) -> None:
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     vllm_config.parallel_config.worker_cls = CUDA_WORKER if is_cuda else CPU_WORKER
     if is_cuda:
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+        _choose_attention(vllm_config)
 
-        vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+
+def _choose_attention(vllm_config: Any) -> None:
+    """Have GPUs attend by ours, outside of CUDA graphs."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode.has_full_cudagraphs():
+        log.info(
+            "CUDA graphs are PIECEWISE in place of %s: mirrors attend otherwise in each step.",
+            compilation.cudagraph_mode.name,
+        )
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

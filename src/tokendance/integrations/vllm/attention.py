@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tokendance.attention.backends import make_backend
 from tokendance.attention.interface import Backend, LayerKind
+from tokendance.errors import UnsupportedModelError
 from tokendance.integrations.vllm import step
 
 
@@ -77,11 +78,48 @@ class SharedInPlaceBackend(AttentionBackend):  # type: ignore[misc]
 
 
 def number_layers(vllm_config: Any, names: list[str]) -> list[LayerKind]:
-    """Tell each layer's attention its index, and find what kinds of layers these are."""
+    """Tell each layer's attention its index, and find what kinds of layers these are.
+
+    Raises:
+        UnsupportedModelError: if there are layers that do not rotate, or that vLLM plans apart.
+    """
+    if set(names) != set(step.layer_kinds):
+        raise UnsupportedModelError(
+            "TokenDance serves models whose layers all attend alike, and rotate what they attend "
+            f"to: vLLM plans {len(names)} layers at once, and {len(step.layer_kinds)} rotate. "
+            "Start vLLM without TOKENDANCE=1."
+        )
     context = vllm_config.compilation_config.static_forward_context
     for index, name in enumerate(names):
         context[name].impl.index = index
     return [step.layer_kinds[name] for name in names]
+
+
+def refuse_other_attention(
+    *,
+    alibi_slopes: object,
+    logits_soft_cap: float | None,
+    kv_sharing_target_layer_name: str | None,
+    sinks: object,
+    attn_type: str,
+) -> None:
+    """Refuse layers that do not attend as our kernels do, whatever vLLM asks an `AttentionImpl`.
+
+    Raises:
+        NotImplementedError: says what it is.
+    """
+    refused = {
+        "ALiBi": alibi_slopes is not None,
+        "a soft cap of its logits": bool(logits_soft_cap),
+        "KV that layers share": kv_sharing_target_layer_name is not None,
+        "attention sinks": sinks is not None,
+        f"attention of the kind {attn_type}": attn_type != AttentionType.DECODER,
+    }
+    for what, is_there in refused.items():
+        if is_there:
+            raise NotImplementedError(
+                f"TokenDance serves no model with {what}. Start vLLM without TOKENDANCE=1."
+            )
 
 
 class MetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
@@ -139,18 +177,13 @@ class SharedInPlaceImpl(AttentionImpl):  # type: ignore[misc]
         sinks: Tensor | None = None,
         **_: Any,
     ) -> None:
-        refused = {
-            "ALiBi": alibi_slopes,
-            "a soft cap of its logits": logits_soft_cap,
-            "KV that layers share": kv_sharing_target_layer_name,
-            "attention sinks": sinks,
-            f"attention of the kind {attn_type}": attn_type != AttentionType.DECODER,
-        }
-        for what, is_there in refused.items():
-            if is_there:
-                raise NotImplementedError(
-                    f"TokenDance serves no model with {what}. Start vLLM without TOKENDANCE=1."
-                )
+        refuse_other_attention(
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sinks=sinks,
+            attn_type=attn_type,
+        )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype, self.sliding_window = kv_cache_dtype, sliding_window

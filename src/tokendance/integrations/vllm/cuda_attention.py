@@ -3,11 +3,17 @@
 A step in which nobody reads KV of others goes to FlashAttention untouched: its metadata, its call.
 In a step with mirrors our kernels attend for all of its requests, with one launch a layer and one
 that merges. They read vLLM's pages where they lie, whatever their layout, and each key once for the
-queries of all its readers, which are turned by their offsets. vLLM writes new keys and values by
-itself in both cases, before attention, where its block tables say.
+queries of all its readers, which are turned by their offsets. FlashAttention could read a run at an
+offset only from pages of its own, without gaps, which would be a copy of it for each round. vLLM
+writes new keys and values by itself in both cases, before attention, where its block tables say.
 
-vLLM may replay its CUDA graphs of the pieces between attention; attention itself is launched by the
-host in each step. A graph of a whole step would attend as in the step that it was captured in.
+vLLM replays CUDA graphs of the pieces between attention, which is a splitting operation of its
+compiled model and is launched by the host in each step. So tasks, ranges and memory may be others
+in each step; what graphs read (positions, `model_state.py`) lies where it was captured. A graph of
+a whole step would attend as in the step that it was captured in: the plug-in switches these off.
+
+The host waits for no device here. A step's plan is made from what the scheduler has sent, and goes
+there in one copy, with the first layer.
 """
 
 from dataclasses import dataclass
@@ -24,7 +30,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from tokendance.attention.triton_backend import TritonBackend
 from tokendance.integrations.vllm import step
-from tokendance.integrations.vllm.attention import number_layers
+from tokendance.integrations.vllm.attention import number_layers, refuse_other_attention
 
 
 @dataclass(kw_only=True)
@@ -77,15 +83,16 @@ class RoundMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
         fast_build: bool = False,
     ) -> FlashAttentionMetadata:
         """Plan the step that the runner has left, if somebody reads KV of others in it."""
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         batch, step.current = step.current, None
         if batch is None or not any(request.reads_others for request in batch.requests):
-            return metadata
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self._backend is None:
             kinds = number_layers(self.vllm_config, self.layer_names)
             spec = self.kv_cache_spec
             self._backend = TritonBackend(kinds, spec.head_size, self.device, spec.dtype)
         self._backend.prepare(batch)
+        # Fast: without the schedule of FlashAttention's kernel, which does not run.
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build=True)
         return RoundMetadata(**vars(metadata), num_rows=batch.num_rows, backend=self._backend)
 
 
@@ -97,6 +104,18 @@ class RoundAttentionImpl(FlashAttentionImpl):  # type: ignore[misc]
     """
 
     index: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_other_attention(
+            alibi_slopes=self.alibi_slopes,
+            logits_soft_cap=self.logits_soft_cap,
+            kv_sharing_target_layer_name=self.kv_sharing_target_layer_name,
+            sinks=self.sinks,
+            attn_type=self.attn_type,
+        )
+        self._pages: Tensor | None = None  # vLLM's, and views of them:
+        self._memory: tuple[Tensor, Tensor]
 
     def forward(
         self,
@@ -137,14 +156,20 @@ class RoundAttentionImpl(FlashAttentionImpl):  # type: ignore[misc]
             )
         assert output_scale is None
         assert output_block_scale is None
-        num_rows, size = attn_metadata.num_rows, self.head_size
-        keys, values = kv_cache.transpose(0, 1).chunk(2, dim=-1)
+        n, size = attn_metadata.num_rows, self.head_size
+        if kv_cache is not self._pages:
+            self._pages = kv_cache
+            memory = kv_cache.transpose(0, 1)
+            self._memory = memory[..., :size], memory[..., size:]
+        if len(query) != n:
+            query, output_rows = query[:n], output[:n]
+        else:
+            output_rows = output
         attn_metadata.backend.read(
             self.index,
-            query[:num_rows].view(num_rows, self.num_kv_heads, -1, size).permute(1, 2, 0, 3),
-            keys,
-            values,
+            query.view(n, self.num_kv_heads, -1, size).permute(1, 2, 0, 3),
+            *self._memory,
             self.scale,
-            output[:num_rows],
+            output_rows,
         )
         return output
