@@ -1,40 +1,38 @@
 """One layer of the GPU's backend on a CPU: run by vLLM's own Python, answering by a JSON line.
 
-    {"seed": 0, "page_size": 16, "layout": "LBNHC", "heads": [2, 3, 32], "dtype": "float32"}
-    {"configurations": [{"head_size": 80}, ...]}    what the plug-in chooses on a GPU
+    {"seeds": [0, 1], "page_size": 16, "layout": "LBNHC", "heads": [2, 3, 32], "dtype": "float32"}
 
 Our kernels run in Triton's interpreter, over pages that vLLM itself lays out. FlashAttention does
-not run on a CPU: something that notes its calls stands in for it. A random round is computed chunk
+not run on a CPU: something that notes its calls stands in for it. Random rounds are computed chunk
 by chunk, and every row of every step compared with a dense softmax in float64 over keys that are
 rotated to where the reader has them, of which neither plan nor backend knows anything.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace as Namespace
 from typing import Any
 
 import numpy as np
 import torch
-import vllm.platforms
 from torch import Tensor
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tokendance.attention.interface import LayerKind
 from tokendance.attention.rope import Rope
 from tokendance.collector.known import NO_SLOT
-from tokendance.integrations.vllm import cuda_attention, register, step
+from tokendance.integrations.vllm import cuda_attention, step
 from tokendance.integrations.vllm.contexts import Contexts
 
 THETA = 10000.0
 MAX_PAGES = 16
+NUM_SAID = 4  # tokens of an answer
 
 
 class FlashAttention:
@@ -49,8 +47,8 @@ class FlashAttention:
             builder.kv_cache_spec, builder.layer_names = spec, names
             builder.vllm_config, builder.device = config, device
 
-        def build(builder: Any, *args: Any) -> FlashAttentionMetadata:
-            del builder
+        def build(builder: Any, *args: Any, **options: Any) -> FlashAttentionMetadata:
+            del builder, options
             nothing = torch.empty(0)
             metadata = FlashAttentionMetadata(1, 1, nothing, 1, nothing, nothing, nothing)
             self.built.append((args, metadata))
@@ -68,7 +66,7 @@ class FlashAttention:
 
 
 class Round:
-    """An owner, a plain request, and mirrors with corrected tokens, at offsets of their own.
+    """Owners, plain requests, and mirrors with corrected tokens, at offsets of their own.
 
     Of each position of a request's context it knows the unrotated key and the value.
     """
@@ -184,119 +182,84 @@ class Round:
         return torch.einsum("kgrn,nkd->rkgd", weights, request["values"][:length]).flatten(1, 2)
 
 
-def what_the_plugin_chooses(changes: dict[str, Any]) -> dict[str, Any]:
-    """For a GPU that is not here, and a configuration that is changed in a few places."""
+def add_requests(current: Round) -> None:
+    """Owners, one that nobody reads, and mirrors that read several owners, some of them twice."""
+    rng = current.rng
 
-    class Cuda:
-        has_tokendance = False
+    def some(most: int) -> int:
+        return int(rng.integers(1, most))
 
-        @staticmethod
-        def check_and_update_config(config: Any) -> None:
-            config.parallel_config.worker_cls = "vLLM's"
+    owners = [f"owner {index}" for index in range(some(4))]
+    for name in owners:
+        current.add(name, 2 * current.page + some(3 * current.page))
+    current.add("plain", some(3 * current.page))
+    for index in range(some(4)):
+        runs, at = [], some(40)
+        for _ in range(some(4)):
+            owner = owners[int(rng.integers(len(owners)))]
+            # What an owner says, at its end, is read by nobody here.
+            first = int(rng.integers(current.page))
+            count = some(current.requests[owner]["length"] - NUM_SAID - first)
+            runs.append((owner, first, at, count))
+            at += count + int(rng.integers(5))  # what is in between is corrected
+        current.add(f"mirror {index}", at + NUM_SAID + some(20), runs)
 
-        def is_cpu(self) -> bool:
-            return False
 
-        def is_cuda(self) -> bool:
-            return True
+def chunks(current: Round, names: Sequence[str], left: int) -> Iterator[dict[str, int]]:
+    """Steps of some of these requests, of many tokens and of single ones, until so few are left."""
+    rng = current.rng
 
-        def has_device_capability(self, capability: int) -> bool:
-            return capability <= int(changes.get("capability", 90))
+    def to_do(name: str) -> int:
+        request = current.requests[name]
+        return len(request["own"]) - left - int(request["num_done"])
 
-    vllm.platforms._current_platform = Cuda()
-    register()
-    backend = changes.get("backend")
-    config = Namespace(
-        model_config=Namespace(
-            runner_type="generate",
-            hf_text_config=Namespace(),
-            use_mla=False,
-            is_hybrid=False,
-            is_multimodal_model=False,
-            dtype=getattr(torch, changes.get("dtype", "bfloat16")),
-            get_head_size=lambda: changes.get("head_size", 128),
-        ),
-        cache_config=Namespace(
-            cache_dtype=changes.get("cache_dtype", "auto"), kv_sharing_fast_prefill=False
-        ),
-        parallel_config=Namespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
-        ),
-        attention_config=Namespace(
-            backend=None if backend is None else AttentionBackendEnum[backend],
-            backend_per_kind={},
-            hisparse_config=None,
-        ),
-        scheduler_config=Namespace(scheduler_cls=None),
-        kv_transfer_config=None,
-        speculative_config=None,
-        use_v2_model_runner=changes.get("v2", True),
+    while unfinished := [name for name in names if to_do(name) > 0]:
+        chosen = [name for name in unfinished if rng.random() < 0.8] or unfinished[:1]
+        yield {name: min(to_do(name), int(rng.choice([1, 7, 40]))) for name in chosen}
+
+
+def steps_of(current: Round) -> Iterator[dict[str, int]]:
+    """What mirrors read is computed before them; their steps are those of others, too."""
+    everybody = list(current.requests)
+    yield from chunks(
+        current, [name for name in everybody if not name.startswith("mirror")], NUM_SAID
     )
-    Cuda.check_and_update_config(config)
-    chosen = config.attention_config.backend
-    return {
-        "worker": config.parallel_config.worker_cls,
-        "scheduler": config.scheduler_config.scheduler_cls,
-        "attention": None if chosen is None else chosen.get_path(),
-    }
+    yield from chunks(current, everybody, 0)
+    current.add("late", 9)
+    yield from chunks(current, ["late"], 0)
 
 
 def main() -> None:
     job = json.loads(sys.stdin.readline())
-    if "configurations" in job:
-        print("\n" + json.dumps([what_the_plugin_chooses(one) for one in job["configurations"]]))
-        return
     flash = FlashAttention()
     flash.install()
-    current = Round(job)
-    impl = cuda_attention.RoundAttentionImpl(
-        current.kv_heads * current.group, current.size, current.size**-0.5, current.kv_heads,
-        None, None, "auto",
-    )  # fmt: skip
-    layers = {"layer": Namespace(impl=impl)}
-    config = Namespace(compilation_config=Namespace(static_forward_context=layers))
-    spec = Namespace(head_size=current.size, dtype=current.dtype)
-    builder = cuda_attention.RoundMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
-
-    page = current.page
-    current.add("owner", 5 * page + 3)
-    current.add("plain", page + 6)
-    current.add("second owner", 2 * page)
-    # Its runs do not begin on pages; four tokens between them are corrected.
-    first, count = page // 2, 2 * page + 1
-    current.add(
-        "near",
-        count + page + 21,
-        [("owner", first, 9, count), ("owner", first + count + 4, 9 + count + 4, page)],
-    )
-    current.add(
-        "far",
-        count + 60,
-        [("second owner", 3, 31, page), ("owner", first, 40 + page, count - page)],
-    )
-    steps = {
-        "owners, and nobody reads": {"owner": 2 * page, "plain": 3},
-        "plain, in chunks": {"owner": 3 * page, "plain": page, "second owner": 2 * page},
-        "mirrors, in chunks, and others": {"near": 5, "owner": 2, "far": 40, "plain": 1},
-        "mirrors alone": {"far": 14, "near": 12},
-        "decoding, all": {"owner": 1, "near": 1, "plain": 1, "far": 1},
-        "plain again": {"plain": 1},
-    }
-    answer: dict[str, Any] = {}
-    for name, counts in steps.items():
-        flash.built.clear()
-        flash.attended.clear()
-        found = current.compute(builder, impl, counts)
-        arguments = found.pop("arguments")
-        found["untouched"] = (
-            len(flash.attended) == 1
-            and all(a is b for a, b in zip(flash.attended[0], arguments, strict=True))
-            and arguments[5] is flash.built[0][1]
-        )
-        found["built"] = [arguments == (0, "common", False) for arguments, _ in flash.built]
-        answer[name] = found
-    answer["graphs"] = builder.get_cudagraph_support(None, None).name
-    print("\n" + json.dumps(answer), flush=True)
+    answers: list[dict[str, Any]] = []
+    for seed in job["seeds"]:
+        current = Round(job | {"seed": seed})
+        impl = cuda_attention.RoundAttentionImpl(
+            current.kv_heads * current.group, current.size, current.size**-0.5, current.kv_heads,
+            None, None, "auto",
+        )  # fmt: skip
+        layers = {"layer": Namespace(impl=impl)}
+        config = Namespace(compilation_config=Namespace(static_forward_context=layers))
+        spec = Namespace(head_size=current.size, dtype=current.dtype)
+        device = torch.device("cpu")
+        builder = cuda_attention.RoundMetadataBuilder(spec, ["layer"], config, device)
+        add_requests(current)
+        for counts in steps_of(current):
+            flash.built.clear()
+            flash.attended.clear()
+            found = current.compute(builder, impl, counts)
+            arguments = found.pop("arguments")
+            found["counts"] = counts
+            found["untouched"] = (
+                flash.built[0][0] == (0, "common", False)
+                and len(flash.attended) == 1
+                and all(a is b for a, b in zip(flash.attended[0], arguments, strict=True))
+                and arguments[5] is flash.built[0][1]
+            )
+            answers.append(found)
+    print("\n" + json.dumps(answers), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,14 @@ import itertools
 import sys
 import types
 from collections import Counter
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+capability = 90
+"""Compute capability of the GPU that vLLM finds, times 10."""
 
 attended: Counter[str] = Counter()
 """Calls of FlashAttention, by the kind of its metadata; and steps that our kernels took."""
@@ -25,7 +29,7 @@ def triton_driver() -> None:
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
 
 
-def cuda_platform(capability: int) -> None:
+def cuda_platform() -> None:
     """Have vLLM find an NVIDIA GPU. Called before vLLM asks where it is."""
     sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtorch")
     import vllm.platforms
@@ -60,8 +64,8 @@ def flash_attention() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from tokendance.attention.triton_backend import TritonBackend
-    from tokendance.integrations.vllm import cpu_worker  # noqa: F401: it registers its own
 
+    import_module("tokendance.integrations.vllm.cpu_worker")  # it registers its own
     FlashAttentionImpl.forward = _forward
     FlashAttentionImpl.do_kv_cache_update = _update
     prepare = TritonBackend.prepare
@@ -70,7 +74,7 @@ def flash_attention() -> None:
         attended["ours"] += 1
         prepare(backend, batch)
 
-    TritonBackend.prepare = count  # type: ignore[method-assign]
+    TritonBackend.prepare = count  # type: ignore[method-assign, assignment]
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.GPUsOnCPU")
 
 
@@ -94,7 +98,7 @@ def _forward(
     for index, (begin, end) in enumerate(itertools.pairwise(starts)):
         pages = metadata.block_table[index, : -(-lengths[index] // kv_cache.shape[2])].long()
         memory = kv_cache[pages].transpose(0, 1).flatten(1, 2)[:, : lengths[index]]
-        keys, values = memory.repeat_interleave(group, 0).split(impl.head_size, dim=-1)
+        keys, values = memory.repeat_interleave(group, 0).chunk(2, dim=-1)
         position = torch.arange(lengths[index])
         output[begin:end] = torch.nn.functional.scaled_dot_product_attention(
             query[begin:end].transpose(0, 1),
