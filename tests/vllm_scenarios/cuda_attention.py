@@ -215,7 +215,7 @@ def chunks(current: Round, names: Sequence[str], left: int) -> Iterator[dict[str
 
     while unfinished := [name for name in names if to_do(name) > 0]:
         chosen = [name for name in unfinished if rng.random() < 0.8] or unfinished[:1]
-        yield {name: min(to_do(name), int(rng.choice([1, 7, 40]))) for name in chosen}
+        yield {name: min(to_do(name), int(rng.choice([1, 40, 40]))) for name in chosen}
 
 
 def steps_of(current: Round) -> Iterator[dict[str, int]]:

@@ -31,7 +31,11 @@ def triton_driver() -> None:
 
 def cuda_platform() -> None:
     """Have vLLM find an NVIDIA GPU. Called before vLLM asks where it is."""
-    sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtorch")
+    flash_attention = types.ModuleType("vllm.vllm_flash_attn")
+    names = ("compile_flash_attn_varlen_func_from_specs", "flash_attn_varlen_func")
+    vars(flash_attention).update(dict.fromkeys((*names, "get_scheduler_metadata")))
+    for module in (flash_attention, types.ModuleType("vllm._C_stable_libtorch")):
+        sys.modules[module.__name__] = module
     import vllm.platforms
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability

@@ -247,9 +247,7 @@ class TritonBackend:
         self._batch: PackedBatch | None = None
         self._plan: DevicePlan | None = None
         self._tiling = _tiling(head_dim, dtype)
-        # Results that are merged, and their log-sum-exps: the room is kept, as layers take turns.
-        self._partials = torch.empty(0, dtype=torch.float32, device=device)
-        self._partial_lse = torch.empty_like(self._partials)
+        self._partials: tuple[Tensor, Tensor] | None = None
 
     def prepare(self, batch: PackedBatch) -> None:
         """Take the step; it is planned with the first layer, which knows G."""
@@ -305,14 +303,14 @@ class TritonBackend:
             page_size = 0
         plan, kind, tiling = self._planned(group), self._layers[layer], self._tiling
         block_queries = self._block_queries(group)
-        self._make_room(len(plan.rows) * heads, size)
+        partials, partial_lse = self._room(len(plan.rows) * heads, size)
         with _current(self._device):
             _attend_kernel[(len(plan.tasks), kv_heads)](
                 query,
                 keys,
                 values,
-                self._partials,
-                self._partial_lse,
+                partials,
+                partial_lse,
                 plan.tasks,
                 plan.rows,
                 plan.slot_begin,
@@ -342,19 +340,21 @@ class TritonBackend:
             )
             _merge_kernel[(rows, heads)](
                 output,
-                self._partials,
-                self._partial_lse,
+                partials,
+                partial_lse,
                 plan.partial_indptr,
                 plan.partial_index,
                 heads,
                 size=size,
             )
 
-    def _make_room(self, num_partials: int, size: int) -> None:
-        if num_partials > len(self._partial_lse):
+    def _room(self, num_partials: int, size: int) -> tuple[Tensor, Tensor]:
+        """Room for results that are merged, and their log-sum-exps; layers use it in turn."""
+        if self._partials is None or num_partials > len(self._partials[1]):
             num_partials += num_partials // 4  # as contexts grow
-            self._partials = self._partials.new_empty(num_partials * size)
-            self._partial_lse = self._partial_lse.new_empty(num_partials)
+            lse = torch.empty(num_partials, dtype=torch.float32, device=self._device)
+            self._partials = lse.new_empty(num_partials * size), lse
+        return self._partials
 
     def _block_queries(self, group: int) -> int:
         return max(self._tiling.block_queries, 1 << (group - 1).bit_length())
