@@ -98,12 +98,16 @@ def test_random_rounds(backend: str, heads: str, seed: int, agents: int, chunk: 
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("order", PAGE_ORDERS, ids=str)
 @pytest.mark.parametrize("heads", ["qwen2.5-7b", "small-float32"])
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), agents=st.integers(1, 6), chunk=st.sampled_from([None, 5]))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    agents=st.integers(1, 6),
+    chunk=st.sampled_from([None, 5]),
+    order=st.sampled_from(PAGE_ORDERS),
+)
 def test_triton_reads_the_pages_of_vllm(
-    order: tuple[int, int, int, int], heads: str, seed: int, agents: int, chunk: int | None
+    heads: str, seed: int, agents: int, chunk: int | None, order: tuple[int, int, int, int]
 ) -> None:
     rng, one = np.random.default_rng(seed), HEADS[heads]
     batch = in_pages(random_batch(rng, agents, chunk), 16, rng)
