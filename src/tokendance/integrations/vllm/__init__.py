@@ -48,19 +48,17 @@ def _configure(vllm_config: Any) -> None:
     import vllm
     from vllm.platforms import current_platform
 
-    from tokendance.integrations.vllm.support import why_not, why_not_on_cuda
+    from tokendance.integrations.vllm.support import why_not
 
-    is_cuda = current_platform.is_cuda()
-    reason = why_not(vllm_config, vllm.__version__)
-    if reason is None and is_cuda:
-        reason = why_not_on_cuda(vllm_config, current_platform)
-    if reason is not None:
+    if (reason := why_not(vllm_config, vllm.__version__, current_platform)) is not None:
         log.warning("vLLM runs without TokenDance: %s.", reason)
         return
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    vllm_config.parallel_config.worker_cls = CUDA_WORKER if is_cuda else CPU_WORKER
-    if is_cuda:
+    if current_platform.is_cuda():
+        vllm_config.parallel_config.worker_cls = CUDA_WORKER
         _choose_attention(vllm_config)
+    else:
+        vllm_config.parallel_config.worker_cls = CPU_WORKER
 
 
 def _choose_attention(vllm_config: Any) -> None:

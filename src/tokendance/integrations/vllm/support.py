@@ -12,12 +12,13 @@ ANY_VERSION = "TOKENDANCE_ANY_VERSION"
 _ROPE_TYPES = ("default", "llama3")
 
 
-def why_not(config: Any, version: str) -> str | None:
+def why_not(config: Any, version: str, platform: Any = None) -> str | None:
     """Why a configuration runs as plain vLLM, as the end of a sentence; None if it is served.
 
     Args:
         config: a `vllm.config.VllmConfig`, complete.
         version: of vLLM.
+        platform: `vllm.platforms.current_platform`; None for a CPU.
     """
     is_tested = version.startswith(TESTED_VERSIONS)
     if not is_tested and os.environ.get(ANY_VERSION) != "1":
@@ -46,27 +47,24 @@ def why_not(config: Any, version: str) -> str | None:
         "layers share KV": config.cache_config.kv_sharing_fast_prefill,
         "tokens are drafted otherwise than by n-grams": not _drafts_are_known(config),
     }
+    if platform is not None and platform.is_cuda():
+        reasons |= _reasons_on_cuda(config, platform)
     return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
-def why_not_on_cuda(config: Any, platform: Any) -> str | None:
-    """The same for NVIDIA GPUs alone.
-
-    Args:
-        config: see `why_not`.
-        platform: `vllm.platforms.current_platform`.
-    """
+def _reasons_on_cuda(config: Any, platform: Any) -> dict[str, bool]:
+    """What may be in the way on NVIDIA GPUs alone, and whether it is."""
     try:
         from tokendance.attention.triton_backend import can_serve
     except ImportError as error:
-        return f"Triton cannot be used ({error})"
+        return {f"Triton cannot be used ({error})": True}
     model, attention = config.model_config, config.attention_config
     head_size, chosen = model.get_head_size(), attention.backend
     is_flash = chosen is not None and chosen.name == "FLASH_ATTN"
     # vLLM checks a configuration again where it is copied: the first time has made it ours.
     worker = config.parallel_config.worker_cls
     is_ours = worker == CUDA_WORKER and chosen is not None and chosen.name == "CUSTOM"
-    reasons = {
+    return {
         "the GPU's compute capability is below 8.0": not platform.has_device_capability(80),
         f"there is no kernel for heads of {head_size} in {model.dtype}": not (
             model.dtype in (torch.bfloat16, torch.float16) and can_serve(head_size, model.dtype)
@@ -84,7 +82,6 @@ def why_not_on_cuda(config: Any, platform: Any) -> str | None:
         not in ("vllm.v1.worker.gpu_worker.Worker", CUDA_WORKER),
         "the V1 model runner is used": not config.use_v2_model_runner,
     }
-    return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
 def _drafts_are_known(config: Any) -> bool:
