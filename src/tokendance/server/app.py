@@ -38,6 +38,9 @@ from tokendance.server.responses import (
     TextAnswer,
     dump,
 )
+from tokendance.server.responses_api.bodies import ResponsesRequest
+from tokendance.server.responses_api.endpoint import ResponsesEndpoint
+from tokendance.server.responses_api.output import Deleted, ResponsesAnswer
 from tokendance.server.rounds import LoneRound, SessionRound
 from tokendance.server.settings import ServerSettings
 from tokendance.server.turnstile import Turnstile
@@ -78,7 +81,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[
                 "x-request-id",
@@ -112,6 +115,22 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
     async def chat(body: ChatRequest, request: Request, tenant: Tenant) -> Response:
         """Answer a conversation."""
         return await respond(ChatEndpoint(context, tenant, body), request)
+
+    @app.post("/v1/responses", responses=whole_or_stream(ResponsesAnswer))
+    async def responses(body: ResponsesRequest, request: Request, tenant: Tenant) -> Response:
+        """Answer a conversation, as OpenAI's newer API has it."""
+        return await respond(ResponsesEndpoint(context, tenant, body), request)
+
+    @app.get("/v1/responses/{response_id}", response_model=ResponsesAnswer)
+    async def kept_response(response_id: str, tenant: Tenant) -> JSONResponse:
+        """An answer that is remembered."""
+        return JSONResponse(context.kept_answers.get(tenant, response_id).document)
+
+    @app.delete("/v1/responses/{response_id}", response_model=Deleted)
+    async def forget_response(response_id: str, tenant: Tenant) -> Deleted:
+        """Forget an answer."""
+        context.kept_answers.forget(tenant, response_id)
+        return Deleted(id=response_id, object="response", deleted=True)
 
     @app.post("/v1/completions", responses=whole_or_stream(TextAnswer))
     async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:

@@ -20,6 +20,7 @@ from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.hosts import Hosts
 from tokendance.server.metrics import Metrics
+from tokendance.server.responses_api.kept import KeptAnswers
 from tokendance.server.sessions import Sessions
 from tokendance.server.settings import ServerSettings
 from tokendance.server.tool_format import find_tool_format
@@ -42,6 +43,7 @@ class ServerContext:
         connections: of clients.
         engine_thread: runs the engine; it is not started here.
         admission: limits open requests.
+        kept_answers: of /v1/responses, that are remembered.
         sessions: that are open.
         grammars: constrain answers that have to parse.
         tools: how the model calls tools.
@@ -58,6 +60,7 @@ class ServerContext:
         dispatcher = Dispatcher(llm, self.metrics, settings)
         self.engine_thread = EngineThread(dispatcher, self.metrics.engine_watch)
         self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
+        self.kept_answers = KeptAnswers(settings)
         self.sessions = Sessions(llm, self.engine_thread)
         self.grammars = Grammars(llm.model, settings)
         self.tools = find_tool_format(llm.encoder)

@@ -78,6 +78,10 @@ class ServerSettings:
             server waiting longest; so nobody is locked out by those who ask nothing.
         max_messages: messages in a conversation; more are refused.
         max_choices: answers to one request; more are refused.
+        max_responses: answers of /v1/responses that are remembered of each key, so that a later
+            request can go on from one by previous_response_id; the least recently used are
+            forgotten first. 0: none. A client that says store: false leaves none.
+        max_responses_size: likewise memory for each key, like 64MiB.
         default_max_tokens: longest answer where a request does not say.
         max_schema_size: schemas of a request, of its response format or of all its tools, like
             256KiB; larger ones are refused. So are those with more than each of the following.
@@ -127,6 +131,8 @@ class ServerSettings:
     max_connections: int = 2048
     max_messages: int = 4096
     max_choices: int = 16
+    max_responses: int = 1000
+    max_responses_size: _Size = "64MiB"
     default_max_tokens: int = 512
     max_schema_size: _Size = "256KiB"
     max_schema_depth: int = 256
@@ -150,6 +156,8 @@ class ServerSettings:
         check_range(self, 0, "port", most=65_535)
         check_range(self, 0, "window_ms", "window_share", "round_wait", "recent", "body_timeout")
         check_range(self, 0, "busy_pass_ms")
+        check_range(self, 0, "max_responses")
+        _check_size("--max-responses-size", self.max_responses_bytes, 0)
         check_range(self, 0, "reserved_kv", most=0.9)
         check_range(self, 0, "drain", most=MAX_DRAIN_S)
         check_range(self, 1, "max_body_objects", "max_messages", "max_choices")
@@ -192,6 +200,11 @@ class ServerSettings:
     def max_arriving_bytes(self) -> int:
         """Bytes of all bodies that have not come whole."""
         return parse_bytes(self.max_arriving)
+
+    @property
+    def max_responses_bytes(self) -> int:
+        """Bytes of a key's answers that are remembered."""
+        return parse_bytes(self.max_responses_size)
 
     @property
     def max_schema_bytes(self) -> int:
