@@ -235,7 +235,6 @@ def test_calls_over_several_turns(client: httpx.Client) -> None:
     # The first prompt with its answer is there already.
     details = remembered["usage"]["input_tokens_details"]
     assert details["cached_tokens"] > found["usage"]["input_tokens"]
-    assert details["approximate_tokens"] == 0
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,9 @@ def test_logprobs(client: httpx.Client) -> None:
     found = ask(client, include=["message.output_text.logprobs"], top_logprobs=2)
     entries = found["output"][0]["content"][0]["logprobs"]
     assert len(entries) == 8
-    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == text_of(found)
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace") == text_of(
+        found
+    )
     assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
     assert answer(client)["output"][0]["content"][0]["logprobs"] == []
 

@@ -36,7 +36,7 @@ def refusal(ask: Callable[[], object], status: int) -> str:
         ask()
     except APIStatusError as error:
         if error.status_code == status:
-            return error.message
+            return str(error.message)
         raise
     raise SystemExit("it was not refused")
 
@@ -79,7 +79,7 @@ def main(url: str) -> None:
     strictly(after)
     assert after.previous_response_id == final.id
     replayed = client.responses.create(
-        input=[{"role": "user", "content": "hello"}, *final.output, answered],  # type: ignore[misc]
+        input=[{"role": "user", "content": "hello"}, *final.output, answered],
         tools=[TOOL],
         store=False,
         **asked,

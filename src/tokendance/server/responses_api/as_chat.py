@@ -127,7 +127,9 @@ def _format(wanted: TextFormat) -> ResponseFormat:
 
 
 def _tool(tool: FunctionTool) -> Tool:
-    function = FunctionSpec(**tool.model_dump(exclude={"type"}))
+    # What is false is left out of the prompt, as in chat, where it is the default.
+    fields = tool.model_dump(exclude={"type"}) | {"strict": tool.strict or None}
+    function = FunctionSpec(**fields)
     return Tool(type="function", function=function)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -56,25 +57,22 @@ class ResponsesEndpoint(ChatEndpoint):
         """
         self._new = messages_of(items_of(asked))
         earlier = context.kept_answers.messages(tenant, asked.previous_response_id)
-        super().__init__(context, tenant, as_chat(asked, [*earlier, *self._new]))
+        with _names_of_here():
+            super().__init__(context, tenant, as_chat(asked, [*earlier, *self._new]))
         self._asked = asked
         self._id = self.head["id"].replace("-", "_")
         self._output = GrowingOutput()
         self._answer = self._document("in_progress")
 
     def read(self) -> None:
-        """Encode the messages; errors name the fields as they are here."""
-        try:
+        """Encode the messages."""
+        with _names_of_here():
             super().read()
-        except (ApiError, TokenDanceError) as error:
-            raise _renamed(error) from error
 
     async def whole(self) -> BaseModel:
-        """Wait for the answer; errors name the fields as they are here."""
-        try:
+        """Wait for the answer, and make the document of it."""
+        with _names_of_here():
             return await super().whole()
-        except (ApiError, TokenDanceError) as error:
-            raise _renamed(error) from error
 
     def document(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         """The document that ends a stream."""
@@ -111,12 +109,12 @@ class ResponsesEndpoint(ChatEndpoint):
     async def events(self) -> AsyncIterator[str]:
         """`documents` as server-sent events; an error is the last of them."""
         try:
-            async for document in self.documents():
-                yield _event(document)
-        except (ApiError, TokenDanceError) as error:
-            told = _renamed(error)
+            with _names_of_here():
+                async for document in self.documents():
+                    yield _event(document)
+        except ApiError as error:
             answer = self._document("failed")
-            answer.error = ResponsesError(code=told.code or "server_error", message=told.message)
+            answer.error = ResponsesError(code=error.code or "server_error", message=str(error))
             yield _event(dump(self._output.event("failed", response=answer)))
 
     def _document(self, status: Status, usage: Usage | None = None) -> ResponsesAnswer:
@@ -171,10 +169,15 @@ def _size(message: ChatMessage) -> int:
     return _OVERHEAD + 4 * sum(map(len, texts))
 
 
-def _renamed(error: Exception) -> ApiError:
-    """An error with the names that fields have here."""
-    told = as_api_error(error)
-    return replace(told, message=text_here(told.message), param=field_here(told.param))
+@contextmanager
+def _names_of_here() -> Iterator[None]:
+    """Have errors name the fields as they are called here."""
+    try:
+        yield
+    except (ApiError, TokenDanceError) as error:
+        told = as_api_error(error)
+        message, param = text_here(told.message), field_here(told.param)
+        raise replace(told, message=message, param=param) from error
 
 
 def _event(document: dict[str, Any]) -> str:
