@@ -85,12 +85,13 @@ def pool(folder: Path, mode: str, kind: str = "Pooling") -> None:
 
 def test_a_model_of_its_own(bert: Path) -> None:
     model = AutoModel.from_pretrained(bert).eval()
-    for mode, choose in (
+    ways: list[tuple[str | None, Callable[[torch.Tensor], torch.Tensor]]] = [
         (None, lambda states: states.mean(0)),
         ("cls_token", lambda states: states[0]),
         ("lasttoken", lambda states: states[-1]),
         ("mean_tokens", lambda states: states.mean(0)),
-    ):
+    ]
+    for mode, choose in ways:
         if mode is not None:
             pool(bert, mode)
         embedder = OwnEmbedder(str(bert), "float32")
@@ -141,7 +142,8 @@ def test_all_forms_of_input(client: httpx.Client, llm: LLM) -> None:
     embedder = MeanEmbedder(llm.model, llm.encoder)
     token_ids = [embedder.encode(text) for text in TEXTS]
     expected = embedder.embed(token_ids)
-    for given in (TEXTS, token_ids):
+    all_forms: list[Any] = [TEXTS, token_ids]
+    for given in all_forms:
         response = ask(client, given)
         np.testing.assert_allclose(vectors_of(response), expected, atol=CLOSE)
         document = response.json()
@@ -149,8 +151,8 @@ def test_all_forms_of_input(client: httpx.Client, llm: LLM) -> None:
         count = sum(map(len, token_ids))
         assert document["usage"] == {"prompt_tokens": count, "total_tokens": count}
         assert document["model"] == "tiny-mean-pooled"
-    for given in (TEXTS[0], token_ids[0]):
-        np.testing.assert_allclose(vectors_of(ask(client, given)), expected[:1], atol=CLOSE)
+    for given in all_forms:
+        np.testing.assert_allclose(vectors_of(ask(client, given[0])), expected[:1], atol=CLOSE)
 
 
 def test_fewer_dimensions_and_base64(client: httpx.Client) -> None:

@@ -36,23 +36,27 @@ _POOLINGS: dict[str, Pooling] = {
 
 
 class Embedder(Protocol):
-    """Makes vectors of texts.
-
-    Attributes:
-        name: of the model; None for the one that is served.
-        size: of a vector.
-        max_tokens: of a text.
-        vocab_size: token ids are smaller.
-    """
+    """Makes vectors of texts."""
 
     @property
-    def name(self) -> str | None: ...
+    def name(self) -> str | None:
+        """Name of the model; None for the one that is served."""
+        ...
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Numbers of a vector."""
+        ...
+
     @property
-    def max_tokens(self) -> int: ...
+    def max_tokens(self) -> int:
+        """Tokens of the longest text."""
+        ...
+
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Token ids are smaller."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with what the model expects around it.
@@ -124,8 +128,7 @@ class _SideBySide:
         del extra  # what it says was found at load time
         window = self.model.layers[layer].window
         queries, keys, values = (
-            torch.split(heads, list(self.lengths), 2)  # type: ignore[no-untyped-call]
-            for heads in (query, key, value)
+            torch.split(heads, list(self.lengths), 2) for heads in (query, key, value)
         )
         rows = [_attend(*heads, scale, window) for heads in zip(queries, keys, values, strict=True)]
         return torch.cat(rows, 2)[0].transpose(0, 1)  # (T, H, D)
