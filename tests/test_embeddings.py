@@ -186,6 +186,8 @@ def test_fewer_dimensions_and_base64(client: httpx.Client) -> None:
         ({"input": "a", "normalize": False}, "normalize", "All vectors have the length 1."),
         ({"input": "a", "colour": 1}, "colour", "Leave it out."),
         ({"input": "\ud800"}, "input", "surrogate"),
+        ({"input": [1, "a"]}, "input", "Give a text or token ids, or a list of either"),
+        ({"input": {"a": 1}}, "input", "Give a text or token ids, or a list of either"),
     ],
 )  # fmt: skip
 def test_refusals_say_what_to_do(

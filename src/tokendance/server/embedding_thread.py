@@ -145,4 +145,5 @@ def _fail(request: _Request, error: Exception) -> None:
 
 
 def _stopped() -> ApiError:
-    return ApiError(503, "The server is stopping. Ask another, or later.")
+    message = "The server is stopping. Ask another, or later."
+    return ApiError(503, message, headers={"Retry-After": "5"})

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Response
-from pydantic import BaseModel, Field, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from tokendance.errors import InputError
 from tokendance.models.embedders import Vectors
@@ -28,16 +36,26 @@ _FIELDS: Fields = {
 _MANY = 65_536  # more are refused before they are looked at
 
 
+def _read_input(given: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """Say what may stand there, in place of why it is none of four things."""
+    try:
+        return read(given)
+    except ValidationError as error:
+        message = "Give a text or token ids, or a list of either"
+        raise PydanticCustomError("no_input", message) from error
+
+
 class EmbeddingRequest(Body):
     """Body of /v1/embeddings."""
 
     model: str
-    input: (
+    input: Annotated[
         str
         | TokenList
         | Annotated[list[str], Field(fail_fast=True, max_length=_MANY)]
-        | Annotated[list[TokenList], Field(fail_fast=True, max_length=_MANY)]
-    )
+        | Annotated[list[TokenList], Field(fail_fast=True, max_length=_MANY)],
+        WrapValidator(_read_input),
+    ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     # Accepted and ignored.
