@@ -26,7 +26,7 @@ SCHEMA = {
 HOSTILE = {
     name: schema for name, schema in attacks().items() if name not in ("all of", "enum", "numbers")
 }
-TOOLS = [
+TOOLS: list[Body] = [
     {
         "type": "function",
         "function": {

@@ -87,24 +87,28 @@ def items_of(body: ResponsesRequest) -> list[Item]:
 
 
 def messages_of(items: Iterable[Item]) -> list[ChatMessage]:
-    """Items as messages; calls go with what was said before them, as they do in one answer."""
+    """Items as messages; calls go with what was said before them, as they do in one answer.
+
+    Fields of items have been checked, so messages are made without that: there may be thousands.
+    """
     messages: list[ChatMessage] = []
+    make = ChatMessage.model_construct
     for item in items:
         match item:
             case InputMessage():
                 content = "".join(text_of(item.content))
-                messages.append(ChatMessage(role=item.role, content=content, name=item.name))
+                messages.append(make(role=item.role, content=content, name=item.name))
             case InputCall():
-                function = FunctionCall(name=item.name, arguments=item.arguments)
-                call = ToolCall(id=item.call_id, function=function)
                 if not messages or messages[-1].role != "assistant":
-                    messages.append(ChatMessage(role="assistant"))
-                messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
+                    messages.append(make(role="assistant"))
+                said = messages[-1]
+                if said.tool_calls is None:
+                    said.tool_calls = []
+                function = FunctionCall.model_construct(name=item.name, arguments=item.arguments)
+                said.tool_calls.append(ToolCall.model_construct(id=item.call_id, function=function))
             case InputCallOutput():
                 content = "".join(text_of(item.output))
-                messages.append(
-                    ChatMessage(role="tool", content=content, tool_call_id=item.call_id)
-                )
+                messages.append(make(role="tool", content=content, tool_call_id=item.call_id))
     return messages
 
 

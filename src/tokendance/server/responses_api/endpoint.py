@@ -55,7 +55,11 @@ class ResponsesEndpoint(ChatEndpoint):
         Raises:
             ApiError: likewise, and if the answer before is not remembered, or nothing was said.
         """
-        self._new = messages_of(items_of(asked))
+        items = items_of(asked)
+        if len(items) > (most := context.settings.max_messages):
+            message = f"There are {len(items)} items, and at most {most} are taken."
+            raise ApiError(413, message, param="input")
+        self._new = messages_of(items)
         earlier = context.kept_answers.messages(tenant, asked.previous_response_id)
         with _names_of_here():
             super().__init__(context, tenant, as_chat(asked, [*earlier, *self._new]))
