@@ -4,6 +4,7 @@ A value that says nothing is left out without a word: many clients send all fiel
 Any other is refused with what to do in its place.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -55,17 +56,18 @@ _FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def leave_out_neutral(body: Any) -> Any:
-    """Leave out what says nothing.
+def leave_out_neutral(body: Any, known: Collection[str]) -> Any:
+    """Leave out what says nothing, but for the fields that a request knows.
 
     Raises:
         PydanticCustomError: for a field that says something which is not supported.
     """
-    if not isinstance(body, dict) or not body.keys() & _FIELDS.keys():
+    if not isinstance(body, dict):
         return body
-    for name in body.keys() & _FIELDS.keys():
+    unsupported = (body.keys() & _FIELDS.keys()) - set(known)
+    for name in unsupported:
         neutral, advice = _FIELDS[name]
         if body[name] is not None and body[name] not in neutral:
             found = {"field": name, "advice": advice}
             raise PydanticCustomError("unsupported", "{field} is not supported. {advice}", found)
-    return {key: value for key, value in body.items() if key not in _FIELDS}
+    return {key: value for key, value in body.items() if key not in unsupported}
