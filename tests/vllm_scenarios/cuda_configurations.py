@@ -15,9 +15,8 @@ from typing import Any
 sys.path.append(os.path.dirname(__file__))
 import stand_ins
 
-if __name__ == "__main__":  # before vLLM looks for either
+if __name__ == "__main__":  # before vLLM looks for it
     stand_ins.triton_driver()
-    stand_ins.cuda_platform()
 
 from vllm import EngineArgs
 from vllm.config import set_current_vllm_config
@@ -25,6 +24,8 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
+
+from tokendance.integrations.vllm import cuda_attention
 
 MEMORY = 2**33
 """Bytes that vLLM would find for KV."""
@@ -68,18 +69,21 @@ def chosen(said: Said, model: str, capability: int, engine: dict[str, Any]) -> d
             backend = get_attn_backend(
                 config.model_config.get_head_size(), config.model_config.dtype, "auto"
             )
-        answer["attention"] = ".".join(backend.full_cls_name())
+        answer["is_ours"] = backend is cuda_attention.RoundAttentionBackend
         support = backend.get_builder_cls().get_cudagraph_support(config, None)
         answer["graphs_of_attention"] = support.name
     return answer
 
 
 def main() -> None:
+    stand_ins.cuda_platform()
     Worker.determine_available_memory = lambda _: MEMORY
     jobs = json.loads(sys.stdin.readline())
     load_general_plugins()
     said = Said()
-    logging.getLogger("vllm.tokendance").addHandler(said)
+    logger = logging.getLogger("vllm.tokendance")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(said)
     print("\n" + json.dumps([chosen(said, **job) for job in jobs]), flush=True)
 
 
