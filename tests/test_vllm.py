@@ -1,7 +1,8 @@
 """TokenDance inside the real vLLM on a CPU: `make vllm` installs it, and else these are skipped."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.bench.vllm import VLLMConfig, child_environment, find_vllm
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
-from vllm_server import run
+from vllm_server import run, talk
 
 PYTHON = find_vllm()
 SCRIPT = Path(__file__).parent / "vllm_scenarios" / "run.py"
@@ -29,15 +30,15 @@ NUM_AGENTS = 6
 Scripts = Mapping[str, list[dict[str, Any]]]
 
 
-def run_in_vllm(
+@contextlib.contextmanager
+def vllm_engine(
     model: Path,
-    scenarios: Scripts,
     *,
     plugin: bool = True,
     engine: Mapping[str, Any] = MappingProxyType({}),
     **environment: str,
-) -> dict[str, Any]:
-    """Run scenarios in a vLLM of their own; see `vllm_scenarios/run.py`."""
+) -> Iterator[Callable[[Scripts], dict[str, Any]]]:
+    """Start a vLLM that runs scenarios; see `vllm_scenarios/run.py`."""
     assert PYTHON is not None
     settings = {
         "dtype": "float32",
@@ -50,14 +51,17 @@ def run_in_vllm(
         "skip_tokenizer_init": True,
         **engine,
     }
-    job = {"model": str(model), "engine": settings, "scenarios": scenarios}
+    job = {"model": str(model), "engine": settings}
     variables = child_environment(PYTHON, VLLMConfig(threads=torch.get_num_threads()))
     variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENDANCE": str(int(plugin))}
-    printed = run([PYTHON, "-P", SCRIPT], json.dumps(job) + "\n", variables | environment)
-    # vLLM's log goes to the standard output, too, and may have something to say at the end.
-    said = next(line for line in reversed(printed.splitlines()) if line.startswith("{"))
-    answer: dict[str, Any] = json.loads(said)
-    return answer
+    with talk([PYTHON, "-P", SCRIPT], variables | environment) as ask:
+        yield lambda scenarios: json.loads(ask(json.dumps({**job, "scenarios": scenarios})))
+
+
+def run_in_vllm(model: Path, scenarios: Scripts, **settings: Any) -> dict[str, Any]:
+    """Run scenarios in a vLLM of their own; see `vllm_engine`."""
+    with vllm_engine(model, **settings) as ask:
+        return ask(scenarios)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +266,7 @@ def test_whoever_is_preempted_reads_again_or_computes(
     engine = {"kv_cache_memory_bytes": 18 * PAGE_BYTES, "max_model_len": 352}
     script = [ROUND.add(max_tokens=40), FINISH]
     result = run_in_vllm(model, {"round": script}, engine=engine)["round"]
-    assert result["preempted"] > 0
+    assert result["preempted"]
     assert result["missing_blocks"] == 0
     for answer, ours, theirs in zip(tokens(result), embedded, plain, strict=True):
         assert len(answer) == 40

@@ -334,6 +334,17 @@ class Rounds:
         self._store.pool.release(member.held, Holder.REQUEST)
         self._keep_within_budget()
 
+    def let_go(self) -> None:
+        """Let all members go that have started, and keep nothing of what they compute.
+
+        Whoever waits for one of them computes in its place.
+        """
+        for member in self._live.values():
+            if not member.is_published:
+                self._end_computing(member)
+            self._store.pool.release(member.held, Holder.REQUEST)
+        self._live.clear()
+
     def _end_computing(self, member: Member) -> None:
         self._computing.subtract(member.owned)
         self._computing = +self._computing
