@@ -1,4 +1,4 @@
-"""Scenarios inside vLLM: run by its own Python, told what to do by JSON lines, answering each by one.
+"""Scenarios inside vLLM: run by its own Python, which answers each JSON line by one.
 
     {"model": FOLDER, "engine": {...}, "scenarios": {NAME: [STEP, ...]}}
     {"scenarios": {NAME: [STEP, ...]}}      in the same engine, as often as one likes
@@ -13,8 +13,8 @@ A step is one of
     {"finish": true}      steps until nothing is left
 
 The answer has for each scenario the token ids of each request, and how many of its prompt tokens
-came from a cache; who was preempted, as what; what had been said at the last call; then what is
-left of blocks when all that was kept is given up.
+came from a cache; who was preempted, as what; who ran at the last call, and how many tokens it had
+said; then what is left of blocks when all that was kept is given up.
 """
 
 import json
@@ -23,6 +23,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
@@ -72,11 +73,12 @@ class Runner:
             for _ in range(step.get("steps", 0)):
                 self._step()
             if "until" in step:
-                wanted = step["until"]
-                self._step_until(lambda: self._stage(*wanted[:1])[: len(wanted) - 1] == wanted[1:])
+                self._step_until(partial(self._has_come, *step["until"]))
             if "call" in step:
                 name, arguments = step["call"]
-                self.said = {one: len(answer["tokens"]) for one, answer in self.answers.items()}
+                self.said = {_name(one): 0 for one in self.scheduler.requests}
+                for one in self.said.keys() & self.answers.keys():
+                    self.said[one] = len(self.answers[one]["tokens"])
                 getattr(self.core, name)(**arguments)
             if step.get("finish"):
                 self._step_until(lambda: not self.engine.has_unfinished_requests())
@@ -138,6 +140,9 @@ class Runner:
         while not is_so():
             assert time.monotonic() < deadline, "somebody waits for ever"
             self._step()
+
+    def _has_come(self, name: str, *stage: str) -> bool:
+        return self._stage(name)[: len(stage)] == [*stage]
 
     def _stage(self, name: str) -> list[str]:
         """How far a request has come, and what it is to others."""
