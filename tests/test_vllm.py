@@ -296,6 +296,48 @@ def test_who_has_priority_waits_for_no_owner_that_has_less(model: Path) -> None:
     assert result["rising"]["missing_blocks"] == result["late"]["missing_blocks"] == 0
 
 
+def test_a_version_that_was_not_tested_is_refused_and_can_be_tried() -> None:
+    script = (
+        "import os, vllm, tokendance.integrations.vllm as plugin\n"
+        "vllm.__version__ = '0.99.1'\n"
+        "try: plugin.register()\n"
+        "except ValueError as error: print(type(error).__name__, error)\n"
+        "from vllm.platforms import current_platform\n"
+        "print(hasattr(current_platform, 'has_tokendance'))\n"
+        "os.environ['TOKENDANCE_ANY_VERSION'] = '1'\n"
+        "plugin.register()\n"
+        "print(hasattr(current_platform, 'has_tokendance'))\n"
+    )
+    refusal, *others = in_python(script, TOKENDANCE="1")
+    assert refusal.startswith("ConfigError ")
+    assert "this is 0.99.1. Set TOKENDANCE_ANY_VERSION=1 to try it" in refusal
+    assert others == ["False", "True"]
+
+
+def in_python(script: str, **variables: str) -> list[str]:
+    """The lines that a script prints in vLLM's environment, without vLLM's log."""
+    assert PYTHON is not None
+    environment = child_environment(PYTHON, VLLMConfig()) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    return run([PYTHON, "-P", "-c", script], "", environment | variables).splitlines()
+
+
+def test_schedulers_and_workers_load_nothing_of_the_engine() -> None:
+    """Beside vLLM's own, which has loaded transformers."""
+    script = (
+        "import sys, vllm.v1.core.sched.async_scheduler, vllm.v1.worker.cpu_worker\n"
+        "import vllm.v1.metrics.loggers\n"
+        "before = set(sys.modules)\n"
+        "import tokendance.integrations.vllm.scheduler, tokendance.integrations.vllm.cpu_worker\n"
+        "print(*sorted({'.'.join(name.split('.')[:2]) for name in set(sys.modules) - before "
+        "if name.startswith(('tokendance.', 'transformers'))}))\n"
+    )
+    (rooms,) = in_python(script, TOKENDANCE="0")
+    assert set(rooms.split()) <= {
+        f"tokendance.{room}"
+        for room in ("attention", "collector", "errors", "integrations", "kinds", "rounds", "store")
+    }
+
+
 def test_the_plug_in_loads_neither_transformers_nor_the_engine() -> None:
     script = (
         "import sys, tokendance.integrations.vllm as p; p.register(); "
@@ -303,7 +345,4 @@ def test_the_plug_in_loads_neither_transformers_nor_the_engine() -> None:
         "print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'vllm', 'torch') "
         "or m.startswith(('tokendance.engine', 'tokendance.llm', 'tokendance.models'))])"
     )
-    assert PYTHON is not None
-    environment = child_environment(PYTHON, VLLMConfig()) | {"TOKENDANCE": "0"}
-    printed = run([PYTHON, "-P", "-c", script], "", environment)
-    assert printed.strip() == "[]"
+    assert in_python(script, TOKENDANCE="0") == ["[]"]

@@ -1,7 +1,8 @@
-"""What clients of vLLM's own API server see of TokenDance inside it: usage, metrics, refusals."""
+"""What clients of vLLM's own API server see of TokenDance inside it."""
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from test_vllm import PAGE, PYTHON, ROUND, Round
+from test_vllm import NUM_AGENTS, PAGE, PYTHON, ROUND, Round
 from tiny_models import save_model
 from vllm_server import vllm_server
 
@@ -23,15 +24,15 @@ class Server:
     """An API server of vLLM's, with the plug-in."""
 
     def __init__(self, http: httpx.Client) -> None:
-        self._http = http
+        self.http = http
 
     def get(self, path: str) -> str:
-        return self._http.get(path).raise_for_status().text
+        return self.http.get(path).raise_for_status().text
 
     def post(self, tokens: list[int], **body: Any) -> tuple[int, str]:
         """Status and body of a completion."""
         content = {"model": "m", "prompt": tokens, "max_tokens": 8, "temperature": 0, **body}
-        answer = self._http.post("/v1/completions", json=content)
+        answer = self.http.post("/v1/completions", json=content)
         return answer.status_code, answer.text
 
     def post_round(self, agents: Round, **body: Any) -> list[dict[str, Any]]:
@@ -144,3 +145,101 @@ def test_hostile_hints_harm_nobody(server: Server) -> None:
             assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"], hints
             assert not (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens"), hints
     assert server.get("/health") == ""
+
+
+class Streams:
+    """The answers of a round's agents, as they come."""
+
+    def __init__(self, http: httpx.Client, agents: Round, **body: Any) -> None:
+        self._http = http
+        self._have_begun = threading.Barrier(NUM_AGENTS + 1)
+        prompts = [prompt["tokens"] for prompt in agents.add()["add"]]
+        self._threads = ThreadPoolExecutor(len(prompts))
+        self._answers = [self._threads.submit(self._read, prompt, body) for prompt in prompts]
+
+    def _read(self, tokens: list[int], body: dict[str, Any]) -> list[dict[str, Any]]:
+        content = {"model": "m", "prompt": tokens, "temperature": 0, "stream": True, **body}
+        choices: list[dict[str, Any]] = []
+        with self._http.stream("POST", "/v1/completions", json=content) as answer:
+            for line in answer.raise_for_status().iter_lines():
+                if line.startswith("data: {"):
+                    if not choices:
+                        self._have_begun.wait(60)
+                    choices += json.loads(line[6:])["choices"]
+        return choices
+
+    def wait_until_all_have_begun(self) -> None:
+        self._have_begun.wait(60)
+
+    def ends(self) -> list[tuple[int, str]]:
+        """Of each answer: how many tokens it has, and why it ended."""
+        with self._threads:
+            answers = [answer.result() for answer in self._answers]
+        return [
+            (sum(len(choice["token_ids"]) for choice in choices), choices[-1]["finish_reason"])
+            for choices in answers
+        ]
+
+
+NUM_SAID = 200
+WHOLE = [(NUM_SAID, "length")] * NUM_AGENTS
+
+
+@pytest.mark.parametrize(
+    ("calls", "is_whole"),
+    [
+        (["/reset_prefix_cache?reset_running_requests=true"], True),
+        (["/pause?mode=keep", "/resume"], True),
+        (["/pause?mode=wait", "/resume"], True),
+        (["/pause?mode=abort", "/resume"], False),
+        (["/sleep?level=0&mode=keep", "/wake_up?tags=scheduling"], True),
+        (["/sleep?level=1&mode=keep", "/wake_up"], True),
+        (["/sleep?level=1&mode=wait", "/wake_up"], True),
+        (["/sleep?level=1&mode=abort", "/wake_up"], False),
+        (["/abort_requests"], False),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_whoever_pauses_or_resets_harms_nobody(
+    calls: list[str], is_whole: bool, server: Server
+) -> None:
+    """While owner and mirrors decode; all pages are free after that, and rounds go on."""
+    agents = Round(40)
+    body = {"max_tokens": NUM_SAID, "ignore_eos": True, "return_token_ids": True}
+    running = Streams(server.http, agents, vllm_xargs=NAMED, **body)
+    running.wait_until_all_have_begun()
+    first, *others = calls
+    said = server.http.post(first, json={})
+    assert said.status_code == 200, said.text
+    if others:
+        coming = Streams(server.http, Round(41), vllm_xargs=NAMED, **body)
+        for path in others:
+            server.http.post(path).raise_for_status()
+        assert coming.ends() == WHOLE
+    ends = running.ends()
+    if is_whole:
+        assert ends == WHOLE
+    else:
+        assert {why for _, why in ends} == {"abort"}
+        assert all(count < NUM_SAID for count, _ in ends)
+    usages = server.post_round(Round(42), vllm_xargs=NAMED, cache_salt=first)
+    details = [usage["prompt_tokens_details"] or {} for usage in usages]
+    assert sorted(detail.get("cached_tokens") or 0 for detail in details) == [0, *[REUSED] * 5]
+    assert server.http.post("/reset_prefix_cache").json() == {"success": True}
+
+
+def test_what_differs_in_its_salt_shares_nothing(server: Server) -> None:
+    tokens = Round(50).add()["add"][0]["tokens"]
+
+    def num_cached(**body: Any) -> int:
+        usage = _usage(server.post(tokens, **body)[1])
+        return int((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
+
+    assert num_cached(cache_salt="a") == 0
+    assert num_cached(cache_salt="b") == 0
+    assert num_cached() == 0
+    assert num_cached(cache_salt="a") == num_cached() == len(tokens) - 1
+    # vLLM's own prefix cache finds whole blocks, and leaves a token to be computed.
+    exact = {"vllm_xargs": {"reuse": "exact"}}
+    assert num_cached(cache_salt="b", **exact) == (len(tokens) - 1) // PAGE * PAGE
+    assert num_cached(cache_salt="c", **exact) == 0
