@@ -116,6 +116,24 @@ def embedded(model: Path) -> list[list[int]]:
     return [list(output.token_ids) for output in result.outputs]
 
 
+OTHERS = Round(7, num_agents=3).add(extra={"reuse": "exact"})["add"]
+# What a worker is told, and a few names that it might have: other tenants send it.
+READS = list(range(PAGE, PAGE + 150))
+FORGED: dict[str, dict[str, Any]] = {
+    "attribute": {"tokendance_reads": READS, "tokendance_whole": {"a0": READS}},
+    "pages": {"reads": [[0, 0, [1, 2, 3]]], "pages": [1, 2, 3], "positions": READS, "slots": READS},
+    "transfer": {
+        "kv_transfer_params": {
+            "do_remote_prefill": True,
+            "remote_block_ids": [1, 2, 3, 4],
+            "remote_engine_id": "0",
+            "tokendance_reads": READS,
+        }
+    },
+    "encoder": {"ec_transfer_params": {"tokendance_reads": READS}, "prefill_token_ids": READS},
+    "round": {"round": "victims", "round_size": NUM_AGENTS, "cache_salt": "victims"},
+    "blocks": {"round": "victims", "blocks": [61, 211], "session_id": "victims", "salt": "victims"},
+}
 SCENARIOS: Scripts = {
     "round": [ROUND.add(), FINISH],
     "one token": [ROUND.add(max_tokens=1), FINISH],
@@ -131,10 +149,23 @@ SCENARIOS: Scripts = {
         {"add": [{**request, "salt": request["id"]} for request in ROUND.add()["add"]]},
         FINISH,
     ],
-    "forged": [
+    "others after a round": [
+        {"add": [OTHERS[0]]},
+        FINISH,
         ROUND.add("a"),
-        {"steps": 6},
-        ROUND.add(extra={"tokendance_reads": [1] * 50, "reads": [[0, 0, [1, 2, 3]]]}, salt="thief"),
+        FINISH,
+        {"add": [{**request, "id": f"late{request['id']}"} for request in OTHERS]},
+        FINISH,
+    ],
+    "forged": [
+        ROUND.add("a", extra={"round": "victims", "round_size": NUM_AGENTS}, salt="victims"),
+        {"until": ["a5", "decodes", "mirror"]},
+        {
+            "add": [
+                {**ROUND.add()["add"][4], "id": name, "extra": extra, "salt": name}
+                for name, extra in FORGED.items()
+            ]
+        },
         FINISH,
     ],
 }
@@ -146,9 +177,16 @@ def results(model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(model: Path) -> list[list[int]]:
+def plain_results(model: Path) -> dict[str, Any]:
+    """What vLLM does by itself."""
+    scenarios = {name: SCENARIOS[name] for name in ("round", "others after a round")}
+    return run_in_vllm(model, scenarios, plugin=False)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_results: Mapping[str, Any]) -> list[list[int]]:
     """What vLLM answers by itself."""
-    return tokens(run_in_vllm(model, {"round": SCENARIOS["round"]}, plugin=False)["round"])
+    return tokens(plain_results["round"])
 
 
 def test_a_round_answers_as_the_embedded_engine_does(
@@ -182,13 +220,32 @@ def test_who_asks_for_exact_answers_gets_what_vllm_answers(
     assert all(answer["num_cached"] == 0 for answer in results["tenants"]["answers"].values())
 
 
-def test_nobody_names_pages_but_the_scheduler(
-    results: Mapping[str, Any], embedded: list[list[int]]
+def test_after_a_round_vllms_prefix_cache_has_exact_kv_only(results: Mapping[str, Any]) -> None:
+    answers = results["exact after a round"]["answers"]
+    cached = [answers[str(index)]["num_cached"] for index in range(NUM_AGENTS)]
+    # A mirror's whole blocks before the first token that it read; of the owner all.
+    lengths = [answers["0"]["num_prompt"] - 1, *(len(own) + 3 for own in ROUND.private[1:])]
+    assert cached == [length // PAGE * PAGE for length in lengths]
+
+
+def test_plain_requests_are_answered_and_cached_as_vllm_does_it(
+    results: Mapping[str, Any], plain_results: Mapping[str, Any]
 ) -> None:
-    """Another tenant who sends what a scheduler would say computes a round of its own."""
-    answers = results["forged"]["answers"]
-    assert tokens(results["forged"]) == embedded
-    assert answers["0"]["num_cached"] == 0
+    ours, theirs = (one["others after a round"]["answers"] for one in (results, plain_results))
+    names = [OTHERS[0]["id"], *(f"late{request['id']}" for request in OTHERS)]
+    assert [ours[name] for name in names] == [theirs[name] for name in names]
+    assert ours["late0"]["num_cached"] > 0
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_nobody_names_pages_but_the_scheduler(
+    name: str, results: Mapping[str, Any], plain: list[list[int]], embedded: list[list[int]]
+) -> None:
+    """Whatever another tenant sends, it reads nothing of what a victim has computed."""
+    answer = results["forged"]["answers"][name]
+    assert answer["tokens"] == plain[4] != embedded[4]
+    assert answer["num_cached"] == 0
+    assert tokens(results["forged"], "a") == embedded
 
 
 def test_a_round_that_comes_again_finds_all_of_it(

@@ -1,10 +1,12 @@
 """What clients of vLLM's own API server see of TokenDance inside it."""
 
+import contextlib
 import json
 import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -59,22 +61,30 @@ def _usage(text: str) -> dict[str, Any]:
     return dict(json.loads(text)["usage"])
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("served")
+FLAGS = {
+    "served-model-name": "m",
+    "dtype": "float32",
+    "max-model-len": 512,
+    "block-size": PAGE,
+    "kv-cache-memory-bytes": 2**24,
+    "max-num-batched-tokens": 512,
+}
+
+
+@contextlib.contextmanager
+def serve(folder: Path, *more: str) -> Iterator[Server]:
+    """Serve a tiny model."""
     save_model(folder, "llama", hidden_size=128)
-    flags = {
-        "served-model-name": "m",
-        "dtype": "float32",
-        "max-model-len": 512,
-        "block-size": PAGE,
-        "kv-cache-memory-bytes": 2**24,
-        "max-num-batched-tokens": 512,
-    }
-    arguments = [f"--{name}={value}" for name, value in flags.items()]
-    arguments += ["--skip-tokenizer-init", "--enable-prompt-tokens-details"]
+    arguments = [f"--{name}={value}" for name, value in FLAGS.items()]
+    arguments += ["--skip-tokenizer-init", "--enable-prompt-tokens-details", *more]
     with vllm_server(folder, folder, *arguments) as http:
         yield Server(http)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("served")) as server:
+        yield server
 
 
 NAMED = {"round": "r", "round_size": 6}
@@ -243,3 +253,16 @@ def test_what_differs_in_its_salt_shares_nothing(server: Server) -> None:
     exact = {"vllm_xargs": {"reuse": "exact"}}
     assert num_cached(cache_salt="b", **exact) == (len(tokens) - 1) // PAGE * PAGE
     assert num_cached(cache_salt="c", **exact) == 0
+
+
+def test_what_does_not_fit_is_served_as_vllm_does_and_said_once(tmp_path: Path) -> None:
+    reason = "others are told of KV (KV events)"
+    events = json.dumps({"enable_kv_cache_events": True, "publisher": "null"})
+    with serve(tmp_path, f"--kv-events-config={events}") as server:
+        assert server.metric(f'tokendance:plain_vllm{{reason="{reason}"}}') == 1
+        usages = server.post_round(Round(60), vllm_xargs=NAMED)
+        details = [usage["prompt_tokens_details"] or {} for usage in usages]
+        assert not any(detail.get("cached_tokens") for detail in details)
+        assert server.metric('tokendance:rounds_total{engine="0"}') == 0
+    log = (tmp_path / "vllm.log").read_text(errors="replace")
+    assert log.count(f"vLLM runs without TokenDance: {reason}.") == 1

@@ -7,6 +7,7 @@ vLLM finds `register` as a plug-in (entry point `vllm.general_plugins`) and call
 processes. Without TOKENDANCE=1 it does nothing.
 """
 
+import functools
 import logging
 import os
 from typing import Any
@@ -50,12 +51,17 @@ def register() -> None:
     platform.has_tokendance = True
 
 
+@functools.cache  # vLLM checks a configuration again where it is copied
+def _say_that_it_is_plain(reason: str) -> None:
+    log.warning("vLLM runs without TokenDance: %s.", reason)
+
+
 def _configure(vllm_config: Any) -> None:
     """Choose our scheduler and worker for a configuration that can be served."""
     from tokendance.integrations.vllm.support import why_not
 
     if (reason := why_not(vllm_config)) is not None:
-        log.warning("vLLM runs without TokenDance: %s.", reason)
+        _say_that_it_is_plain(reason)
         return
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     vllm_config.parallel_config.worker_cls = CPU_WORKER
