@@ -33,6 +33,7 @@ CHUNKS: dict[str, Any] = {"max_num_batched_tokens": 48, "max_num_seqs": 4}
 ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "synchronous": ({"async_scheduling": False}, {}),
     "asynchronous": ({"async_scheduling": True}, {}),
+    "two devices": ({"tensor_parallel_size": 2}, {}),
     "V2": (
         {"async_scheduling": True},
         {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
@@ -138,6 +139,7 @@ def test_who_comes_while_all_is_paused_makes_a_round_after_it(
         ROUND.add("gone"),
         {"until": ["gone3", "decodes", "mirror"]},
         call,
+        {"abort": [f"gone{index}" for index in range(NUM_AGENTS)]},  # for vLLM's front end
         ROUND.add(),
         {"steps": 3},
         wake,

@@ -144,9 +144,12 @@ def test_hostile_hints_harm_nobody(server: Server) -> None:
     """Each is answered or refused, and the engine goes on."""
     tokens = ROUND.add()["add"][0]["tokens"]
     expected = json.loads(server.post(tokens, cache_salt="x", return_token_ids=True)[1])
-    for index, hints in enumerate(HOSTILE):
-        body = {"vllm_xargs": hints, "cache_salt": str(index), "return_token_ids": True}
-        status, text = server.post(tokens, **body)
+    reads = {"tokendance_reads": list(range(64, 64 + len(tokens))), "do_remote_prefill": True}
+    transfers = [{"kv_transfer_params": reads}, {"ec_transfer_params": reads}]
+    for index, hints in enumerate([*HOSTILE, *transfers]):
+        said = hints if hints in transfers else {"vllm_xargs": hints}
+        body = {"cache_salt": str(index), "return_token_ids": True}
+        status, text = server.post(tokens, **said, **body)
         # vLLM's own front end answers 500 where it takes a list for a dictionary.
         allowed = (200, 400, 500) if "kv_transfer_params" in hints else (200, 400)
         assert status in allowed, (hints, status, text)
@@ -162,7 +165,7 @@ class Streams:
 
     def __init__(self, http: httpx.Client, agents: Round, **body: Any) -> None:
         self._http = http
-        self._have_begun = threading.Barrier(NUM_AGENTS + 1)
+        self._begun = threading.Semaphore(0)
         prompts = [prompt["tokens"] for prompt in agents.add()["add"]]
         self._threads = ThreadPoolExecutor(len(prompts))
         self._answers = [self._threads.submit(self._read, prompt, body) for prompt in prompts]
@@ -174,12 +177,13 @@ class Streams:
             for line in answer.raise_for_status().iter_lines():
                 if line.startswith("data: {"):
                     if not choices:
-                        self._have_begun.wait(60)
+                        self._begun.release()
                     choices += json.loads(line[6:])["choices"]
         return choices
 
     def wait_until_all_have_begun(self) -> None:
-        self._have_begun.wait(60)
+        for _ in self._answers:
+            assert self._begun.acquire(timeout=60)
 
     def ends(self) -> list[tuple[int, str]]:
         """Of each answer: how many tokens it has, and why it ended."""
@@ -196,26 +200,28 @@ WHOLE = [(NUM_SAID, "length")] * NUM_AGENTS
 
 
 @pytest.mark.parametrize(
-    ("calls", "is_whole"),
+    ("calls", "outcome"),
     [
-        (["/reset_prefix_cache?reset_running_requests=true"], True),
-        (["/pause?mode=keep", "/resume"], True),
-        (["/pause?mode=wait", "/resume"], True),
-        (["/pause?mode=abort", "/resume"], False),
-        (["/sleep?level=0&mode=keep", "/wake_up?tags=scheduling"], True),
-        (["/sleep?level=1&mode=keep", "/wake_up"], True),
-        (["/sleep?level=1&mode=wait", "/wake_up"], True),
-        (["/sleep?level=1&mode=abort", "/wake_up"], False),
-        (["/abort_requests"], False),
+        (["/reset_prefix_cache?reset_running_requests=true"], "computed anew"),
+        (["/pause?mode=keep", "/resume"], "computed anew"),
+        (["/pause?mode=wait", "/resume"], "answered"),
+        (["/pause?mode=abort", "/resume"], "aborted"),
+        (["/sleep?level=0&mode=keep", "/wake_up?tags=scheduling"], "answered"),
+        (["/sleep?level=1&mode=keep", "/wake_up"], "computed anew"),
+        (["/sleep?level=1&mode=wait", "/wake_up"], "answered"),
+        (["/sleep?level=1&mode=abort", "/wake_up"], "aborted"),
+        (["/abort_requests"], "aborted"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: value[0][1:] if isinstance(value, list) else "",
 )
 def test_whoever_pauses_or_resets_harms_nobody(
-    calls: list[str], is_whole: bool, server: Server
+    calls: list[str], outcome: str, server: Server
 ) -> None:
     """While owner and mirrors decode; all pages are free after that, and rounds go on."""
     agents = Round(40)
     body = {"max_tokens": NUM_SAID, "ignore_eos": True, "return_token_ids": True}
+    preemptions = 'vllm:num_preemptions_total{engine="0",model_name="m"}'
+    before = server.metric(preemptions)
     running = Streams(server.http, agents, vllm_xargs=NAMED, **body)
     running.wait_until_all_have_begun()
     first, *others = calls
@@ -227,11 +233,13 @@ def test_whoever_pauses_or_resets_harms_nobody(
             server.http.post(path).raise_for_status()
         assert coming.ends() == WHOLE
     ends = running.ends()
-    if is_whole:
-        assert ends == WHOLE
-    else:
+    if outcome == "aborted":
         assert {why for _, why in ends} == {"abort"}
         assert all(count < NUM_SAID for count, _ in ends)
+    else:
+        assert ends == WHOLE
+    preempted = server.metric(preemptions) - before
+    assert preempted == (NUM_AGENTS if outcome == "computed anew" else 0)
     usages = server.post_round(Round(42), vllm_xargs=NAMED, cache_salt=first)
     details = [usage["prompt_tokens_details"] or {} for usage in usages]
     assert sorted(detail.get("cached_tokens") or 0 for detail in details) == [0, *[REUSED] * 5]
