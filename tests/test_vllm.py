@@ -356,16 +356,17 @@ def test_who_has_priority_waits_for_no_owner_that_has_less(model: Path) -> None:
 def test_a_version_that_was_not_tested_is_refused_and_can_be_tried() -> None:
     script = (
         "import os, vllm, tokendance.integrations.vllm as plugin\n"
+        "from vllm.platforms import current_platform\n"
         "vllm.__version__ = '0.99.1'\n"
+        "os.environ['TOKENDANCE'] = '1'\n"
         "try: plugin.register()\n"
         "except ValueError as error: print(type(error).__name__, error)\n"
-        "from vllm.platforms import current_platform\n"
         "print(hasattr(current_platform, 'has_tokendance'))\n"
         "os.environ['TOKENDANCE_ANY_VERSION'] = '1'\n"
         "plugin.register()\n"
         "print(hasattr(current_platform, 'has_tokendance'))\n"
     )
-    refusal, *others = in_python(script, TOKENDANCE="1")
+    refusal, *others = in_python(script, TOKENDANCE="0")
     assert refusal.startswith("ConfigError ")
     assert "this is 0.99.1. Set TOKENDANCE_ANY_VERSION=1 to try it" in refusal
     assert others == ["False", "True"]

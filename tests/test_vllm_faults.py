@@ -180,6 +180,7 @@ def test_owners_and_mirrors_are_preempted_and_all_are_answered(small: Ask) -> No
             "owners": [
                 {"add": [alone("first", 100, max_tokens=240)]},
                 {"until": ["first", "decodes"]},
+                {"steps": 200},  # it has 10 pages, and soon 11
                 {"add": ROUND.add(max_tokens=40)["add"][:2]},
                 FINISH,
             ],

@@ -240,7 +240,7 @@ def test_whoever_pauses_or_resets_harms_nobody(
         assert ends == WHOLE
     preempted = server.metric(preemptions) - before
     assert preempted == (NUM_AGENTS if outcome == "computed anew" else 0)
-    usages = server.post_round(Round(42), vllm_xargs=NAMED, cache_salt=first)
+    usages = server.post_round(Round(42), vllm_xargs=NAMED)
     details = [usage["prompt_tokens_details"] or {} for usage in usages]
     assert sorted(detail.get("cached_tokens") or 0 for detail in details) == [0, *[REUSED] * 5]
     assert server.http.post("/reset_prefix_cache").json() == {"success": True}
