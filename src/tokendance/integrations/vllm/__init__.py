@@ -7,7 +7,6 @@ vLLM finds `register` as a plug-in (entry point `vllm.general_plugins`) and call
 processes. Without TOKENDANCE=1 it does nothing.
 """
 
-import functools
 import logging
 import os
 from typing import Any
@@ -52,11 +51,6 @@ def register() -> None:
     platform.has_tokendance = True
 
 
-@functools.cache  # vLLM checks a configuration again where it is copied
-def _say_that_it_is_plain(reason: str) -> None:
-    log.warning("vLLM runs without TokenDance: %s.", reason)
-
-
 def _configure(vllm_config: Any) -> None:
     """Choose our scheduler, worker and attention for a configuration that can be served."""
     from vllm.platforms import current_platform
@@ -64,7 +58,7 @@ def _configure(vllm_config: Any) -> None:
     from tokendance.integrations.vllm.support import why_not
 
     if (reason := why_not(vllm_config, current_platform)) is not None:
-        _say_that_it_is_plain(reason)
+        log.warning("vLLM runs without TokenDance: %s.", reason)
         return
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     if current_platform.is_cuda():
