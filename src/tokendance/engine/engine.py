@@ -170,7 +170,8 @@ class Engine:
             round_id,
         )
         for prompt in neutral:
-            owner = make_neutral(prompt, round_id, RequestId(next(self._request_ids)), now)
+            request_id = RequestId(next(self._request_ids))
+            owner = make_neutral(prompt, round_id, request_id, now, guarded[0].tenant)
             self._rounds[round_id].neutral.append(owner)
             self.scheduler.add(owner)
         for request in guarded:
@@ -255,7 +256,7 @@ class Engine:
                 self.scheduler.resident_pages(),
             )
         )
-        self._take(scheduled, output, now)
+        self._take(scheduled, step, output, now)
 
     def _admit(self) -> None:
         num_evicted = self.store.num_evicted
@@ -311,14 +312,16 @@ class Engine:
         """Fail requests of which none can be computed, since each waits for another."""
         for request in list(self.scheduler.running):
             error = StepError(
-                f"The request of {request.agent!r} waits for KV that nobody computes. Ask again."
+                f"The request{request.whose} waits for KV that nobody computes. Ask again."
             )
             log.error("%s", error)
             self._fail(request, error, keep_kv=False)
 
     # -- after a step ---------------------------------------------------------------------------
 
-    def _take(self, scheduled: Sequence[Scheduled], output: StepOutput, now: float) -> None:
+    def _take(
+        self, scheduled: Sequence[Scheduled], step: StepInput, output: StepOutput, now: float
+    ) -> None:
         """Take the tokens that were chosen, and let go of requests that are done or have failed."""
         wanting = [
             item.request
@@ -328,6 +331,9 @@ class Engine:
         for request, is_finite in zip(wanting, output.is_finite, strict=True):
             if not is_finite and request.allocation is not None:
                 self._fail_numerics(request)
+        targets = iter(output.targets)
+        for share, item in zip(step.requests, scheduled, strict=True):
+            item.request.prompt_logprobs += itertools.islice(targets, len(share.targets))
         for index, request in enumerate(wanting):
             if not output.is_finite[index] or request.allocation is None:
                 continue  # it has failed, or has begun anew
@@ -358,6 +364,8 @@ class Engine:
     def _append(self, request: Request, token: int) -> str | None:
         """Add a token to a request's answer; return why it is done, if it is."""
         params = request.params
+        if request.max_new_tokens == 0:
+            return "length"
         if params.forced_tokens is None:
             # A constrained answer ends where its grammar does.
             goes_on = params.ignore_eos and request.constraint is None
@@ -367,7 +375,13 @@ class Engine:
                 return "stop"
         request.generated.append(token)
         if params.stop and params.forced_tokens is None:
-            text = text_up_to_stop(request.generated, params.stop, self._decode)
+            text = text_up_to_stop(
+                request.generated,
+                params.stop,
+                self._decode,
+                num_free=params.min_tokens,
+                include=params.include_stop,
+            )
             if text is not None:
                 request.text = text
                 request.stopped_by_text = True
@@ -383,7 +397,7 @@ class Engine:
         if request.num_retries < _MAX_RETRIES and self.scheduler.retry_without_suspects(request):
             return
         error = NumericsError(
-            f"The model produced NaN or infinity for {request.agent!r}. "
+            f"The model produced NaN or infinity in the request{request.whose}. "
             "Try dtype float32, or check the weights."
         )
         self._fail(request, error, keep_kv=False)
@@ -412,7 +426,10 @@ class Engine:
         if reason == "error":
             request.generated.clear()
         elif request.text is None:
-            request.text = self._decode(request.generated)
+            answer = list(request.generated)
+            if request.params.include_stop and request.end_token is not None:
+                answer.append(request.end_token)
+            request.text = self._decode(answer)
         self.scheduler.release(request, keep_kv=True)
 
     def _tell_end(self, request: Request) -> None:
