@@ -316,7 +316,7 @@ def test_salts_get_no_more_than_their_tenant(
 ) -> None:
     """However many salts a client sends, the scheduler sees one tenant."""
     client, server = served
-    seen = set()
+    seen: set[tuple[bytes, bytes]] = set()
     submit = server.engine_thread.submit
 
     def record(jobs: Any) -> None:
@@ -349,7 +349,7 @@ def test_one_agent_of_a_round_is_computed_exactly(
 ) -> None:
     def ask(number: int) -> list[dict[str, Any]]:
         said = {"type": "shared", "text": f"{number}: {TEXT * 3}"}
-        agents = []
+        agents: list[dict[str, Any]] = []
         for name in ("ann", "bob", "cid"):
             agent: dict[str, Any] = {"agent": name, "max_tokens": 8, "temperature": 0}
             if session is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tokendance.collector.planner import Planner
+from tokendance.engine.answers import add_token, text_of
 from tokendance.engine.events import (
     Admitted,
     EngineObserver,
@@ -24,7 +25,6 @@ from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.request import Request, RequestId, as_failure, make_neutral, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
-from tokendance.engine.stops import text_up_to_stop
 from tokendance.engine.tenants import TenantRules
 from tokendance.errors import (
     AbortedError,
@@ -328,12 +328,12 @@ class Engine:
             for item in scheduled
             if item.request.num_computed == item.request.num_to_compute
         ]
-        for request, is_finite in zip(wanting, output.is_finite, strict=True):
-            if not is_finite and request.allocation is not None:
-                self._fail_numerics(request)
         targets = iter(output.targets)
         for share, item in zip(step.requests, scheduled, strict=True):
             item.request.prompt_logprobs += itertools.islice(targets, len(share.targets))
+        for request, is_finite in zip(wanting, output.is_finite, strict=True):
+            if not is_finite and request.allocation is not None:
+                self._fail_numerics(request)
         for index, request in enumerate(wanting):
             if not output.is_finite[index] or request.allocation is None:
                 continue  # it has failed, or has begun anew
@@ -356,37 +356,10 @@ class Engine:
             request.first_token_s = now
             self.scheduler.mark_verified(request)
             self.emit(FirstToken(now, request.id, request.round_id))
-        reason = self._append(request, token)
+        reason = add_token(request, token, self._decode)
         if reason is not None:
             self.scheduler.publish_answer(request)
             self._finish(request, reason)
-
-    def _append(self, request: Request, token: int) -> str | None:
-        """Add a token to a request's answer; return why it is done, if it is."""
-        params = request.params
-        if request.max_new_tokens == 0:
-            return "length"
-        if params.forced_tokens is None:
-            # A constrained answer ends where its grammar does.
-            goes_on = params.ignore_eos and request.constraint is None
-            ends = () if goes_on else request.stop_ids
-            if token in ends or token in params.stop_token_ids:
-                request.end_token = token
-                return "stop"
-        request.generated.append(token)
-        if params.stop and params.forced_tokens is None:
-            text = text_up_to_stop(
-                request.generated,
-                params.stop,
-                self._decode,
-                num_free=params.min_tokens,
-                include=params.include_stop,
-            )
-            if text is not None:
-                request.text = text
-                request.stopped_by_text = True
-                return "stop"
-        return "length" if len(request.generated) >= request.max_new_tokens else None
 
     def _fail_numerics(self, request: Request) -> None:
         """Fail a request whose logits are not finite, or let it begin anew if others may be why.
@@ -426,10 +399,7 @@ class Engine:
         if reason == "error":
             request.generated.clear()
         elif request.text is None:
-            answer = list(request.generated)
-            if request.params.include_stop and request.end_token is not None:
-                answer.append(request.end_token)
-            request.text = self._decode(answer)
+            request.text = text_of(request, self._decode)
         self.scheduler.release(request, keep_kv=True)
 
     def _tell_end(self, request: Request) -> None:

@@ -319,6 +319,7 @@ def make_output(request: Request) -> Output:
         logprobs=tuple(torch.from_numpy(distribution) for distribution in kept),
         dropped_tokens=0 if failed else request.num_dropped,
         approximate_tokens=0 if failed or request.plan is None else request.plan.num_approximate,
+        prompt_logprobs=() if failed else tuple(request.prompt_logprobs),
     )
 
 
