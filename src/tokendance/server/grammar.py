@@ -27,6 +27,7 @@ from tokendance.server.answer_grammar import (
     json_schema_of,
 )
 from tokendance.server.call_parser import CallParser
+from tokendance.server.closing import ClosingTokens
 from tokendance.server.errors import ApiError, bad_request
 from tokendance.server.grammar_check import GrammarChecker
 from tokendance.server.grammar_constraint import (
@@ -211,6 +212,7 @@ class Grammars:
                     only_end,
                     digits=np.isin(firsts, list(b"0123456789")),
                     blanks=np.isin(firsts, list(b" \t\n\r\\")),
+                    closing=ClosingTokens.of(texts),
                 )
             return self._known_vocabulary
 

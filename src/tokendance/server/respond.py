@@ -168,7 +168,8 @@ class Endpoint(ABC, Generic[Body]):
                 raise bad_request(message, self.prompt_field, "context_length_exceeded")
             if body.max_tokens_asked is not None and request.max_new_tokens < params.max_tokens:
                 self.headers["X-TokenDance-Max-Tokens"] = str(request.max_new_tokens)
-            request.constraint = constraint.copy() if constraint is not None else None
+            if constraint is not None:
+                request.constraint = constraint.copy(request.max_new_tokens)
             request.session = session
             request.tenant = self.context.encoder(self.tenant).salt
             self.jobs[index] = Job(request, self.listener.of(index), key, size, marked)

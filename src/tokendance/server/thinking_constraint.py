@@ -20,18 +20,26 @@ _MAX_BLANKS = 2
 class ThinkingConstraint:
     """A constraint that begins behind thoughts; see `engine.constraint.Constraint`."""
 
-    def __init__(self, behind: GrammarConstraint, marks: ThoughtMarks, standing: Standing) -> None:
+    def __init__(
+        self,
+        behind: GrammarConstraint,
+        marks: ThoughtMarks,
+        standing: Standing,
+        max_tokens: int | None = None,
+    ) -> None:
         """Begin an answer.
 
         Args:
             behind: what follows thoughts; of nobody else, at its beginning.
             marks: of thoughts.
             standing: where the answer begins.
+            max_tokens: that the answer may have, with its thoughts.
         """
         self._behind = behind
         self._vocabulary = behind.vocabulary
         self._marks = marks
         self._standing = standing
+        self._max_tokens = max_tokens
         self._begin()
 
     def _begin(self) -> None:
@@ -40,6 +48,7 @@ class ThinkingConstraint:
         # Whether the text so far may be the beginning of what was asked for.
         self._may_say = self._standing is Standing.BEFORE
         self._num_blanks = 0
+        self._num_tokens = 0  # before what was asked for
         self._accepted: list[int] = []  # and not looked at yet
         self._forbidden: Mask | None = None
 
@@ -59,8 +68,8 @@ class ThinkingConstraint:
 
     def forbidden(self) -> Mask:
         """Tokens that may not come next: bool (vocabulary,)."""
-        self.prepare()
-        assert self._forbidden is not None
+        while self._forbidden is None:
+            self.prepare()
         return self._forbidden
 
     def accept(self, token: int) -> None:
@@ -72,9 +81,10 @@ class ThinkingConstraint:
         """Why the grammar has failed, if it has."""
         return self._behind.failure()
 
-    def copy(self) -> "ThinkingConstraint":
-        """One for another answer; while this one is at its beginning."""
-        return ThinkingConstraint(self._behind.copy(), self._marks, self._standing)
+    def copy(self, max_tokens: int | None = None) -> "ThinkingConstraint":
+        """One for another answer of at most so many tokens; while this one is at its beginning."""
+        behind = self._behind.copy(max_tokens)
+        return ThinkingConstraint(behind, self._marks, self._standing, max_tokens)
 
     def restart(self) -> None:
         """Go back to the beginning."""
@@ -86,6 +96,7 @@ class ThinkingConstraint:
         if was is Standing.BEHIND:
             self._behind.accept(token)
             return
+        self._num_tokens += 1
         if was is Standing.BEFORE and self._may_say:
             self._may_say = not self._behind.forbidden()[token]
             if self._may_say:
@@ -98,8 +109,14 @@ class ThinkingConstraint:
             self._behind.accept(token)
         elif was is Standing.BETWEEN:
             self._num_blanks += 1
+        if standing is Standing.BETWEEN and self._max_tokens is not None:
+            self._behind.limit(self._max_tokens - self._num_tokens)
 
-    def _find_forbidden(self) -> Mask:
+    def _find_forbidden(self) -> Mask | None:
+        """Tokens that may not come next; None if there is more to find out, at the next turn."""
+        self._behind.prepare()
+        if not self._behind.is_ready:
+            return None
         vocabulary, marks, held = self._vocabulary, self._marks, self._parser.held.lstrip()
         match self._parser.standing:
             case Standing.BEFORE:
