@@ -146,6 +146,34 @@ def test_what_comes_behind_thoughts_has_what_they_leave(
         assert len(text) > most - 20
 
 
+def test_thoughts_leave_room(fake: LoadedModel, grammars: Grammars) -> None:
+    """A model that would think for ever is stopped, so that it answers."""
+    schema = {"type": "array", "items": {"enum": ["yes"]}, "minItems": 2}
+    constraint = grammars.answer(Wanted(answer=answer_format(schema)), MARKED).constraint
+    for begun in (Standing.BEFORE, Standing.INSIDE):
+        thinking = ThinkingConstraint(constraint, ThoughtMarks("<think>", "</think>"), begun)
+        begin = "<think>" if begun is Standing.BEFORE else ""
+        for most in (60, 150):
+            choose = following_with(fake, begin, "a</b")
+            text = answered(fake, thinking.copy(most), choose, most)
+            thought, mark, said = text.removeprefix(begin).partition("</think>")
+            assert mark
+            assert len(thought) > most - 60
+            assert set(json.loads(said)) == {"yes"}
+
+
+def following_with(fake: LoadedModel, begin: str, liked: str) -> Choose:
+    """Say a text, then some characters by turns; something else where they are forbidden."""
+
+    def choose(allowed: Any, so_far: bytes) -> int:
+        place = len(so_far) - len(begin)
+        wanted = begin[len(so_far)] if place < 0 else liked[place % len(liked)]
+        (token,) = fake.tokenizer(wanted).input_ids
+        return token if token in allowed else int(allowed[0])
+
+    return choose
+
+
 def test_what_cannot_be_closed_runs_on(fake: LoadedModel, grammars: Grammars) -> None:
     long = answer_format({"type": "string", "minLength": 2000})
     constraint = grammars.answer(Wanted(answer=long), MARKED).constraint.copy(50)

@@ -206,13 +206,14 @@ def _message(response: httpx.Response, *, stream: bool) -> dict[str, Any]:
     }
 
 
-def test_an_answer_that_never_stops_thinking_may_not_end() -> None:
-    """What was asked for is missing, so it goes on until it is cut off."""
+def test_an_answer_that_never_stops_thinking_has_to() -> None:
+    """What was asked for is missing, so it may not end, and has room in the end."""
     llm, _ = scripted(lambda _: "<think>Hm", LIKE_QWEN)
     with serving(llm) as (client, _):
-        choice = chat(client, response_format=FORMAT, max_tokens=20).json()["choices"][0]
-        assert choice["finish_reason"] == "length"
-        assert choice["message"]["content"] == ""
+        choice = chat(client, response_format=FORMAT, max_tokens=60).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert choice["message"]["content"] == '"yes"'
+        assert choice["message"]["reasoning"].startswith("Hm")
         assert chat(client, max_tokens=20).json()["choices"][0]["finish_reason"] == "stop"
 
 

@@ -30,6 +30,7 @@ _SPARE = 12
 _END = 1
 # Seconds in which an end is looked for before others have their turn.
 _TURN_S = 0.005
+_COUNT_S = 0.2  # likewise, where nobody waits
 # What is best next, in this order: inside of strings, and elsewhere.
 _IN_STRINGS = (b'"', b"a", b"0")
 _ELSEWHERE = (b"}", b"]", b",", b":", b" ", b"0", b"null", b"true", b'"', b"{", b"[")
@@ -118,6 +119,18 @@ class Closer:
             self.path = found
         self._look_at = self._num_left - max(1, (spare - _SPARE) // 4)
         return True
+
+
+def count_closing(
+    tokens: ClosingTokens, matcher: "llguidance.LLMatcher", scanner: JsonScanner | None
+) -> int | None:
+    """Tokens that are enough for an answer as short as it can be; None if that is not found soon.
+
+    The matcher is somebody else's, at its beginning, and stays there.
+    """
+    search = _Search(tokens, matcher.deep_copy(), copy.copy(scanner), _MOST)
+    is_done = search.go_on(time.monotonic, time.monotonic() + _COUNT_S)
+    return len(search.path) + _SPARE + _END if is_done and search.path is not None else None
 
 
 class _Search:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tokendance.engine.constraint import Constraint
 from tokendance.server.call_parser import CallParser
-from tokendance.server.closing import Closer, ClosingTokens
+from tokendance.server.closing import Closer, ClosingTokens, count_closing
 from tokendance.server.grammar_process import error_of
 from tokendance.server.json_scanner import JsonScanner
 
@@ -198,6 +198,10 @@ class GrammarConstraint:
         return GrammarConstraint(
             matcher, self.vocabulary, self._first, self._begin_watch, max_tokens
         )
+
+    def count_closing(self) -> int | None:
+        """Tokens that are enough for an answer; None if that is not known; at its beginning."""
+        return count_closing(self.vocabulary.closing, self._matcher, self._watch.scanner)
 
     def limit(self, max_tokens: int | None) -> None:
         """Let the answer have so many tokens; while it is at its beginning."""

@@ -1,7 +1,8 @@
 """What an answer has to look like whose model thinks first: anything, then what was asked for.
 
 Whether it thinks is up to the model, unless the chat template has begun the thoughts already. They
-end with their mark, and no answer ends before it does.
+end with their mark, and no answer ends before it does. Where what follows would not have room any
+more, the mark has to come.
 """
 
 import codecs
@@ -26,6 +27,7 @@ class ThinkingConstraint:
         marks: ThoughtMarks,
         standing: Standing,
         max_tokens: int | None = None,
+        reserve: int | None = None,
     ) -> None:
         """Begin an answer.
 
@@ -34,12 +36,14 @@ class ThinkingConstraint:
             marks: of thoughts.
             standing: where the answer begins.
             max_tokens: that the answer may have, with its thoughts.
+            reserve: tokens that what follows is to have; found out if left out.
         """
         self._behind = behind
         self._vocabulary = behind.vocabulary
         self._marks = marks
         self._standing = standing
         self._max_tokens = max_tokens
+        self._reserve = behind.count_closing() if reserve is None else reserve
         self._begin()
 
     def _begin(self) -> None:
@@ -84,7 +88,7 @@ class ThinkingConstraint:
     def copy(self, max_tokens: int | None = None) -> "ThinkingConstraint":
         """One for another answer of at most so many tokens; while this one is at its beginning."""
         behind = self._behind.copy(max_tokens)
-        return ThinkingConstraint(behind, self._marks, self._standing, max_tokens)
+        return ThinkingConstraint(behind, self._marks, self._standing, max_tokens, self._reserve)
 
     def restart(self) -> None:
         """Go back to the beginning."""
@@ -112,6 +116,14 @@ class ThinkingConstraint:
         if standing is Standing.BETWEEN and self._max_tokens is not None:
             self._behind.limit(self._max_tokens - self._num_tokens)
 
+    @property
+    def _has_to_end(self) -> bool:
+        """Whether thoughts have to, so that there is room for what follows."""
+        if self._max_tokens is None or self._reserve is None:
+            return False
+        mark = len(self._marks.end) - len(self._parser.held)  # in as many tokens at most
+        return self._max_tokens - self._num_tokens <= self._reserve + mark + _MAX_BLANKS
+
     def _find_forbidden(self) -> Mask | None:
         """Tokens that may not come next; None if there is more to find out, at the next turn."""
         self._behind.prepare()
@@ -122,6 +134,8 @@ class ThinkingConstraint:
             case Standing.BEFORE:
                 begins = _goes_on(vocabulary, marks.begin, held)
                 return self._behind.forbidden() & ~begins if self._may_say else ~begins
+            case Standing.INSIDE if self._has_to_end:
+                return ~_goes_on(vocabulary, marks.end, held)
             case Standing.INSIDE:
                 return ~vocabulary.only_end | _goes_beyond(vocabulary, marks.end, held)
             case Standing.BETWEEN if self._num_blanks < _MAX_BLANKS:
