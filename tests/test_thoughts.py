@@ -164,8 +164,9 @@ def test_who_is_told_not_to_think_does_not() -> None:
 @pytest.mark.parametrize("template", [LIKE_QWEN, LIKE_DEEPSEEK])
 @pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.parametrize("fields", [{"response_format": FORMAT}, {"tools": [TOOL]}])
+@pytest.mark.parametrize("marks_are_tokens", [False, True])
 def test_what_is_wanted_comes_behind_thoughts(
-    template: str, thinks: bool, fields: dict[str, Any]
+    template: str, thinks: bool, fields: dict[str, Any], marks_are_tokens: bool
 ) -> None:
     opens = template is LIKE_DEEPSEEK
     if opens and not thinks:
@@ -175,7 +176,7 @@ def test_what_is_wanted_comes_behind_thoughts(
     end = '"yes"' if "tools" not in fields else call
     begin = "" if opens else "<think>\n"
     script = f"{begin}{thought}</think>\n\n{end}" if thinks else end
-    llm, _ = scripted(lambda _: script, template)
+    llm, _ = scripted(lambda _: script, template, marks_are_tokens=marks_are_tokens)
     if "tools" in fields:
         fields = {**fields, "tool_choice": "required"}
     with serving(llm) as (client, _):

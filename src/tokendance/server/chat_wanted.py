@@ -63,7 +63,6 @@ def _answer_of(body: PromptRequest) -> NamedSchema | Pattern | None:
     if outputs is None:
         return answer
     asked = outputs.model_dump(by_alias=True, exclude_none=True)
-    asked = {name: value for name, value in asked.items() if value is not False}
     if answer is not None or len(asked) != 1:
         message = "An answer looks like one thing: give one of json, regex, choice, json_object."
         raise bad_request(message, _STRUCTURED)

@@ -90,6 +90,8 @@ def read_guided(body: Any) -> Any:
     known = {"structured_outputs", *_GUIDED}
     wanted = {new: body[old] for old, new in _GUIDED.items() if body.get(old)}
     outputs = body.get("structured_outputs")
+    if isinstance(outputs, dict):  # what is false or null says nothing
+        outputs = {key: value for key, value in outputs.items() if value not in (None, False)}
     rest = {key: value for key, value in body.items() if key not in known}
     if outputs and wanted:
         raise PydanticCustomError("structured", "Give either guided fields or structured_outputs")
