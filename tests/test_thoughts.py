@@ -98,7 +98,7 @@ def test_marks_are_those_of_the_chat_template(template: str, marks: ThoughtMarks
 
 def test_marks_that_no_text_has_are_none() -> None:
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    tokenizer.add_tokens(["</think>"], special_tokens=True)
     tokenizer.chat_template = LIKE_QWEN
     assert PromptEncoder(tokenizer, VOCAB, make_salt()).thought_marks is None
 
@@ -129,11 +129,11 @@ def test_thoughts_stand_apart(template: str, fields: dict[str, Any]) -> None:
         kinds = [[name for name, value in delta.items() if value] for delta in deltas]
         firsts = [kind[0] for kind in kinds if kind and kind != ["role"]]
         assert firsts == sorted(firsts, reverse=True)  # no thought behind the text
-        assert sum(firsts.count(name) for name in ("reasoning_content", "content")) > 30
+        assert sum(firsts.count(name) for name in ("reasoning_content", "content")) > 20
         tokens = [
             one["choices"][0]["logprobs"]["content"]
             for one in stream
-            if one["choices"][0]["logprobs"] and not one["choices"][0]["index"]
+            if one["choices"][0].get("logprobs") and not one["choices"][0]["index"]
         ]
         assert sum(map(len, tokens)) == len(answer)
         # Where they are shared they stay in the text, which has both marks.
@@ -153,7 +153,8 @@ def test_an_answer_that_is_cut_off_in_thought() -> None:
 
 
 def test_who_is_told_not_to_think_does_not() -> None:
-    llm, executor = scripted(lambda _: "<think> is a mark.", LIKE_QWEN)
+    nothing = "<think>\n\n</think>\n\n"  # which the template has written
+    llm, executor = scripted(lambda _: nothing + "<think> is a mark.", LIKE_QWEN)
     with serving(llm) as (client, _):
         document = chat(client, enable_thinking=False, max_tokens=40).json()
         assert document["choices"][0]["message"]["content"] == "<think> is a mark."
@@ -355,7 +356,7 @@ def test_an_answer_is_continued() -> None:
     with serving(llm) as (client, _):
         answer = chat(client, [*HELLO, begun], max_tokens=90, continue_final_message=True)
         message = answer.json()["choices"][0]["message"]
-        assert (message["reasoning"], message["content"]) == (ANSWER[20:38].strip(), SAID.text)
+        assert (message["reasoning"], message["content"]) == (ANSWER[20:28], SAID.text)
 
 
 def test_prompts_of_the_library_end_as_they_are_told() -> None:
