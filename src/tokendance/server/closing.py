@@ -84,6 +84,12 @@ class Closer:
         self._num_left = max_tokens
         self._look_at = max_tokens  # when so many are left
         self._search: _Search | None = None
+        # Of the ends that were found: the last, and how many tokens were left then; the longest;
+        # the most by which one was longer than the one before, of those that grew by more than a token
+        # for each that was said, as where an object begins that has to have something.
+        self._last: tuple[int, int] | None = None
+        self._longest = 0
+        self._growth = 0
 
     def accept(self, token: int) -> None:
         """Go on with a token that was chosen."""
@@ -101,10 +107,15 @@ class Closer:
         Returns:
             Whether that is known; if not, it is to be called again.
         """
-        if self.path is not None or self._num_left > self._look_at:
+        if self.path is not None:
             return True
         if self._search is None:
             if matcher.is_accepting() or matcher.is_stopped():
+                # What may come now would not have room. Text goes on to its last token.
+                if scanner is not None and self._num_left <= max(_END, self._longest):
+                    self.path = []
+                return True
+            if self._num_left > self._look_at:
                 return True
             most = min(_MOST, self._num_left - _END)
             self._search = _Search(self._tokens, matcher.deep_copy(), copy.copy(scanner), most)
@@ -114,11 +125,21 @@ class Closer:
         if found is None:
             self._look_at = self._num_left // 2
             return True
-        spare = self._num_left - len(found) - _END
-        if spare <= _SPARE:
+        self._note(len(found))
+        spare, needed = self._num_left - len(found) - _END, max(_SPARE, self._growth + 1)
+        if spare <= needed:
             self.path = found
-        self._look_at = self._num_left - max(1, (spare - _SPARE) // 4)
+        self._look_at = self._num_left - max(1, (spare - needed) // 4)
         return True
+
+    def _note(self, length: int) -> None:
+        """Note how long an end is, and what that says of those to come."""
+        self._longest = max(self._longest, length)
+        if self._last is not None:
+            growth, said = length - self._last[0], self._last[1] - self._num_left
+            if growth > said:
+                self._growth = max(self._growth, growth)
+        self._last = length, self._num_left
 
 
 def count_closing(
