@@ -85,8 +85,8 @@ class Closer:
         self._look_at = max_tokens  # when so many are left
         self._search: _Search | None = None
         # Of the ends that were found: the last, and how many tokens were left then; the longest;
-        # and the most by which one was longer than that before, where it grew by more than a token for
-        # each that was said, as where an object begins that has to have something.
+        # and the most that one grew by, if by more than a token for each that was said meanwhile:
+        # so it is where an object begins that has to have something.
         self._last: tuple[int, int] | None = None
         self._longest = 0
         self._growth = 0
