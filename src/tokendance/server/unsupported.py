@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-Fields = Mapping[str, tuple[tuple[Any, ...], str]]
 _LEAVE_OUT = "Leave it out."
 _FORMAT = "Send the schema as response_format."
+Fields = Mapping[str, tuple[tuple[Any, ...], str]]
 # For each field: the values that say nothing, and what to do in place of others. Null never does.
 _FIELDS: Fields = {
     "length_penalty": ((1,), _LEAVE_OUT),
@@ -60,10 +60,8 @@ _FIELDS: Fields = {
 }
 
 
-def leave_out_neutral(
-    body: Any, fields: Fields = _FIELDS, known: Collection[str] = frozenset()
-) -> Any:
-    """Leave out which of some fields say nothing, but for those that a request knows.
+def leave_out_neutral(body: Any, known: Collection[str], fields: Fields = _FIELDS) -> Any:
+    """Leave out what says nothing of some fields, but for those that a request knows.
 
     Raises:
         PydanticCustomError: for a field that says something which is not supported.
