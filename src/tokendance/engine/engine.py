@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tokendance.collector.planner import Planner
+from tokendance.engine.answers import add_token, text_of
 from tokendance.engine.events import (
     Admitted,
     EngineObserver,
@@ -24,7 +25,6 @@ from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.request import Request, RequestId, as_failure, make_neutral, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
-from tokendance.engine.stops import text_up_to_stop
 from tokendance.engine.tenants import TenantRules
 from tokendance.errors import (
     AbortedError,
@@ -170,7 +170,8 @@ class Engine:
             round_id,
         )
         for prompt in neutral:
-            owner = make_neutral(prompt, round_id, RequestId(next(self._request_ids)), now)
+            request_id = RequestId(next(self._request_ids))
+            owner = make_neutral(prompt, round_id, request_id, now, guarded[0].tenant)
             self._rounds[round_id].neutral.append(owner)
             self.scheduler.add(owner)
         for request in guarded:
@@ -255,7 +256,7 @@ class Engine:
                 self.scheduler.resident_pages(),
             )
         )
-        self._take(scheduled, output, now)
+        self._take(scheduled, step, output, now)
 
     def _admit(self) -> None:
         num_evicted = self.store.num_evicted
@@ -311,20 +312,25 @@ class Engine:
         """Fail requests of which none can be computed, since each waits for another."""
         for request in list(self.scheduler.running):
             error = StepError(
-                f"The request of {request.agent!r} waits for KV that nobody computes. Ask again."
+                f"The request{request.whose} waits for KV that nobody computes. Ask again."
             )
             log.error("%s", error)
             self._fail(request, error, keep_kv=False)
 
     # -- after a step ---------------------------------------------------------------------------
 
-    def _take(self, scheduled: Sequence[Scheduled], output: StepOutput, now: float) -> None:
+    def _take(
+        self, scheduled: Sequence[Scheduled], step: StepInput, output: StepOutput, now: float
+    ) -> None:
         """Take the tokens that were chosen, and let go of requests that are done or have failed."""
         wanting = [
             item.request
             for item in scheduled
             if item.request.num_computed == item.request.num_to_compute
         ]
+        targets = iter(output.targets)
+        for share, item in zip(step.requests, scheduled, strict=True):
+            item.request.prompt_logprobs += itertools.islice(targets, len(share.targets))
         for request, is_finite in zip(wanting, output.is_finite, strict=True):
             if not is_finite and request.allocation is not None:
                 self._fail_numerics(request)
@@ -350,29 +356,10 @@ class Engine:
             request.first_token_s = now
             self.scheduler.mark_verified(request)
             self.emit(FirstToken(now, request.id, request.round_id))
-        reason = self._append(request, token)
+        reason = add_token(request, token, self._decode)
         if reason is not None:
             self.scheduler.publish_answer(request)
             self._finish(request, reason)
-
-    def _append(self, request: Request, token: int) -> str | None:
-        """Add a token to a request's answer; return why it is done, if it is."""
-        params = request.params
-        if params.forced_tokens is None:
-            # A constrained answer ends where its grammar does.
-            goes_on = params.ignore_eos and request.constraint is None
-            ends = () if goes_on else request.stop_ids
-            if token in ends or token in params.stop_token_ids:
-                request.end_token = token
-                return "stop"
-        request.generated.append(token)
-        if params.stop and params.forced_tokens is None:
-            text = text_up_to_stop(request.generated, params.stop, self._decode)
-            if text is not None:
-                request.text = text
-                request.stopped_by_text = True
-                return "stop"
-        return "length" if len(request.generated) >= request.max_new_tokens else None
 
     def _fail_numerics(self, request: Request) -> None:
         """Fail a request whose logits are not finite, or let it begin anew if others may be why.
@@ -383,7 +370,7 @@ class Engine:
         if request.num_retries < _MAX_RETRIES and self.scheduler.retry_without_suspects(request):
             return
         error = NumericsError(
-            f"The model produced NaN or infinity for {request.agent!r}. "
+            f"The model produced NaN or infinity in the request{request.whose}. "
             "Try dtype float32, or check the weights."
         )
         self._fail(request, error, keep_kv=False)
@@ -412,7 +399,7 @@ class Engine:
         if reason == "error":
             request.generated.clear()
         elif request.text is None:
-            request.text = self._decode(request.generated)
+            request.text = text_of(request, self._decode)
         self.scheduler.release(request, keep_kv=True)
 
     def _tell_end(self, request: Request) -> None:

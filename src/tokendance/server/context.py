@@ -114,13 +114,19 @@ class ServerContext:
             "model": self.model_name,
         }
 
-    def encoder(self, tenant: str) -> PromptEncoder:
-        """The encoder of a tenant; its salt keeps hashes apart from those of other tenants."""
+    def encoder(self, tenant: str, cache_salt: str | None = None) -> PromptEncoder:
+        """The encoder of a tenant; its salt keeps hashes apart from those of other tenants.
+
+        What a tenant's requests share they share with those that name the same `cache_salt`.
+        """
         model = self.llm.model
         if tenant not in self._encoders:
             salt = make_salt(model.name, str(model.dtype), tenant)
             self._encoders[tenant] = self.llm.encoder.with_salt(salt)
-        return self._encoders[tenant]
+        encoder = self._encoders[tenant]
+        if not cache_salt:
+            return encoder
+        return encoder.with_salt(make_salt(encoder.salt.hex(), cache_salt))
 
     async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
         """Do a tenant's work on one of its few threads, so that it cannot take all of them."""

@@ -45,7 +45,8 @@ class ServerSettings:
             give it once per origin. * is all.
         open_metrics: show /metrics without a key, to whoever scrapes it. Otherwise, where there are
             keys, all paths but /, /health and /ready need one.
-        window_ms: requests that arrive within so many milliseconds of each other make a round.
+        window_ms: requests that arrive within so many milliseconds of each other make a round; more
+            for clients that were seen to take longer, within the next. 0 waits for nobody.
         window_share: share of a lone request's time that it may wait for others at most.
         round_wait: a round with an id starts so many seconds after its last request, if it is not
             full.
