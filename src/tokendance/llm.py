@@ -176,6 +176,7 @@ class LLM:
                 disk,
                 bytes_per_token=self.engine.kv_bytes_per_token,
                 seconds_per_token=self.engine.seconds_per_token,
+                num_kept=self.engine.num_kept,
             )
             self.engine.attach(self.tier)
             self._is_closed = False

@@ -7,7 +7,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from tokendance.collector.planner import Planner
 from tokendance.engine.answers import add_token, text_of
@@ -22,6 +21,7 @@ from tokendance.engine.events import (
     StepDone,
 )
 from tokendance.engine.mask_turns import MaskTurns
+from tokendance.engine.open_rounds import OpenRounds
 from tokendance.engine.request import Request, RequestId, as_failure, make_neutral, make_output
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
@@ -43,25 +43,6 @@ Clock = Callable[[], float]
 _MAX_RETRIES = 2
 # A pass of fewer tokens says little of how fast prompts are computed.
 _PACE_TOKENS = 256
-
-
-@dataclass(slots=True)
-class _Round:
-    """A round of which somebody waits or runs.
-
-    Attributes:
-        added_s: when the first of its requests was added.
-        requests: all that were added, those that are done included.
-        num_left: that are not done.
-        neutral: owners that were added for them.
-        has_started: whether any of them was admitted.
-    """
-
-    added_s: float
-    requests: list[Request]
-    num_left: int = 0
-    neutral: list[Request] = field(default_factory=list)
-    has_started: bool = False
 
 
 class Engine:
@@ -113,7 +94,7 @@ class Engine:
         self._mask_turns = MaskTurns(clock)
         self._observers: list[EngineObserver] = []
         self._request_ids = itertools.count()
-        self._rounds: dict[RoundId, _Round] = {}
+        self._rounds = OpenRounds()
         self.seconds_per_token: float | None = None
 
     # -- coming and going -----------------------------------------------------------------------
@@ -137,9 +118,7 @@ class Engine:
             request.id = RequestId(next(self._request_ids))
             if request.arrived_s is None:
                 request.arrived_s = now
-            joined = self._rounds.setdefault(request.round_id, _Round(now, []))
-            joined.requests.append(request)
-            joined.num_left += 1
+            self._rounds.add(request, now)
         for request in requests:
             if request.error is not None:
                 self._finish(request, "error")
@@ -172,7 +151,7 @@ class Engine:
         for prompt in neutral:
             request_id = RequestId(next(self._request_ids))
             owner = make_neutral(prompt, round_id, request_id, now, guarded[0].tenant)
-            self._rounds[round_id].neutral.append(owner)
+            self._rounds.add_neutral(owner)
             self.scheduler.add(owner)
         for request in guarded:
             self.scheduler.add(request)
@@ -191,10 +170,10 @@ class Engine:
     def can_compute(self) -> bool:
         """Whether a step would compute something, as far as one can tell before it.
 
-        Requests may wait for pages that are being filled from disk.
+        Requests may wait for pages that are being filled from disk, or written.
         """
         scheduler = self.scheduler
-        return bool(scheduler.running or (scheduler.num_waiting and not self.store.loading))
+        return bool(scheduler.running or (scheduler.num_waiting and not self.store.in_transit))
 
     @property
     def num_rounds(self) -> int:
@@ -203,7 +182,7 @@ class Engine:
 
     def open_requests(self) -> list[Request]:
         """All requests of rounds of which somebody waits or runs."""
-        return [request for one in self._rounds.values() for request in one.requests]
+        return self._rounds.requests()
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -272,9 +251,7 @@ class Engine:
             event = Admitted(now, request.id, request.round_id, request.agent, request.plan, runs)
             events.setdefault(request.round_id, []).append(event)
         for round_id, of_round in events.items():
-            started = self._rounds[round_id]
-            if not started.has_started:
-                started.has_started = True
+            if (started := self._rounds.start(round_id)) is not None:
                 num_requests = len(started.requests)
                 self.emit(
                     RoundStarted(now, started.added_s, round_id, num_requests, tuple(of_round))
@@ -382,15 +359,9 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         self._end(request, reason)
-        if not request.neutral:
-            ended = self._rounds[request.round_id]
-            ended.num_left -= 1
-            if ended.num_left == 0:
-                del self._rounds[request.round_id]
-                for neutral in ended.neutral:
-                    if neutral.finish_reason is None:
-                        self._end(neutral, "stop")
-                        self._tell_end(neutral)
+        for neutral in self._rounds.finish(request):
+            self._end(neutral, "stop")
+            self._tell_end(neutral)
         self._tell_end(request)
 
     def _end(self, request: Request, reason: str) -> None:

@@ -1,6 +1,5 @@
 """What all routes share."""
 
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.hosts import Hosts
+from tokendance.server.ids import new_id
 from tokendance.server.metrics import Metrics
 from tokendance.server.responses_api.kept import KeptAnswers
 from tokendance.server.sessions import Sessions
@@ -109,7 +109,7 @@ class ServerContext:
     def head(self, kind: str) -> dict[str, Any]:
         """The first fields of every answer; `kind` begins its id."""
         return {
-            "id": f"{kind}-{secrets.token_hex(12)}",
+            "id": f"{kind}-{new_id()}",
             "created": int(time.time()),
             "model": self.model_name,
         }
