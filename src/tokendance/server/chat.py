@@ -4,6 +4,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import SEPARATOR
@@ -73,7 +75,7 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
         marked = any(SEPARATOR in text for message in body.messages for text in texts_of(message))
         self.add_jobs(body, [prompt], constraint=constraint, marked=marked)
 
-    def document(self, answers: Sequence[Answer], usage: Usage) -> ChatAnswer:
+    def document(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         """A choice for each answer."""
         choices = []
         for index, answer in enumerate(answers):
@@ -94,7 +96,7 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
             )
         return ChatAnswer(**self.head, object="chat.completion", choices=choices, usage=usage)
 
-    def chunks(self, delta: Delta) -> list[ChatChunk]:
+    def chunks(self, delta: Delta) -> Sequence[BaseModel]:
         """The role first, then text and calls as they grow, and at last the finish reason."""
         index = delta.index
         choices: list[ChatChunkChoice] = []

@@ -256,11 +256,11 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         stack.callback(context.engine_thread.cancel, jobs)
         if endpoint.body.stream:
             return ReleasingStream(endpoint.events(), endpoint.headers, stack.pop_all())
-        answer = dump(await _unless_gone(request, endpoint.whole()))
+        answer = dump(await unless_gone(request, endpoint.whole()))
         return JSONResponse(answer, headers=endpoint.headers)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Wait for `work`, but cancel it if the client disconnects."""
 
     async def wait_for_disconnect() -> None:

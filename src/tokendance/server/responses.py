@@ -207,3 +207,9 @@ class Status(BaseModel):
     """How the server is."""
 
     status: str
+
+
+class Version(BaseModel):
+    """Which version it is."""
+
+    version: str
