@@ -1,11 +1,15 @@
 """AgentSociety: residents with memory and tools, asked at once, and EXTRA_BODY in each request."""
 
 import asyncio
+import json
 import os
 import tempfile
 from pathlib import Path
 
-from people import MODEL, OPENING, TEMPERATURE, Call, heard, read_call, tell
+from people import MAX_TOKENS, MODEL, OPENING, TEMPERATURE, Call, heard, read_call, tell
+
+# A model that calls no tool to end its turn has said what it says.
+LIMITS = {"max_react_turns": 1}
 
 
 async def main(call: Call, folder: Path) -> None:
@@ -16,7 +20,9 @@ async def main(call: Call, folder: Path) -> None:
         "AGENTSOCIETY_LLM_API_KEY": "none",
         "AGENTSOCIETY_LLM_MODEL": MODEL,
         "AGENTSOCIETY_LLM_THINKING": "off",
-        "AGENTSOCIETY_LLM_EXTRA_BODY": '{"enable_thinking": false}',
+        "AGENTSOCIETY_LLM_EXTRA_BODY": json.dumps(
+            {"enable_thinking": False, "max_tokens": MAX_TOKENS, "temperature": TEMPERATURE}
+        ),
     }
     from agentsociety2 import PersonAgent, ReActRouter
     from agentsociety2.agent.service_proxy import build_service_proxy
@@ -28,7 +34,7 @@ async def main(call: Call, folder: Path) -> None:
     residents = {}
     for number, (name, system) in enumerate(call.people.items(), start=1):
         home = folder / name
-        PersonAgent.create(home, {"id": number, "name": name, "biography": system}, {})
+        PersonAgent.create(home, {"id": number, "name": name, "biography": system}, LIMITS)
         residents[name] = await PersonAgent.from_workspace(home, services)
     rounds: list[dict[str, str]] = []
     question = OPENING

@@ -1,4 +1,4 @@
-"""OpenAI's SDK with a tool, streamed, and LiteLLM as a proxy between it and the server."""
+"""OpenAI's SDK, a tool and a type, streamed, and LiteLLM as a proxy between it and the server."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 from openai import AsyncOpenAI, pydantic_function_tool
-from people import MAX_TOKENS, MODEL, OPENING, TEMPERATURE, Call, Place, heard, look, read_call, tell
+from people import MODEL, OPENING, TEMPERATURE, Call, Place, Plan, heard, look, read_call, tell
 from pydantic import BaseModel
 
 SERVED = "town"  # what the proxy calls the model
@@ -61,14 +61,14 @@ def proxy(call: Call) -> Iterator[str]:
 
 
 async def ask(client: AsyncOpenAI, messages: list[dict[str, Any]]) -> str:
-    """Ask, and after a look ask again; add the answers, and what tools have said, to the messages."""
+    """Ask, and after a look once more; add what is answered, also by tools, to the messages."""
     for choice in ("auto", "none"):
         stream = client.chat.completions.stream(
             model=SERVED,
             messages=messages,
             tools=[pydantic_function_tool(Look, name="look")],
             tool_choice=choice,
-            max_tokens=MAX_TOKENS,
+            response_format=Plan,
             temperature=TEMPERATURE,
         )
         async with stream as events:
@@ -81,7 +81,7 @@ async def ask(client: AsyncOpenAI, messages: list[dict[str, Any]]) -> str:
         for called in message.tool_calls:
             place = Look.model_validate_json(called.function.arguments).place
             messages.append({"role": "tool", "tool_call_id": called.id, "content": look(place)})
-    return message.content or ""
+    return message.parsed.told()
 
 
 async def main(call: Call) -> None:
