@@ -11,10 +11,12 @@ import pytest
 
 from fake_executor import FakeExecutor
 from framework_clients import CLIENTS, PYTHON, run
+from scripted import LIKE_DEEPSEEK, LIKE_QWEN, scripted
 from serving import chat, serving
 from test_chat_calls import PARAMETERS, PLACES
 from test_chat_calls import TOOLS as CHAT_TOOLS
 from test_server import NEWS
+from test_thoughts import ANSWER, SAID
 from tiny_models import SPECIALS, VOCAB
 from tokendance import LLM
 from tokendance.errors import AbortedError
@@ -128,6 +130,10 @@ def accumulated(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 item["content"][event["content_index"]]["logprobs"] += event["logprobs"]
             case "output_text.done":
                 assert event["text"] == item["content"][0]["text"]
+            case "reasoning_text.delta":
+                item["content"][event["content_index"]]["text"] += event["delta"]
+            case "reasoning_text.done":
+                assert event["text"] == item["content"][0]["text"]
             case "content_part.done":
                 assert event["part"] == item["content"][0]
             case "function_call_arguments.delta":
@@ -157,7 +163,7 @@ def ask(client: httpx.Client, said: Any = "hello there", **fields: Any) -> dict[
 
 def nameless(document: dict[str, Any]) -> dict[str, Any]:
     """An answer without ids and times, and without what was reused, which differ each time."""
-    text = re.sub(r'"((resp|msg|fc|call)_[0-9a-f]{24})"', r'"\2"', json.dumps(document))
+    text = re.sub(r'"((resp|msg|fc|call|rs)_[0-9a-f]{24})"', r'"\2"', json.dumps(document))
     known: dict[str, Any] = json.loads(text)
     for name in ("created_at", "completed_at"):
         assert known.pop(name) is None or document[name] > 1e9
@@ -378,6 +384,34 @@ def test_an_error_ends_a_stream(fake: LoadedModel) -> None:
         assert last["response"]["status"] == "failed"
         assert last["response"]["error"]["message"]
         assert respond(client).status_code == 200
+
+
+@pytest.mark.parametrize("template", [LIKE_QWEN, LIKE_DEEPSEEK])
+def test_thoughts_are_items_of_their_own(template: str) -> None:
+    said = ANSWER if template is LIKE_QWEN else ANSWER.removeprefix("<think>\n")
+    llm, executor = scripted(lambda _: said, template)
+    with serving(llm) as (client, _):
+        found = ask(client, max_output_tokens=90)
+        thoughts, message = found["output"]
+        assert thoughts["type"] == "reasoning"
+        assert thoughts["summary"] == []
+        assert thoughts["content"] == [{"type": "reasoning_text", "text": SAID.thought}]
+        assert message["content"][0]["text"] == SAID.text
+        num_thoughts = len(said.partition("</think>")[0]) + len("</think>")
+        assert found["usage"]["output_tokens_details"] == {"reasoning_tokens": num_thoughts}
+        # Who goes on hears what was said, by whichever way it comes.
+        answer(client, "and now?", previous_response_id=found["id"])
+        items = [{"role": "user", "content": "hello there"}, *found["output"]]
+        answer(client, [*items, {"role": "user", "content": "and now?"}])
+        remembered, sent = executor.prompts[-2:]
+        assert remembered == sent
+        assert SAID.text in sent
+        assert SAID.thought not in sent
+        shared = ask(client, max_output_tokens=90, share_reasoning=True)
+        assert text_of(shared).startswith("<think>\n")
+        cut = ask(client, max_output_tokens=12)
+        assert [item["type"] for item in cut["output"]] == ["reasoning"]
+        assert cut["output"][0]["status"] == "incomplete"
 
 
 def test_a_round_is_found_among_responses(client: httpx.Client) -> None:

@@ -182,6 +182,9 @@ class Clients:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"content-type": content_type, "authorization": f"Bearer {key}"}
         first = time.monotonic()
+        # A crowd may take the place of a connection that is kept and has said nothing for long:
+        # its client asks again on another, as often as OpenAI's own does.
+        num_places = 2 if client is not None else 0
         while True:
             begun = time.monotonic()
             try:
@@ -200,6 +203,10 @@ class Clients:
                 self.tally.complain(kind, f"no answer in {_DEADLINE_S} s to {data[:500]!r}")
                 return None
             except (OSError, h11.RemoteProtocolError, httpx.HTTPError) as error:
+                if num_places:
+                    self._count(kind, "again", begun)
+                    num_places -= 1
+                    continue
                 self._count(kind, "left" if leave is not None else "broken", begun)
                 if leave is None:
                     self.tally.complain(kind, f"{error!r} after {data[:500]!r}")

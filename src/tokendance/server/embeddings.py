@@ -66,7 +66,8 @@ class EmbeddingRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_neutral(cls, body: Any) -> Any:
-        return leave_out_neutral(leave_out_neutral(body), _FIELDS)
+        known = cls.model_fields
+        return leave_out_neutral(leave_out_neutral(body, known), known, _FIELDS)
 
 
 class Embedding(BaseModel):

@@ -39,11 +39,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_neutral(cls, body: Any) -> Any:
-        if isinstance(body, dict) and isinstance(body.get("add_special_tokens"), bool):
-            rest = {key: value for key, value in body.items() if key != "add_special_tokens"}
-            rest = leave_out_neutral(rest)
-            return {**rest, "add_special_tokens": body["add_special_tokens"]}
-        return leave_out_neutral(body)
+        return leave_out_neutral(body, cls.model_fields)
 
 
 class Tokens(BaseModel):

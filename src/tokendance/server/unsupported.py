@@ -4,7 +4,7 @@ A value that says nothing is left out without a word: many clients send all fiel
 Any other is refused with what to do in its place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -57,17 +57,18 @@ _FIELDS: Fields = {
 }
 
 
-def leave_out_neutral(body: Any, fields: Fields = _FIELDS) -> Any:
-    """Leave out which of some fields say nothing.
+def leave_out_neutral(body: Any, known: Collection[str], fields: Fields = _FIELDS) -> Any:
+    """Leave out what says nothing of some fields, but for those that a request knows.
 
     Raises:
         PydanticCustomError: for a field that says something which is not supported.
     """
-    if not isinstance(body, dict) or not body.keys() & fields.keys():
+    if not isinstance(body, dict):
         return body
-    for name in body.keys() & fields.keys():
+    unsupported = (body.keys() & fields.keys()) - set(known)
+    for name in unsupported:
         neutral, advice = fields[name]
         if body[name] is not None and body[name] not in neutral:
             found = {"field": name, "advice": advice}
             raise PydanticCustomError("unsupported", "{field} is not supported. {advice}", found)
-    return {key: value for key, value in body.items() if key not in fields}
+    return {key: value for key, value in body.items() if key not in unsupported}

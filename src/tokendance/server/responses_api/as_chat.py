@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokendance.server.errors import bad_request
+from tokendance.server.messages import MessageRole
 from tokendance.server.protocol import (
     AllowedToolList,
     AllowedTools,
@@ -26,6 +27,7 @@ from tokendance.server.responses_api.bodies import (
     InputCall,
     InputCallOutput,
     InputMessage,
+    InputReasoning,
     Item,
     ResponsesRequest,
     TextFormat,
@@ -92,23 +94,31 @@ def messages_of(items: Iterable[Item]) -> list[ChatMessage]:
     Fields of items have been checked, so messages are made without that: there may be thousands.
     """
     messages: list[ChatMessage] = []
-    make = ChatMessage.model_construct
+    thought: str | None = None  # of the next answer
+
+    def say(role: MessageRole, content: str | None = None, **fields: Any) -> ChatMessage:
+        nonlocal thought
+        if role == "assistant":
+            fields["reasoning_content"], thought = thought, None
+        messages.append(ChatMessage.model_construct(role=role, content=content, **fields))
+        return messages[-1]
+
     for item in items:
         match item:
             case InputMessage():
-                content = "".join(text_of(item.content))
-                messages.append(make(role=item.role, content=content, name=item.name))
+                say(item.role, "".join(text_of(item.content)), name=item.name)
+            case InputReasoning():
+                thought = "\n".join(text_of(item.content or item.summary)) or None
             case InputCall():
-                if not messages or messages[-1].role != "assistant":
-                    messages.append(make(role="assistant"))
-                said = messages[-1]
+                goes_on = messages and messages[-1].role == "assistant" and thought is None
+                said = messages[-1] if goes_on else say("assistant")
+                function = FunctionCall.model_construct(name=item.name, arguments=item.arguments)
+                call = ToolCall.model_construct(id=item.call_id, function=function)
                 if said.tool_calls is None:
                     said.tool_calls = []
-                function = FunctionCall.model_construct(name=item.name, arguments=item.arguments)
-                said.tool_calls.append(ToolCall.model_construct(id=item.call_id, function=function))
+                said.tool_calls.append(call)
             case InputCallOutput():
-                content = "".join(text_of(item.output))
-                messages.append(make(role="tool", content=content, tool_call_id=item.call_id))
+                say("tool", "".join(text_of(item.output)), tool_call_id=item.call_id)
     return messages
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from tokendance.server.protocol import Name, Sampling, Speaker, TemplateOptions
-from tokendance.server.protocol import _Lenient as Lenient
+from tokendance.server.messages import Lenient, Speaker
+from tokendance.server.protocol import Name, Sampling, TemplateOptions
 from tokendance.server.unsupported import Fields, leave_out_neutral
 
 LOGPROBS = "message.output_text.logprobs"
@@ -112,6 +112,7 @@ class InputReasoning(Lenient):
 
     type: Literal["reasoning"]
     content: Parts | None = None
+    summary: Parts | None = None
 
 
 Item = Annotated[
@@ -213,6 +214,7 @@ class ResponsesRequest(Sampling):
     include: Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    share_reasoning: bool | None = None
     metadata: (
         Annotated[
             dict[
@@ -232,7 +234,7 @@ class ResponsesRequest(Sampling):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_neutral_responses(cls, body: Any) -> Any:
-        return leave_out_neutral(body, _FIELDS)
+        return leave_out_neutral(body, cls.model_fields, _FIELDS)
 
     @property
     def wants_logprobs(self) -> bool:

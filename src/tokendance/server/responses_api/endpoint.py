@@ -98,7 +98,9 @@ class ResponsesEndpoint(ChatEndpoint):
             is_cut = growing.finish_reason(delta.output) == "length"
             status: Status = "incomplete" if is_cut else "completed"
             events += self._output.finish(status)
-            self._answer = self._document(status, usage_of([delta.output], 1))
+            outputs = [delta.output]
+            usage = usage_of(outputs, 1, self.count_thoughts(outputs))
+            self._answer = self._document(status, usage)
             self._keep()
             events.append(self._output.event(status, response=self._answer))
         return events

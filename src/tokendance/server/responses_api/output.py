@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from tokendance.server.call_parser import Arguments, CallBegins, Piece, Text
+from tokendance.server.call_parser import Arguments, CallBegins, Piece, Text, Thought
 from tokendance.server.responses import Usage
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -48,6 +48,8 @@ class ResponsesUsage(BaseModel):
     def of(cls, usage: Usage) -> "ResponsesUsage":
         """The same with the names that it has here."""
         details = usage.prompt_tokens_details
+        thoughts = usage.completion_tokens_details
+        num_thoughts = 0 if thoughts is None else thoughts.reasoning_tokens
         return cls(
             input_tokens=usage.prompt_tokens,
             input_tokens_details=InputDetails(
@@ -56,7 +58,7 @@ class ResponsesUsage(BaseModel):
                 approximate_tokens=details.approximate_tokens,
             ),
             output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputDetails(reasoning_tokens=0),
+            output_tokens_details=OutputDetails(reasoning_tokens=num_thoughts),
             total_tokens=usage.total_tokens,
         )
 
@@ -68,6 +70,23 @@ class OutputText(BaseModel):
     text: str
     annotations: list[Any]
     logprobs: list[dict[str, Any]]
+
+
+class ReasoningText(BaseModel):
+    """The text of thoughts."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(BaseModel):
+    """What a model has thought before it says something."""
+
+    id: str
+    type: Literal["reasoning"]
+    summary: list[Any]
+    status: Status
+    content: list[ReasoningText]
 
 
 class OutputMessage(BaseModel):
@@ -91,7 +110,7 @@ class OutputCall(BaseModel):
     status: Status
 
 
-OutputItem = OutputMessage | OutputCall
+OutputItem = OutputReasoning | OutputMessage | OutputCall
 
 
 class ResponsesError(BaseModel):
@@ -171,17 +190,23 @@ class GrowingOutput:
 
         Args:
             pieces: of the answer.
-            logprobs: of the tokens that they were read from; they go out with text.
+            logprobs: of the tokens that they were read from; they go out with text, and those of
+                thoughts and calls do not.
         """
         self._logprobs += logprobs
         events: list[Event] = []
         for piece in pieces:
+            if not isinstance(piece, Text):
+                self._logprobs = []
             match piece:
                 case Text():
                     if not isinstance(self._last(), OutputMessage):
-                        events += self._close("completed")
-                        events += self._begin_message()
+                        events += self._close("completed") + self._begin_message()
                     events.append(self._more_text(piece.text))
+                case Thought():
+                    if not isinstance(self._last(), OutputReasoning):
+                        events += self._close("completed") + self._begin_reasoning()
+                    events.append(self._more_thought(piece.text))
                 case CallBegins():
                     events += self._close("completed")
                     events += self._begin(
@@ -208,7 +233,7 @@ class GrowingOutput:
 
     def _place(self, item: OutputItem) -> dict[str, Any]:
         place = {"output_index": len(self.items) - 1, "item_id": item.id}
-        return place | {"content_index": 0} if isinstance(item, OutputMessage) else place
+        return place if isinstance(item, OutputCall) else place | {"content_index": 0}
 
     def _begin(self, item: OutputItem) -> list[Event]:
         self.items.append(item)
@@ -224,6 +249,22 @@ class GrowingOutput:
         message.content = [_no_text()]
         place = self._place(message)
         return [*events, self.event("content_part.added", **place, part=_no_text())]
+
+    def _begin_reasoning(self) -> list[Event]:
+        thoughts = OutputReasoning(
+            id=_new_id("rs"), type="reasoning", summary=[], status="in_progress", content=[]
+        )
+        events = self._begin(thoughts)
+        thoughts.content = [ReasoningText(type="reasoning_text", text="")]
+        place = self._place(thoughts)
+        part = ReasoningText(type="reasoning_text", text="")
+        return [*events, self.event("content_part.added", **place, part=part)]
+
+    def _more_thought(self, text: str) -> Event:
+        thoughts = self.items[-1]
+        assert isinstance(thoughts, OutputReasoning)
+        thoughts.content[0].text += text
+        return self.event("reasoning_text.delta", **self._place(thoughts), delta=text)
 
     def _more_text(self, text: str) -> Event:
         message = self.items[-1]
@@ -249,22 +290,25 @@ class GrowingOutput:
         item.status = status
         place = self._place(item)
         events: list[Event] = []
-        if isinstance(item, OutputMessage):
-            part = item.content[0]
-            part.logprobs += self._logprobs
-            self._logprobs = []
-            text, logprobs = part.text, part.logprobs
-            events.append(self.event("output_text.done", **place, text=text, logprobs=logprobs))
-            events.append(self.event("content_part.done", **place, part=part))
-        else:
-            events.append(
-                self.event(
-                    "function_call_arguments.done",
-                    **place,
-                    name=item.name,
-                    arguments=item.arguments,
-                )
-            )
+        match item:
+            case OutputMessage():
+                (said,) = item.content
+                said.logprobs += self._logprobs
+                self._logprobs = []
+                text, logprobs = said.text, said.logprobs
+                events += [
+                    self.event("output_text.done", **place, text=text, logprobs=logprobs),
+                    self.event("content_part.done", **place, part=said),
+                ]
+            case OutputReasoning():
+                (thought,) = item.content
+                events += [
+                    self.event("reasoning_text.done", **place, text=thought.text),
+                    self.event("content_part.done", **place, part=thought),
+                ]
+            case OutputCall():
+                told = {"name": item.name, "arguments": item.arguments}
+                events.append(self.event("function_call_arguments.done", **place, **told))
         index = place["output_index"]
         return [*events, self.event("output_item.done", output_index=index, item=item)]
 
