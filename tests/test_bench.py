@@ -13,7 +13,7 @@ from tokendance.bench import arms
 from tokendance.bench.settings import SUITES, BenchOutputs, BenchSettings
 from tokendance.bench.suite import between, in_turn, ratio
 from tokendance.bench.suites import leak
-from tokendance.bench.suites.capacity import _Search
+from tokendance.bench.suites.capacity import Search
 from tokendance.commands.bench import run_bench
 from tokendance.errors import ConfigError
 from tokendance.options import EngineOptions
@@ -248,5 +248,5 @@ def test_the_search_finds_the_largest_size_in_time(largest: int, limit: int) -> 
         assert 1 <= size <= limit
         return 1.0 if size <= largest else 3.0
 
-    assert _Search(measure, 2.0, limit).largest() == min(largest, limit)
+    assert Search(measure, 2.0, limit).largest() == min(largest, limit)
     assert len(set(probes)) <= 14

@@ -28,7 +28,7 @@ for line in sys.stdin:
 RUN = """
 num = len(request["prompts"])
 if request["op"] == "run":
-    reply(seconds=1.5, cached_tokens=[7] * num,
+    reply(seconds=1.5, cached_tokens=[7] * num, computed_tokens=9, peak_blocks=3,
           token_ids=[prompt[:1] * request["max_tokens"] for prompt in request["prompts"]])
 """
 
