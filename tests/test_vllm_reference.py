@@ -32,19 +32,18 @@ ROUND = Round(1)
 OWNER = 0  # the first that arrives computes what all read
 FIRST, LAST = 3, 1  # of the run, corrected by default
 NUM_LOGPROBS = 20
-# Sums in another order, in float32: measured 2e-5; without the shift it is more than 1.
+# Sums in another order, in float32: MEASURED
 TOLERANCE = 1e-3  # nats
 
 
-def answers_of(model: Path, **environment: str) -> Mapping[str, Any]:
-    script = [ROUND.add(logprobs=NUM_LOGPROBS), FINISH]
-    return dict(run_in_vllm(model, {"round": script}, **environment)["round"]["answers"])
+SCRIPTS = {"round": [ROUND.add(logprobs=NUM_LOGPROBS), FINISH]}
 
 
 def turned(network: LlamaForCausalLM, keys: Tensor, offset: int) -> Tensor:
     """Keys (1, heads, tokens, size), moved by so many positions."""
     cos, sin = network.model.rotary_emb(keys, torch.tensor([[offset]]))
-    return keys * cos[:, None] + rotate_half(keys) * sin[:, None]
+    result: Tensor = keys * cos[:, None] + rotate_half(keys) * sin[:, None]
+    return result
 
 
 @torch.inference_mode()
@@ -75,9 +74,10 @@ def reference(network: LlamaForCausalLM, index: int, answer: list[int]) -> Tenso
     return torch.log_softmax(logits[0, -len(answer) :].float(), dim=-1)
 
 
-def farthest(network: LlamaForCausalLM, answers: Mapping[str, Any]) -> float:
+def farthest(network: LlamaForCausalLM, result: Mapping[str, Any]) -> float:
     """Largest difference of any log-probability that vLLM gave of a mirror's answer, in nats."""
-    differences = []
+    answers = result["round"]["answers"]
+    differences: list[float] = []
     for index in range(NUM_AGENTS):
         if index == OWNER:
             continue
@@ -99,9 +99,9 @@ def network(model: Path) -> LlamaForCausalLM:
 def test_mirrors_say_what_a_dense_pass_over_turned_kv_says(
     model: Path, network: LlamaForCausalLM
 ) -> None:
-    assert farthest(network, answers_of(model)) < TOLERANCE
+    assert farthest(network, run_in_vllm(model, SCRIPTS)) < TOLERANCE
 
 
 def test_without_the_shift_they_do_not(model: Path, network: LlamaForCausalLM) -> None:
     """A control: the comparison can fail."""
-    assert farthest(network, answers_of(model, TEST_WITHOUT_SHIFT="1")) > 100 * TOLERANCE
+    assert farthest(network, run_in_vllm(model, SCRIPTS, TEST_WITHOUT_SHIFT="1")) > 100 * TOLERANCE
