@@ -70,7 +70,7 @@ sanitize: $(STAMP) ## the tests of the native kernel under sanitizers (Linux, g+
 	ASAN_OPTIONS=detect_leaks=0 TOKENDANCE_NATIVE=.venv/sanitized \
 		$(BIN)/pytest -q -p no:cacheprovider tests/test_attention.py
 
-check: lint types test-all sanitize ## all of it: what CI runs
+check: lint types test-all sanitize ## all of it: what CI runs, before test-vllm
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -85,6 +85,7 @@ gpu: ## what the engine does on a GPU (5 minutes); ARGS="--device cpu --tiny" tr
 
 vllm: $(VLLM) ## make .venv-vllm with vLLM, the baseline, and TokenDance inside it (minutes, 4 GB)
 
+# Frameworks that are not here are not asked for: make frameworks.
 test-vllm: demo-weights $(VLLM) ## the tests of TokenDance inside the real vLLM (minutes)
 	$(BIN)/pytest --hypothesis-profile ci -m vllm
 

@@ -39,6 +39,39 @@ class Oracle:
         return sum(found[:-1])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One request, as an engine had it.
+
+    Attributes:
+        prompt: its token ids.
+        answer: likewise.
+        reused: tokens of the prompt that were not computed.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    reused: int
+
+
+def reusable(asked: Sequence[Sequence[Asked]]) -> list[int]:
+    """What the oracle could reuse in each round."""
+    oracle = Oracle()
+    before: list[list[int]] = []
+    found: list[int] = []
+    for one_round in asked:
+        total = 0
+        for request in one_round:
+            # One's own last prompt begins as this one does, system prompt and all.
+            own = max(
+                reversed(before), key=lambda one: common_beginning(one, request.prompt), default=[]
+            )
+            total += oracle.reusable(request.prompt, own)
+        before += [request.prompt + request.answer for request in one_round]
+        found.append(total)
+    return found
+
+
 def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     pairs = enumerate(zip(one, other, strict=False))

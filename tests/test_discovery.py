@@ -259,3 +259,57 @@ def contains(text: TokenIds, part: TokenIds) -> bool:
     return part.tobytes() in [
         text[start : start + len(part)].tobytes() for start in range(len(text) - len(part) + 1)
     ]
+
+
+def test_what_all_have_in_one_order_is_cut_where_messages_end() -> None:
+    special = [5, 6]
+    message = [[*special, *text] for text in (A, B, C)]
+    prompts = [
+        as_token_ids([*words(10 + i, 5 + i), *message[0], *message[1], *message[2]])
+        for i in range(3)
+    ]
+    config = replace(CONFIG, special_ids=frozenset(special))
+    found = Discovery(make_salt("test"), config).segment(prompts, 0.0).prompts
+    assert all(shared(prompt) == message for prompt in found)
+
+
+def test_what_all_have_in_one_order_is_cut_where_outputs_end() -> None:
+    discovery = Discovery(make_salt("test"), CONFIG)
+    asked = [as_token_ids(words(10 + i, 20)) for i in range(3)]
+    discovery.segment(asked, 0.0)
+    for prompt, said in zip(asked, (A, B, [*C, 3]), strict=True):  # the last was ended by a token
+        discovery.note_output(prompt, as_token_ids(said))
+    name = [[7000 + i, 8000] for i in range(4)]
+    heard = [*name[0], *A, *name[1], *B, *name[2], *C, *name[3], *words(40, 9)]
+    prompts = [
+        as_token_ids([*ids.tolist(), *words(20 + i, 5), *heard]) for i, ids in enumerate(asked)
+    ]
+    found = discovery.segment(prompts, 1.0, [25] * 3)
+    discovery.check_integrity()
+    blocks = [[*name[0], *A], [*name[1], *B], [*name[2], *C], [*name[3], *words(40, 9)]]
+    assert [shared(prompt) for prompt in found.prompts] == [blocks] * 3
+    assert found.earlier == []  # in a round, what was said is computed by its first agent
+
+
+def test_who_comes_alone_reads_what_another_has_said() -> None:
+    discovery = Discovery(make_salt("test"), CONFIG)
+    first = as_token_ids(words(10, 20))
+    discovery.segment([first], 0.0)
+    discovery.note_output(first, as_token_ids(A))
+    discovery.note_output(first, as_token_ids(B))  # two answers to one prompt
+    found = discovery.segment([as_token_ids([*words(11, 9), *A, *words(12, 3), *B])], 1.0)
+    discovery.check_integrity()
+    # The KV of the last token need not be there.
+    assert shared(found.prompts[0]) == [A[:-1], B[:-1]]
+    assert [prompt.token_ids[20:].tolist() for prompt in found.earlier] == [A[:-1], B[:-1]]
+    assert [prompt.segments[0][:2] for prompt in found.earlier] == [(20, 49), (20, 39)]
+
+
+def test_outputs_count_as_memory() -> None:
+    discovery = Discovery(make_salt("test"), replace(CONFIG, memory_tokens=100))
+    for turn in range(20):
+        prompt = as_token_ids(words(10 + turn, 30))
+        discovery.segment([prompt], turn)
+        discovery.note_output(prompt, as_token_ids(words(100 + turn, 20)))
+    discovery.segment([prompt], 20)
+    discovery.check_integrity()

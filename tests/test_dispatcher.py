@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from tokendance.outputs import Output
 from tokendance.rounds import discoveries
 from tokendance.rounds.discovery import Discovery
 from tokendance.rounds.segments import Salt, build_prompt
+from tokendance.server.comparisons import Comparisons
 from tokendance.server.dispatcher import Dispatcher
 from tokendance.server.jobs import Event, Job, NewTokens, RoundKey
 from tokendance.server.kept_chats import KeptChat
@@ -39,6 +41,7 @@ class Desk:
         self.llm = llm
         self.metrics = Metrics(llm)
         self.dispatcher = Dispatcher(llm, self.metrics, ServerSettings(**settings))
+        self.dispatcher._compared = Comparisons(10**6)  # on no thread, unless a test says so
         self.arrivals = self.dispatcher.arrivals
         self.now = 1000.0
         self._names = itertools.count()
@@ -511,6 +514,55 @@ def test_what_was_just_taken_out_of_the_queue_is_told_too(
         desk.tick()
     desk.dispatcher.give_up()
     assert [desk.refusal(job) for job in jobs] == ["The engine has stopped."] * 2
+
+
+@pytest.fixture
+def may_compare(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Keeps the thread that compares prompts from it until it is set."""
+    desk.dispatcher._compared = Comparisons(150)
+    may_go_on, segment = threading.Event(), Discovery.segment
+
+    def wait(self: Discovery, *arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            assert may_go_on.wait(60)
+        return segment(self, *arguments)
+
+    monkeypatch.setattr(Discovery, "segment", wait)
+    yield may_go_on
+    may_go_on.set()
+
+
+def test_others_go_on_while_many_prompts_are_compared(
+    desk: Desk, may_compare: threading.Event
+) -> None:
+    first = desk.ask("What is new?", max_tokens=50)
+    desk.run(0.01)
+    many = [desk.ask() for _ in range(4)]
+    gone = desk.ask()
+    desk.run(0.01)
+    behind = desk.ask("And you?")  # is not compared with what is not remembered yet
+    desk.run(0.1)
+    assert desk.is_answered(first)
+    assert not any(desk.tokens(job) for job in (*many, behind))
+    desk.cancel(gone)
+    assert desk.refusal(gone) == "The request was taken back."
+    may_compare.set()
+    desk.run()
+    assert all(desk.is_answered(job) for job in (*many, behind))
+    assert rounds_of(*many) == 1
+    assert all(job.request.prompt.shared_segments() for job in many)
+    assert desk.is_empty()
+
+
+def test_nobody_waits_for_prompts_that_are_compared_at_the_end(
+    desk: Desk, may_compare: threading.Event
+) -> None:
+    jobs = [desk.ask() for _ in range(4)]
+    desk.run(0.01)
+    desk.dispatcher.stop_by(desk.now + 1)
+    desk.run(2)
+    assert [desk.refusal(job) for job in jobs] == ["The server is stopping."] * 4
+    assert not may_compare.is_set()
 
 
 def test_where_prompts_cannot_be_compared_nothing_is_found(

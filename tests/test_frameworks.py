@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from oracle import Oracle, common_beginning
+from oracle import Asked, reusable
 from serving import serving
 from tokendance import LLM
 from tokendance.engine.request import Request
@@ -51,21 +51,6 @@ CASES: list[Case] = [
     )
     for agents in (3, 10)
 ]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One request, as the engine had it.
-
-    Attributes:
-        prompt: its token ids.
-        answer: likewise.
-        reused: tokens of the prompt that were not computed.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    reused: int
 
 
 @dataclass(frozen=True)
@@ -137,24 +122,6 @@ def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
         [asked[first : first + agents] for first in range(0, len(asked), agents)],
         shadows,
     )
-
-
-def reusable(asked: list[list[Asked]]) -> list[int]:
-    """What the oracle could reuse in each round."""
-    oracle = Oracle()
-    before: list[list[int]] = []
-    found: list[int] = []
-    for one_round in asked:
-        total = 0
-        for request in one_round:
-            # One's own last prompt begins as this one does, system prompt and all.
-            own = max(
-                reversed(before), key=lambda one: common_beginning(one, request.prompt), default=[]
-            )
-            total += oracle.reusable(request.prompt, own)
-        before += [request.prompt + request.answer for request in one_round]
-        found.append(total)
-    return found
 
 
 def name_of(case: Case) -> str:

@@ -13,6 +13,7 @@ from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.request import Request
 from tokendance.errors import ConstraintError
 from tokendance.executor.step import StepInput
+from tokendance.rounds.segments import Salt
 
 MakeLLM = Callable[..., LLM]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -128,3 +129,20 @@ def test_a_slow_constraint_that_fails_takes_nobody_with_it(make_fake_llm: MakeLL
     assert isinstance(requests[0].error, ConstraintError)
     assert requests[1].error is None
     assert len(requests[1].generated) == PARAMS.max_tokens
+
+
+def test_tenants_take_turns(make_fake_llm: MakeLLM) -> None:
+    llm, clock = make_fake_llm(), Clock()
+    round_id = llm.engine.new_round_id()
+
+    def slow(text: str, tenant: str) -> Request:
+        encoder = llm.encoder.with_salt(Salt(tenant.encode()))
+        request = llm.requests.of(encoder.encode(Prompt(text)), PARAMS, text, round_id)
+        request.constraint = Takes(clock, 0.0)
+        request.constraint.is_ready = False
+        return request
+
+    many = [slow(f"many {index}", "a") for index in range(9)]
+    few = [slow(f"few {index}", "b") for index in range(2)]
+    taken = list(MaskTurns(clock).take([*many, *few]))
+    assert taken == [many[0], few[0], many[1], few[1], *many[2:]]

@@ -34,7 +34,8 @@ def test_the_longest_of_the_last_minute() -> None:
         (400, 0.05, 0.05),
     ):
         clock.now = now
-        pauses.note(seconds)
+        pauses.note(seconds, seconds / 4)
+        assert pauses.longest_computing() == longest / 4
         assert registry.get_sample_value("tokendance_engine_longest_pause_seconds") == longest
     clock.now = 1000
     assert pauses.longest() == 0
@@ -46,7 +47,8 @@ def test_the_longest_of_the_last_minute() -> None:
 def test_passes_and_waiting_are_no_pauses() -> None:
     clock = Clock()
     pauses, registry = make(clock)
-    watch = EngineWatch(pauses, clock)
+    cpu = Clock()
+    watch = EngineWatch(pauses, clock, cpu)
 
     def total() -> float:
         found = registry.get_sample_value("tokendance_engine_pause_seconds_sum")
@@ -58,15 +60,19 @@ def test_passes_and_waiting_are_no_pauses() -> None:
     clock.now = 20
     watch.wake()
     clock.now = 23
-    watch.passed(23, 2)
+    cpu.now = 1.5
+    watch.passed(23, 2, 1.25)
     assert total() == pytest.approx(1)
+    assert pauses.longest_computing() == 0.25
     clock.now = 27
-    watch.passed(27, 3.5)
+    watch.passed(27, 3.5, 0)
     assert total() == pytest.approx(1.5)
     clock.now = 29
     watch.rest()
     assert total() == pytest.approx(3.5)
     assert pauses.longest() == 2
+    assert pauses.longest_computing() == 0.25
+    cpu.now = 7  # of waiting, nobody asks
     clock.now = 99
     watch.wake()
     watch.rest()

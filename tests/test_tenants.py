@@ -63,6 +63,7 @@ class Place:
         self.engine = self.llm.engine
         self._numbers = itertools.count()
         self.engine._engine._clock = lambda: self.executor.now
+        self.engine._engine.scheduler._clock = self.engine._engine._clock
         self.engine.set_tenants(TenantRules(num_tenants=num_tenants, reserved=0.25))
 
     def add(self, tenant: str, prompts: Sequence[Prompt], max_tokens: int = 5) -> list[Request]:
@@ -159,7 +160,10 @@ def test_a_crowd_of_one_key_leaves_time_for_anothers(fake: LoadedModel) -> None:
     desk, executor = crowded(fake, num_pages=8000)
     for n in range(300):
         desk.ask(f"{n}?", tenant="one", max_tokens=50)
-    desk.tick(3)
+    for _ in range(40):  # before each pass some are admitted
+        desk.tick()
+        if desk.llm.engine.status().num_running == 300:
+            break
     assert desk.llm.engine.status().num_running == 300
     assert seconds_of_a_small_request(desk, executor) < SOON_S
     desk.run()
@@ -226,6 +230,38 @@ def test_what_is_admitted_counts_before_it_is_computed(fake: LoadedModel) -> Non
     place.engine.tick()
     assert [sum(r.allocation is not None for r in requests) for requests in several] == [3, 2]
     place.run()
+
+
+def test_one_alone_has_short_passes_where_others_may_soon_be_back(fake: LoadedModel) -> None:
+    place = Place(fake)
+    rules = TenantRules(num_tenants=2, reserved=0.25, pass_s=0.1, alone=2.5)
+    place.engine.set_tenants(rules)
+
+    def longest_pass() -> float:
+        first = len(place.executor.steps)
+        place.run(*[place.ask("a", 4000) for _ in range(2)])
+        return max(PASS_S + TOKEN_S * step.num_tokens for step in place.executor.steps[first:])
+
+    assert longest_pass() > 3  # nobody else has ever been there
+    place.run(*[place.ask(tenant, 400) for tenant in "ab"])
+    assert 0.15 < longest_pass() < 0.5
+    place.executor.now += 61
+    assert longest_pass() > 3
+
+
+def test_a_burst_is_admitted_little_by_little(fake: LoadedModel) -> None:
+    place = Place(fake)
+    scheduler = place.engine._engine.scheduler
+    place.engine.set_tenants(TenantRules(num_tenants=2, admission_s=2.5))
+    looks = itertools.count()
+    scheduler._clock = lambda: float(next(looks))  # a second for each
+    burst = [place.ask("a") for _ in range(7)]
+    sizes = []
+    while scheduler.num_waiting:
+        sizes.append(len(scheduler.admit()[0]))
+    assert sizes == [3, 3, 1]
+    assert scheduler.running == burst
+    place.run(*burst)
 
 
 def test_each_has_a_part_of_a_pass_and_what_others_leave(fake: LoadedModel) -> None:

@@ -14,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import examples
+from tokendance.attention.interface import PackedBatch, PackedRequest
+from tokendance.attention.plan import make_plan
 from tokendance.collector.correction import Edges
 from tokendance.collector.known import NO_SLOT
 from tokendance.errors import ConfigError
+from tokendance.integrations.vllm.arrivals import RoundKey
 from tokendance.integrations.vllm.contexts import Contexts
+from tokendance.integrations.vllm.hints import Hints, read_hints
 from tokendance.integrations.vllm.pages import BlockPages
 from tokendance.integrations.vllm.rewriting import rewrite
 from tokendance.integrations.vllm.rounds import Member, Rounds
@@ -26,7 +30,7 @@ from tokendance.rounds.segments import make_salt
 from tokendance.store.kv_store import KVStore
 
 PAGE = 4
-SALT = make_salt("test")
+KEY = RoundKey(make_salt("test"))
 
 
 @dataclass(eq=False)
@@ -89,6 +93,7 @@ class Imitation:
             Edges(1, 1),
             window_s=1.0,
             window_share=10.0,
+            round_wait_s=1.0,
             max_retained=max_retained,
             recent_s=1e9,
         )
@@ -159,14 +164,29 @@ class Imitation:
         one.pages = []
 
     def _compute(self, scheduled: Sequence[tuple[Running, int]]) -> None:
-        packed, row = [], 0
-        for one, num_new in scheduled:
-            pages = np.array(one.pages)
-            request = self.contexts.add_step(
-                one.member.request_id, row, one.num_done, num_new, pages
-            )
-            packed.append((one, request))
-            row += num_new
+        if not scheduled:
+            return
+        tables = np.zeros((len(scheduled), self.store.pool.num_pages), np.int32)
+        for table, (one, _) in zip(tables, scheduled, strict=True):
+            table[: len(one.pages)] = one.pages
+        step = self.contexts.take(
+            [one.member.request_id for one, _ in scheduled],
+            np.array([one.num_done for one, _ in scheduled]),
+            np.array([num_new for _, num_new in scheduled]),
+            tables,
+            np.arange(len(scheduled)),
+        )
+        packed = [
+            (one, request) for (one, _), request in zip(scheduled, step.batch.requests, strict=True)
+        ]
+        true = {
+            request.first_row + index: position
+            for one, request in packed
+            if one.member.is_mirror
+            for index, position in enumerate(request.positions.tolist())
+        }
+        assert dict(zip(step.rows.tolist(), step.positions.tolist(), strict=True)) == true
+        check_plan(step.batch)
         for one, request in packed:  # a layer writes all new KV before it attends
             for position in request.positions.tolist():
                 self.content[request.slots[position]] = one.tokens[position]
@@ -189,6 +209,19 @@ class Imitation:
 
     def check(self) -> None:
         self.rounds.check_integrity()
+
+
+def check_plan(batch: PackedBatch) -> None:
+    """Assert that what earlier steps have found changes no plan."""
+    anew = PackedBatch(
+        [PackedRequest(one.first_row, one.positions, one.slots) for one in batch.requests],
+        batch.slot_position,
+    )
+    plan, expected = make_plan(batch), make_plan(anew)
+    for name in ("offsets", "row_indptr", "range_indptr", "rows", "slot_begin", "slot_end"):
+        assert getattr(plan, name).tolist() == getattr(expected, name).tolist(), name
+    assert plan.rotations.tolist() == expected.rotations.tolist()
+    assert plan.key_end.tolist() == expected.key_end.tolist()
 
 
 def random_prompts(rng: np.random.Generator, num_agents: int) -> list[np.ndarray]:
@@ -222,7 +255,7 @@ def test_everybody_reads_what_its_prompt_says(
             if history and rng.random() < 0.5:  # goes on with what was said
                 prompt = np.concatenate([history[index % len(history)], prompt])[:200]
             member = Member(
-                f"{number}-{index}", SALT, prompt.astype(np.int32), int(rng.integers(1, 5))
+                f"{number}-{index}", KEY, prompt.astype(np.int32), int(rng.integers(1, 5))
             )
             world.rounds.arrive(member, world.now)
         history = []
@@ -251,7 +284,7 @@ def test_a_round_computes_what_all_read_once() -> None:
     shared = rng.integers(0, 9, 120)
     for index in range(6):
         prompt = np.concatenate([rng.integers(10, 99, 5 + index), shared, rng.integers(10, 99, 3)])
-        world.rounds.arrive(Member(str(index), SALT, prompt.astype(np.int32), 1), world.now)
+        world.rounds.arrive(Member(str(index), KEY, prompt.astype(np.int32), 1), world.now)
     while world.running or world.rounds.num_waiting:
         world.start()
         world.step()
@@ -267,10 +300,107 @@ def test_nobody_reads_across_tenants() -> None:
     world = Imitation(400, np.random.default_rng(0), 400)
     prompt = np.arange(60, dtype=np.int32)
     for name in ("one", "two"):
-        world.rounds.arrive(Member(name, make_salt(name), prompt, 1), world.now)
+        world.rounds.arrive(Member(name, RoundKey(make_salt(name)), prompt, 1), world.now)
     world.start()
     world.step()
     assert [one.member.is_mirror for one in world.running] == [False, False]
+
+
+def named(request_id: str, size: int | None, token: int = 5) -> Member:
+    prompt = np.full(20, token, np.int32)
+    return Member(request_id, KEY._replace(name="round"), prompt, 1, round_size=size)
+
+
+def test_a_round_with_a_name_begins_when_it_is_full_or_after_a_wait() -> None:
+    rounds = Imitation(400, np.random.default_rng(0), 400).rounds
+    rounds.arrive(named("a", 3), 0.0)
+    rounds.arrive(named("b", 3), 0.9)
+    assert list(rounds.start(1.8)) == []
+    rounds.arrive(named("c", 3), 1.8)
+    assert [member.request_id for member in rounds.start(1.8)] == ["a", "b", "c"]
+    for index in range(40):  # somebody keeps arriving, a little before each wait is over
+        rounds.arrive(named(f"late{index}", None), 10 + 0.9 * index)
+        if 10 + 0.9 * index >= 20:
+            break
+        list(rounds.start(10 + 0.9 * index))
+    assert rounds.num_waiting == index + 1
+    assert rounds.remove("late0") is not None
+    assert rounds.remove("late0") is None
+    assert len(list(rounds.start(20.0))) == index  # ten waits after the first: no longer
+
+
+def test_sessions_have_windows_of_their_own() -> None:
+    rounds = Imitation(400, np.random.default_rng(0), 400).rounds
+    for name in ("one", "two"):
+        key = KEY._replace(session=name)
+        rounds.arrive(Member(name, key, np.full(20, 3, np.int32), 1), 0.0)
+    (first, second) = rounds._arrivals.take(100.0)
+    assert [member.request_id for member in (*first, *second)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("priority", "waits"), [(-1, False), (0, True), (1, True)])
+def test_nobody_waits_for_an_owner_that_is_put_off_for_less(priority: int, waits: bool) -> None:
+    world = Imitation(400, np.random.default_rng(0), 400)
+    shared = np.arange(100, 200, dtype=np.int32)
+    for name in ("first", "second"):
+        prompt = np.concatenate([np.full(3, ord(name[0]), np.int32), shared])
+        world.rounds.arrive(Member(name, KEY, prompt, 1), world.now)
+    world.start()
+    assert [one.member.request_id for one in world.running] == ["first"]
+    late = np.concatenate([np.full(5, 7, np.int32), shared])
+    world.rounds.arrive(Member("late", KEY, late, 1, priority=priority), world.now)
+    world.start()
+    started = [one.member.request_id for one in world.running]
+    assert ("late" not in started) == waits
+
+
+def test_blocks_are_where_the_client_says() -> None:
+    world = Imitation(400, np.random.default_rng(0), 400)
+    for index in range(2):
+        prompt = np.arange(60, dtype=np.int32)
+        prompt[: 5 * (index + 1)] = 100 + index  # 10 to 59 are equal; the client says 20 to 39
+        member = Member(str(index), KEY, prompt, 1, blocks=((20, 40),))
+        world.rounds.arrive(member, world.now)
+    while world.running or world.rounds.num_waiting:
+        world.start()
+        world.step()
+        for one in list(world.running):
+            if one.answer:
+                world.end(one)
+    assert world.rounds.figures.mirrors == 1
+    assert world.rounds.figures.reused_tokens == 20 - 2
+    assert world.rounds.figures.corrected_tokens == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"round": ""},
+        {"round": "x" * 257},
+        {"round": 7},
+        {"round_size": 3},
+        {"blocks": 5},
+        {"blocks": [1]},
+        {"blocks": [3, 2]},
+        {"blocks": [-1, 2]},
+        {"blocks": [0, 99]},
+        {"blocks": [0, 5, 4, 8]},
+        {"blocks": [0, True]},
+        {"blocks": ["0", "1"]},
+        {"blocks": [0, 1] * 5000},
+        {"reuse": ["exact"]},
+        {"reuse": {}},
+        {"tokendance_reads": [1, 2], "pages": [3]},
+    ],
+)
+def test_what_cannot_be_is_ignored(said: dict[str, Any]) -> None:
+    assert read_hints(said, 10) == Hints()
+
+
+def test_hints_are_read() -> None:
+    said = {"round": "r", "round_size": 3, "blocks": [0, 4, 4, 10], "reuse": "exact"}
+    assert read_hints(said, 10) == Hints("r", 3, ((0, 4), (4, 10)), exact=True)
+    assert read_hints({"round": "r", "round_size": True}, 10) == Hints("r")
 
 
 @dataclass
@@ -294,7 +424,7 @@ class Request:
 
 def test_a_mirror_keeps_the_hashes_of_its_exact_beginning_only() -> None:
     tokens = list(range(32))
-    member = Member("a", SALT, np.arange(32, dtype=np.int32), 100)
+    member = Member("a", KEY, np.arange(32, dtype=np.int32), 100)
     member.reads = np.full(32, NO_SLOT, np.int32)
     member.reads[10:30] = np.arange(20)
     member.own = np.flatnonzero(member.reads == NO_SLOT)

@@ -30,6 +30,7 @@ from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
 from tokendance.server.context import ServerContext
+from tokendance.server.malloc import objects_frozen
 
 _CONTEXT = 1024
 _NUM_PAGES = 2000
@@ -68,13 +69,13 @@ class Watch:
         seconds: of each look at the memory, since the first clients came.
         memory: MiB, of each kind.
         problems: what was not as it has to be.
-        pauses: seconds of the longest of each kind.
+        pauses: seconds of the longest of each kind, and the most that its thread computed in one.
     """
 
     seconds: list[float] = field(default_factory=list)
     memory: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    pauses: dict[str, float] = field(default_factory=dict)
+    pauses: dict[str, tuple[float, float]] = field(default_factory=dict)
     longest_pass_s: float = 0.0
 
     def on_event(self, event: Event) -> None:
@@ -89,7 +90,11 @@ class Watch:
             ("engine", metrics.engine_pauses),
             ("event loop", metrics.event_loop_pauses),
         ):
-            self.pauses[who] = max(self.pauses.get(who, 0.0), pauses.longest())
+            longest, computing = self.pauses.get(who, (0.0, 0.0))
+            self.pauses[who] = (
+                max(longest, pauses.longest()),
+                max(computing, pauses.longest_computing()),
+            )
 
     def look(self, seconds: float, remembered_mib: float) -> None:
         """Look at the memory, but for so much that is remembered and has a bound of its own."""
@@ -117,6 +122,7 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
     watch = Watch()
     with (
         _llm() as llm,
+        objects_frozen(),  # as `tokendance serve` has them
         listening(llm, **_SETTINGS) as (port, server, runner),
         _errors_noted(watch),
     ):
@@ -333,8 +339,11 @@ def _show(result: dict[str, Any], watch: Watch, console: Console) -> None:
         f"A small request of another key took {np.median(canary_s):.2f} s, {max(canary_s):.2f} at "
         f"most; the longest pass {watch.longest_pass_s:.2f} s."
     )
-    for who, pause_s in watch.pauses.items():
-        console.print(f"Longest pause of the {who}: {1000 * pause_s:.0f} ms.")
+    for who, (pause_s, computing_s) in watch.pauses.items():
+        console.print(
+            f"Longest pause of the {who}: {1000 * pause_s:.0f} ms; "
+            f"its thread computed for {1000 * computing_s:.0f} ms of one at most."
+        )
     for kind, mib in watch.memory.items():
         third = max(1, len(mib) // 3)
         console.print(

@@ -17,10 +17,23 @@ import json
 import os
 import sys
 import time
+import types
 from typing import Any
+
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    # Its kernels run in Triton's interpreter. vLLM looks for a driver, and there is none for CPUs.
+    import triton.backends
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
 
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 
 
 class Runner:
@@ -74,7 +87,16 @@ class Runner:
         prompt = TokensPrompt(prompt_token_ids=request["tokens"])
         if "salt" in request:
             prompt["cache_salt"] = request["salt"]
-        self.engine.add_request(request["id"], prompt, params, priority=request.get("priority", 0))
+        adapter = request.get("adapter")
+        self.engine.add_request(
+            request["id"],
+            prompt,
+            params,
+            lora_request=(
+                LoRARequest(adapter, int(adapter[-1]), request["path"]) if adapter else None
+            ),
+            priority=request.get("priority", 0),
+        )
 
     def _step(self) -> None:
         for output in self.engine.step():
@@ -112,15 +134,27 @@ def without_shift() -> None:
     Contexts.batch = batch  # type: ignore[method-assign]
 
 
+def without_check() -> None:
+    """Start although a round is computed wrongly."""
+    from tokendance.integrations.vllm import worker
+
+    setattr(worker, "check_round", lambda _: None)  # noqa: B010
+
+
 def main() -> None:
     if os.environ.get("TEST_WITHOUT_SHIFT"):
         without_shift()
+    if os.environ.get("TEST_WITHOUT_CHECK"):
+        without_check()
     job = json.loads(sys.stdin.readline())
     runner = Runner(job["model"], job["engine"])
     results: dict[str, Any] = {
         name: runner.run(script) for name, script in job["scenarios"].items()
     }
     results["scheduler"] = type(runner.scheduler).__name__
+    worker = getattr(runner.engine.model_executor, "driver_worker", None)
+    if worker is not None:
+        results["runner"] = type(worker.worker.model_runner).__module__
     print("\n" + json.dumps(results), flush=True)
 
 

@@ -17,7 +17,7 @@ To that request the key lies at position slot_position + d, and a sliding window
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +30,43 @@ from tokendance.attention.rope import Rope
 IntArray = npt.NDArray[np.integer]
 
 
+def _no_ranges() -> IntArray:
+    return np.empty(0, np.int64)
+
+
+@dataclass(slots=True, eq=False)
+class SlotRanges:
+    """The ranges of slots that a request reads at its positions `start` to `end` - 1.
+
+    What lies there does not change, so whoever keeps a request over many steps keeps these for it:
+    `make_plan` adds the ranges of new positions, and so looks at these alone. A step that goes back
+    behind `end`, as after drafts that were refused, begins anew.
+
+    Attributes:
+        start: the context begins at this position; keys before it are nobody's.
+        end: what is known ends before this position.
+        offset: int64, of each range.
+        first: int64, lowest position of each.
+        slot_begin: int64, its first slot.
+        slot_end: int64, the slot after its last.
+    """
+
+    start: int = 0
+    end: int = field(init=False)
+    offset: IntArray = field(default_factory=_no_ranges, init=False)
+    first: IntArray = field(default_factory=_no_ranges, init=False)
+    slot_begin: IntArray = field(default_factory=_no_ranges, init=False)
+    slot_end: IntArray = field(default_factory=_no_ranges, init=False)
+
+    def __post_init__(self) -> None:
+        self.end = self.start
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.end = self.start
+        self.offset = self.first = self.slot_begin = self.slot_end = _no_ranges()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedRequest:
     """One request's rows in a packed batch.
@@ -39,11 +76,13 @@ class PackedRequest:
         positions: int, of its new tokens, ascending.
         slots: int, of its tokens at positions 0 ... positions[-1], new ones included. Every slot
             is either filled, or written by some request of the same batch.
+        ranges: of these slots, as far as earlier steps have found them; `make_plan` goes on there.
     """
 
     first_row: int
     positions: IntArray
     slots: IntArray
+    ranges: SlotRanges = field(default_factory=SlotRanges)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -178,37 +178,68 @@ class _Readings:
 def _readings(batch: PackedBatch) -> _Readings:
     """Maximal ranges of slots that a request reads at one offset, their positions ascending.
 
-    A request may have one shared segment twice, and so read a slot at two offsets.
+    A request may have one shared segment twice, and so read a slot at two offsets. What earlier
+    steps have found is taken from `PackedRequest.ranges`, and what is new is noted there.
     """
-    lengths = np.array([int(request.positions[-1]) + 1 for request in batch.requests])
+    ends = np.array([int(request.positions[-1]) + 1 for request in batch.requests])
+    for request, end in zip(batch.requests, ends.tolist(), strict=True):
+        if request.ranges.end >= end:
+            request.ranges.forget()
+    known = [request.ranges for request in batch.requests]
+    starts = np.array([ranges.end for ranges in known])
+    counts = ends - starts
     slots = np.concatenate(
-        [request.slots[:length] for request, length in zip(batch.requests, lengths, strict=True)]
+        [
+            request.slots[start:end]
+            for request, start, end in zip(
+                batch.requests, starts.tolist(), ends.tolist(), strict=True
+            )
+        ]
     ).astype(np.int64)
     owner_position = batch.slot_position[slots].astype(np.int64)
-    offset = _aranges(lengths) - owner_position
+    position = np.repeat(starts, counts) + _aranges(counts)
+    offset = position - owner_position
     # First what is consecutive in the prompt and in memory ...
     span = owner_position // _SPAN
     breaks = (np.diff(slots) != 1) | (np.diff(offset) != 0) | (np.diff(span) != 0)
-    breaks[np.cumsum(lengths)[:-1] - 1] = True
-    first = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-    last = np.concatenate((first[1:], [len(slots)])) - 1
-    request = np.searchsorted(np.cumsum(lengths), first, side="right")
-    # ... then what is so in memory alone: the tokens of a run that are read as they are lie side by
-    # side there, and so do a request's corrected ones.
-    order = np.lexsort((first, offset[first], request))
-    request, first, last = request[order], first[order], last[order]
-    here, before = slice(1, None), slice(None, -1)
+    breaks[np.cumsum(counts)[:-1] - 1] = True
+    begin = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    end = np.concatenate((begin[1:], [len(slots)])) - 1
+    # ... then what is so in memory alone, with what was known: the tokens of a run that are read as
+    # they are lie side by side there, and so do a request's corrected ones.
+    num_known = [len(ranges.offset) for ranges in known]
+    request_of = np.concatenate(
+        (
+            np.repeat(np.arange(len(known)), num_known),
+            np.searchsorted(np.cumsum(counts), begin, side="right"),
+        )
+    )
+    offset = np.concatenate([*(ranges.offset for ranges in known), offset[begin]])
+    first = np.concatenate([*(ranges.first for ranges in known), position[begin]])
+    slot_begin = np.concatenate([*(ranges.slot_begin for ranges in known), slots[begin]])
+    slot_end = np.concatenate([*(ranges.slot_end for ranges in known), slots[end] + 1])
+    span = batch.slot_position[slot_begin] // _SPAN
+    order = np.lexsort((first, offset, request_of))
+    here, before = order[1:], order[:-1]
     goes_on = (
-        (request[here] == request[before])
-        & (offset[first[here]] == offset[first[before]])
-        & (slots[first[here]] == slots[last[before]] + 1)
-        & (span[first[here]] == span[last[before]])
+        (request_of[here] == request_of[before])
+        & (offset[here] == offset[before])
+        & (slot_begin[here] == slot_end[before])
+        & (span[here] == span[before])
     )
     begins = np.flatnonzero(np.concatenate(([True], ~goes_on)))
-    ends = np.concatenate((begins[1:], [len(request)])) - 1
-    return _Readings(
-        request[begins], offset[first[begins]], slots[first[begins]], slots[last[ends]] + 1
-    )
+    lasts = order[np.concatenate((begins[1:], [len(order)])) - 1]
+    firsts = order[begins]
+    readings = _Readings(request_of[firsts], offset[firsts], slot_begin[firsts], slot_end[lasts])
+    first = first[firsts]
+    indptr = np.searchsorted(readings.request, np.arange(len(known) + 1)).tolist()
+    for ranges, until, (low, high) in zip(
+        known, ends.tolist(), itertools.pairwise(indptr), strict=True
+    ):
+        ranges.end = until
+        ranges.offset, ranges.first = readings.offset[low:high], first[low:high]
+        ranges.slot_begin, ranges.slot_end = readings.begin[low:high], readings.end[low:high]
+    return readings
 
 
 def _cut_at_each_other(readings: _Readings) -> _Readings:
@@ -247,11 +278,28 @@ def _group_by_readers(entries: _Readings) -> list[IntArray]:
     time = index - np.maximum.accumulate(np.where(again, 0, index))
     by_time = np.lexsort((request, time, begin))
     order, begin, time = order[by_time], begin[by_time], time[by_time]
-    cuts = np.flatnonzero((np.diff(begin) != 0) | (np.diff(time) != 0)) + 1
-    groups: dict[bytes, list[IntArray]] = {}
-    for slot_range in np.split(order, cuts):
-        groups.setdefault(entries.request[slot_range].tobytes(), []).append(slot_range)
-    return [np.stack(ranges) for ranges in groups.values()]
+    is_new = np.concatenate(([True], (np.diff(begin) != 0) | (np.diff(time) != 0)))
+    slot_range = np.cumsum(is_new) - 1
+    # A bit for each reader: ranges with the same bits are a group. Groups are in the order of
+    # their first ranges.
+    bits = np.zeros((slot_range[-1] + 1, entries.request[order].max() + 1), bool)
+    bits[slot_range, entries.request[order]] = True
+    packed = np.packbits(bits, axis=1)
+    _, first, group = np.unique(
+        packed.view(f"V{packed.shape[1]}").ravel(), return_index=True, return_inverse=True
+    )
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    group = rank[group.ravel()]
+    by_group = order[np.argsort(group[slot_range], kind="stable")]
+    num_readers = bits.sum(axis=1)[np.sort(first)]
+    num_entries = np.bincount(group) * num_readers
+    return [
+        entries_of_group.reshape(-1, readers)
+        for entries_of_group, readers in zip(
+            np.split(by_group, np.cumsum(num_entries)[:-1]), num_readers.tolist(), strict=True
+        )
+    ]
 
 
 def _num_keys_until(

@@ -29,7 +29,10 @@ class SessionKey:
         try:
             self.name.encode()
         except UnicodeError:
-            raise InputError("A session's name holds half a character. Use another.") from None
+            raise InputError(
+                "A session's name holds half a character, or one that this terminal's locale does "
+                "not have. Use another name, or another locale, like LC_ALL=C.UTF-8."
+            ) from None
         if not 1 <= len(self.name) <= MAX_NAME or not self.name.isprintable():
             raise InputError(
                 f"A session's name has 1 to {MAX_NAME} printable characters, and this one has "

@@ -106,6 +106,7 @@ class Engine:
             policy,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_bytes_per_token=kv_bytes_per_token,
+            clock=clock,
         )
         self._decode = decode
         self._clock = clock
@@ -153,15 +154,19 @@ class Engine:
     def _queue_round(self, together: Sequence[Request], now: float) -> None:
         """Queue requests of a round: those that may compute for others come first."""
         round_id = together[0].round_id
-        others = [request for request in together if not request.guarded]
+        # Nobody reads what is computed in isolation.
+        alone = [request for request in together if request.isolated and not request.guarded]
+        others = [request for request in together if not (request.isolated or request.guarded)]
         prompts = [request.prompt for request in others]
         for start in self._planner.order(prompts, round_id):
             others[start.index].owns_order = start.owns_order
             self.scheduler.add(others[start.index])
+        for request in alone:
+            self.scheduler.add(request)
         guarded = [request for request in together if request.guarded]
         neutral = self._planner.neutral_prompts(
             [request.prompt for request in guarded if not request.isolated],
-            [request.prompt for request in others if not request.isolated],
+            prompts,
             round_id,
         )
         for prompt in neutral:
@@ -218,7 +223,7 @@ class Engine:
         scheduled, step = self._make_step(scheduled)
         if not scheduled:
             return
-        start = self._clock()
+        start, cpu_start = self._clock(), time.thread_time()
         try:
             output = self._executor.execute(step)
         except Exception as error:
@@ -243,6 +248,7 @@ class Engine:
             StepDone(
                 now,
                 now - start,
+                time.thread_time() - cpu_start,
                 {item.request.id: len(item.positions) for item in scheduled},
                 len(self.scheduler.running),
                 self.scheduler.num_waiting,

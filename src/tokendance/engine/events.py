@@ -64,6 +64,7 @@ class StepDone(Event):
 
     Attributes:
         seconds: that it took.
+        cpu_seconds: that the thread which called it computed meanwhile.
         num_tokens: that it computed, by request.
         num_running: requests, before any of them ended.
         num_waiting: requests.
@@ -71,6 +72,7 @@ class StepDone(Event):
     """
 
     seconds: float
+    cpu_seconds: float
     num_tokens: Mapping[RequestId, int]
     num_running: int
     num_waiting: int

@@ -5,7 +5,8 @@ admitted in the order of its queue, when the pages for all they may ever need ar
 running request never has to stop for memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,9 @@ from tokendance.store.entries import RoundId, StoredSegment
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
 from tokendance.units import format_bytes
+
+# For so long after several tenants ran, one that runs alone has shorter passes.
+_BACK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +58,7 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         kv_bytes_per_token: int,
+        clock: Callable[[], float],
     ) -> None:
         """Schedule over a store.
 
@@ -63,6 +68,7 @@ class Scheduler:
             policy: divides the tokens that a tenant has of a step.
             max_num_batched_tokens: of a step.
             kv_bytes_per_token: for messages.
+            clock: seconds.
         """
         self._store = store
         self._allocator = Allocator(store)
@@ -70,6 +76,8 @@ class Scheduler:
         self._policy = policy
         self._max_num_batched_tokens = max_num_batched_tokens
         self._kv_bytes_per_token = kv_bytes_per_token
+        self._clock = clock
+        self._several_ran_s = -math.inf  # when several tenants ran last
         self._is_isolated_turn = False
         self._tenants = Tenants()
         self.running: list[Request] = []
@@ -110,6 +118,8 @@ class Scheduler:
     def admit(self) -> tuple[list[Request], list[Request]]:
         """Admit waiting requests while there is room, each time of the tenant with least use.
 
+        It ends when its time is over, and at least one has had its turn.
+
         One whose next request has no room yet does not keep others from the pages that are
         reserved for them; the pages for all are kept for it until it has enough.
 
@@ -121,7 +131,8 @@ class Scheduler:
         turns = self._tenants.waiting()
         used = self._use_in_sight(turns)
         is_first = True  # of those whose turn it is
-        while turns:
+        until = self._clock() + self._tenant_rules.admission_s
+        while turns and not ((admitted or refused) and self._clock() >= until):
             tenant = min(turns, key=used.__getitem__)
             request = tenant.waiting[0]
             num_kept = self._num_kept(tenant, only_own=not is_first)
@@ -254,11 +265,18 @@ class Scheduler:
         return [step[request] for request in chosen if request in step]
 
     def _budget(self) -> int:
-        """Tokens of the next step: few while several tenants run, so that none waits long."""
-        num_tenants = self._tenants.num_running
-        if num_tenants <= 1:
+        """Tokens of the next step: few while several tenants run, so that none waits long.
+
+        Not so few where one runs alone, but others may soon be back.
+        """
+        num_tenants, now = self._tenants.num_running, self._clock()
+        if num_tenants > 1:
+            self._several_ran_s = now
+            return min(self._max_num_batched_tokens, max(self.pace.num_tokens, num_tenants))
+        if now - self._several_ran_s > _BACK_S:
             return self._max_num_batched_tokens
-        return min(self._max_num_batched_tokens, max(self.pace.num_tokens, num_tenants))
+        longer = self._tenant_rules.alone * self.pace.num_tokens
+        return int(min(self._max_num_batched_tokens, longer))
 
     def _take(
         self,

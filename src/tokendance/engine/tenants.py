@@ -15,6 +15,7 @@ begins with no less than the least that any other active tenant has used, so idl
 (a virtual token counter, arXiv 2401.00588). A tenant that is alone is served as if there were none.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +36,17 @@ class TenantRules:
         num_tenants: that may ask.
         reserved: share of the KV memory (0 to 1) that is divided among them.
         pass_s: seconds that a pass takes, about, while requests of several tenants run.
+        alone: how many times as long a pass takes of one that runs alone, where others have run
+            not long ago: they may come back while it is under way.
+        admission_s: seconds that admission takes before a pass, about; who is left is admitted
+            before the next.
     """
 
     num_tenants: int = 1
     reserved: float = 0.0
     pass_s: float = 0.1
+    alone: float = math.inf
+    admission_s: float = math.inf
 
     def pages_for_each(self, num_pages: int) -> int:
         """Of so many pages, those that are reserved for each tenant: one at least, if any are."""

@@ -49,6 +49,11 @@ class PromptEncoder:
         """What its prompts are hashed with."""
         return self._salt
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that no text of a user becomes."""
+        return frozenset(self._special_ids)
+
     def with_salt(self, salt: Salt) -> "PromptEncoder":
         """The same encoder for prompts that share nothing with those of other salts."""
         other = copy.copy(self)

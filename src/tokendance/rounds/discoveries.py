@@ -42,6 +42,11 @@ class Discoveries:
             del self._by_salt[salt]
             return None
 
+    def note_output(self, salt: Salt, prompt: TokenIds, output: TokenIds) -> None:
+        """Do what `Discovery.note_output` does for a tenant whose prompts are remembered."""
+        if (discovery := self._by_salt.get(salt)) is not None:
+            discovery.note_output(prompt, output)
+
     def clear(self) -> None:
         """Forget all texts."""
         self._by_salt.clear()

@@ -19,14 +19,21 @@ New prompts are also compared with two kinds of earlier texts (`gram_index.py`):
 - Prompts of the last minutes, since agents that are asked one after another are a round, too. Only
   what follows after the prefix that such a prompt has in common with a new one takes part: a
   conversation that goes on finds its own beginning by its prefix, exactly.
+
+What finished requests have said is remembered, too (`note_output`). Shared text is cut where it
+ends (`boundaries.py`), and a prompt that comes alone is compared with it: what others have said is
+then read as they have computed it. In a round it is not, since there the first agent reads it, in
+its place among all that was said, and computes it for all.
 """
 
 import bisect
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tokendance.rounds.boundaries import OutputEnds, message_ends, split_range
 from tokendance.rounds.gram_index import GramIndex, IndexedText
 from tokendance.rounds.grams import GramHasher, Hashes
 from tokendance.rounds.segments import (
@@ -34,6 +41,7 @@ from tokendance.rounds.segments import (
     Salt,
     SegmentHash,
     TokenIds,
+    as_token_ids,
     build_prompt,
     hash_segment,
 )
@@ -42,6 +50,8 @@ from tokendance.rounds.unitigs import find_shared
 # A prompt is compared with so many earlier prompts, and segments of such, the last used ones.
 _MAX_EARLIER_PROMPTS = 256
 _MAX_EARLIER_SEGMENTS = 1024
+# Shared text is cut where one of so many last outputs ends.
+_MAX_OUTPUTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +64,14 @@ class DiscoveryConfig:
         memory_tokens: earlier texts that are kept for comparison, in tokens.
         recent_s: whole prompts are compared for so many seconds after they, or what they had in
             common with others, were last seen; with 0 only those that arrive together.
+        special_ids: of the tokenizer. Where one of them stands behind text, a message ends.
     """
 
     gram_size: int = 16
     min_tokens: int = 16
     memory_tokens: int = 2**17
     recent_s: float = 600.0
+    special_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,11 +107,26 @@ class Discovery:
         self._config = config or DiscoveryConfig()
         self._hasher = GramHasher(self._config.gram_size)
         self._index = GramIndex(self._config.memory_tokens, self._config.recent_s)
+        self._output_ends = OutputEnds(_MAX_OUTPUTS)
+        self._special_ids = as_token_ids(sorted(self._config.special_ids))
+        # Prompts with what was said after them, until prompts are compared again.
+        self._finished: deque[tuple[TokenIds, TokenIds]] = deque(maxlen=_MAX_EARLIER_PROMPTS)
 
     @property
     def num_bytes(self) -> int:
         """Memory that earlier texts take, about."""
-        return self._index.num_bytes
+        return self._index.num_bytes + self._output_ends.num_bytes
+
+    def note_output(self, prompt: TokenIds, output: TokenIds) -> None:
+        """Remember what a finished request has said, from the next comparison on.
+
+        It may be called while another thread compares prompts.
+
+        Args:
+            prompt: int32 token ids of one that was compared.
+            output: int32 token ids of all that was generated.
+        """
+        self._finished.append((prompt, output))
 
     def segment(
         self, prompts: Sequence[TokenIds], now: float, prefix_lengths: Sequence[int] = ()
@@ -113,6 +140,7 @@ class Discovery:
                 They are not compared: what an agent itself has said, and reads there, would cut
                 what it reads of all later.
         """
+        self._remember_outputs(now)
         # Several answers to one prompt are no reason to call it shared.
         distinct = {prompt.tobytes(): prompt for prompt in prompts}
         prefixes = dict(zip([p.tobytes() for p in prompts], prefix_lengths, strict=False))
@@ -157,22 +185,42 @@ class Discovery:
         has_gone_on: list[IndexedText] = []
         for text in [text for text in matching if text.is_prompt][-_MAX_EARLIER_PROMPTS:]:
             begin = _common_prefix_length(text.token_ids, sorted_new)
-            if begin < len(text.token_ids):
-                earlier.append(_ComparedText(text.token_ids, text.grams, begin))
-            else:
+            if begin >= text.num_prompt:
                 has_gone_on.append(text)
+                continue
+            # Whoever comes alone reads what others have said as they have computed it.
+            end = len(text.token_ids) if len(new) == 1 else text.num_prompt
+            num_grams = max(0, end - self._config.gram_size + 1)
+            earlier.append(_ComparedText(text.token_ids[:end], text.grams[:num_grams], begin))
         self._index.discard(has_gone_on)
         return earlier
 
     def _find_shared(self, texts: Sequence[_ComparedText]) -> list[list[tuple[int, int]]]:
-        """Ranges (begin, end) of positions of each text that another one has, too."""
+        """Ranges (begin, end) of positions of each text that another one has, too, in blocks."""
         config = self._config
         shared = find_shared(
             [text.grams[text.begin :] for text in texts], config.gram_size, config.min_tokens
         )
         return [
-            [(text.begin + begin, text.begin + end) for begin, end in ranges]
+            self._split(text, [(text.begin + begin, text.begin + end) for begin, end in ranges])
             for text, ranges in zip(texts, shared, strict=True)
+        ]
+
+    def _split(
+        self, text: _ComparedText, ranges: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Cut ranges of a text where messages and outputs end."""
+        if not ranges:
+            return []
+        config = self._config
+        messages = message_ends(text.token_ids, self._special_ids)
+        outputs = self._output_ends.found_in(text.grams, config.gram_size)
+        return [
+            block
+            for begin, end in ranges
+            for block in split_range(
+                begin, end, messages, outputs, config.gram_size, config.min_tokens
+            )
         ]
 
     def _with_segments(
@@ -191,6 +239,31 @@ class Discovery:
             if segments := tuple(segment for segment in hashed if segment[2] in wanted):
                 recalled.append(EarlierPrompt(text.token_ids, segments))
         return recalled
+
+    def _remember_outputs(self, now: float) -> None:
+        """Put what was said behind the prompts that are remembered.
+
+        The KV of the last token need not be there, so it is left out.
+        """
+        finished = [self._finished.popleft() for _ in range(len(self._finished))]
+        for _, output in finished:
+            self._output_ends.note(self._hasher.hashes(output))
+        if self._config.recent_s <= 0:
+            return
+        known = self._index.discard_prompts(
+            {prompt.tobytes() for prompt, output in finished if len(output) > 1}
+        )
+        texts = [
+            (np.concatenate([prompt, output[:-1]]), len(prompt))
+            for prompt, output in finished
+            if len(output) > 1 and prompt.tobytes() in known
+        ]
+        self._index.add(
+            [(text, self._hasher.hashes(text)) for text, _ in texts],
+            now,
+            is_prompt=True,
+            num_prompt=[length for _, length in texts],
+        )
 
     def _remember(
         self, segments: Iterable[TokenIds], new: Sequence[_ComparedText], now: float

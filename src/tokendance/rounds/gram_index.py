@@ -28,6 +28,7 @@ class IndexedText:
     is_prompt: bool  # or a segment that several prompts shared
     used_s: float  # clock time at which a prompt last had one of its grams
     number: int  # in the order in which texts were added
+    num_prompt: int  # its tokens, but for what was said after a prompt
 
 
 class GramIndex:
@@ -71,20 +72,31 @@ class GramIndex:
             self._touch(text, now)
         return texts
 
-    def add(self, texts: Iterable[tuple[TokenIds, Hashes]], now: float, *, is_prompt: bool) -> None:
+    def add(
+        self,
+        texts: Sequence[tuple[TokenIds, Hashes]],
+        now: float,
+        *,
+        is_prompt: bool,
+        num_prompt: Sequence[int] | None = None,
+    ) -> None:
         """Add texts that came together, and evict others to make room for them.
 
         A text that is in the index already is only marked as used. One that has no gram, or is
-        longer than the whole index may be, is left out.
+        longer than the whole index may be, is left out. `num_prompt` says how many tokens of each
+        are the prompt, where others were said after it; all if left out.
         """
         added: list[IndexedText] = []
-        for token_ids, grams in texts:
+        lengths = [len(ids) for ids, _ in texts] if num_prompt is None else num_prompt
+        for (token_ids, grams), length in zip(texts, lengths, strict=True):
             key = (token_ids.tobytes(), is_prompt)
             if key in self._number_of:
                 self._touch(self._texts[self._number_of[key]], now)
             elif len(grams) > 0 and len(token_ids) <= self._max_tokens:
                 # Copied, since a segment is a view of its prompt and would keep all of it.
-                text = IndexedText(token_ids.copy(), grams, is_prompt, now, self._next_number)
+                text = IndexedText(
+                    token_ids.copy(), grams, is_prompt, now, self._next_number, length
+                )
                 self._texts[text.number] = text
                 self._number_of[key] = text.number
                 self._num_tokens += len(token_ids)
@@ -130,6 +142,13 @@ class GramIndex:
         kept = ~np.isin(self._text_numbers, [text.number for text in gone])
         self._grams = self._grams[kept]
         self._text_numbers = self._text_numbers[kept]
+
+    def discard_prompts(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Remove the prompts of these bytes; return those that were there."""
+        numbers = {key: self._number_of.get((key, True)) for key in keys}
+        found = {key: number for key, number in numbers.items() if number is not None}
+        self.discard(self._texts[number] for number in found.values())
+        return set(found)
 
     def check_integrity(self) -> None:
         """Assert that texts and arrays agree, and that the index is within its bounds."""

@@ -38,6 +38,7 @@ from tokendance.server.responses import (
 )
 from tokendance.server.rounds import LoneRound, SessionRound
 from tokendance.server.settings import ServerSettings
+from tokendance.server.turnstile import Turnstile
 
 
 def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
@@ -80,6 +81,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(RequestLog)
+    app.add_middleware(Turnstile)
     return app
 
 

@@ -163,7 +163,9 @@ class Connections:
         if not self._num_closed or now - self._logged_s < _LOG_S:
             return
         counts = (f"{count} {_EXPLANATIONS[reason]}" for reason, count in self._num_closed.items())
-        log.warning("closed %d connections: %s", self._num_closed.total(), ", ".join(counts))
+        total = self._num_closed.total()
+        connections = "connection" if total == 1 else "connections"
+        log.warning("closed %d %s: %s", total, connections, ", ".join(counts))
         self._num_closed.clear()
         self._logged_s = now
 

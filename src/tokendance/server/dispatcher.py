@@ -17,14 +17,22 @@ from tokendance.errors import AbortedError
 from tokendance.fidelity.idle_shadows import IdleShadows
 from tokendance.llm import LLM
 from tokendance.rounds.discoveries import Discoveries
-from tokendance.rounds.discovery import DiscoveryConfig
-from tokendance.rounds.segments import Salt
+from tokendance.rounds.discovery import DiscoveryConfig, DiscoveryResult
+from tokendance.rounds.segments import Salt, as_token_ids
 from tokendance.server.arrivals import Arrivals
+from tokendance.server.comparisons import Comparison, Comparisons
 from tokendance.server.jobs import Job, NewTokens
 from tokendance.server.loading import Loader
 from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
 from tokendance.store.entries import RoundId
+
+# Time between looks at prompts that are being compared, if there is nothing to compute.
+_LOOK_S = 0.002
+# Before each pass, so that a burst of requests does not keep those that run waiting.
+_ADMISSION_S = 0.02
+# How many times `busy_pass_ms` a pass takes whose tenant is alone for the moment.
+_ALONE = 2.5
 
 
 class Dispatcher:
@@ -43,10 +51,15 @@ class Dispatcher:
                 num_tenants=max(1, len(settings.api_keys)),
                 reserved=settings.reserved_kv,
                 pass_s=settings.busy_pass_ms / 1000,
+                alone=_ALONE,
+                admission_s=_ADMISSION_S,
             )
         )
         self._shadows = IdleShadows(llm.shadows, llm.engine, metrics.note_shadow)
-        self._discoveries = Discoveries(DiscoveryConfig(recent_s=settings.recent))
+        self._discoveries = Discoveries(
+            DiscoveryConfig(recent_s=settings.recent, special_ids=llm.encoder.special_ids)
+        )
+        self._compared = Comparisons()
         self.loader = Loader()
         self.arrivals = Arrivals(self.loader, settings)
         self._live: dict[Request, Job] = {}
@@ -80,42 +93,59 @@ class Dispatcher:
             self._live[job.request] = job  # first, so that it is answered if what follows fails
             by_salt.setdefault(job.request.prompt.salt, []).append(job)
         for salt, of_tenant in by_salt.items():
-            # Tokens at the beginning of each prompt whose KV is there already.
-            num_cached = {job: self._engine.num_cached(job.request.prompt) for job in of_tenant}
-            self._discover(salt, num_cached)
             own_round = self._engine.new_round_id() if round_id is None else round_id
             for job in of_tenant:
+                job.request.round_id = own_round
+                job.is_alone = len(of_tenant) == 1
+            # Tokens at the beginning of each prompt whose KV is there already.
+            num_cached = {job: self._engine.num_cached(job.request.prompt) for job in of_tenant}
+            self._compared.add(self._discover(salt, num_cached))
+        self._add_compared()
+
+    def _discover(self, salt: Salt, num_cached: Mapping[Job, int]) -> Comparison:
+        """Find what prompts share; not where the client has marked it."""
+        unmarked = [job for job in num_cached if not job.marked]
+        if not self._engine.options.reuses_segments:
+            unmarked = []
+        prompts = [job.request.prompt.token_ids for job in unmarked]
+        lengths, now = [num_cached[job] for job in unmarked], self._now
+
+        def compare() -> DiscoveryResult | None:
+            return self._discoveries.segment(salt, prompts, now, lengths) if prompts else None
+
+        return Comparison(salt, num_cached, unmarked, sum(map(len, prompts)), compare)
+
+    def _add_compared(self) -> None:
+        """Let the jobs run whose prompts have been compared, cut into segments."""
+        for one in self._compared.done():
+            shared = one.result
+            if shared is not None:
+                self._engine.recall(shared.earlier, one.salt)
+                for job, prompt in zip(one.unmarked, shared.prompts, strict=True):
+                    job.request.prompt = prompt
+            requests = []
+            for job, num_cached in one.num_cached.items():
                 request = job.request
-                request.round_id = own_round
                 # A request outside of rounds reads exact KV only. What is cached of a conversation
                 # that goes on need not be exact, and is reused all the same.
-                request.in_round = bool(request.prompt.shared_segments()) or num_cached[job] > 0
-                job.is_alone = len(of_tenant) == 1
-            self._engine.add([job.request for job in of_tenant])
-
-    def _discover(self, salt: Salt, num_cached: Mapping[Job, int]) -> None:
-        """Find what prompts share, and cut them into segments; not where the client has done so."""
-        unmarked = [job for job in num_cached if not job.marked]
-        if not unmarked or not self._engine.options.reuses_segments:
-            return
-        shared = self._discoveries.segment(
-            salt,
-            [job.request.prompt.token_ids for job in unmarked],
-            self._now,
-            [num_cached[job] for job in unmarked],
-        )
-        if shared is None:
-            return
-        self._engine.recall(shared.earlier, salt)
-        for job, prompt in zip(unmarked, shared.prompts, strict=True):
-            job.request.prompt = prompt
+                request.in_round = bool(request.prompt.shared_segments()) or num_cached > 0
+                if request.finish_reason is None:  # else it was taken back
+                    requests.append(request)
+            self._engine.add(requests)
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Abort the jobs of one request, whether they wait or run."""
         refuse(self.arrivals.remove(jobs), "The request was taken back.")
         for job in jobs:
             if job.request in self._live:
-                self._engine.abort(job.request)
+                self._abort(job, "The request was taken back.")
+
+    def _abort(self, job: Job, why: str) -> None:
+        """End a job that has begun; does nothing if it is done."""
+        if job not in self._compared:
+            self._engine.abort(job.request, why)
+        elif job.request.finish_reason is None:
+            job.request.error, job.request.finish_reason = AbortedError(why), "error"
 
     # -- one turn -------------------------------------------------------------------------------
 
@@ -132,8 +162,9 @@ class Dispatcher:
             self._shadows.give_way(now)
         if now > self._deadline_s:
             self.loader.stop()
-            for request in self._live:
-                self._engine.abort(request, "The server is stopping.")
+            for job in self._live.values():
+                self._abort(job, "The server is stopping.")
+        self._add_compared()
         self._engine.tick(now)
         self.loader.go_on()
         self._publish()
@@ -144,6 +175,8 @@ class Dispatcher:
             return 0.0
         if self.loader:
             return self.loader.pause_s
+        if self._compared:
+            return _LOOK_S
         if self._is_stopping:
             return 0.0
         times_s = (self.arrivals.due_s(), self._engine.due_s())
@@ -165,6 +198,11 @@ class Dispatcher:
     def _finish(self, job: Job) -> None:
         request, has_answer = job.request, job.request.error is None
         del self._live[request]
+        if has_answer and not job.marked:
+            prompt = request.prompt
+            self._discoveries.note_output(
+                prompt.salt, prompt.token_ids, as_token_ids(request.generated)
+            )
         if job.is_alone and has_answer and request.finished_s and request.arrived_s:
             self.arrivals.window.note_lone(request.finished_s - request.arrived_s)
         self.arrivals.note_done(job, has_answer=has_answer)
@@ -184,6 +222,7 @@ class Dispatcher:
 
     def give_up(self) -> None:
         """Fail all jobs and loads, when the engine does not run any more."""
+        self._compared.close()
         self.loader.stop()
         refuse([*self._live.values(), *self.arrivals.take_waiting()])
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,16 +118,17 @@ class GrammarChecker:
             with theirs:
                 self._send_handle(theirs)
             ours.settimeout(self._seconds + _GRACE_S)
+            begun_s = time.monotonic()
             try:
                 limits = {"seconds": self._seconds, "memory_bytes": self._memory_bytes}
                 limits |= {"stack_bytes": self._stack_bytes, "step_seconds": _STEP_S}
                 grammar_process.send(ours, {"grammar": grammar, **limits})
                 error: str | None = grammar_process.receive(ours)["error"]
             except (OSError, EOFError):
-                return (
-                    f"It takes more than {self._seconds:g} s (--schema-timeout) or "
-                    f"{format_bytes(self._memory_bytes)} (--schema-memory) to compile."
-                )
+                limit = f"{format_bytes(self._memory_bytes)} (--schema-memory)"
+                if time.monotonic() - begun_s >= self._seconds:  # its own clock ended it
+                    limit = f"{self._seconds:g} s (--schema-timeout)"
+                return f"It takes more than {limit} to compile."
         return error
 
     def _send_handle(self, connection: socket.socket) -> None:

@@ -127,7 +127,7 @@ class Metrics:
         elif isinstance(event, Finished):
             self._count(event)
         elif isinstance(event, StepDone):
-            self.engine_watch.passed(event.time_s, event.seconds)
+            self.engine_watch.passed(event.time_s, event.seconds, event.cpu_seconds)
 
     def _count(self, event: Finished) -> None:
         output = event.output

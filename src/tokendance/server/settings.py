@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from tokendance.errors import ConfigError
 from tokendance.options import check_range
-from tokendance.units import parse_bytes
+from tokendance.units import format_bytes, parse_bytes
 
 LogFormat = Literal["text", "json"]
 MAX_DRAIN_S = 86_400.0
@@ -152,15 +152,17 @@ class ServerSettings:
         check_range(self, 0, "busy_pass_ms")
         check_range(self, 0, "reserved_kv", most=0.9)
         check_range(self, 0, "drain", most=MAX_DRAIN_S)
-        check_range(self, 1, "max_body_bytes", "max_body_objects", "max_messages", "max_choices")
+        check_range(self, 1, "max_body_objects", "max_messages", "max_choices")
+        _check_size("--max-body", self.max_body_bytes, 1)
         check_range(self, 1, "max_open_requests", "default_max_tokens", "max_connections")
         check_range(self, 0.01, "head_timeout", "send_timeout", "idle_timeout")
-        check_range(self, self.max_body_bytes, "max_arriving_bytes")
-        check_range(self, 1, "max_schema_bytes", "max_schema_depth", "max_schema_definitions")
+        _check_size("--max-arriving", self.max_arriving_bytes, self.max_body_bytes)
+        _check_size("--max-schema-size", self.max_schema_bytes, 1)
+        check_range(self, 1, "max_schema_depth", "max_schema_definitions")
         check_range(self, 1, "max_schema_alternatives", "max_schema_enum", "max_schema_properties")
         check_range(self, 1, "max_schema_pattern", "max_schema_repeats", "schema_processes")
         check_range(self, 0.05, "schema_timeout", most=600)
-        check_range(self, 2**20, "schema_memory_bytes")
+        _check_size("--schema-memory", self.schema_memory_bytes, 2**20)
         if any(not key for key in self.api_keys):
             raise ConfigError("An API key is empty. Give each at least one character.")
         for host in self.allowed_hosts:
@@ -200,6 +202,14 @@ class ServerSettings:
     def schema_memory_bytes(self) -> int:
         """Bytes that compiling a schema may take."""
         return parse_bytes(self.schema_memory)
+
+
+def _check_size(option: str, num_bytes: int, least: int) -> None:
+    """Raise ConfigError for a size that is too small."""
+    if num_bytes < least:
+        raise ConfigError(
+            f"{option} is {format_bytes(num_bytes)}. Give {format_bytes(least)} or more."
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -36,6 +36,9 @@ def register() -> None:
         _configure(vllm_config)
 
     platform.check_and_update_config = staticmethod(check_and_configure)
+    from tokendance.integrations.vllm.metrics import install
+
+    install()
     platform.has_tokendance = True
 
 

@@ -1,21 +1,32 @@
 """The worker's view of requests: at which slot each position of a context lies.
 
 vLLM knows a mirror's own tokens only, numbered one after the other. Here are the true positions of
-these, and the slots of what it reads. Contexts grow with their requests: a step costs as much as it
-has new tokens. Nothing here imports vLLM.
+these, and the slots of what it reads. What a request reads is worked out when it is added; after
+that, contexts grow with their requests, and a step costs as much as it has new tokens.
+
+    vLLM's tokens     0 ........ 40 41-44                       45 ... 65     own
+    true positions    0 ........ 40 41-44  45 ............ 619  620 .. 640
+    slots             own pages             reads of others     own pages
+
+Both model runners of vLLM use it. Nothing here imports vLLM.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.attention.interface import PackedBatch, PackedRequest
+from tokendance.attention.interface import PackedBatch, PackedRequest, SlotRanges
 from tokendance.collector.known import NO_SLOT
 
+Ints = npt.NDArray[np.integer]
 Slots = npt.NDArray[np.int32]
 Positions = npt.NDArray[np.int64]
+
+NO_TOKEN = -2
+"""In what a request reads: the context begins behind this position."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,37 +34,41 @@ class _Context:
     """A request's context.
 
     Attributes:
-        own: true positions of the prompt's tokens that it computes itself; None: all of them.
-        num_prompt: length of the true prompt.
+        own: true positions of the prompt's tokens that it computes itself; none if it reads
+            nothing: then these are 0, 1, 2 ...
+        shift: behind `own`, a token's true position less its number.
         slots: int32, by true position; longer than it is filled.
+        ranges: of these slots.
         num_filled: own tokens whose slots are known.
     """
 
-    own: Positions | None
-    num_prompt: int
-    slots: Slots = field(default_factory=lambda: np.empty(0, np.int32))
+    own: Positions
+    shift: int
+    slots: Slots
+    ranges: SlotRanges
     num_filled: int = 0
 
-    def positions(self, first: int, last: int) -> Positions:
-        """True positions of own tokens `first` to `last` - 1."""
-        if self.own is None:
-            return np.arange(first, last)
-        num_own = len(self.own)
-        if last <= num_own:
-            return self.own[first:last]
-        behind = self.num_prompt - num_own + np.arange(max(first, num_own), last)
-        return np.concatenate([self.own[first:], behind]) if first < num_own else behind
-
-    def fill(self, last: int, size: int, pages: npt.NDArray[np.integer]) -> None:
-        """Note the slots of all own tokens up to `last` - 1."""
-        tokens = np.arange(self.num_filled, last)
-        positions = self.positions(self.num_filled, last)
-        if len(positions) and positions[-1] >= len(self.slots):
-            longer = np.full(max(256, 2 * int(positions[-1] + 1)), NO_SLOT, np.int32)
+    def make_room(self, length: int) -> None:
+        """Have room for so many slots."""
+        if length > len(self.slots):
+            longer = np.full(max(256, 2 * length), NO_SLOT, np.int32)
             longer[: len(self.slots)] = self.slots
             self.slots = longer
-        self.slots[positions] = pages[tokens // size].astype(np.int64) * size + tokens % size
-        self.num_filled = last
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A step, from a model runner to the model and its attention.
+
+    Attributes:
+        batch: as attention sees it.
+        rows: int64, of the new tokens of mirrors.
+        positions: int64, true positions of these rows; all others have vLLM's.
+    """
+
+    batch: PackedBatch
+    rows: Positions
+    positions: Positions
 
 
 class Contexts:
@@ -78,51 +93,91 @@ class Contexts:
                 tokens; None for a request that reads nothing of others.
         """
         if reads is None:
-            self._by_request[request_id] = _Context(None, 0)
+            context = _Context(np.empty(0, np.int64), 0, np.empty(0, np.int32), SlotRanges())
         else:
             own = np.flatnonzero(reads == NO_SLOT)
-            self._by_request[request_id] = _Context(own, len(reads), reads.copy())
+            start = int(np.argmax(reads != NO_TOKEN))
+            context = _Context(own, len(reads) - len(own), reads.copy(), SlotRanges(start))
+        self._by_request[request_id] = context
 
     def restart(self, request_id: str) -> None:
         """Note that vLLM has given a request other pages."""
         if request_id in self._by_request:
-            self._by_request[request_id].num_filled = 0
+            context = self._by_request[request_id]
+            context.num_filled = 0
+            context.ranges.forget()
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop requests that are done."""
         for request_id in request_ids:
             self._by_request.pop(request_id, None)
 
-    def is_mirror(self, request_id: str) -> bool:
-        """Whether a request reads KV of others."""
-        return self._by_request[request_id].own is not None
-
-    def add_step(
+    def take(
         self,
-        request_id: str,
-        first_row: int,
-        num_done: int,
-        num_new: int,
-        pages: npt.NDArray[np.integer],
-    ) -> PackedRequest:
-        """Take what a request computes in a step.
+        request_ids: Sequence[str],
+        num_done: Ints,
+        num_new: Ints,
+        tables: npt.NDArray[np.int32],
+        table_rows: Ints,
+    ) -> Step:
+        """Take a step of N requests.
 
         Args:
-            request_id: of the request.
-            first_row: its rows in the batch begin here.
-            num_done: own tokens before.
-            num_new: own tokens of this step.
-            pages: of its own tokens, in order.
+            request_ids: in the order of their rows.
+            num_done: (N,), own tokens before.
+            num_new: (N,), own tokens of this step, at least one each.
+            tables: pages of own tokens, in their order, a row for each request that vLLM knows.
+            table_rows: (N,), rows of these requests.
         """
-        context = self._by_request[request_id]
-        if num_done < context.num_filled:
-            # Drafts that were not accepted are computed again, in the same pages.
-            context.num_filled = num_done
-        context.fill(num_done + num_new, self._page_size, pages)
-        positions = context.positions(num_done, num_done + num_new)
-        self.slot_position[context.slots[positions]] = positions
-        return PackedRequest(first_row, positions, context.slots)
+        contexts = [self._by_request[request_id] for request_id in request_ids]
+        # Also those that vLLM's prefix cache had, or copied: their slots are known by their table
+        # alone. Drafts that were not accepted are computed again, in the same pages.
+        num_filled = np.minimum([context.num_filled for context in contexts], num_done)
+        num_own = np.array([len(context.own) for context in contexts])
+        num_until = num_done.astype(np.int64) + num_new
+        counts = num_until - num_filled
+        request = np.repeat(np.arange(len(contexts)), counts)
+        tokens = _aranges(counts) + np.repeat(num_filled, counts)
+        page, place = np.divmod(tokens, self._page_size)
+        slots = tables[table_rows[request], page].astype(np.int64) * self._page_size + place
+        positions = tokens + np.array([context.shift for context in contexts])[request]
+        indptr = np.concatenate(([0], np.cumsum(counts)))
+        for index in np.flatnonzero(num_filled < num_own).tolist():
+            own = contexts[index].own[num_filled[index] : num_until[index]]
+            positions[indptr[index] : indptr[index] + len(own)] = own
+        self.slot_position[slots] = positions
+
+        first_rows = np.concatenate(([0], np.cumsum(num_new)))
+        requests = []
+        for context, (low, high), (row, next_row), num_computed in zip(
+            contexts,
+            itertools.pairwise(indptr.tolist()),
+            itertools.pairwise(first_rows.tolist()),
+            num_until.tolist(),
+            strict=True,
+        ):
+            here = positions[low:high]
+            context.make_room(int(here[-1]) + 1)
+            context.slots[here] = slots[low:high]
+            context.num_filled = num_computed
+            requests.append(
+                PackedRequest(row, here[row - next_row :], context.slots, context.ranges)
+            )
+        mirrors = np.flatnonzero(num_own)
+        rows = np.repeat(first_rows[mirrors], num_new[mirrors]) + _aranges(num_new[mirrors])
+        true = [requests[index].positions for index in mirrors.tolist()]
+        return Step(
+            self.batch(requests),
+            rows.astype(np.int64),
+            np.concatenate(true) if true else np.empty(0, np.int64),
+        )
 
     def batch(self, requests: list[PackedRequest]) -> PackedBatch:
         """The step as attention sees it."""
         return PackedBatch(requests, self.slot_position)
+
+
+def _aranges(counts: Ints) -> npt.NDArray[np.int64]:
+    """0 ... n - 1 for each n of `counts`, one after the other."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)

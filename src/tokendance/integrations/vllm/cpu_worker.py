@@ -1,4 +1,7 @@
-"""vLLM's CPU worker, whose model runner gives the model the true positions of mirrors."""
+"""vLLM's CPU worker with rounds, and its V1 model runner with true positions.
+
+The V2 runner gets them from `model_state.py`.
+"""
 
 from typing import Any
 
@@ -12,6 +15,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from tokendance.integrations.vllm import step
 from tokendance.integrations.vllm.contexts import Contexts
 from tokendance.integrations.vllm.layers import find_layer_kinds
+from tokendance.integrations.vllm.worker import RoundWorkerMixin
 
 # The CPU platform knows one backend only, by this name. Whoever imports this file attends by ours.
 register_backend(
@@ -47,25 +51,24 @@ class RoundModelRunner(CPUModelRunner):  # type: ignore[misc]
     ) -> Any:
         # vLLM takes positions for numbers of tokens while it computes slots and lengths ...
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        requests, first_row = [], 0
-        tables = self.input_batch.block_table[0].block_table.np
-        for index, request_id in enumerate(self.input_batch.req_ids):
-            num_new = int(num_scheduled_tokens[index])
-            num_done = int(self.input_batch.num_computed_tokens_cpu[index])
-            packed = self._contexts.add_step(
-                request_id, first_row, num_done, num_new, tables[index]
-            )
-            if self._contexts.is_mirror(request_id):  # ... and they are true when it rotates.
-                rows = slice(first_row, first_row + num_new)
-                self.positions[rows] = torch.from_numpy(packed.positions)
-            requests.append(packed)
-            first_row += num_new
-        step.current = self._contexts.batch(requests)
+        batch = self.input_batch
+        taken = self._contexts.take(
+            batch.req_ids,
+            batch.num_computed_tokens_cpu[: batch.num_reqs],
+            num_scheduled_tokens,
+            batch.block_table[0].block_table.np,
+            np.arange(batch.num_reqs),
+        )
+        # ... and they are true when it rotates. Drafts may reach beyond the context's end, which
+        # vLLM counts from the own tokens; nobody takes them.
+        positions = np.minimum(taken.positions, self.max_model_len - 1)
+        self.positions[torch.from_numpy(taken.rows)] = torch.from_numpy(positions)
+        step.current = taken.batch
         return result
 
 
-class RoundWorker(CPUWorker):  # type: ignore[misc]
-    """The CPU worker with that runner."""
+class RoundWorker(RoundWorkerMixin, CPUWorker):  # type: ignore[misc]
+    """The CPU worker with that runner, or with the V2 runner."""
 
     def init_device(self) -> None:
         """Make the runner."""

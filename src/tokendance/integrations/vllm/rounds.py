@@ -22,7 +22,8 @@ from tokendance.collector.correction import CorrectionPolicy
 from tokendance.collector.known import NO_SLOT, KnownKV, look_up, note_reuse, publish
 from tokendance.collector.plan import RequestPlan, ReuseRules
 from tokendance.collector.planner import Planner, alone
-from tokendance.rounds.arrival_window import ArrivalWindow
+from tokendance.integrations.vllm.arrivals import Arrivals, RoundKey
+from tokendance.integrations.vllm.figures import Figures
 from tokendance.rounds.discoveries import Discoveries
 from tokendance.rounds.discovery import DiscoveryConfig
 from tokendance.rounds.segments import (
@@ -31,6 +32,7 @@ from tokendance.rounds.segments import (
     Salt,
     SegmentHash,
     TokenIds,
+    as_token_ids,
     build_prompt,
 )
 from tokendance.store.entries import RoundId, Slots
@@ -49,15 +51,21 @@ class Member:
 
     Attributes:
         request_id: vLLM's.
-        salt: of its tenant, model and adapter: prompts of different salts never share.
+        key: of the rounds that it may be in: prompts of different salts never share.
         token_ids: int32, its prompt.
         max_new_tokens: of its answer.
+        round_size: requests of its round, if its client has said so.
+        blocks: positions (begin, end) of what others read, too, if its client has said so.
+        priority: vLLM's: who has a smaller one never waits for it. 0 where vLLM has none.
     """
 
     request_id: str
-    salt: Salt
+    key: RoundKey
     token_ids: TokenIds
     max_new_tokens: int
+    round_size: int | None = None
+    blocks: tuple[tuple[int, int], ...] | None = None
+    priority: int = 0
     round_id: RoundId = _NO_ROUND
     owns_order: bool = False
     prompt: EncodedPrompt | None = None  # once its round is known
@@ -93,8 +101,10 @@ class Rounds:
         *,
         window_s: float,
         window_share: float,
+        round_wait_s: float,
         max_retained: int,
         recent_s: float,
+        special_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Begin with none.
 
@@ -103,74 +113,91 @@ class Rounds:
             policy: what of reused segments is computed afresh.
             window_s: gap without an arrival after which a round begins.
             window_share: the longest wait, as a share of the time that a lone request takes.
+            round_wait_s: a round with a name begins so long after its last request, if it is not
+                full.
             max_retained: pages that may be kept for later rounds though no request holds them.
             recent_s: see `DiscoveryConfig`.
+            special_ids: likewise.
         """
         self._store = store
         self._planner = Planner(store, policy, prefix=True, segments=True)
-        self._windows: dict[Salt, ArrivalWindow[Member]] = {}
-        self._window_s = window_s
-        self._window_share = window_share
+        self._arrivals: Arrivals[Member] = Arrivals(window_s, window_share, round_wait_s)
         self._max_retained = max_retained
-        self._discoveries = Discoveries(DiscoveryConfig(recent_s=recent_s))
+        self._discoveries = Discoveries(DiscoveryConfig(recent_s=recent_s, special_ids=special_ids))
         self._waiting: list[Member] = []  # in the order in which they may start
         self._live: dict[str, Member] = {}  # started
         self._computing: Counter[SegmentHash] = Counter()  # segments that started members own
         self._num_rounds = 0
+        self.figures = Figures()  # counts only; whoever shows them begins them anew
 
     # -- arriving -----------------------------------------------------------------------------
 
     def arrive(self, member: Member, now: float) -> None:
         """Let a request wait for others of its round."""
-        if member.salt not in self._windows:
-            window: ArrivalWindow[Member] = ArrivalWindow(self._window_s, self._window_share)
-            self._windows[member.salt] = window
-        self._windows[member.salt].add(member, now)
+        self._arrivals.add(member, now)
 
     @property
     def num_waiting(self) -> int:
         """Members that have not started."""
-        return len(self._waiting) + sum(map(len, self._windows.values()))
+        return len(self._waiting) + len(self._arrivals)
 
     def remove(self, request_id: str) -> Member | None:
         """Take out a member that has not started; None if there is none of that id."""
-        waiting: list[ArrivalWindow[Member] | list[Member]] = [*self._windows.values()]
-        for members in (*waiting, self._waiting):
-            for member in members:
-                if member.request_id == request_id:
-                    members.remove(member)
-                    return member
-        return None
+        for member in self._waiting:
+            if member.request_id == request_id:
+                self._waiting.remove(member)
+                return member
+        return self._arrivals.remove(request_id)
 
     def start(self, now: float) -> Iterator[Member]:
         """Begin rounds that are due, and start members whose segments nobody is computing."""
-        for salt, window in list(self._windows.items()):
-            if members := window.take(now):
-                self._begin(salt, members, now)
-            if window.due_s() is None:
-                del self._windows[salt]
+        for members in self._arrivals.take(now):
+            self._begin(members, now)
         started: list[Member] = []
         for member in self._waiting:
-            if not any(segment in self._computing for segment in member.shared):
+            if not self._has_to_wait(member):
                 self._start(member)
                 started.append(member)
                 yield member
         if started:
             self._waiting = [member for member in self._waiting if member.plan is None]
 
-    def _begin(self, salt: Salt, members: Sequence[Member], now: float) -> None:
+    def _has_to_wait(self, member: Member) -> bool:
+        """Whether somebody computes what a member reads, and is not put off for less than it."""
+        if not any(segment in self._computing for segment in member.shared):
+            return False
+        return any(
+            not other.is_published
+            and other.priority <= member.priority
+            and any(segment in member.shared for segment in other.owned)
+            for other in self._live.values()
+        )
+
+    def _begin(self, members: Sequence[Member], now: float) -> None:
         """Find what the members of a round share, and in which order they start."""
         round_id = RoundId(self._num_rounds)
         self._num_rounds += 1
-        prompts = self._discover(salt, members, now)
+        prompts = self._cut(members, now)
         for member, prompt in zip(members, prompts, strict=True):
             member.round_id, member.prompt = round_id, prompt
             member.shared = frozenset(part.hash for _, part in prompt.shared_segments())
             member.in_round |= bool(member.shared)
-        for start in self._planner.order(prompts, round_id):
+        self.figures.rounds += sum(bool(member.shared) for member in members) > 1
+        order = self._planner.order(prompts, round_id)
+        for start in sorted(order, key=lambda start: members[start.index].priority):
             member = members[start.index]
             member.owns_order = start.owns_order
             self._waiting.append(member)
+
+    def _cut(self, members: Sequence[Member], now: float) -> list[EncodedPrompt]:
+        """Cut prompts where their clients say so, and where discovery finds what is shared."""
+        salt = members[0].key.salt
+        unsaid = [member for member in members if member.blocks is None]
+        found = iter(self._discover(salt, unsaid, now) if unsaid else ())
+        return [
+            next(found) if member.blocks is None else _cut_at(member, member.blocks)
+            for member in members
+        ]
 
     def _discover(self, salt: Salt, members: Sequence[Member], now: float) -> list[EncodedPrompt]:
         num_known = [
@@ -240,6 +267,11 @@ class Rounds:
         member.held = known.pages
         store.pool.retain(known.pages, Holder.REQUEST)
         note_reuse(plan, store, member.round_id)
+        figures = self.figures
+        figures.mirrors += member.is_mirror
+        figures.prompt_tokens += plan.num_prompt
+        figures.reused_tokens += plan.num_prompt - len(member.own)
+        figures.corrected_tokens += plan.num_corrected
 
     # -- running ------------------------------------------------------------------------------
 
@@ -287,6 +319,7 @@ class Rounds:
             return
         if not member.is_published:
             self._end_computing(member)
+        self._discoveries.note_output(member.key.salt, member.token_ids, as_token_ids(answer))
         if member.is_published:
             assert member.plan is not None
             assert member.prompt is not None
@@ -341,3 +374,14 @@ class Rounds:
             if not member.is_published:
                 computing.update(member.owned)
         assert computing == self._computing
+
+
+def _cut_at(member: Member, blocks: Sequence[tuple[int, int]]) -> EncodedPrompt:
+    """A member's prompt with these ranges of positions as its shared segments."""
+    contents: list[tuple[TokenIds, bool]] = []
+    done = 0
+    for begin, end in blocks:
+        contents.append((member.token_ids[done:begin], False))
+        contents.append((member.token_ids[begin:end], True))
+        done = end
+    return build_prompt([*contents, (member.token_ids[done:], False)], member.key.salt)

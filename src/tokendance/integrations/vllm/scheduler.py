@@ -13,22 +13,36 @@ Its beginning up to the first reused token is exact, and vLLM's prefix cache fin
 ever. The hashes of blocks behind it are drawn at random, so nobody finds approximate KV by them.
 """
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from vllm.config import ModelConfig
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler as VLLMAsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler as VLLMScheduler
 from vllm.v1.request import Request, RequestStatus
 
+from tokendance.integrations.vllm.arrivals import RoundKey
+from tokendance.integrations.vllm.figures import Figures
+from tokendance.integrations.vllm.hints import read_hints
+from tokendance.integrations.vllm.metrics import RoundStats
 from tokendance.integrations.vllm.pages import BlockPages
 from tokendance.integrations.vllm.rewriting import rewrite
 from tokendance.integrations.vllm.rounds import Member, Rounds
 from tokendance.integrations.vllm.settings import Settings
 from tokendance.rounds.segments import make_salt
 from tokendance.store.kv_store import KVStore
+
+log = logging.getLogger("vllm.tokendance")
+
+_GAUGES_EVERY_S = 0.5
 
 
 class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
@@ -44,11 +58,17 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
             settings.policy(),
             window_s=settings.window_ms / 1000,
             window_share=settings.window_share,
+            round_wait_s=settings.round_wait_s,
             max_retained=int(pool.num_pages * settings.retained_share),
             recent_s=settings.recent_s,
+            special_ids=_special_ids(self.vllm_config.model_config),
         )
         self._requests: dict[str, Request] = {}  # that have not started
         self._members: dict[str, Member] = {}  # that have
+        self._gauges = Figures()
+        self._gauges_s = 0.0  # when they were counted
+        (group,) = self.kv_cache_config.kv_cache_groups
+        self._page_bytes = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_or_give_up
 
@@ -56,18 +76,36 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
         """Let a request wait for others of its round, or start it if it can be in none."""
-        if request.request_id in self.requests or not _can_share(request):
+        member = None if request.request_id in self.requests else self._member_of(request)
+        if member is None:
             super().add_request(request)
             return
-        adapter = request.lora_request.lora_int_id if request.lora_request else 0
-        member = Member(
-            request.request_id,
-            make_salt("vllm", request.cache_salt or "", str(adapter)),
-            np.array(request.prompt_token_ids, np.int32),
-            request.max_tokens,
-        )
         self._requests[request.request_id] = request
         self._rounds.arrive(member, time.monotonic())
+
+    def _member_of(self, request: Request) -> Member | None:
+        """A request as a member of a round; None if it can be in none."""
+        if not _can_share(request):
+            return None
+        try:
+            hints = read_hints(request.sampling_params.extra_args, len(request.prompt_token_ids))
+            if hints.exact:
+                return None
+            adapter = request.lora_request.lora_int_id if request.lora_request else 0
+            salt = make_salt("vllm", request.cache_salt or "", str(adapter))
+            has_priority = self.policy == SchedulingPolicy.PRIORITY
+            return Member(
+                request.request_id,
+                RoundKey(salt, request.session_id, hints.round),
+                np.array(request.prompt_token_ids, np.int32),
+                request.max_tokens,
+                round_size=hints.round_size,
+                blocks=hints.blocks,
+                priority=request.priority if has_priority else 0,
+            )
+        except Exception:  # an exception in a scheduler ends the engine, for all
+            log.exception("A request is in no round, as what it says could not be read.")
+            return None
 
     def _start_members(self) -> None:
         for member in self._rounds.start(time.monotonic()):
@@ -98,6 +136,7 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
             if stats is not None and stats.num_prompt_tokens == len(member.own):
                 num_reused = len(member.token_ids) - len(member.own)
                 stats.set(len(member.token_ids), stats.num_local_cached_tokens + num_reused, 0)
+                self._rounds.figures.computed_tokens += stats.num_computed_tokens
         return output
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -154,13 +193,47 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
     # -- what others ask ----------------------------------------------------------------------
 
     def get_num_unfinished_requests(self) -> int:
-        """See vLLM's; with those that wait for their round."""
-        return int(super().get_num_unfinished_requests()) + len(self._requests)
+        """See vLLM's; with those that wait for their round, unless all have to wait."""
+        num_unfinished = int(super().get_num_unfinished_requests())
+        is_paused = self.pause_state != PauseState.UNPAUSED
+        return num_unfinished if is_paused else num_unfinished + len(self._requests)
 
     def get_request_counts(self) -> tuple[int, int]:
         """Running and waiting; with those that wait for their round."""
         running, waiting = super().get_request_counts()
         return running, waiting + len(self._requests)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> RoundStats | None:
+        """VLLM's statistics of a step, with figures of rounds."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None:
+            return None
+        figures, self._rounds.figures = self._rounds.figures, Figures()
+        now = time.monotonic()
+        if now >= self._gauges_s + _GAUGES_EVERY_S or not self._members:
+            self._gauges, self._gauges_s = self._count_pages(), now
+        for name in ("shared_pages", "resident_pages", "dense_pages", "retained_pages"):
+            setattr(figures, name, getattr(self._gauges, name))
+        figures.page_bytes = self._page_bytes
+        return RoundStats(**vars(stats), tokendance=figures)
+
+    def _count_pages(self) -> Figures:
+        """What members have of vLLM's blocks at the moment."""
+        readers: Counter[int] = Counter()
+        num_dense = 0
+        for request_id, member in self._members.items():
+            pages = {*self._pages(request_id), *member.held.tolist()}
+            readers.update(pages)
+            num_tokens = len(member.token_ids) + self.requests[request_id].num_output_tokens
+            num_dense += -(-num_tokens // self.block_size) if pages else 0
+        pool = self.kv_cache_manager.block_pool
+        num_used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        return Figures(
+            shared_pages=sum(count > 1 for count in readers.values()),
+            resident_pages=len(readers),
+            dense_pages=num_dense,
+            retained_pages=max(0, num_used - len(readers)),
+        )
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Forget all KV."""
@@ -196,6 +269,20 @@ def _can_share(request: Request) -> bool:
         # It would see the own tokens only.
         and params.repetition_penalty == 1.0
         and not params.bad_words
-        and (params.extra_args or {}).get("reuse") != "exact"
         and not request.skip_reading_prefix_cache
+    )
+
+
+def _special_ids(model_config: ModelConfig) -> frozenset[int]:
+    """Special tokens of the model's tokenizer, which this process has loaded for grammars anyway.
+
+    None where vLLM is told to load no tokenizer: blocks are then told apart by outputs alone.
+    """
+    tokenizer = cached_tokenizer_from_config(model_config=model_config)
+    if tokenizer is None:
+        return frozenset()
+    # Those of a chat template need not be among those that the tokenizer has a name for.
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids).union(
+        token_id for token_id, token in added.items() if token.special
     )

@@ -20,6 +20,8 @@ class Settings:
             first:4, epic, none or all.
         window_ms: requests that arrive within so many milliseconds of each other make a round.
         window_share: share of a lone request's time that it may wait for others at most.
+        round_wait_s: a round with a name starts so many seconds after its last request, if it is
+            not full.
         recent_s: text of prompts of so many seconds ago is reused, too.
         retained_share: share of vLLM's blocks that is kept for later rounds at most; given up
             wherever vLLM needs one.
@@ -29,13 +31,14 @@ class Settings:
     correction: str = "edges:3+1"
     window_ms: float = 4.0
     window_share: float = 0.1
+    round_wait_s: float = 0.2
     recent_s: float = 600.0
     retained_share: float = 0.5
     max_reuse_rounds: int = 16
 
     def __post_init__(self) -> None:
         self.policy()
-        for name in ("window_ms", "window_share", "recent_s", "max_reuse_rounds"):
+        for name in ("window_ms", "window_share", "round_wait_s", "recent_s", "max_reuse_rounds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{_PREFIX}{name.upper()} has to be 0 or more.")
         if not 0 <= self.retained_share <= 1:

@@ -33,9 +33,25 @@ def why_not(config: Any, version: str) -> str | None:
         "the model rotates in another way": rope.get("rope_type", "default") not in _ROPE_TYPES,
         "the model caps its logits": bool(getattr(text, "attn_logit_softcapping", None)),
         "KV has a dtype of its own": config.cache_config.cache_dtype != "auto",
-        "tokens are drafted": config.speculative_config is not None,
         "KV goes elsewhere": config.kv_transfer_config is not None,
-        "the model is on several devices": parallel.world_size > 1,
-        "the new model runner is used": config.use_v2_model_runner,
+        "KV of one context is on several devices": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "batches are halved (DBO)": parallel.enable_dbo,
+        "KV is copied in memory (HiSparse)": config.attention_config.hisparse_config is not None,
+        "layers share KV": config.cache_config.kv_sharing_fast_prefill,
+        "tokens are drafted otherwise than by n-grams": not _drafts_are_known(config),
     }
     return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+
+def _drafts_are_known(config: Any) -> bool:
+    """Whether the scheduler knows how many drafts were accepted before it plans the next step.
+
+    Otherwise the device alone has the true lengths of a step's contexts. The V2 runner never says.
+    """
+    drafts = config.speculative_config
+    if drafts is None:
+        return True
+    is_async = config.scheduler_config.async_scheduling
+    return drafts.method == "ngram" and not is_async and not config.use_v2_model_runner
