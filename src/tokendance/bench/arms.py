@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ def make_engine(
     the store is to be cleared before each use.
     """
     budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
-    options = replace(options, reuse=mode, correction=correction, kv_budget=budget)
+    options = EngineOptions.of(options, reuse=mode, correction=correction, kv_budget=budget)
     return LLM.from_loaded(model, options, pool=pool)
 
 
