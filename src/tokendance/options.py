@@ -8,7 +8,7 @@ from environment variables and from a TOML file.
 import contextlib
 import difflib
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
