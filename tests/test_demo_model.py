@@ -20,8 +20,10 @@ from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
 from tokendance.rounds.trace import example_trace
+from tokendance.server.answer_grammar import NamedSchema, Wanted
 from tokendance.server.grammar import Grammars
 from tokendance.server.settings import ServerSettings
+from tokendance.server.tool_format import ToolFormat
 
 pytestmark = pytest.mark.demo
 
@@ -81,7 +83,8 @@ def test_any_tokens_that_a_schema_allows_are_json_that_fits(
         "required": list(fields),
         "additionalProperties": False,
     }
-    constraint = grammars.json_schema(schema, "response_format")
+    wanted = Wanted(answer=NamedSchema("a", schema, strict=True, param="response_format"))
+    constraint = grammars.answer(wanted, ToolFormat()).constraint
     chooser = random.Random(seed)
     token_ids: list[int] = []
     while len(token_ids) < 500:

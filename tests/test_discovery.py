@@ -313,3 +313,17 @@ def test_outputs_count_as_memory() -> None:
         discovery.note_output(prompt, as_token_ids(words(100 + turn, 20)))
     discovery.segment([prompt], 20)
     discovery.check_integrity()
+
+
+def test_what_others_have_read_is_found_as_they_read_it() -> None:
+    """With the name before it and all that stands behind, in whatever order."""
+    discovery = Discovery(make_salt("test"), CONFIG)
+    said = [[*[7000 + i, 8000], *text, 9000] for i, text in enumerate((A, B))]
+    for i, text in enumerate((A, B)):
+        prompt = as_token_ids(words(10 + i, 20))
+        discovery.segment([prompt], 0.0)
+        discovery.note_output(prompt, as_token_ids(text))
+    first = as_token_ids([*words(20, 9), *said[0], *words(21, 9), *said[1], *words(22, 9)])
+    second = as_token_ids([*words(30, 9), *said[1], *words(31, 9), *said[0], *words(32, 9)])
+    assert shared(discovery.segment([first], 1.0).prompts[0]) == [A[:-1], B[:-1]]
+    assert shared(discovery.segment([second], 2.0).prompts[0]) == said[::-1]

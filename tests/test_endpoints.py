@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
 from tokendance.errors import BudgetError
 from tokendance.executor.step import TokenLogprobs
@@ -16,7 +17,7 @@ from tokendance.server.protocol import ChatRequest, CompletionRequest
 from tokendance.server.respond import Answer, usage_of
 from tokendance.server.responses import dump
 from tokendance.server.rounds import _entry
-from tokendance.server.tool_calls import ToolFormat
+from tokendance.server.tool_format import ToolFormat
 
 CONTEXT = cast(
     ServerContext,
@@ -26,6 +27,7 @@ CONTEXT = cast(
         head=lambda kind: {"id": kind, "created": 0, "model": "tiny"},
         tools=ToolFormat(),
         token_text=chr,
+        token_bytes=lambda token: chr(token).encode(),
     ),
 )
 HEAD = {"id": "chatcmpl", "object": "chat.completion", "created": 0, "model": "tiny"}
@@ -69,7 +71,7 @@ USAGE = {
     "prompt_tokens": 4,
     "completion_tokens": 2,
     "total_tokens": 6,
-    "prompt_tokens_details": {"cached_tokens": 3},
+    "prompt_tokens_details": {"cached_tokens": 3, "approximate_tokens": 0},
 }
 LOGPROBS = [TokenLogprobs(-0.5, ((104, -0.5),)), TokenLogprobs(float("-inf"), ())]
 CHAT_LOGPROBS = {
@@ -134,15 +136,41 @@ def test_a_conversations_stream() -> None:
 def test_a_conversations_stream_with_a_call() -> None:
     endpoint = chat(tools=TOOLS)
     stream = chunks(endpoint, Delta(0, CALL[:9], (1,)), Delta(0, CALL[9:], output=output(CALL)))
-    begin, called, end = [document["choices"][0] for document in stream]
+    begin, called, more, end = [document["choices"][0] for document in stream]
     assert begin["delta"] == {"role": "assistant", "content": ""}
     (call,) = called["delta"].pop("tool_calls")
     assert called == {"index": 0, "delta": {}, "finish_reason": None}
-    del call["id"]
+    assert call.pop("id").startswith("call_")
     assert call == {
-        "index": 0, "type": "function", "function": {"name": "walk", "arguments": "{}"},
+        "index": 0, "type": "function", "function": {"name": "walk", "arguments": ""},
     }  # fmt: skip
+    added = {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}
+    assert more == {"index": 0, "delta": added, "finish_reason": None}
     assert end == {"index": 0, "delta": {}, "finish_reason": "tool_calls"}
+
+
+@pytest.mark.parametrize("end", [3, 11, 20, 40, 48, len(CALL)])
+def test_a_call_that_was_cut_off(end: int) -> None:
+    """Its mark is no text, and what there is of its arguments comes, in a stream, too."""
+    cut = output(f"I go.\n{CALL}"[: 6 + end], "length")
+    whole_answer = whole(chat(tools=TOOLS), Answer(cut, []))["choices"][0]
+    message = whole_answer["message"]
+    assert message["content"] == "I go." if end > 11 else message["content"] in ("I go.", "I go.\n")
+    called = [call["function"] for call in message.get("tool_calls", ())]
+    begun = end - CALL.index("{}")
+    assert called == [{"name": "walk", "arguments": "{}"[: max(0, begun)]}][: begun > -2]
+    is_whole = end == len(CALL)
+    assert whole_answer["finish_reason"] == ("tool_calls" if is_whole else "length")
+    stream = chunks(
+        chat(tools=TOOLS), *[Delta(0, one, (1,)) for one in cut.text], Delta(0, "", output=cut)
+    )
+    deltas = [document["choices"][0]["delta"] for document in stream]
+    assert "".join(delta.get("content", "") for delta in deltas) == (message["content"] or "")
+    parts = [call["function"] for delta in deltas for call in delta.get("tool_calls", ())]
+    assert "".join(part["arguments"] for part in parts) == "".join(
+        one["arguments"] for one in called
+    )
+    assert stream[-1]["choices"][0]["finish_reason"] == whole_answer["finish_reason"]
 
 
 def test_a_texts_answer() -> None:

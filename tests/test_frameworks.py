@@ -5,17 +5,14 @@ environment of their own (make frameworks), and the model is the demo model. Wha
 compared with an oracle that knows nothing of how the server finds what prompts have in common.
 """
 
-import json
-import os
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from oracle import Asked, reusable
+from framework_clients import PYTHON, count_tokens, run_client
+from oracle import Asked
 from serving import serving
 from tokendance import LLM
 from tokendance.engine.request import Request
@@ -25,8 +22,6 @@ from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
 from tokendance.server.jobs import Job
 
-CLIENTS = Path(__file__).parent / "frameworks"
-PYTHON = CLIENTS.parents[1] / ".venv-frameworks" / "bin" / "python"
 pytestmark = [
     pytest.mark.demo,
     pytest.mark.frameworks,
@@ -97,18 +92,7 @@ def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
             submit(jobs)
 
         m.setattr(server.engine_thread, "submit", record)
-        script = CLIENTS / f"{client}.py"
-        url = str(http.base_url).rstrip("/")
-        ended = subprocess.run(
-            [PYTHON, script, url, str(agents), str(ROUNDS), way],
-            # Nothing but the URL leads to us.
-            env={name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    assert ended.returncode == 0, ended.stderr
+        said = run_client(str(http.base_url).rstrip("/"), client, way, agents, ROUNDS)
     llm.engine.check_integrity()
     assert len(requests) == agents * ROUNDS
     asked = [
@@ -118,7 +102,7 @@ def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
     reports = [llm.check_shadow() for _ in range(SHADOWS)]
     shadows = [report for report in reports if report is not None]
     return Town(
-        json.loads(ended.stdout.splitlines()[-1]),
+        said,
         [asked[first : first + agents] for first in range(0, len(asked), agents)],
         shadows,
     )
@@ -155,9 +139,7 @@ def test_what_can_be_reused_is_reused(
 ) -> None:
     """From the second round on, most of it: docs/clients.md has what is to be expected."""
     town = play(case)
-    prompts = [sum(len(request.prompt) for request in asked) for asked in town.asked]
-    reused = [sum(request.reused for request in asked) for asked in town.asked]
-    could = reusable(town.asked)
+    reused, could, prompts = count_tokens(town.asked)
     figures = map("{} / {} / {}".format, reused, could, prompts)
     tell(capsys, case, f"reused / reusable / prompt tokens {', '.join(figures)}")
     assert sum(reused[1:]) >= 0.8 * sum(could[1:])

@@ -18,12 +18,21 @@ from serving import chat, serving
 from tokendance import LLM
 from tokendance.models.loader import LoadedModel
 from tokendance.server import grammar, grammar_check, grammar_process
+from tokendance.server.answer_grammar import NamedSchema, Wanted
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
+from tokendance.server.grammar_constraint import GrammarConstraint
 from tokendance.server.settings import ServerSettings
+from tokendance.server.tool_format import ToolFormat
 
 # Followed at random for fewer tokens than that, it does no harm.
 LATE = {"type": "string", "pattern": "^x{60}(a?){1000}a{1000}$"}
+
+
+def constrain(grammars: Grammars, schema: dict[str, Any], tenant: str = "") -> GrammarConstraint:
+    """An answer that fits a schema."""
+    wanted = Wanted(answer=NamedSchema("a", schema, strict=False, param="response_format"))
+    return grammars.answer(wanted, ToolFormat(), tenant).constraint
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +85,11 @@ def test_attacks_end_one_request_each() -> None:
 
 def test_a_grammar_is_tried_once_for_each_tenant(made: Grammars, tried: list[str]) -> None:
     for tenant in ("one", "one", "two", "one"):
-        made.json_schema(ORDINARY, "response_format", tenant)
+        constrain(made, ORDINARY, tenant)
     assert len(tried) == 2
     for _ in range(2):
         with pytest.raises(ApiError, match="lexer"):
-            made.json_schema(attacks()["fuel"], "response_format", "one")
+            constrain(made, attacks()["fuel"], "one")
     assert len(tried) == 4
 
 
@@ -89,22 +98,20 @@ def test_what_is_known_has_a_bound(
 ) -> None:
     monkeypatch.setattr(grammar_check, "_MAX_KNOWN", 2)
     for number in (1, 2, 1, 3, 1, 2):
-        made.json_schema({"const": number}, "response_format")
-    assert [json.loads(text)["grammars"][0]["json_schema"]["const"] for text in tried] == [
-        1, 2, 3, 2,
-    ]  # fmt: skip
+        constrain(made, {"const": number})
+    assert [text.partition('"const": ')[2][0] for text in tried] == ["1", "2", "3", "2"]
 
 
 @pytest.mark.parametrize("name", ["memory", "fuel"])
 def test_the_process_survives_what_it_tries(made: Grammars, name: str) -> None:
-    made.json_schema({"const": name}, "response_format")
+    constrain(made, {"const": name})
     assert made.checker._process is not None
     before = made.checker._process._process.pid
     with pytest.raises(ApiError) as caught:
-        made.json_schema(attacks()[name], "response_format")
+        constrain(made, attacks()[name])
     assert (caught.value.status, caught.value.param) == (400, "response_format")
     assert "Simplify it" in str(caught.value)
-    made.json_schema({"const": f"{name} again"}, "response_format")
+    constrain(made, {"const": f"{name} again"})
     assert made.checker._process._process.pid == before
 
 
@@ -113,7 +120,7 @@ def test_time_is_limited(fake: LoadedModel) -> None:
     with closing(Grammars(fake, settings)) as grammars:
         for _ in range(2):
             with pytest.raises(ApiError, match=r"more than 0\.05 s \(--schema-timeout\)"):
-                grammars.json_schema(attacks()["memory"], "response_format")
+                constrain(grammars, attacks()["memory"])
 
 
 def test_a_stack_that_overflows_is_one_requests_trouble(fake: LoadedModel) -> None:
@@ -122,19 +129,19 @@ def test_a_stack_that_overflows_is_one_requests_trouble(fake: LoadedModel) -> No
     with closing(Grammars(fake, wide)) as grammars:
         grammars.checker._stack_bytes = 2**20
         with pytest.raises(ApiError, match="--schema-memory"):
-            grammars.json_schema(attacks()["definitions"], "response_format")
-        grammars.json_schema(ORDINARY, "response_format")
+            constrain(grammars, attacks()["definitions"])
+        constrain(grammars, ORDINARY)
 
 
 def test_a_process_that_was_killed_is_started_again(
     made: Grammars, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made.json_schema({"const": "before"}, "response_format")
+    constrain(made, {"const": "before"})
     assert made.checker._process is not None
     killed = made.checker._process._process
     killed.kill()
     killed.wait()
-    made.json_schema({"const": "after"}, "response_format")
+    constrain(made, {"const": "after"})
     assert made.checker._process._process.pid != killed.pid
     assert "started again" in caplog.text
 
@@ -142,15 +149,15 @@ def test_a_process_that_was_killed_is_started_again(
 def test_a_tenant_leaves_room_for_others(made: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_check, "_MAX_WAIT_S", 0.01)
     with made.checker._turn("one"):
-        made.json_schema({"const": "room"}, "response_format", "two")
+        constrain(made, {"const": "room"}, "two")
         with pytest.raises(ApiError) as caught:
-            made.json_schema({"const": "room"}, "response_format", "one")
+            constrain(made, {"const": "room"}, "one")
         assert caught.value.status == 503
         assert "Retry-After" in caught.value.headers
         with made.checker._turn("two"), pytest.raises(ApiError):
-            made.json_schema({"const": "room"}, "response_format", "three")
-        made.json_schema({"const": "room"}, "response_format", "two")  # it is known
-    made.json_schema({"const": "room"}, "response_format", "one")
+            constrain(made, {"const": "room"}, "three")
+        constrain(made, {"const": "room"}, "two")  # it is known
+    constrain(made, {"const": "room"}, "one")
 
 
 def test_the_tokenizer_is_read_once(fake: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +174,7 @@ def test_the_tokenizer_is_read_once(fake: LoadedModel, monkeypatch: pytest.Monke
 
         def ask(number: int) -> None:
             together.wait(60)
-            grammars.json_schema({"const": number}, "response_format", str(number))
+            constrain(grammars, {"const": number}, str(number))
 
         list(pool.map(ask, range(4)))
     assert len(read) == 1

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import examples
-from tokendance import SamplingParams
+from tokendance import LLM, SamplingParams
+from tokendance.engine.penalties import SeenTokens
 from tokendance.engine.stops import text_up_to_stop
 from tokendance.executor.sampler import sample
-from tokendance.executor.step import SamplingRow
+from tokendance.executor.step import Penalties, SamplingRow
 
 
 def choose_tokens(
@@ -183,3 +184,83 @@ def test_a_stop_text_is_found_when_its_last_byte_is_there(
         assert text_up_to_stop(tokens[:length], stops, decode) == expected
         if expected is not None:
             break
+
+
+def penalize(logits: Tensor, penalties: Sequence[Penalties | None]) -> Tensor:
+    """Log-probabilities of all rows after penalties: float32 (R, vocabulary)."""
+    rows = [SamplingRow(penalties=one, distribution=True) for one in penalties]
+    found = sample(logits.clone(), rows).distributions
+    return torch.stack([torch.from_numpy(one) for one in found if one is not None])
+
+
+@settings(max_examples=examples(50))
+@given(seed=st.integers(0, 1000), with_rows=st.lists(st.booleans(), min_size=1, max_size=5))
+def test_penalties_as_one_row_and_token_at_a_time(seed: int, with_rows: list[bool]) -> None:
+    chooser = random.Random(seed)
+    torch.manual_seed(seed)
+    logits = torch.randn(len(with_rows), 30) * 4
+    expected, given_penalties = logits.clone(), []
+    for row, has_any in enumerate(with_rows):
+        params = SamplingParams(
+            repetition_penalty=chooser.choice([1.0, 1.3, 0.7]),
+            presence_penalty=chooser.choice([0.0, 0.5, -1.0]),
+            frequency_penalty=chooser.choice([0.0, 0.25, 2.0]),
+        )
+        prompt = np.array([chooser.randrange(30) for _ in range(6)], np.int32)
+        answer = [chooser.randrange(30) for _ in range(chooser.randrange(9))]
+        seen = SeenTokens.of(params, prompt) if has_any else None
+        if seen is not None:
+            for end in range(len(answer)):  # it counts as the answer grows
+                seen.penalties(answer[:end])
+        given_penalties.append(None if seen is None else seen.penalties(answer))
+        for token in range(30) if seen is not None else ():
+            value, count = float(logits[row, token]), answer.count(token)
+            if token in prompt or count:
+                repetition = params.repetition_penalty
+                value = value / repetition if value > 0 else value * repetition
+            value -= count * params.frequency_penalty + (count > 0) * params.presence_penalty
+            expected[row, token] = value
+    torch.testing.assert_close(penalize(logits, given_penalties), expected.log_softmax(-1))
+
+
+def test_an_answer_that_begins_anew_is_counted_anew() -> None:
+    seen = SeenTokens.of(SamplingParams(presence_penalty=1.0), np.array([1, 2], np.int32))
+    assert seen is not None
+    assert seen.penalties([5, 5, 6]).tokens.tolist() == [5, 6]
+    again = seen.penalties([7])
+    assert (again.tokens.tolist(), again.counts.tolist()) == ([7], [1.0])
+    assert SeenTokens.of(SamplingParams(), np.array([1], np.int32)) is None
+
+
+def test_only_what_is_likely_enough() -> None:
+    logits = torch.tensor([[0.0, -1.0, -2.0, -3.0]]).repeat(2, 1)
+    drawn = set()
+    for number in range(200):
+        rows = [
+            SamplingRow(temperature=1.0, uniform=number / 200, min_p=least) for least in (0.2, 0.0)
+        ]
+        drawn.add(tuple(sample(logits.clone(), rows).token_ids))
+    assert {pair[0] for pair in drawn} == {0, 1}  # 1, 0.37, 0.14, 0.05 of the likeliest
+    assert {pair[1] for pair in drawn} == {0, 1, 2, 3}
+
+
+def test_an_answer_has_so_many_tokens_at_least(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm()
+    ends = dict.fromkeys(llm.model.stop_ids, 100.0)
+    biased = tuple(ends.items())
+    for least in (0, 1, 5):
+        params = SamplingParams(max_tokens=9, min_tokens=least, logit_bias=biased)
+        (output,) = llm.generate(["abc"], params)
+        assert (len(output.token_ids), output.finish_reason) == (least, "stop")
+
+
+def test_penalties_reach_the_model(make_llm: Callable[..., LLM]) -> None:
+    """A token that is made likely comes again and again, unless it is penalized for it."""
+    llm = make_llm()
+    biased = ((70, 200.0), (71, 100.0))
+    params = SamplingParams(max_tokens=6, logit_bias=biased, ignore_eos=True)
+    assert set(llm.generate(["abc"], params)[0].token_ids) == {70}
+    fair = SamplingParams(max_tokens=6, logit_bias=biased, ignore_eos=True, frequency_penalty=60.0)
+    both = llm.generate(["abc", "abc"], [params, fair])
+    assert set(both[0].token_ids) == {70}
+    assert set(both[1].token_ids) == {70, 71}

@@ -15,7 +15,7 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.models.loader import load_model
 from tokendance.rounds.segments import make_salt
 from tokendance.server.jobs import Job
-from tokendance.server.tool_calls import ToolFormat, find_tool_format
+from tokendance.server.tool_format import ToolFormat, find_tool_format
 
 LISTING = "{% if tools %}{% for t in tools %}{{ t['function'] | tojson }}\n{% endfor %}{% endif %}"
 MESSAGE = "{{ '<|start|>' + m['role'] + '\n' + m['content'] }}"
@@ -24,25 +24,6 @@ END = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 NAME_ARGUMENTS = """{"name": "{{ c['name'] }}", "%s": {{ c['arguments'] | tojson }}}"""
-
-
-def test_cutting_calls_out_of_an_answer() -> None:
-    text = 'I go.\n<tool_call>\n{"name": "walk", "arguments": {"to": "a"}}\n</tool_call>'
-    words, calls = ToolFormat().split(text)
-    assert words == "I go."
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("walk", {"to": "a"})]
-    inside = '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call> done'
-    assert ToolFormat().split(inside)[0] == "done"
-    for other in ("no call", "<tool_call> cut off", "<tool_call>[]</tool_call>", "</tool_call>"):
-        assert ToolFormat().split(other) == (other, [])
-
-
-def test_calls_that_are_the_whole_answer() -> None:
-    bare = ToolFormat("", "", "parameters")
-    words, (call,) = bare.split('{"name": "walk", "parameters": {"to": "a"}}')
-    assert (words, call.name, json.loads(call.arguments)) == ("", "walk", {"to": "a"})
-    for other in ("", "no call", "a {}", "{ cut", '{"name": "walk", "arguments": {}}'):
-        assert bare.split(other) == (other, [])
 
 
 def template(call: str, listing: str = LISTING) -> str:
@@ -166,5 +147,40 @@ def test_tools_go_the_way_of_the_chat_template(
         )  # fmt: skip
         tool["function"]["description"] = "ends <|end|> here"
         refused = chat(client, **fields)
+        assert refused.status_code == 400
+        assert "special token" in refused.json()["error"]["message"]
+
+
+def test_options_of_the_chat_template(
+    make_llm: Callable[..., LLM], model_folder: Callable[..., Path]
+) -> None:
+    """Those that it asks for are given to it, and others change nothing."""
+    model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
+    plain = model.tokenizer.chat_template
+    with serving(make_llm(num_pages=2000, model=model)) as (client, _):
+
+        def length(**fields: Any) -> int:
+            response = chat(client, **fields)
+            assert response.status_code == 200, response.text
+            count: int = response.json()["usage"]["prompt_tokens"]
+            return count
+
+        without = length()
+        for fields in ({"enable_thinking": False}, {"chat_template_kwargs": {"thinking": True}}):
+            assert length(**fields) == without
+        model.tokenizer.chat_template = plain + "{% if enable_thinking is false %}abc{% endif %}"
+        client_side: list[dict[str, Any]] = [
+            {"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}},
+        ]  # fmt: skip
+        # The server's tokenizer is the model's own.
+        for fields in client_side:
+            assert length(**fields) == without + 3
+        assert length(enable_thinking=True) == length() == without
+        many: list[dict[str, Any]] = [{"tools": 1}, {"tokenize": True}, {"a": []}, {"a b": 1}]
+        for wrong in many:
+            refused = chat(client, chat_template_kwargs=wrong)
+            assert refused.status_code == 400
+            assert "chat_template_kwargs" in refused.json()["error"]["message"]
+        refused = chat(client, chat_template_kwargs={"enable_thinking": "<|end|>"})
         assert refused.status_code == 400
         assert "special token" in refused.json()["error"]["message"]

@@ -1,8 +1,6 @@
 """vLLM's own API server with TokenDance inside, and clients as they are."""
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
-from oracle import Asked, reusable
+from framework_clients import PYTHON, count_tokens, run_client
+from oracle import Asked
 from tokendance.bench.vllm import find_vllm
 from tokendance.models import demo
 from vllm_server import vllm_server
 
-CLIENTS = Path(__file__).parent / "frameworks"
-CLIENTS_PYTHON = CLIENTS.parents[1] / ".venv-frameworks" / "bin" / "python"
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.demo,
@@ -62,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.frameworks
-@pytest.mark.skipif(not CLIENTS_PYTHON.is_file(), reason="no .venv-frameworks: make frameworks")
+@pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-frameworks: make frameworks")
 @pytest.mark.parametrize(
     ("client", "way"), [("openai_sdk", "streams"), ("langgraph_town", "graph")]
 )
@@ -72,24 +69,7 @@ def test_clients_are_answered_and_their_words_reused(
     """From the second round on, most of what an oracle could reuse."""
     server.http.post("/reset_prefix_cache").raise_for_status()
     server.take_records()
-    ended = subprocess.run(
-        [
-            CLIENTS_PYTHON,
-            CLIENTS / f"{client}.py",
-            str(server.http.base_url).rstrip("/"),
-            str(AGENTS),
-            str(ROUNDS),
-            way,
-        ],
-        # Nothing but the URL leads to the server.
-        env={name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    said = json.loads(ended.stdout.splitlines()[-1])
+    said = run_client(str(server.http.base_url).rstrip("/"), client, way, AGENTS, ROUNDS)
     assert len(said) == ROUNDS
     assert all(len(one) == AGENTS and all(map(str.strip, one.values())) for one in said)
     records = server.take_records()
@@ -99,9 +79,7 @@ def test_clients_are_answered_and_their_words_reused(
         assert all(record["chunks"] > 1 for record in records)
     requests = [Asked(one["prompt"], one["answer"], one["cached"]) for one in records]
     asked = [requests[first : first + AGENTS] for first in range(0, len(requests), AGENTS)]
-    reused = [sum(request.reused for request in one_round) for one_round in asked]
-    could = reusable(asked)
-    prompts = [sum(len(request.prompt) for request in one_round) for one_round in asked]
+    reused, could, prompts = count_tokens(asked)
     with capsys.disabled():
         figures = map("{} / {} / {}".format, reused, could, prompts)
         print(f"\n{client}-{way}: reused / reusable / prompt tokens {', '.join(figures)} ", end="")

@@ -134,6 +134,15 @@ class Imitation:
             if one.num_done == one.num_own and len(one.answer) < one.member.max_new_tokens:
                 one.answer.append(int(self.rng.integers(100)))
 
+    def run_to_first_tokens(self) -> None:
+        """Go on until each request has answered by a token, and end it then."""
+        while self.running or self.rounds.num_waiting:
+            self.start()
+            self.step()
+            for one in list(self.running):
+                if one.answer:
+                    self.end(one)
+
     def _allocate(
         self, one: Running, num_tokens: int, scheduled: Sequence[tuple[Running, int]]
     ) -> bool:
@@ -285,12 +294,7 @@ def test_a_round_computes_what_all_read_once() -> None:
     for index in range(6):
         prompt = np.concatenate([rng.integers(10, 99, 5 + index), shared, rng.integers(10, 99, 3)])
         world.rounds.arrive(Member(str(index), KEY, prompt.astype(np.int32), 1), world.now)
-    while world.running or world.rounds.num_waiting:
-        world.start()
-        world.step()
-        for one in list(world.running):
-            if one.answer:
-                world.end(one)
+    world.run_to_first_tokens()
     private = sum(5 + index + 3 for index in range(6))
     # One owner computes the run; five mirrors its first and its last token.
     assert world.num_computed == private + 120 + 5 * 2
@@ -361,12 +365,7 @@ def test_blocks_are_where_the_client_says() -> None:
         prompt[: 5 * (index + 1)] = 100 + index  # 10 to 59 are equal; the client says 20 to 39
         member = Member(str(index), KEY, prompt, 1, blocks=((20, 40),))
         world.rounds.arrive(member, world.now)
-    while world.running or world.rounds.num_waiting:
-        world.start()
-        world.step()
-        for one in list(world.running):
-            if one.answer:
-                world.end(one)
+    world.run_to_first_tokens()
     assert world.rounds.figures.mirrors == 1
     assert world.rounds.figures.reused_tokens == 20 - 2
     assert world.rounds.figures.corrected_tokens == 2

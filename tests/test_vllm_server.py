@@ -2,22 +2,16 @@
 
 import json
 import re
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import torch
 
 from test_vllm import PAGE, PYTHON, ROUND, Round
 from tiny_models import save_model
-from tokendance.bench.vllm import VLLMConfig, child_environment
+from vllm_server import vllm_server
 
 pytestmark = [
     pytest.mark.vllm,
@@ -28,64 +22,17 @@ pytestmark = [
 class Server:
     """An API server of vLLM's, with the plug-in."""
 
-    def __init__(self, folder: Path) -> None:
-        save_model(folder, "llama", hidden_size=128)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        assert PYTHON is not None
-        environment = child_environment(PYTHON, VLLMConfig(threads=torch.get_num_threads()))
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENDANCE": "1"}
-        self.log = folder / "log"
-        flags = {
-            "model": folder,
-            "served-model-name": "m",
-            "dtype": "float32",
-            "max-model-len": 512,
-            "block-size": PAGE,
-            "kv-cache-memory-bytes": 2**24,
-            "max-num-batched-tokens": 512,
-            "generation-config": "vllm",
-            "port": self.url.rpartition(":")[2],
-        }
-        command = [f"--{name}={value}" for name, value in flags.items()]
-        command += ["--enforce-eager", "--skip-tokenizer-init", "--enable-prompt-tokens-details"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *command],
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-        deadline = time.monotonic() + 300
-        while not self._is_up():
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
-            time.sleep(0.2)
-
-    def _is_up(self) -> bool:
-        try:
-            return bool(self.get("/health") == "")
-        except OSError:
-            return False
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            return str(response.read().decode())
+        return self._http.get(path).raise_for_status().text
 
     def post(self, tokens: list[int], **body: Any) -> tuple[int, str]:
         """Status and body of a completion."""
         content = {"model": "m", "prompt": tokens, "max_tokens": 8, "temperature": 0, **body}
-        request = urllib.request.Request(
-            self.url + "/v1/completions",
-            json.dumps(content).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, response.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+        answer = self._http.post("/v1/completions", json=content)
+        return answer.status_code, answer.text
 
     def post_round(self, agents: Round, **body: Any) -> list[dict[str, Any]]:
         """Usage of each agent of a round."""
@@ -101,10 +48,6 @@ class Server:
         assert found, name
         return float(found[1])
 
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
 
 def _usage(text: str) -> dict[str, Any]:
     """Of an answer, whole or streamed."""
@@ -117,9 +60,20 @@ def _usage(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("served"))
-    yield server
-    server.close()
+    folder = tmp_path_factory.mktemp("served")
+    save_model(folder, "llama", hidden_size=128)
+    flags = {
+        "served-model-name": "m",
+        "dtype": "float32",
+        "max-model-len": 512,
+        "block-size": PAGE,
+        "kv-cache-memory-bytes": 2**24,
+        "max-num-batched-tokens": 512,
+    }
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    arguments += ["--skip-tokenizer-init", "--enable-prompt-tokens-details"]
+    with vllm_server(folder, folder, *arguments) as http:
+        yield Server(http)
 
 
 NAMED = {"round": "r", "round_size": 6}

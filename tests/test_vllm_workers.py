@@ -1,10 +1,13 @@
 """The worker side inside the real vLLM: both model runners, several devices, drafts, adapters."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from test_vllm import FINISH, NUM_AGENTS, PYTHON, ROUND, run_in_vllm, tokens
 from tiny_models import save_model
@@ -95,3 +98,52 @@ def test_without_the_shift_the_answers_are_others(
         model, SCENARIO, TEST_WITHOUT_SHIFT="1", TEST_WITHOUT_CHECK="1", **environment
     )
     assert tokens(result["round"]) != embedded
+
+
+def test_a_rank_that_refuses_ends_all(model: Path) -> None:
+    with pytest.raises(AssertionError, match="check at the start failed"):
+        run_in_vllm(model, SCENARIO, engine={"tensor_parallel_size": 2}, TEST_WITHOUT_SHIFT="1")
+
+
+def save_adapter(folder: Path, seed: int) -> str:
+    """Write a random LoRA adapter of the model's queries and values."""
+    torch.manual_seed(seed)
+    shapes = {"q_proj": (128, 128), "v_proj": (128, 64)}  # tokens come in, heads come out
+    weights = {}
+    for layer in range(4):
+        for name, (size_in, size_out) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(8, size_in) / 4
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(size_out, 8) / 4
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": [*shapes]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
+    return str(folder)
+
+
+def test_adapters_are_tenants(model: Path, embedded: list[list[int]], tmp_path: Path) -> None:
+    """Two rounds of the same text at once: each adapter's agents read their own owner's KV."""
+    rounds = {
+        prefix: ROUND.add(prefix, adapter=name, path=save_adapter(tmp_path / name, seed))
+        for seed, (prefix, name) in enumerate({"a": "adapter1", "b": "adapter2"}.items())
+    }
+    both = {"add": [*rounds["a"]["add"], *rounds["b"]["add"]]}
+    results = run_in_vllm(
+        model,
+        {
+            "a": [rounds["a"], FINISH],
+            "b": [rounds["b"], FINISH],
+            "both": [both, FINISH],
+            "without": [ROUND.add(), FINISH],
+        },
+        engine={"enable_lora": True, "max_loras": 2, "max_lora_rank": 8},
+    )
+    for prefix in rounds:
+        assert tokens(results["both"], prefix) == tokens(results[prefix], prefix)
+        answers = results["both"]["answers"]
+        cached = [answers[f"{prefix}{index}"]["num_cached"] for index in range(NUM_AGENTS)]
+        assert cached == [0, *[len(ROUND.shared) - 4] * (NUM_AGENTS - 1)]
+    assert tokens(results["a"], "a") != tokens(results["b"], "b")
+    assert tokens(results["without"]) == embedded != tokens(results["a"], "a")
+    assert results["both"]["missing_blocks"] == 0

@@ -28,6 +28,7 @@ class Output:
         prompt_tokens: its length.
         computed_tokens: prompt tokens that the request computed.
         reused_tokens: prompt tokens whose KV was there already; the rest of `prompt_tokens`.
+        approximate_tokens: of the reused ones, those whose KV was computed in another context.
         corrected_tokens: of the computed ones, shared tokens that had KV and were computed afresh.
         logprobs: float32 (vocabulary,) for each generated token, if asked for.
         dropped_tokens: of what was said before, in a session: those that the prompt had to leave
@@ -47,6 +48,7 @@ class Output:
     stopped_by_text: bool = False
     logprobs: tuple[Tensor, ...] = ()
     dropped_tokens: int = 0
+    approximate_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class RoundStats:
         prompt_tokens: `computed_tokens` and `reused_tokens` together.
         computed_tokens: prompt tokens computed.
         reused_tokens: prompt tokens whose KV was there already.
+        approximate_tokens: of the reused ones, those whose KV was computed in another context.
         corrected_tokens: of the computed ones, shared tokens computed afresh by mirrors.
         generated_tokens: of the answers.
         prefill_s: seconds from the round's start to the last agent's first token.

@@ -19,6 +19,13 @@ class SamplingParams:
         temperature: 0 takes the likeliest token.
         top_k: only the k likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together reach this probability.
+        min_p: only tokens at least so likely as this share of the likeliest; 0 for all.
+        repetition_penalty: divides the logits, where they are positive, of tokens that the prompt
+            or the answer has, and multiplies them elsewhere; 1 for none.
+        presence_penalty: taken from the logits of tokens that the answer has.
+        frequency_penalty: taken from them as often as the answer has them.
+        min_tokens: the model does not end its answer before it has so many; a stop text does, and
+            so does what the answer has to look like.
         seed: of the request's random numbers; None draws one.
         stop: texts that end the answer; they are not part of it.
         stop_token_ids: tokens that end the answer, besides the model's own; not part of it.
@@ -35,6 +42,11 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -51,6 +63,17 @@ class SamplingParams:
             "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (
+                0 < self.repetition_penalty < math.inf,
+                "above 0, and finite",
+            ),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "finite"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "finite"),
+            "min_tokens": (
+                0 <= self.min_tokens <= self.max_tokens,
+                "0 or more, and at most max_tokens",
+            ),
             "stop": (all(self.stop), "a list of texts that are not empty"),
             "top_logprobs": (
                 self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,

@@ -135,10 +135,10 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
     slot_begin, slot_end = entries.begin[leader], entries.end[leader]
 
     # One line per range and request that reads it ...
-    reader = by_range[np.repeat(first_reader[order], num_readers) + _aranges(num_readers)]
+    reader = by_range[np.repeat(first_reader[order], num_readers) + aranges(num_readers)]
     counts = num_rows[entries.request[reader]]
     # ... and one per read.
-    rows = np.repeat(first_rows[entries.request[reader]], counts) + _aranges(counts)
+    rows = np.repeat(first_rows[entries.request[reader]], counts) + aranges(counts)
     slot_range = np.repeat(np.repeat(np.arange(len(order)), num_readers), counts)
     entry = np.repeat(reader, counts)
     at = positions[rows] - entries.offset[entry]  # a row's position as the range's owner counts
@@ -147,7 +147,7 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
     num_reads = np.bincount(slot_range, minlength=len(order))
     num_group_rows = num_reads[range_indptr[:-1]]
     first_read = (np.cumsum(num_reads) - num_reads)[range_indptr[:-1]]
-    group_rows = rows[np.repeat(first_read, num_group_rows) + _aranges(num_group_rows)]
+    group_rows = rows[np.repeat(first_read, num_group_rows) + aranges(num_group_rows)]
 
     def num_keys_until(at: IntArray) -> Int32Array:
         return _num_keys_until(at, slot_range, slot_begin, slot_end, batch.slot_position)
@@ -197,7 +197,7 @@ def _readings(batch: PackedBatch) -> _Readings:
         ]
     ).astype(np.int64)
     owner_position = batch.slot_position[slots].astype(np.int64)
-    position = np.repeat(starts, counts) + _aranges(counts)
+    position = np.repeat(starts, counts) + aranges(counts)
     offset = position - owner_position
     # First what is consecutive in the prompt and in memory ...
     span = owner_position // _SPAN
@@ -247,7 +247,7 @@ def _cut_at_each_other(readings: _Readings) -> _Readings:
     edges = np.unique(np.concatenate((readings.begin, readings.end)))
     first = np.searchsorted(edges, readings.begin)
     counts = np.searchsorted(edges, readings.end) - first
-    edge = np.repeat(first, counts) + _aranges(counts)
+    edge = np.repeat(first, counts) + aranges(counts)
     return _Readings(
         np.repeat(readings.request, counts),
         np.repeat(readings.offset, counts),
@@ -324,7 +324,7 @@ def _num_keys_until(
     return counts
 
 
-def _aranges(counts: IntArray) -> IntArray:
+def aranges(counts: IntArray) -> IntArray:
     """0 ... n - 1 for each n of `counts`, one after the other."""
-    ends = np.cumsum(counts)
-    return np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)

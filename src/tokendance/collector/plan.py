@@ -173,6 +173,12 @@ class RequestPlan:
     guarded: bool = False
 
     @property
+    def num_approximate(self) -> int:
+        """Of the reused prompt tokens, those whose KV was computed in another context."""
+        roles = self.roles[self.num_exact : self.num_prompt]
+        return int(((roles == Role.PREFIX) | (roles == Role.REUSED)).sum())
+
+    @property
     def compute(self) -> Positions:
         """Prompt positions that take part in the request's forward passes, ascending."""
         roles = self.roles[: self.num_prompt]

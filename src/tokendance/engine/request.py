@@ -14,6 +14,7 @@ from tokendance.collector.plan import RequestPlan
 from tokendance.disk.records import SessionKey
 from tokendance.engine.allocator import Allocation
 from tokendance.engine.constraint import Constraint
+from tokendance.engine.penalties import SeenTokens, with_bias
 from tokendance.errors import ConstraintError, StepError, TokenDanceError
 from tokendance.executor.step import FloatArray, SamplingRow, StepRequest, TokenLogprobs
 from tokendance.outputs import Output
@@ -119,6 +120,8 @@ class Request:
     finished_s: float | None = None
 
     _random: random.Random = field(init=False)
+    _seen: SeenTokens | None = field(init=False, default=None)
+    _not_yet: tuple[npt.NDArray[np.int64], FloatArray] | None = field(init=False, default=None)
     _bias: tuple[npt.NDArray[np.int64], FloatArray] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -126,6 +129,10 @@ class Request:
         if self.params.logit_bias:
             tokens, biases = zip(*self.params.logit_bias, strict=True)
             self._bias = np.array(tokens, np.int64), np.array(biases, np.float32)
+        self._seen = SeenTokens.of(self.params, self.prompt.token_ids)
+        ends = sorted({*self.stop_ids, *self.params.stop_token_ids})
+        if self.params.min_tokens and ends and self.constraint is None:
+            self._not_yet = with_bias(self._bias, ends, -np.inf)
         if self.params.keep_logprobs:
             self.num_distributions = self.max_new_tokens + 1
 
@@ -207,13 +214,16 @@ class Request:
         """How its next token is chosen; draws a random number if one is needed."""
         params = self.params
         forced = params.forced_tokens
+        may_not_end = self._not_yet is not None and len(self.generated) < params.min_tokens
         return SamplingRow(
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
             uniform=self._random.random() if params.temperature > 0 else 0.0,
             forced=None if forced is None else forced[len(self.generated)],
-            bias=self._bias,
+            bias=self._not_yet if may_not_end and self.constraint is None else self._bias,
+            min_p=params.min_p,
+            penalties=None if self._seen is None else self._seen.penalties(self.generated),
             forbidden=None if self.constraint is None else self.constraint.forbidden(),
             top_logprobs=params.top_logprobs,
             distribution=len(self.distributions) < self.num_distributions,
@@ -270,6 +280,7 @@ def make_output(request: Request) -> Output:
         stopped_by_text=request.stopped_by_text,
         logprobs=tuple(torch.from_numpy(distribution) for distribution in kept),
         dropped_tokens=0 if failed else request.num_dropped,
+        approximate_tokens=0 if failed or request.plan is None else request.plan.num_approximate,
     )
 
 

@@ -36,8 +36,9 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> StepOutput:
 
 
 def _restrict(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Add biases and rule out what is forbidden, in place."""
+    """Take penalties, add biases and rule out what is forbidden, in place."""
     device = logits.device
+    _penalize(logits, rows)
     biased = [(row, one.bias) for row, one in enumerate(rows) if one.bias is not None]
     if biased:
         tokens = torch.cat([torch.from_numpy(bias[0]) for _, bias in biased])
@@ -48,6 +49,29 @@ def _restrict(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     masked = [(row, one.forbidden) for row, one in enumerate(rows) if one.forbidden is not None]
     for row, forbidden in masked:  # a view each: putting them side by side would copy the logits
         logits[row].masked_fill_(torch.from_numpy(forbidden).to(device), -torch.inf)
+
+
+def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Take penalties from the logits of tokens that were there before, of all rows at once."""
+    penalized = [(row, one.penalties) for row, one in enumerate(rows) if one.penalties is not None]
+    if not penalized:
+        return
+    device = logits.device
+    lengths = torch.tensor([len(one.tokens) for _, one in penalized])
+
+    def of_each(values: Sequence[float]) -> Tensor:
+        """A value of each row, repeated for its tokens."""
+        return torch.tensor(values).repeat_interleave(lengths).to(device)
+
+    row_of = of_each([row for row, _ in penalized])
+    token_of = torch.cat([torch.from_numpy(one.tokens) for _, one in penalized]).to(device)
+    counts = torch.cat([torch.from_numpy(one.counts) for _, one in penalized]).to(device)
+    repetition = of_each([one.repetition for _, one in penalized])
+    values = logits[row_of, token_of]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= of_each([one.frequency for _, one in penalized]) * counts
+    values -= of_each([one.presence for _, one in penalized]) * (counts > 0)
+    logits[row_of, token_of] = values
 
 
 def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -61,6 +85,8 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         # A row that allows no token has no weights; what it asked for fails when it is told one.
         highest = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
         weights = (scores - highest).mul_(torch.tensor(inverse, device=scores.device)).exp_()
+        least = [row for row, one in enumerate(asked) if one.min_p > 0]
+        _drop_below(weights, least, weights.new_tensor([asked[row].min_p for row in least]))
         keep_top_k(weights, [one.top_k for one in asked])
         keep_top_p(weights, [one.top_p for one in asked])
         tokens = _draw(weights, [one.uniform for one in asked])

@@ -19,6 +19,25 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Penalties:
+    """What is taken from the logits of tokens that were there before; see `SamplingParams`.
+
+    Attributes:
+        tokens: int64 (n,), of the prompt and the answer, each once.
+        counts: float32 (n,), how often the answer has each.
+        repetition: divides or multiplies the logits of all of them.
+        presence: taken from those that the answer has.
+        frequency: likewise, as often as it has them.
+    """
+
+    tokens: IntArray
+    counts: FloatArray
+    repetition: float
+    presence: float
+    frequency: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SamplingRow:
     """How one request's next token is chosen.
 
@@ -26,6 +45,8 @@ class SamplingRow:
         temperature: 0 takes the likeliest token.
         top_k: only the k likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together reach this probability.
+        min_p: only tokens at least so likely as this share of the likeliest; 0 for all.
+        penalties: if there are any.
         uniform: the random number that decides, from 0 up to 1; drawn by whoever makes the step,
             so that what a request says depends on its own seed alone.
         forced: this token is chosen, whatever the logits say.
@@ -41,6 +62,8 @@ class SamplingRow:
     uniform: float = 0.0
     forced: int | None = None
     bias: tuple[IntArray, FloatArray] | None = None
+    min_p: float = 0.0
+    penalties: Penalties | None = None
     forbidden: npt.NDArray[np.bool_] | None = None
     top_logprobs: int | None = None
     distribution: bool = False

@@ -95,7 +95,7 @@ class PromptEncoder:
         if all(isinstance(item, Part) for item in content):
             return self._parts(content)  # type: ignore[arg-type]
         if all(isinstance(item, Mapping) for item in content):
-            return self._messages(content, prompt.tools)  # type: ignore[arg-type]
+            return self._messages(content, prompt.tools, prompt.template_options)  # type: ignore[arg-type]
         if all(isinstance(item, int | np.integer) for item in content):
             return [(self._checked(content), False)]  # type: ignore[arg-type]
         raise PromptError(
@@ -128,9 +128,12 @@ class PromptEncoder:
         return text
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> str:
-        """What the chat template makes of messages, and of tools that may be called.
+        """What the chat template makes of messages, of tools that may be called, and of options.
 
         Raises:
             PromptError: if there is no template, if it refuses them, or for tools that spell a
@@ -142,6 +145,8 @@ class PromptEncoder:
             )
         if tools and self.spells_special(json.dumps(list(tools), ensure_ascii=False)):
             raise PromptError("A tool's description spells a special token of the model.")
+        if options and self.spells_special(json.dumps(dict(options), ensure_ascii=False)):
+            raise PromptError("An option of the chat template spells a special token of the model.")
         callable_tools = list(tools) or None
         try:
             # There may be another template for conversations with tools.
@@ -152,6 +157,7 @@ class PromptEncoder:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
+                **{name: value for name, value in (options or {}).items() if name in template},
             )
         except (
             jinja2.exceptions.TemplateError,
@@ -200,7 +206,10 @@ class PromptEncoder:
         return as_token_ids(values)
 
     def _messages(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
     ) -> list[tuple[TokenIds, bool]]:
         """Render the chat template around placeholders, then fill in the parts' ids.
 
@@ -220,7 +229,7 @@ class PromptEncoder:
             parts.extend(of_message)
             marked.append({"role": self._role(message), "content": "".join(marks)})
         # The template's text and the numbers of parts by turns, the former first and last.
-        split = re.split(f"{nonce}x(\\d+)x", self.render(marked, tools))
+        split = re.split(f"{nonce}x(\\d+)x", self.render(marked, tools, options))
         numbers = [int(number) for number in split[1::2]]
         contents: list[tuple[TokenIds, bool]] = []
         for text, number in zip(split[::2], numbers, strict=False):

@@ -17,6 +17,20 @@ _FIRST_GUESS_S = 0.5
 _SMOOTHING = 0.2
 # The longest wait in the window.
 _LONGEST_S = 0.1
+# While requests of a named round keep arriving, it waits for at most so many times its wait.
+_MAX_WAITS = 10
+
+
+def named_round_due_s(first_s: float, last_s: float, wait_s: float, *, is_full: bool) -> float:
+    """When a round with a name begins, if no other request of it arrives: at once if it is full.
+
+    Args:
+        first_s: when the first of its requests arrived.
+        last_s: when the last of them arrived.
+        wait_s: that it waits after each.
+        is_full: whether all are there.
+    """
+    return last_s if is_full else min(last_s + wait_s, first_s + _MAX_WAITS * wait_s)
 
 
 @dataclass(slots=True)

@@ -32,6 +32,7 @@ class OutputEnds:
         """Remember so many outputs, 32 bytes each."""
         self._tails = np.zeros((max_outputs, _NUM_TAILS), np.uint64)  # 0 is no gram
         self._num_noted = 0
+        self._ascending: Hashes | None = None  # all tails; None where one has been noted since
 
     @property
     def num_bytes(self) -> int:
@@ -47,15 +48,13 @@ class OutputEnds:
         row[:] = 0
         row[: len(tails)] = tails
         self._num_noted += 1
+        self._ascending = None
 
     def found_in(self, grams: Hashes, gram_size: int) -> Positions:
         """Positions in a text, given by its grams, before which an output ends; ascending."""
-        known = np.unique(self._tails)
-        known = known[known != 0]
-        if len(known) == 0 or len(grams) == 0:
-            return np.zeros(0, np.int64)
-        nearest = np.minimum(np.searchsorted(known, grams), len(known) - 1)
-        is_tail = known[nearest] == grams
+        if self._ascending is None:
+            self._ascending = np.unique(self._tails[self._tails != 0])
+        is_tail = _is_among(grams, self._ascending)
         # Of the last grams in a row, the last.
         is_tail[:-1] &= ~is_tail[1:]
         return np.flatnonzero(is_tail) + gram_size
@@ -68,10 +67,7 @@ def message_ends(token_ids: TokenIds, special_ids: TokenIds) -> Positions:
         token_ids: int32, of a text.
         special_ids: int32, ascending.
     """
-    if len(special_ids) == 0 or len(token_ids) == 0:
-        return np.zeros(0, np.int64)
-    nearest = np.minimum(np.searchsorted(special_ids, token_ids), len(special_ids) - 1)
-    is_special = special_ids[nearest] == token_ids
+    is_special = _is_among(token_ids, special_ids)
     return np.flatnonzero(is_special[1:] & ~is_special[:-1]) + 1
 
 
@@ -103,3 +99,14 @@ def split_range(
         if cut - edges[-1] >= min_tokens and end - cut >= min_tokens:
             edges.append(cut)
     return list(zip(edges, [*edges[1:], end], strict=True))
+
+
+def _is_among(
+    values: npt.NDArray[np.integer], ascending: npt.NDArray[np.integer]
+) -> npt.NDArray[np.bool_]:
+    """Whether each value is one of some that ascend: `np.isin`, which would sort these anew."""
+    if len(ascending) == 0:
+        return np.zeros(len(values), bool)
+    nearest = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    found: npt.NDArray[np.bool_] = ascending[nearest] == values
+    return found

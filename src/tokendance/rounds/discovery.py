@@ -42,7 +42,7 @@ from tokendance.rounds.segments import (
     SegmentHash,
     TokenIds,
     as_token_ids,
-    build_prompt,
+    build_prompt_at,
     hash_segment,
 )
 from tokendance.rounds.unitigs import find_shared
@@ -97,6 +97,7 @@ class _ComparedText:
     token_ids: TokenIds
     grams: Hashes
     begin: int = 0
+    indexed: IndexedText | None = None  # an earlier prompt
 
 
 class Discovery:
@@ -158,7 +159,7 @@ class Discovery:
         ]
         shared = self._find_shared(compared)
         cut = {
-            key: build_prompt(_cut(prompt, ranges), self._salt)
+            key: build_prompt_at(prompt, ranges, self._salt)
             for (key, prompt), ranges in zip(distinct.items(), shared, strict=False)
         }
         in_earlier = shared[len(new) : len(new) + len(earlier)]
@@ -167,7 +168,12 @@ class Discovery:
             for prompt in cut.values()
             for _, segment in prompt.shared_segments()
         }
-        self._remember(found.values(), new, now)
+        heard = self._note_heard(earlier, in_earlier)
+        self._remember(
+            [ids for ids in found.values() if ids.tobytes() not in heard],
+            new,
+            now,
+        )
         return DiscoveryResult(
             [cut[prompt.tobytes()] for prompt in prompts],
             self._with_segments(found.keys(), earlier, in_earlier),
@@ -189,11 +195,32 @@ class Discovery:
                 has_gone_on.append(text)
                 continue
             # Whoever comes alone reads what others have said as they have computed it.
-            end = len(text.token_ids) if len(new) == 1 else text.num_prompt
+            reads_output = len(new) == 1 and not text.is_heard
+            end = len(text.token_ids) if reads_output else text.num_prompt
             num_grams = max(0, end - self._config.gram_size + 1)
-            earlier.append(_ComparedText(text.token_ids[:end], text.grams[:num_grams], begin))
+            earlier.append(_ComparedText(text.token_ids[:end], text.grams[:num_grams], begin, text))
         self._index.discard(has_gone_on)
         return earlier
+
+    def _note_heard(
+        self, earlier: Sequence[_ComparedText], shared: Sequence[Sequence[tuple[int, int]]]
+    ) -> set[bytes]:
+        """Note whose outputs a new prompt has read; return the parts that it has, as bytes.
+
+        From then on the prompt takes their place: it has them with what stands around them, a name
+        before and a line break behind, as others will read them.
+        """
+        heard: set[bytes] = set()
+        for text, ranges in zip(earlier, shared, strict=True):
+            assert text.indexed is not None
+            num_prompt = text.indexed.num_prompt
+            said = [(begin, end) for begin, end in ranges if end > num_prompt]
+            heard.update(text.token_ids[begin:end].tobytes() for begin, end in said)
+            num_heard = sum(end - max(begin, num_prompt) for begin, end in said)
+            # Another may have said a few of the same words.
+            if said and 2 * num_heard >= len(text.token_ids) - num_prompt:
+                text.indexed.is_heard = True
+        return heard
 
     def _find_shared(self, texts: Sequence[_ComparedText]) -> list[list[tuple[int, int]]]:
         """Ranges (begin, end) of positions of each text that another one has, too, in blocks."""
@@ -292,14 +319,3 @@ def _common_prefix_length(text: TokenIds, prompts: Sequence[TokenIds]) -> int:
         differing = np.flatnonzero(text[:length] != prompt[:length])
         longest = max(longest, int(differing[0]) if len(differing) else length)
     return longest
-
-
-def _cut(prompt: TokenIds, shared: Sequence[tuple[int, int]]) -> list[tuple[TokenIds, bool]]:
-    """Cut a prompt at the ranges of its shared text: `(token_ids, shared)` of all it has."""
-    cut: list[tuple[TokenIds, bool]] = []
-    done = 0
-    for begin, end in shared:
-        cut.append((prompt[done:begin], False))
-        cut.append((prompt[begin:end], True))
-        done = end
-    return [*cut, (prompt[done:], False)]

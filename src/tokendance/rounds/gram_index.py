@@ -29,6 +29,7 @@ class IndexedText:
     used_s: float  # clock time at which a prompt last had one of its grams
     number: int  # in the order in which texts were added
     num_prompt: int  # its tokens, but for what was said after a prompt
+    is_heard: bool = False  # what was said stands in another's prompt, too
 
 
 class GramIndex:

@@ -9,7 +9,7 @@ that words of an agent or a user that contain it neither move a boundary nor rea
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokendance.errors import PromptError
@@ -94,6 +94,8 @@ class Prompt:
         agent: the agent's name; a round wants each name once. Numbered if left out.
         tools: functions that an answer to chat messages may call, as OpenAI describes them, for
             models whose chat template lists them.
+        template_options: names and values that the chat template may ask for, such as
+            {"enable_thinking": False}; those that it does not ask for change nothing.
         reuse: "exact" computes this prompt whole and in passes of its own, so that the answer is
             the same to the bit whatever else runs; None does as the engine does.
         dropped_tokens: that were left out so that it fits, for the figures; a session counts them.
@@ -107,6 +109,7 @@ class Prompt:
     tools: Sequence[Mapping[str, Any]] = ()
     dropped_tokens: int = 0
     private: str | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.agent, str | None):

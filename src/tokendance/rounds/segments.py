@@ -184,3 +184,16 @@ def build_prompt(contents: Sequence[tuple[TokenIds, bool]], salt: Salt) -> Encod
     return EncodedPrompt(
         tuple(Segment(ids, shared, hash_segment(ids, salt)) for ids, shared in merged), salt
     )
+
+
+def build_prompt_at(
+    token_ids: TokenIds, shared: Iterable[tuple[int, int]], salt: Salt
+) -> EncodedPrompt:
+    """Make a prompt whose shared segments are these ranges of positions (begin, end), in order."""
+    contents: list[tuple[TokenIds, bool]] = []
+    done = 0
+    for begin, end in shared:
+        contents.append((token_ids[done:begin], False))
+        contents.append((token_ids[begin:end], True))
+        done = end
+    return build_prompt([*contents, (token_ids[done:], False)], salt)

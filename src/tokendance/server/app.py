@@ -1,6 +1,7 @@
 """The application: routes, errors, and what operators need."""
 
 import asyncio
+import difflib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -78,16 +80,31 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=[
+                "x-request-id",
+                "retry-after",
+                "x-tokendance-max-tokens",
+                "x-tokendance-not-held",
+            ],
         )
     app.add_middleware(RequestLog)
     app.add_middleware(Turnstile)
     return app
 
 
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error)
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        answer.message = _not_found(request.url.path, request.app)
     return JSONResponse(answer.body(), answer.status, answer.headers)
+
+
+def _not_found(path: str, app: FastAPI) -> str:
+    """That a path is not served, and the nearest that is."""
+    served = [route.path for route in app.routes if isinstance(route, APIRoute)]
+    near = difflib.get_close_matches(path, [one for one in served if "{" not in one], 1, 0.6)
+    hint = f"Did you mean {near[0]}?" if near else "/docs lists what is."
+    return f"{path[:100]} is not served here. {hint}"
 
 
 def _add_endpoints(app: FastAPI, context: ServerContext) -> None:

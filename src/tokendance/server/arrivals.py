@@ -9,15 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tokendance.rounds.arrival_window import ArrivalWindow
+from tokendance.rounds.arrival_window import ArrivalWindow, named_round_due_s
 from tokendance.server.jobs import Job, RoundKey
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import Loader, try_to_save
 from tokendance.server.settings import ServerSettings
 from tokendance.store.entries import RoundId
-
-# While requests of a named round keep arriving, it waits for at most so many timeouts.
-_MAX_TIMEOUTS = 10
 
 
 @dataclass(slots=True)
@@ -46,9 +43,8 @@ class NamedRound:
 
     def due_s(self, wait_s: float) -> float:
         """When it begins if no other request arrives: at once if all are there."""
-        if self.size is not None and self.num_requests >= self.size:
-            return self.last_s
-        return min(self.last_s + wait_s, self.first_s + _MAX_TIMEOUTS * wait_s)
+        is_full = self.size is not None and self.num_requests >= self.size
+        return named_round_due_s(self.first_s, self.last_s, wait_s, is_full=is_full)
 
 
 class Arrivals:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokendance.errors import InputError
+from tokendance.executor.step import TokenLogprobs
 from tokendance.rounds.prompts import Prompt, strip_separator
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.chat import check_length
+from tokendance.server.chat_prompt import check_length
+from tokendance.server.context import ServerContext
 from tokendance.server.errors import bad_request
 from tokendance.server.jobs import Delta
 from tokendance.server.protocol import CompletionRequest
@@ -20,6 +22,11 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
 
     kind = "cmpl"
     prompt_field = "prompt"
+
+    def __init__(self, context: ServerContext, tenant: str, body: CompletionRequest) -> None:
+        """Take a request; see `Endpoint`."""
+        super().__init__(context, tenant, body)
+        self._num_characters: dict[int, int] = {}  # in a stream, by answer, of tokens sent
 
     def read(self) -> None:
         """Encode the prompts."""
@@ -43,7 +50,7 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
             TextChoice(
                 index=index,
                 text=answer.output.text,
-                logprobs=self._logprobs(answer),
+                logprobs=self._logprobs(answer.output.token_ids, answer.logprobs),
                 finish_reason=finish_reason(answer.output),
             )
             for index, answer in enumerate(answers)
@@ -53,10 +60,14 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
     def chunks(self, delta: Delta) -> list[TextChunk]:
         """Text if there is any, and the finish reason at the end."""
         reason = None if delta.output is None else finish_reason(delta.output)
-        if not delta.text and reason is None:
+        if not delta.text and not delta.logprobs and reason is None:
             return []
+        begin = self._num_characters.get(delta.index, 0)
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs, begin)
+        if logprobs is not None:
+            self._num_characters[delta.index] = begin + sum(map(len, logprobs["tokens"]))
         choice = TextChunkChoice(
-            index=delta.index, text=delta.text, logprobs=None, finish_reason=reason
+            index=delta.index, text=delta.text, logprobs=logprobs, finish_reason=reason
         )
         return [TextChunk(**self.head, object="text_completion", choices=[choice])]
 
@@ -64,12 +75,15 @@ class CompletionEndpoint(PromptEndpoint[CompletionRequest]):
         """A chunk without choices."""
         return TextChunk(**self.head, object="text_completion", choices=[], usage=usage)
 
-    def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
-        if not answer.logprobs:
+    def _logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], begin: int = 0
+    ) -> dict[str, Any] | None:
+        """Log-probabilities of tokens whose text begins after so many characters."""
+        if not logprobs:
             return None
-        spell, logprobs = self.context.token_text, answer.logprobs
-        texts = [spell(token) for token in answer.output.token_ids]
-        offsets = list(itertools.accumulate(map(len, texts), initial=0))
+        spell = self.context.token_text
+        texts = [spell(token) for token in token_ids]
+        offsets = list(itertools.accumulate(map(len, texts), initial=begin))
         return {
             "tokens": texts,
             "token_logprobs": [chosen.logprob for chosen in logprobs],

@@ -22,7 +22,7 @@ from tokendance.server.hosts import Hosts
 from tokendance.server.metrics import Metrics
 from tokendance.server.sessions import Sessions
 from tokendance.server.settings import ServerSettings
-from tokendance.server.tool_calls import find_tool_format
+from tokendance.server.tool_format import find_tool_format
 
 Result = TypeVar("Result")
 
@@ -62,6 +62,7 @@ class ServerContext:
         self.grammars = Grammars(llm.model, settings)
         self.tools = find_tool_format(llm.encoder)
         self.started_s = int(time.time())
+        self._special_ids = frozenset(llm.model.tokenizer.all_special_ids)
         self._encoders: dict[str, PromptEncoder] = {}  # by tenant, like the next
         self._limiters: dict[str, anyio.CapacityLimiter] = {}
 
@@ -101,6 +102,13 @@ class ServerContext:
         """Do a tenant's work on one of its few threads, so that it cannot take all of them."""
         limiter = self._limiters.setdefault(tenant, anyio.CapacityLimiter(_THREADS))
         return await anyio.to_thread.run_sync(work, limiter=limiter)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to the bytes of a text; half a character, maybe."""
+        if token in self._special_ids:
+            return b""
+        data = self.grammars.token_bytes(token)
+        return self.token_text(token).encode() if data is None else data
 
     def token_text(self, token: int) -> str:
         """The text of one token."""

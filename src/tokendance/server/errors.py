@@ -18,7 +18,12 @@ from tokendance.errors import (
     TokenDanceError,
 )
 
-_TYPES = {"str", "int", "float", "bool", "list", "dict"}
+_NO_OBJECT = (
+    "The body was not read as a JSON object. Send one, with the header Content-Type: "
+    "application/json."
+)
+# Names that pydantic puts into the place of an error, and that are no fields.
+_TYPES = {"word", "allowed_tools", "str", "int", "float", "bool", "list", "dict"}
 
 
 @dataclass(eq=False)
@@ -77,9 +82,17 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestValidationError():
             first = error.errors()[0]
             param = _field_name(first["loc"]) if first["type"] != "json_invalid" else None
+            if first["type"] == "unsupported":
+                return bad_request(first["msg"], first["ctx"]["field"])
+            if first["type"] == "extra_forbidden":
+                return bad_request(f"{param or 'A field'} is not supported. Leave it out.", param)
+            if tuple(first["loc"]) == ("body",) and first["type"] != "missing":
+                return bad_request(_NO_OBJECT)
             return bad_request(f"{param or 'The body'}: {first['msg']}.", param)
         case HTTPException() if isinstance(error.__cause__, RecursionError):
             return bad_request("The body is nested too deeply to be read. Nest it less.")
+        case HTTPException() if isinstance(error.__cause__, UnicodeDecodeError):
+            return bad_request("The body is not UTF-8. Send JSON in UTF-8.")
         case HTTPException():
             headers = dict(error.headers or {})
             return ApiError(error.status_code, str(error.detail), headers=headers)

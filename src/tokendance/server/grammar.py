@@ -7,28 +7,53 @@ import contextlib
 import copy
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import llguidance
 import numpy as np
-import numpy.typing as npt
 
 from tokendance.models.loader import LoadedModel
+from tokendance.server.answer_grammar import (
+    FORMAT_PARAM,
+    Calls,
+    NamedSchema,
+    Wanted,
+    answer_grammar,
+    coerce_one_of,
+    json_schema_of,
+)
+from tokendance.server.call_parser import CallParser
 from tokendance.server.errors import ApiError, bad_request
 from tokendance.server.grammar_check import GrammarChecker
-from tokendance.server.grammar_process import error_of, make_matcher, make_tokenizer, on_stack
+from tokendance.server.grammar_constraint import (
+    AnswerWatch,
+    GrammarConstraint,
+    Vocabulary,
+    mask_of,
+)
+from tokendance.server.grammar_process import make_matcher, make_tokenizer, on_stack
+from tokendance.server.schema_fit import fit_schema
 from tokendance.server.schema_limits import SchemaTooLargeError, check_schemas
 from tokendance.server.settings import ServerSettings
-from tokendance.server.tool_calls import ToolFormat
-
-# Whitespace in its usual places only: a small model may write whitespace for ever.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-Mask = npt.NDArray[np.bool_]
+from tokendance.server.tool_format import ToolFormat
 
 # A text by which to check that llguidance reads a tokenizer correctly.
 _SAMPLE = '{"name": "a b", "list": [1, 2]}'
+
+
+class UnreadableError(ApiError):
+    """A schema is none, or has something in it that llguidance does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What an answer is held to, and what it is not held to though a schema says it."""
+
+    constraint: GrammarConstraint
+    unheld: tuple[str, ...]
 
 
 class Grammars:
@@ -37,87 +62,95 @@ class Grammars:
     def __init__(self, model: LoadedModel, settings: ServerSettings) -> None:
         self._model = model
         self._settings = settings
-        self._lock = threading.Lock()  # for the next
+        self._lock = threading.Lock()  # for the next two
         self._converted: llguidance.LLTokenizer | None = None
+        self._known_vocabulary: Vocabulary | None = None
         self.checker = GrammarChecker(settings, self._describe_tokenizer)
 
     def start(self) -> None:
         """Prepare for the first request, in a few seconds; nothing happens if it cannot be."""
         with contextlib.suppress(ValueError, ApiError):
-            self._tokenizer()
+            self._vocabulary(self._tokenizer())
             self.checker.start()
 
     def close(self) -> None:
         """End what was started."""
         self.checker.close()
 
-    def json_schema(
-        self, schema: Mapping[str, Any], param: str, tenant: str = ""
-    ) -> "GrammarConstraint":
-        """An answer that is JSON of a schema.
+    def answer(self, wanted: Wanted, tool_format: ToolFormat, tenant: str = "") -> "Fitted":
+        """What an answer is held to.
 
-        Raises:
-            ApiError: for a schema that is not supported, or holds more than it may, naming the
-                request's field `param`.
-        """
-        self._check_limits([schema], param)
-        text = json.dumps(schema)
-        try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
-        except ValueError as error:
-            raise bad_request(f"The schema cannot be followed: {error}", param) from error
-        return self._constraint(grammar, param, tenant)
-
-    def tool_calls(
-        self,
-        functions: Sequence[Mapping[str, Any]],
-        tool_format: ToolFormat,
-        *,
-        required: bool,
-        several: bool,
-        tenant: str = "",
-    ) -> "GrammarConstraint":
-        """An answer that may call functions.
+        What a grammar cannot hold of a schema is left to the model, unless its sender wants all of
+        it (`strict`).
 
         Args:
-            functions: in OpenAI's format: name and parameters.
+            wanted: of the answer; tools or a schema.
             tool_format: how the model writes a call.
-            required: the answer has to be a call, without other text.
-            several: the answer may be several calls, if one is required.
             tenant: who asks; others do not learn what schemas it has.
 
         Raises:
-            ApiError: for parameters whose schema is not supported, or holds more than it may.
+            ApiError: for a schema that holds more than it may, that is strict and cannot be held,
+                or that is none.
         """
-        self._check_limits([function.get("parameters") or {} for function in functions], "tools")
-        schemas = [_call_schema(function, tool_format.arguments) for function in functions]
-        call = {"anyOf": schemas, "x-guidance": _JSON}
-        begin, end = tool_format.begin, tool_format.end
-        if begin and not required:
-            tag = llguidance.StructTag(trigger=begin.strip(), begin=begin, grammar=call, end=end)
-            grammar = llguidance.StructTag.to_grammar([tag], assume_special=False)
-            return self._constraint(grammar, "tools", tenant)
-        start = "call"
-        if not required:
-            start = "call | words |"  # a call without a mark is recognized by its first character
-        elif several and begin:
-            start = 'call ("\\n" call)*'
-        marked = " json ".join(json.dumps(mark) if mark else "" for mark in (begin, end))
-        lark = (
-            f"%llguidance {{}}\nstart: {start}\n"
-            f"call: {marked}\n"
-            f"json: %json {json.dumps(call)}\n"
-            "words: /[^{](.|\\n)*/\n"
-        )
-        return self._constraint(lark, "tools", tenant)
+        self._check_limits(wanted.tools, "tools")
+        self._check_limits([wanted.answer] if wanted.answer is not None else (), FORMAT_PARAM)
+        unheld: list[str] = []
+        tools = {tool.name: self._fit(tool, unheld) for tool in wanted.tools}
+        answer = None
+        if wanted.answer is not None:
+            answer = self._fit(wanted.answer, unheld)
+        param = wanted.answer.param if wanted.answer is not None and not tools else "tools"
 
-    def _check_limits(self, schemas: Sequence[Mapping[str, Any]], param: str) -> None:
+        def attempt() -> GrammarConstraint:
+            lark = answer_grammar(wanted, tools, answer, tool_format)
+            parser = partial(CallParser, tool_format, list(tools))
+            is_json = answer is not None or wanted.calls is Calls.REQUIRED
+
+            def watch() -> AnswerWatch:
+                return AnswerWatch(parser() if tools else None, is_json=is_json)
+
+            return self._constraint(lark, param, tenant, watch)
+
         try:
-            check_schemas(schemas, self._settings)
+            return Fitted(attempt(), tuple(unheld))
+        except UnreadableError:
+            if not tools:
+                raise
+        # One of the tools has something that nobody foresaw. Which one?
+        for tool in wanted.tools:
+            lark = f"%llguidance {{}}\nstart: %json {json.dumps(tools[tool.name])}\n"
+            reason = self.checker.error_of(lark, tenant)
+            if reason is None:
+                continue
+            if tool.strict or not _is_unreadable(reason):
+                raise bad_request(f"The parameters of {tool.name!r}: {reason}", "tools")
+            tools[tool.name] = json_schema_of({"type": "object"})
+            unheld.append(f"{tool.name}: all parameters")
+        return Fitted(attempt(), tuple(unheld))
+
+    def _fit(self, schema: NamedSchema, unheld: list[str]) -> dict[str, Any]:
+        """What can be held of a schema; notes what cannot."""
+        fitted, lost = fit_schema(schema.schema)
+        if schema.strict and lost:
+            raise bad_request(
+                f"{schema.title} is strict, and has {', '.join(map(str, lost))}, which cannot be "
+                "held to. Leave it out, or leave `strict` out, and the model is told of it only.",
+                schema.param,
+            )
+        unheld += [f"{schema.name}: {one}" for one in lost]
+        if not schema.strict and coerce_one_of(fitted):
+            unheld.append(f"{schema.name}: oneOf, held as anyOf")
+        return json_schema_of(fitted, coerce=not schema.strict, is_object=schema.param == "tools")
+
+    def _check_limits(self, schemas: Sequence[NamedSchema], param: str) -> None:
+        try:
+            check_schemas([one.schema for one in schemas], self._settings)
         except SchemaTooLargeError as error:
             raise bad_request(str(error), param) from error
 
-    def _constraint(self, grammar: str, param: str, tenant: str) -> "GrammarConstraint":
+    def _constraint(
+        self, grammar: str, param: str, tenant: str, watch: Callable[[], AnswerWatch]
+    ) -> GrammarConstraint:
         try:
             tokenizer = self._tokenizer()
         except ValueError as error:
@@ -125,21 +158,55 @@ class Grammars:
             raise bad_request(message, param) from error
         reason = self.checker.error_of(grammar, tenant)
         if reason is None:
-            constraint = self._compile(tokenizer, grammar)
+            constraint = self._compile(tokenizer, grammar, watch)
             reason = constraint.failure()
         if reason is not None:
             message = f"What the answer shall look like cannot be followed: {reason} Simplify it."
-            raise bad_request(message, param)
+            kind = UnreadableError if _is_unreadable(reason) else ApiError
+            raise kind(400, message, param=param)
         return constraint
 
-    def _compile(self, tokenizer: "llguidance.LLTokenizer", grammar: str) -> "GrammarConstraint":
+    def _compile(
+        self,
+        tokenizer: "llguidance.LLTokenizer",
+        grammar: str,
+        watch: Callable[[], AnswerWatch],
+    ) -> GrammarConstraint:
+        vocabulary = self._vocabulary(tokenizer)
+
         def work() -> GrammarConstraint:
-            only_end = np.ones(self._model.shape.vocab_size, np.bool_)
-            only_end[sorted(self._model.stop_ids)] = False
             matcher = make_matcher(tokenizer, grammar)
-            return GrammarConstraint(matcher, only_end, _mask(matcher, only_end))
+            first = mask_of(matcher, vocabulary.only_end)
+            return GrammarConstraint(matcher, vocabulary, first, watch)
 
         return on_stack(self.checker.stack_bytes, work)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of a token; None if its tokenizer cannot be read."""
+        try:
+            return self._vocabulary(self._tokenizer()).spell(token)
+        except ValueError:
+            return None
+
+    def _vocabulary(self, tokenizer: "llguidance.LLTokenizer") -> Vocabulary:
+        """What constraints know of the model's tokens; read once."""
+        with self._lock:
+            if self._known_vocabulary is None:
+                size = self._model.shape.vocab_size
+
+                def spell(token: int) -> bytes:
+                    return bytes(tokenizer.decode_bytes([token]))
+
+                firsts = np.array([spell(token)[0] if spell(token) else 0 for token in range(size)])
+                only_end = np.ones(size, np.bool_)
+                only_end[sorted(self._model.stop_ids)] = False
+                self._known_vocabulary = Vocabulary(
+                    spell,
+                    only_end,
+                    digits=np.isin(firsts, list(b"0123456789")),
+                    blanks=np.isin(firsts, list(b" \t\n\r\\")),
+                )
+            return self._known_vocabulary
 
     def _tokenizer(self) -> "llguidance.LLTokenizer":
         """The model's tokenizer for llguidance; reading it takes a second, once.
@@ -175,77 +242,6 @@ class Grammars:
         }
 
 
-class GrammarConstraint:
-    """The state of a grammar within one answer; see `engine.constraint.Constraint`."""
-
-    def __init__(self, matcher: "llguidance.LLMatcher", only_end: Mask, first: Mask) -> None:
-        """Begin an answer.
-
-        Args:
-            matcher: of nobody else, at its beginning.
-            only_end: forbids all but the end of the answer. Neither mask is changed.
-            first: what may not come first.
-        """
-        self._matcher = matcher
-        self._only_end = only_end
-        self._first = first
-        self._forbidden: Mask | None = first
-        self._accepted: list[int] = []  # and not told to the matcher
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `forbidden` answers at once."""
-        return self._forbidden is not None
-
-    def prepare(self) -> None:
-        """Find out what may come next, most often in 0.1 ms."""
-        if self._forbidden is not None:
-            return
-        for token in self._accepted:
-            if not self._matcher.is_stopped():
-                self._matcher.consume_token(token)
-        self._accepted.clear()
-        self._forbidden = _mask(self._matcher, self._only_end)
-
-    def forbidden(self) -> Mask:
-        """Tokens that may not come next: bool (vocabulary,)."""
-        self.prepare()
-        assert self._forbidden is not None
-        return self._forbidden
-
-    def failure(self) -> str | None:
-        """Why the grammar has failed, if it has."""
-        return error_of(self._matcher)
-
-    def accept(self, token: int) -> None:
-        """Go on with a token that was chosen."""
-        self._accepted.append(token)
-        self._forbidden = None
-
-    def copy(self) -> "GrammarConstraint":
-        """One for another answer; while this one is at its beginning."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._only_end, self._first)
-
-    def restart(self) -> None:
-        """Go back to the beginning."""
-        self._matcher.reset()
-        self._accepted.clear()
-        self._forbidden = self._first
-
-
-def _mask(matcher: "llguidance.LLMatcher", only_end: Mask) -> Mask:
-    if matcher.is_stopped():
-        return only_end
-    allowed = np.frombuffer(matcher.compute_logit_bias(), np.uint8)
-    forbidden: Mask = allowed[: len(only_end)] == 0
-    return forbidden
-
-
-def _call_schema(function: Mapping[str, Any], arguments: str) -> dict[str, Any]:
-    parameters = function.get("parameters") or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, arguments: parameters},
-        "required": ["name", arguments],
-        "additionalProperties": False,
-    }
+def _is_unreadable(reason: str) -> bool:
+    """Whether a grammar failed for what a schema says, and not for its size."""
+    return "failed to compile JSON schema" in reason

@@ -6,6 +6,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tokendance.engine.events import Event, Finished, RoundStarted, StepDone
+from tokendance.errors import AbortedError
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
 from tokendance.server.pauses import EngineWatch, Pauses
@@ -41,7 +42,11 @@ class Metrics:
             "dropped_tokens", "Of what was said in sessions, left out of prompts to make them fit."
         )
         self._generated = counter("generated_tokens", "Tokens of answers.")
-        self._requests = counter("requests", "Requests by how they ended.", ["reason"])
+        self._requests = counter(
+            "requests",
+            "Requests by how they ended; cancelled if nobody waits.",
+            ["reason"],
+        )
         self._first_token = histogram(
             "first_token_seconds", "To the first token.", ["reuse"], buckets=_SECONDS
         )
@@ -134,7 +139,8 @@ class Metrics:
         if event.neutral:
             self._computed.inc(output.computed_tokens)
             return
-        self._requests.labels(output.finish_reason).inc()
+        is_cancelled = isinstance(output.error, AbortedError)
+        self._requests.labels("cancelled" if is_cancelled else output.finish_reason).inc()
         if output.error is not None:
             return
         self._prompt.inc(output.prompt_tokens)

@@ -1,21 +1,29 @@
-"""Bodies of requests, in OpenAI's format, and the sampling parameters in them.
+"""Bodies of requests, in OpenAI's format.
 
 Fields that mean nothing to a local model are accepted and ignored. Fields that would change the
-answer and are not supported are refused by name (`refuse_unsupported`), and so are unknown ones.
+answer and are not supported are refused by name (`unsupported.py`), and so are unknown ones.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from tokendance.params import SamplingParams
-from tokendance.server.errors import bad_request
-from tokendance.server.settings import ServerSettings
+from tokendance.server.unsupported import leave_out_neutral
 
 # Pydantic lists all errors of a body, though the client is told the first only. So that there are
 # never a million, lists fail at their first error, and objects have no more fields than this.
 _MAX_FIELDS = 256
+_TEXTS = ("text", "refusal")
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
 
 
 def _check_size(value: Any, limit: int) -> Any:
@@ -32,13 +40,47 @@ def _at_most(limit: int) -> BeforeValidator:
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Speaker = Annotated[str, Field(max_length=256)]
 TokenList = Annotated[list[int], Field(fail_fast=True)]
-Private = Literal["isolated"]  # see `Prompt`
+Private = Literal["isolated"]  # see `Prompt`, likewise the next
+Reuse = Literal["exact"]
 MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
+# Names that templates are given by others.
+_TEMPLATE_NAMES = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
+    "messages", "tokenize", "tools",
+}  # fmt: skip
+
+
+def _check_options(options: Any) -> Any:
+    if isinstance(options, dict):
+        for name, value in options.items():
+            if not str(name).isidentifier() or name in _TEMPLATE_NAMES or len(name) > 64:
+                message = f"It may not have {str(name)[:40]!r}"
+                raise PydanticCustomError("template_option", "{text}", {"text": message})
+            if not isinstance(value, bool | int | float | str) or len(str(value)) > 1024:
+                message = f"{name[:40]!r} is no number, short text, true or false"
+                raise PydanticCustomError("template_option", "{text}", {"text": message})
+    return options
+
+
+TemplateOptions = Annotated[
+    dict[str, Any], Field(max_length=16), BeforeValidator(_check_options), _at_most(16)
+]
 Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
 Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
 
 
-class _Body(BaseModel):
+class _Lenient(BaseModel):
+    """Takes null for a field that is not there, as many clients send it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, body: Any) -> Any:
+        if isinstance(body, dict) and None in body.values():
+            return {key: value for key, value in body.items() if value is not None}
+        return body
+
+
+class _Body(_Lenient):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -47,21 +89,35 @@ class _Body(BaseModel):
         return _check_size(body, _MAX_FIELDS)
 
 
-class TextPart(BaseModel):
+class TextPart(_Lenient):
     """A part of a message's content."""
 
     type: Literal["text", "refusal"]
     text: str = ""
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(_Lenient):
     """What a model wants to call."""
 
     name: Annotated[str, Field(max_length=64)]
     arguments: str = "{}"
 
 
-class ToolCall(BaseModel):
+def _without_thoughts(content: Any) -> Any:
+    """Leave out what a model has thought, and say which kinds of parts are not read."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in (*_TEXTS, *_THOUGHTS):
+            message = f"It has a part of type {kind[:40]!r}, and this model reads text only"
+            raise PydanticCustomError("unsupported_part", "{text}", {"text": message})
+    return [
+        part for part in content if not isinstance(part, dict) or part.get("type") not in _THOUGHTS
+    ]
+
+
+class ToolCall(_Lenient):
     """A call in an earlier answer."""
 
     id: str = ""
@@ -69,17 +125,20 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Lenient):
     """One message of a conversation. Unknown fields are ignored: other servers add some."""
 
     role: MessageRole
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None = None
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None,
+        BeforeValidator(_without_thoughts),
+    ] = None
     name: Speaker | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=1024)] | None = None
     tool_call_id: str | None = None
 
 
-class FunctionSpec(BaseModel):
+class FunctionSpec(_Lenient):
     """A function that a model may call."""
 
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
@@ -88,27 +147,54 @@ class FunctionSpec(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(_Lenient):
     """A tool; only functions are known."""
 
     type: Literal["function"]
     function: FunctionSpec
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(_Lenient):
     """Which function has to be called."""
 
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(_Lenient):
     """Which tool has to be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(BaseModel):
+class AllowedToolList(_Lenient):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True, min_length=1, max_length=128)]
+
+
+class AllowedTools(_Lenient):
+    """Which tools may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedToolList
+
+
+def _kind_of_choice(choice: Any) -> str:
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", "word")
+    return kind if kind in ("word", "function", "allowed_tools") else "function"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[NamedTool, Tag("function")]
+    | Annotated[AllowedTools, Tag("allowed_tools")],
+    Discriminator(_kind_of_choice),
+]
+
+
+class JsonSchema(_Lenient):
     """A schema for an answer."""
 
     name: str = ""
@@ -116,14 +202,14 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Lenient):
     """What an answer has to look like."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Lenient):
     """What a stream holds."""
 
     include_usage: bool | None = None
@@ -159,16 +245,36 @@ class Sampling(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: Biases | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[TokenList, Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
     round: RoundField | None = None
     private: Private | None = None
+    reuse: Reuse | None = None
     # Accepted and ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    priority: int | None = None
+    request_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral(cls, body: Any) -> Any:
+        return leave_out_neutral(body)
+
+    @property
+    def max_tokens_asked(self) -> int | None:
+        """Most tokens of the answer, if the client has said it."""
+        return self.max_tokens
 
 
 class ChatRequest(Sampling):
@@ -180,14 +286,25 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     # Accepted and ignored.
     reasoning_effort: str | None = None
     verbosity: str | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+
+    @property
+    def max_tokens_asked(self) -> int | None:
+        """Most tokens of the answer, if the client has said it."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is told, if it asks for it."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return thinking | (self.chat_template_kwargs or {})
 
     @property
     def may_call(self) -> bool:
@@ -205,8 +322,6 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenList], Field(fail_fast=True, max_length=1024)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool | None = None
-    suffix: str | None = None
     best_of: int | None = None
 
 
@@ -228,7 +343,7 @@ class SharedText(_Body):
 RoundPart = Annotated[BlockRef | SharedText | TextPart, Field(union_mode="left_to_right")]
 
 
-class RoundMessage(BaseModel):
+class RoundMessage(_Lenient):
     """A message of an agent; its parts may be blocks of the round."""
 
     role: MessageRole
@@ -278,73 +393,3 @@ class RoundRequest(_Body):
     session: Name | None = None
     private: Private | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None
-
-
-def refuse_unsupported(body: Sampling) -> None:
-    """Refuse fields that would change the answer and are not supported.
-
-    Raises:
-        ApiError: naming the field.
-    """
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(body, name):
-            raise bad_request(f"{name} is not supported. Leave it out, or set it to 0.", name)
-    if isinstance(body, CompletionRequest):
-        if body.logprobs is not None and body.stream:
-            raise bad_request("logprobs with stream is not supported here.", "logprobs")
-        for name in ("echo", "suffix"):
-            if getattr(body, name):
-                raise bad_request(f"{name} is not supported. Leave it out.", name)
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise bad_request("best_of is not supported. Use n.", "best_of")
-    if isinstance(body, ChatRequest):
-        if body.top_logprobs is not None and not body.logprobs:
-            raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")
-        formatted = body.response_format is not None and body.response_format.type != "text"
-        if formatted and body.may_call:
-            raise bad_request(
-                "response_format with tools is not supported. Leave one of them out, or set "
-                "tool_choice to 'none'.",
-                "response_format",
-            )
-
-
-def sampling_params(
-    body: Sampling, settings: ServerSettings, vocab_size: int, choice: int = 0
-) -> SamplingParams:
-    """Sampling parameters of an answer, the one of index `choice` of `n`; OpenAI's defaults.
-
-    Raises:
-        ApiError: naming the field.
-    """
-    max_tokens, top_logprobs = body.max_tokens, None
-    if isinstance(body, ChatRequest):
-        max_tokens = body.max_completion_tokens or max_tokens
-        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    elif isinstance(body, CompletionRequest):
-        top_logprobs = body.logprobs
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if any(not text for text in stop):
-        raise bad_request("A stop text is empty.", "stop")
-    return SamplingParams(
-        max_tokens=max_tokens or settings.default_max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        seed=None if body.seed is None else (body.seed + choice) % 2**63,
-        stop=stop,
-        ignore_eos=bool(body.ignore_eos),
-        top_logprobs=top_logprobs,
-        logit_bias=_logit_bias(body, vocab_size),
-    )
-
-
-def _logit_bias(body: Sampling, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    biases: list[tuple[int, float]] = []
-    for key, bias in (body.logit_bias or {}).items():
-        if not key.isdecimal() or len(key) > 9 or int(key) >= vocab_size:
-            raise bad_request(f"logit_bias names {key[:20]!r}, no token id.", "logit_bias")
-        if not -100 <= bias <= 100:
-            raise bad_request("A logit_bias lies between -100 and 100.", "logit_bias")
-        biases.append((int(key), bias))
-    return tuple(biases)

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -25,23 +25,23 @@ from tokendance.outputs import Output
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
-from tokendance.server.grammar import GrammarConstraint
+from tokendance.server.grammar_constraint import GrammarConstraint
 from tokendance.server.jobs import Delta, Job, Listener, RoundKey
 from tokendance.server.protocol import (
     ChatRequest,
     CompletionRequest,
     RoundRequest,
     Sampling,
-    refuse_unsupported,
-    sampling_params,
 )
 from tokendance.server.responses import CachedTokens, FinishReason, Usage, dump
+from tokendance.server.sampling import sampling_params
 from tokendance.store.entries import RoundId
 
 Result = TypeVar("Result")
 Body = TypeVar("Body", ChatRequest, CompletionRequest, RoundRequest)
 PromptBody = TypeVar("PromptBody", ChatRequest, CompletionRequest)
 
+_MAX_HEADER = 1000
 _NO_ROUND = RoundId(-1)  # until the dispatcher has found the round
 
 
@@ -53,6 +53,7 @@ class Endpoint(ABC, Generic[Body]):
         prompt_field: the field of the body that errors of prompts name.
         num_agents: see `Admission.admitted`.
         head: first fields of each document.
+        headers: of the answer; `read` adds them.
         jobs: by the index of the answer that each gives; `read` adds them.
         listener: receives the jobs' events; set by `read_on_thread`.
     """
@@ -70,6 +71,7 @@ class Endpoint(ABC, Generic[Body]):
         self.body: Body = body
         self.encoder = context.encoder(tenant)
         self.head = context.head(self.kind)
+        self.headers: dict[str, str] = {}
         self.jobs: dict[int, Job] = {}
 
     @abstractmethod
@@ -129,7 +131,6 @@ class Endpoint(ABC, Generic[Body]):
         Raises:
             ApiError: for unsupported fields, and for a prompt that is too long.
         """
-        refuse_unsupported(body)
         llm, settings = self.context.llm, self.context.settings
         vocab_size = llm.model.shape.vocab_size
         choices = [
@@ -144,10 +145,19 @@ class Endpoint(ABC, Generic[Body]):
                 session = SessionKey(f"chat/{salt.hex()}", body.round.session)
         guarded |= body.private == "isolated"
         for index, (prompt, params) in enumerate(itertools.product(prompts, choices), first):
-            request = llm.requests.of(prompt, params, agent, _NO_ROUND, guarded=guarded)
+            request = llm.requests.of(
+                prompt,
+                params,
+                agent,
+                _NO_ROUND,
+                guarded=guarded,
+                isolated=body.reuse == "exact",
+            )
             if request.error is not None:
                 message = str(request.error)
                 raise bad_request(message, self.prompt_field, "context_length_exceeded")
+            if body.max_tokens_asked is not None and request.max_new_tokens < params.max_tokens:
+                self.headers["X-TokenDance-Max-Tokens"] = str(request.max_new_tokens)
             request.constraint = constraint.copy() if constraint is not None else None
             request.session = session
             self.jobs[index] = Job(request, self.listener.of(index), key, size, marked)
@@ -245,8 +255,9 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         # If the client disconnects, or one job fails, nobody waits for the others.
         stack.callback(context.engine_thread.cancel, jobs)
         if endpoint.body.stream:
-            return ReleasingStream(endpoint.events(), stack.pop_all())
-        return JSONResponse(dump(await _unless_gone(request, endpoint.whole())))
+            return ReleasingStream(endpoint.events(), endpoint.headers, stack.pop_all())
+        answer = dump(await _unless_gone(request, endpoint.whole()))
+        return JSONResponse(answer, headers=endpoint.headers)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -274,17 +285,24 @@ def usage_of(outputs: Sequence[Output], choices: int) -> Usage:
     prompt = sum(output.prompt_tokens for output in outputs[::choices])
     answer = sum(len(output.token_ids) for output in outputs)
     cached = sum(output.reused_tokens for output in outputs[::choices])
+    approximate = sum(output.approximate_tokens for output in outputs[::choices])
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=answer,
         total_tokens=prompt + answer,
-        prompt_tokens_details=CachedTokens(cached_tokens=cached),
+        prompt_tokens_details=CachedTokens(cached_tokens=cached, approximate_tokens=approximate),
     )
 
 
 def finish_reason(output: Output) -> FinishReason:
     """The finish reason of an answer without an error."""
     return "length" if output.finish_reason == "length" else "stop"
+
+
+def header_value(text: str) -> str:
+    """A text that clients have sent as the value of a header: printable, and not too long."""
+    printable = "".join(character if " " <= character <= "~" else "?" for character in text)
+    return printable if len(printable) <= _MAX_HEADER else f"{printable[:_MAX_HEADER]}..."
 
 
 def _event(document: dict[str, Any]) -> str:
@@ -294,10 +312,11 @@ def _event(document: dict[str, Any]) -> str:
 class ReleasingStream(StreamingResponse):
     """A stream of events that closes a stack at its end, also if the client disconnects."""
 
-    def __init__(self, events: AsyncIterator[str], stack: AsyncExitStack) -> None:
-        super().__init__(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+    def __init__(
+        self, events: AsyncIterator[str], headers: Mapping[str, str], stack: AsyncExitStack
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", **headers}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -23,9 +23,13 @@ class _Document(BaseModel):
 
 
 class CachedTokens(BaseModel):
-    """Of the prompt's tokens, those that were not computed."""
+    """Of the prompt's tokens, those that were not computed.
+
+    `approximate_tokens` of them have KV of another context; the others are exact.
+    """
 
     cached_tokens: int
+    approximate_tokens: int
 
 
 class Usage(BaseModel):
@@ -77,10 +81,19 @@ class ChatAnswer(_Document):
     usage: Usage
 
 
-class StreamedTool(CalledTool):
-    """A call in a stream, by its number in the answer."""
+class MoreArguments(BaseModel):
+    """More of a call's arguments."""
+
+    arguments: str
+
+
+class StreamedTool(BaseModel):
+    """A call in a stream, by its number in the answer; its id and its name come first, alone."""
 
     index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction | MoreArguments
 
 
 class ChatDelta(BaseModel):
@@ -130,7 +143,7 @@ class TextChunkChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: dict[str, Any] | None
     finish_reason: FinishReason | None
 
 

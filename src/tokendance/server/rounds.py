@@ -25,7 +25,7 @@ from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
-from tokendance.server.chat import as_message, check_length
+from tokendance.server.chat_prompt import as_message, check_length
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
 from tokendance.server.protocol import (
@@ -34,10 +34,10 @@ from tokendance.server.protocol import (
     RoundPart,
     RoundRequest,
     TextPart,
-    sampling_params,
 )
 from tokendance.server.respond import Endpoint, finish_reason, usage_of
 from tokendance.server.responses import AgentAnswer, AgentError, AnswerMessage, RoundAnswer, dump
+from tokendance.server.sampling import sampling_params
 from tokendance.session import Session
 
 
@@ -127,7 +127,8 @@ class LoneRound(RoundEndpoint):
                 raise bad_request(f"{name} goes with a session. Put it into the messages.", name)
         if (agent.messages is None) == (agent.segments is None):
             raise bad_request(f"Give {agent.agent!r} either messages or segments.", "agents")
-        check_length(_texts(agent, blocks), self.context.max_characters)
+        whose = f" of {agent.agent!r}"
+        check_length(_texts(agent, blocks), self.context.max_characters, whose=whose)
         try:
             if agent.segments is not None:
                 return encoder.encode(Prompt(_parts(agent.segments, blocks)))
@@ -172,7 +173,9 @@ class SessionRound(RoundEndpoint):
                     f"In a session {agent.agent!r} has a task, and neither messages nor segments.",
                     "agents",
                 )
-            check_length([agent.task, agent.system or ""], context.max_characters)
+            whose = f" of {agent.agent!r}"
+            texts = [agent.task, agent.system or ""]
+            check_length(texts, context.max_characters, whose=whose)
         size = context.llm.model.shape.vocab_size
         self._asked = self._session.ask(
             {agent.agent: agent.task or "" for agent in agents},

@@ -17,9 +17,9 @@ from tokendance.units import format_bytes
 Schema = Mapping[str, Any]
 
 # Keywords whose values are schemas by names of their own, and those whose values are no schemas.
-_DEFINITIONS = {"$defs", "definitions"}
-_PROPERTIES = {"properties", "patternProperties", "dependentSchemas"}
-_DATA = {"enum", "const", "default", "examples", "example", "required", "type"}
+DEFINITIONS = {"$defs", "definitions"}
+PROPERTIES = {"properties", "patternProperties", "dependentSchemas"}
+DATA = {"enum", "const", "default", "examples", "example", "required", "type"}
 _ALTERNATIVES = ("anyOf", "oneOf", "allOf")
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _PATTERNS = ("pattern", "whitespace_pattern")
@@ -117,9 +117,9 @@ def _count(schema: Schema, counts: _Counts) -> None:
         for key in _ALTERNATIVES:
             counts.alternatives += len(_as_list(one.get(key)))
         counts.enum_values += len(_as_list(one.get("enum")))
-        for key in _DEFINITIONS:
+        for key in DEFINITIONS:
             counts.definitions += len(_as_dict(one.get(key)))
-        for key in _PROPERTIES:
+        for key in PROPERTIES:
             counts.properties += len(_as_dict(one.get(key)))
         counts.patterns += _as_dict(one.get("patternProperties"))
         counts.patterns += [text for key in _PATTERNS if isinstance(text := one.get(key), str)]
@@ -134,9 +134,9 @@ def _most_repeats(pattern: str) -> int:
 def _parts(schema: Schema, *, definitions: bool) -> Iterator[Schema]:
     """Schemas right inside a schema, in order; its definitions among them or not."""
     for key, value in schema.items():
-        if key in _DATA or (key in _DEFINITIONS and not definitions):
+        if key in DATA or (key in DEFINITIONS and not definitions):
             continue
-        if key in _PROPERTIES or key in _DEFINITIONS:
+        if key in PROPERTIES or key in DEFINITIONS:
             yield from _dicts(_as_dict(value).values())
         else:
             yield from _dicts(value if isinstance(value, list) else [value])
@@ -163,7 +163,7 @@ def _depth(root: Schema) -> int:
     Schemas may be recursive. So this walks as a compiler does, down each reference and into each
     schema the first time that it comes by, and notes how deep it stood.
     """
-    names = _names(root)
+    names = names_in(root)
     entered: set[int] = set()
     deepest = 0
     # What is not referred to is compiled by nobody, but read.
@@ -186,7 +186,7 @@ def _depth(root: Schema) -> int:
 def _next_schemas(schema: Schema, root: Schema, names: Mapping[str, Schema]) -> Iterator[Schema]:
     """Schemas that a schema refers to, and that are in it."""
     for key in _REFERENCES:
-        target = _resolve(schema.get(key), root, names)
+        target = resolve(schema.get(key), root, names)
         if target is not None:
             yield target
     yield from _parts(schema, definitions=False)
@@ -194,7 +194,7 @@ def _next_schemas(schema: Schema, root: Schema, names: Mapping[str, Schema]) -> 
 
 def _all_definitions(root: Schema) -> Iterator[Schema]:
     for schema in _walk(root):
-        for key in _DEFINITIONS:
+        for key in DEFINITIONS:
             yield from _dicts(_as_dict(schema.get(key)).values())
 
 
@@ -206,7 +206,7 @@ def _walk(root: Schema) -> Iterator[Schema]:
         left.extend(_parts(schema, definitions=True))
 
 
-def _names(root: Schema) -> dict[str, Schema]:
+def names_in(root: Schema) -> dict[str, Schema]:
     """Schemas that have a name of their own: an anchor or an id."""
     return {
         name.removeprefix("#"): schema
@@ -216,7 +216,7 @@ def _names(root: Schema) -> dict[str, Schema]:
     }
 
 
-def _resolve(reference: Any, root: Schema, names: Mapping[str, Schema]) -> Schema | None:
+def resolve(reference: Any, root: Schema, names: Mapping[str, Schema]) -> Schema | None:
     """The schema that is referred to; None where there is none, of which the compiler complains."""
     if not isinstance(reference, str):
         return None

@@ -4,11 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from tokendance.rounds.arrival_window import ArrivalWindow
+from tokendance.rounds.arrival_window import ArrivalWindow, named_round_due_s
 from tokendance.rounds.segments import Salt
-
-# While requests of a named round keep arriving, it waits for at most so many times its wait.
-_MAX_WAITS = 10
 
 
 class RoundKey(NamedTuple):
@@ -38,15 +35,33 @@ Item = TypeVar("Item", bound=Arriving)
 
 @dataclass(slots=True)
 class _NamedRound(Generic[Item]):
-    items: list[Item] = field(default_factory=list)
-    first_s: float = 0.0
-    last_s: float = 0.0
+    """Collects what arrives into a round with a name, as `ArrivalWindow` does without one."""
 
-    def due_s(self, wait_s: float) -> float:
-        sizes = [item.round_size for item in self.items if item.round_size is not None]
-        if sizes and len(self.items) >= sizes[-1]:
-            return self.last_s
-        return min(self.last_s + wait_s, self.first_s + _MAX_WAITS * wait_s)
+    wait_s: float
+    _items: list[Item] = field(default_factory=list)
+    _first_s: float = 0.0
+    _last_s: float = 0.0
+
+    def add(self, item: Item, now: float) -> None:
+        if not self._items:
+            self._first_s = now
+        self._last_s = now
+        self._items.append(item)
+
+    def remove(self, item: Item) -> None:
+        self._items.remove(item)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def take(self, now: float) -> list[Item]:
+        sizes = [item.round_size for item in self._items if item.round_size is not None]
+        is_full = bool(sizes) and len(self._items) >= sizes[-1]
+        due_s = named_round_due_s(self._first_s, self._last_s, self.wait_s, is_full=is_full)
+        return self._items if now >= due_s else []
 
 
 class Arrivals(Generic[Item]):
@@ -57,50 +72,36 @@ class Arrivals(Generic[Item]):
         self._window_s = window_s
         self._window_share = window_share
         self._round_wait_s = round_wait_s
-        self._windows: dict[RoundKey, ArrivalWindow[Item]] = {}
-        self._named: dict[RoundKey, _NamedRound[Item]] = {}
+        self._open: dict[RoundKey, ArrivalWindow[Item] | _NamedRound[Item]] = {}  # none is empty
 
     def __len__(self) -> int:
-        waiting = sum(len(named.items) for named in self._named.values())
-        return waiting + sum(map(len, self._windows.values()))
+        return sum(map(len, self._open.values()))
 
     def add(self, item: Item, now: float) -> None:
         """Let a member wait for others of its round."""
         key = item.key
-        if key.name is None:
-            if key not in self._windows:
-                self._windows[key] = ArrivalWindow(self._window_s, self._window_share)
-            self._windows[key].add(item, now)
-            return
-        named = self._named.setdefault(key, _NamedRound(first_s=now))
-        named.items.append(item)
-        named.last_s = now
+        if key not in self._open:
+            self._open[key] = (
+                ArrivalWindow(self._window_s, self._window_share)
+                if key.name is None
+                else _NamedRound(self._round_wait_s)
+            )
+        self._open[key].add(item, now)
 
     def remove(self, request_id: str) -> Item | None:
         """Take out the member of that id; None if there is none."""
-        for key, window in self._windows.items():
-            for item in window:
+        for key, waiting in self._open.items():
+            for item in waiting:
                 if item.request_id == request_id:
-                    window.remove(item)
-                    if window.due_s() is None:
-                        del self._windows[key]
-                    return item
-        for key, named in self._named.items():
-            for item in named.items:
-                if item.request_id == request_id:
-                    named.items.remove(item)
-                    if not named.items:
-                        del self._named[key]
+                    waiting.remove(item)
+                    if len(waiting) == 0:
+                        del self._open[key]
                     return item
         return None
 
     def take(self, now: float) -> Iterator[list[Item]]:
-        """Take out the rounds that begin now."""
-        for key, window in list(self._windows.items()):
-            if items := window.take(now):
-                del self._windows[key]
+        """Take out the rounds that begin now, those without a name first."""
+        for key, waiting in sorted(self._open.items(), key=lambda one: one[0].name is not None):
+            if items := waiting.take(now):
+                del self._open[key]
                 yield items
-        for key, named in list(self._named.items()):
-            if now >= named.due_s(self._round_wait_s):
-                del self._named[key]
-                yield named.items

@@ -34,7 +34,7 @@ _NUM_SHARED, _NUM_OWN = 24, 8
 _MAX_OFFSET = 1000
 _NUM_COMPARED, _NUM_TOP = 5, 20
 # Differences of a logprob that are rounding: sums of another order, in the dtype of the model.
-TOLERANCE = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.5}
+TOLERANCE = {torch.float32: 1e-2, torch.float16: 0.25, torch.bfloat16: 1.0}
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.attention.interface import PackedBatch, PackedRequest, SlotRanges
+from tokendance.attention.plan import aranges
 from tokendance.collector.known import NO_SLOT
 
 Ints = npt.NDArray[np.integer]
@@ -137,7 +138,7 @@ class Contexts:
         num_until = num_done.astype(np.int64) + num_new
         counts = num_until - num_filled
         request = np.repeat(np.arange(len(contexts)), counts)
-        tokens = _aranges(counts) + np.repeat(num_filled, counts)
+        tokens = aranges(counts) + np.repeat(num_filled, counts)
         page, place = np.divmod(tokens, self._page_size)
         slots = tables[table_rows[request], page].astype(np.int64) * self._page_size + place
         positions = tokens + np.array([context.shift for context in contexts])[request]
@@ -164,7 +165,7 @@ class Contexts:
                 PackedRequest(row, here[row - next_row :], context.slots, context.ranges)
             )
         mirrors = np.flatnonzero(num_own)
-        rows = np.repeat(first_rows[mirrors], num_new[mirrors]) + _aranges(num_new[mirrors])
+        rows = np.repeat(first_rows[mirrors], num_new[mirrors]) + aranges(num_new[mirrors])
         true = [requests[index].positions for index in mirrors.tolist()]
         return Step(
             self.batch(requests),
@@ -175,9 +176,3 @@ class Contexts:
     def batch(self, requests: list[PackedRequest]) -> PackedBatch:
         """The step as attention sees it."""
         return PackedBatch(requests, self.slot_position)
-
-
-def _aranges(counts: Ints) -> npt.NDArray[np.int64]:
-    """0 ... n - 1 for each n of `counts`, one after the other."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)

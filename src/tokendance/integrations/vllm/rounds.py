@@ -34,6 +34,7 @@ from tokendance.rounds.segments import (
     TokenIds,
     as_token_ids,
     build_prompt,
+    build_prompt_at,
 )
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.kv_store import KVStore
@@ -195,7 +196,9 @@ class Rounds:
         unsaid = [member for member in members if member.blocks is None]
         found = iter(self._discover(salt, unsaid, now) if unsaid else ())
         return [
-            next(found) if member.blocks is None else _cut_at(member, member.blocks)
+            next(found)
+            if member.blocks is None
+            else build_prompt_at(member.token_ids, member.blocks, salt)
             for member in members
         ]
 
@@ -374,14 +377,3 @@ class Rounds:
             if not member.is_published:
                 computing.update(member.owned)
         assert computing == self._computing
-
-
-def _cut_at(member: Member, blocks: Sequence[tuple[int, int]]) -> EncodedPrompt:
-    """A member's prompt with these ranges of positions as its shared segments."""
-    contents: list[tuple[TokenIds, bool]] = []
-    done = 0
-    for begin, end in blocks:
-        contents.append((member.token_ids[done:begin], False))
-        contents.append((member.token_ids[begin:end], True))
-        done = end
-    return build_prompt([*contents, (member.token_ids[done:], False)], member.key.salt)

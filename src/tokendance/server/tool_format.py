@@ -1,4 +1,4 @@
-"""Tool calls: how tools are listed in a prompt, and how calls are written and parsed.
+"""How tools are listed in a prompt, and how calls are written; `call_parser` reads them.
 
 The chat template of a model that was trained to call tools lists them, and writes calls as the
 model does. So the format is found by letting the template write a call. If the template lists no
@@ -13,7 +13,6 @@ from typing import Any
 
 from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
-from tokendance.server.responses import CalledFunction
 
 # For functions that are given without parameters; some templates look inside.
 NO_PARAMETERS = {"parameters": {"type": "object", "properties": {}, "required": []}}
@@ -46,36 +45,9 @@ class ToolFormat:
         call = json.dumps({"name": name, self.arguments: arguments}, ensure_ascii=False)
         return f"{self.begin}{call}{self.end}"
 
-    def split(self, text: str) -> tuple[str, list[CalledFunction]]:
-        """Split an answer into text and calls.
-
-        A call that does not parse, as when the answer was cut off, stays text.
-        """
-        words: list[str] = []
-        calls: list[CalledFunction] = []
-        mark, rest = self.begin.strip(), text
-        while rest:
-            before, _, after = rest.partition(mark) if mark else ("", "", rest)
-            parsed = self._parse(after)
-            if parsed is None:
-                words.append(rest)
-                break
-            call, rest = parsed
-            words.append(before)
-            calls.append(call)
-        return "".join(words).strip() if calls else text, calls
-
-    def _parse(self, text: str) -> tuple[CalledFunction, str] | None:
-        """The call at the beginning of a text, and the text behind its end mark."""
-        body = text.lstrip()
-        try:
-            call, end = json.JSONDecoder().raw_decode(body)
-            arguments = json.dumps(call[self.arguments])
-            function = CalledFunction(name=str(call["name"]), arguments=arguments)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        rest, mark = body[end:].lstrip(), self.end.strip()
-        return (function, rest.removeprefix(mark)) if rest.startswith(mark) else None
+    def head(self, name: str) -> str:
+        """What a call begins with, behind its mark; its arguments and a brace follow."""
+        return f'{{"name": {json.dumps(name)}, {json.dumps(self.arguments)}: '
 
 
 def find_tool_format(encoder: PromptEncoder) -> ToolFormat:

@@ -1,0 +1,71 @@
+"""Fields of requests that other servers know and this one does not.
+
+A value that says nothing is left out without a word: many clients send all fields that there are.
+Any other is refused with what to do in its place.
+"""
+
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+_LEAVE_OUT = "Leave it out."
+_FORMAT = "Send the schema as response_format."
+# For each field: the values that say nothing, and what to do in place of others. Null never does.
+_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "length_penalty": ((1,), _LEAVE_OUT),
+    "early_stopping": ((False,), _LEAVE_OUT),
+    "use_beam_search": ((False,), _LEAVE_OUT),
+    "include_stop_str_in_output": ((False,), "Add the stop text to the answer yourself."),
+    "skip_special_tokens": ((True,), "Answers have none of them."),
+    "spaces_between_special_tokens": ((True, False), _LEAVE_OUT),
+    "detokenize": ((True,), _LEAVE_OUT),
+    "add_generation_prompt": ((True,), _LEAVE_OUT),
+    "continue_final_message": ((False,), "Ask /v1/completions to go on with a text."),
+    "add_special_tokens": ((True, False), _LEAVE_OUT),
+    "echo": ((False,), "Put the prompt before the answer yourself."),
+    "suffix": (("",), _LEAVE_OUT),
+    "prompt_logprobs": ((), _LEAVE_OUT),
+    "truncate_prompt_tokens": ((), "Shorten the prompt yourself."),
+    "return_token_ids": ((False,), _LEAVE_OUT),
+    "return_tokens_as_token_ids": ((False,), _LEAVE_OUT),
+    "bad_words": (([],), "Use logit_bias."),
+    "allowed_token_ids": (([],), "Use logit_bias."),
+    "logits_processors": (([],), _LEAVE_OUT),
+    "logit_processors": (([],), _LEAVE_OUT),
+    "structured_outputs": (({},), _FORMAT),
+    "guided_json": (({},), _FORMAT),
+    "guided_regex": (("",), "Send a schema with a pattern as response_format."),
+    "guided_choice": (([],), "Send a schema with an enum as response_format."),
+    "guided_grammar": (("",), _FORMAT),
+    "guided_decoding_backend": ((), _LEAVE_OUT),
+    "guided_whitespace_pattern": ((), _LEAVE_OUT),
+    "cache_salt": (("",), "Give each tenant a key of its own (--api-key): they share no KV."),
+    "documents": (([],), "Put them into a message."),
+    "chat_template": ((), "Start the server with another template."),
+    "functions": (([],), "Send the same as tools."),
+    "function_call": (("none", "auto"), "Send it as tool_choice."),
+    "web_search_options": (({},), _LEAVE_OUT),
+    "audio": (({},), "Answers are text."),
+    "prediction": (({},), _LEAVE_OUT),
+    "mm_processor_kwargs": (({},), _LEAVE_OUT),
+    "kv_transfer_params": (({},), _LEAVE_OUT),
+    "top_a": ((0,), _LEAVE_OUT),
+    "typical_p": ((1,), _LEAVE_OUT),
+    "mirostat": ((0,), _LEAVE_OUT),
+}
+
+
+def leave_out_neutral(body: Any) -> Any:
+    """Leave out what says nothing.
+
+    Raises:
+        PydanticCustomError: for a field that says something which is not supported.
+    """
+    if not isinstance(body, dict) or not body.keys() & _FIELDS.keys():
+        return body
+    for name in body.keys() & _FIELDS.keys():
+        neutral, advice = _FIELDS[name]
+        if body[name] is not None and body[name] not in neutral:
+            found = {"field": name, "advice": advice}
+            raise PydanticCustomError("unsupported", "{field} is not supported. {advice}", found)
+    return {key: value for key, value in body.items() if key not in _FIELDS}
