@@ -21,6 +21,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
 from test_vllm import FINISH, NUM_AGENTS, PYTHON, Round, model, run_in_vllm
+from test_vllm_workers import V2
 
 __all__ = ["model"]  # a fixture
 
@@ -31,12 +32,13 @@ pytestmark = [
 ROUND = Round(1)
 OWNER = 0  # the first that arrives computes what all read
 FIRST, LAST = 3, 1  # of the run, corrected by default
-NUM_LOGPROBS = 20
+ANSWER_TOKENS = 8
+WHOLE_VOCABULARY = -1
+SCRIPTS = {"round": [ROUND.add(logprobs=WHOLE_VOCABULARY, max_tokens=ANSWER_TOKENS), FINISH]}
+ENGINE = {"max_logprobs": WHOLE_VOCABULARY, "max_num_seqs": 8}
+RUNNERS: list[dict[str, Any]] = [{}, V2]
 # Sums in another order, in float32: 0.0002 measured; 17 without the shift.
 TOLERANCE = 1e-3  # nats
-
-
-SCRIPTS = {"round": [ROUND.add(logprobs=NUM_LOGPROBS), FINISH]}
 
 
 def turned(network: LlamaForCausalLM, keys: Tensor, offset: int) -> Tensor:
@@ -84,9 +86,9 @@ def farthest(network: LlamaForCausalLM, result: Mapping[str, Any]) -> float:
         answer = answers[str(index)]
         assert answer["num_cached"] == len(ROUND.shared) - FIRST - LAST
         expected = reference(network, index, answer["tokens"])
-        assert len(answer["logprobs"]) == len(expected) == 8
+        assert len(answer["logprobs"]) == len(expected) == ANSWER_TOKENS
         for row, entries in zip(expected, answer["logprobs"], strict=True):
-            assert len(entries) >= NUM_LOGPROBS
+            assert len(entries) == len(row)
             differences += [abs(float(row[int(token)]) - said) for token, said in entries.items()]
     return max(differences)
 
@@ -96,12 +98,19 @@ def network(model: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
+@pytest.mark.parametrize("runner", RUNNERS, ids=["V1", "V2"])
 def test_mirrors_say_what_a_dense_pass_over_turned_kv_says(
-    model: Path, network: LlamaForCausalLM
+    runner: dict[str, Any], model: Path, network: LlamaForCausalLM
 ) -> None:
-    assert farthest(network, run_in_vllm(model, SCRIPTS)) < TOLERANCE
+    result = run_in_vllm(model, SCRIPTS, engine=ENGINE, **runner)
+    assert farthest(network, result) < TOLERANCE
 
 
-def test_without_the_shift_they_do_not(model: Path, network: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("runner", RUNNERS, ids=["V1", "V2"])
+def test_without_the_shift_they_do_not(
+    runner: dict[str, Any], model: Path, network: LlamaForCausalLM
+) -> None:
     """A control: the comparison can fail."""
-    assert farthest(network, run_in_vllm(model, SCRIPTS, TEST_WITHOUT_SHIFT="1")) > 100 * TOLERANCE
+    without = {"TEST_WITHOUT_SHIFT": "1", "TEST_WITHOUT_CHECK": "1"}
+    result = run_in_vllm(model, SCRIPTS, engine=ENGINE, **runner, **without)
+    assert farthest(network, result) > 100 * TOLERANCE
