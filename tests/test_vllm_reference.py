@@ -111,6 +111,7 @@ def test_without_the_shift_they_do_not(
     runner: dict[str, Any], model: Path, network: LlamaForCausalLM
 ) -> None:
     """A control: the comparison can fail."""
-    without = {"TEST_WITHOUT_SHIFT": "1", "TEST_WITHOUT_CHECK": "1"}
-    result = run_in_vllm(model, SCRIPTS, engine=ENGINE, **runner, **without)
+    result = run_in_vllm(
+        model, SCRIPTS, engine=ENGINE, TEST_WITHOUT_SHIFT="1", TEST_WITHOUT_CHECK="1", **runner
+    )
     assert farthest(network, result) > 100 * TOLERANCE

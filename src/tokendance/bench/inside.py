@@ -1,32 +1,37 @@
 """TokenDance inside vLLM, beside the same vLLM without it: what suites of `--engine vllm` share.
 
 Both are real engines with the same settings, each in a process of its own. They take turns, so
-neither computes while the other does. Clients say nothing of rounds: prompts go in as token ids.
+neither computes while the other does. Prompts go in as token ids. Clients say nothing of rounds;
+where suites have a row `TAGGED`, they name the blocks, as a client may.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokendance.bench.arms import vllm_round
 from tokendance.bench.suite import Row, in_turn, spread
 from tokendance.bench.vllm import VLLM, VLLMConfig, VLLMResult
+from tokendance.bench.workload import RoundWorkload
+from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, checkpoint_source
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLAIN, INSIDE = "vllm", "vllm + tokendance"
+PLAIN, INSIDE, TAGGED = "plain", "inside", "inside, tagged"
 
 
 @dataclass(slots=True, eq=False)
 class Timed:
-    """Runs of one engine; all figures but `seconds` are of the last.
+    """Runs of one kind.
 
     Attributes:
         seconds: of each counted run.
-        last: what the last run gave.
+        last: what the last run gave; the others computed as much.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -39,7 +44,6 @@ class Timed:
             **spread(self.seconds),
             "seconds": self.seconds,
             "computed_tokens": self.last.computed_tokens,
-            "peak_blocks": self.last.peak_blocks,
         }
 
 
@@ -70,31 +74,46 @@ def started_pair(
             with TokenDance inside; it says why.
     """
     folder = Path(checkpoint_source(settings_model))
-    dtype = str(model.dtype).removeprefix("torch.")
     config = replace(
         config or VLLMConfig(),
-        dtype=dtype,
+        dtype=str(model.dtype).removeprefix("torch."),
         max_context=max_context,
         kv_bytes=num_tokens * model.shape.kv_bytes_per_token(model.dtype),
     )
+
+    def start(kind: str, *, plugin: bool) -> VLLM:
+        console.print(f"Starting vLLM, {kind}. It compiles the model: a minute, or two.")
+        return VLLM(folder, replace(config, plugin=plugin))
+
     # That with TokenDance first: it is refused where it does not fit.
-    console.print("Starting vLLM twice; it compiles the model, which takes minutes.")
-    with VLLM(folder, replace(config, plugin=True)) as inside, VLLM(folder, config) as plain:
+    with start(INSIDE, plugin=True) as inside, start(PLAIN, plugin=False) as plain:
         notes.append(plain.settings)
         yield {PLAIN: plain, INSIDE: inside}
 
 
+def rounds(
+    engines: Mapping[str, VLLM], llm: LLM, workload: RoundWorkload, num_tokens: int
+) -> dict[str, Callable[[], VLLMResult]]:
+    """What runs a round, private parts cached, in each kind; `llm` encodes it."""
+    plain, inside = engines[PLAIN], engines[INSIDE]
+    return {
+        PLAIN: partial(vllm_round, plain, llm, workload, num_tokens),
+        INSIDE: partial(vllm_round, inside, llm, workload, num_tokens),
+        TAGGED: partial(vllm_round, inside, llm, workload, num_tokens, tagged=True),
+    }
+
+
 def time_in_turn(
-    engines: Mapping[str, VLLM], run: Callable[[VLLM], VLLMResult], repeats: int
+    kinds: Mapping[str, Callable[[], VLLMResult]], repeats: int, warm_up: int = 1
 ) -> dict[str, Timed]:
-    """Time what `run` does with each engine, in turn, after a turn that does not count."""
-    timed = {name: Timed() for name in engines}
+    """Time kinds of runs in turn, after `warm_up` turns that do not count."""
+    timed = {name: Timed() for name in kinds}
 
     def seconds(name: str) -> float:
-        result = timed[name].last = run(engines[name])
+        result = timed[name].last = kinds[name]()
         return result.seconds
 
-    kinds = {name: (lambda name=name: seconds(name)) for name in engines}
-    for name, values in in_turn(kinds, repeats).items():
+    turns = {name: (lambda name=name: seconds(name)) for name in kinds}
+    for name, values in in_turn(turns, repeats, warm_up).items():
         timed[name].seconds = values
     return timed

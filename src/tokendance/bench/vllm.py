@@ -201,7 +201,12 @@ class VLLM:
         self.close()
 
     def run(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, timeout_s: float = 1800.0
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        timeout_s: float = 1800.0,
+        *,
+        blocks: Sequence[Sequence[int]] | None = None,
     ) -> VLLMResult:
         """Answer prompts that are all submitted at once, greedily and past any end of text.
 
@@ -209,24 +214,26 @@ class VLLM:
             prompts: token ids, at least one prompt.
             max_tokens: tokens of each answer.
             timeout_s: seconds after which vLLM is taken to hang.
+            blocks: for each prompt positions begin, end, begin, end, ... of what others read, too,
+                as a client would say it (docs/vllm.md); left out: nothing is said.
 
         Raises:
             BaselineError: vLLM failed, died or hung; it is closed then.
         """
-        return self._run(prompts, max_tokens, timeout_s, {})
+        return self._run(prompts, max_tokens, timeout_s, _tags(blocks))
 
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         timeout_s: float,
-        scoring: Mapping[str, object],
+        further: Mapping[str, object],
     ) -> VLLMResult:
         request = {
             "op": "run",
             "prompts": [[int(token) for token in prompt] for prompt in prompts],
             "max_tokens": max_tokens,
-            **scoring,
+            **further,
         }
         reply = self._ask(request, timeout_s)
         try:
@@ -252,6 +259,8 @@ class VLLM:
         prompts: Sequence[Sequence[int]],
         answers: Sequence[Sequence[int]],
         timeout_s: float = 1800.0,
+        *,
+        blocks: Sequence[Sequence[int]] | None = None,
     ) -> tuple[VLLMResult, list[Tensor]]:
         """Answer prompts with given tokens; what the model would have said, by its logprobs.
 
@@ -259,6 +268,7 @@ class VLLM:
             prompts: token ids, at least one prompt.
             answers: token ids that each is made to say, all of one length.
             timeout_s: seconds after which vLLM is taken to hang.
+            blocks: see `run`.
 
         Returns:
             What `run` does, and for each prompt log-probabilities, float32 (tokens, vocabulary).
@@ -268,8 +278,9 @@ class VLLM:
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "logprobs.npz"
-            scoring = {"forced": [list(map(int, answer)) for answer in answers], "file": str(path)}
-            result = self._run(prompts, len(answers[0]), timeout_s, scoring)
+            forced = [list(map(int, answer)) for answer in answers]
+            further = {"forced": forced, "file": str(path), **_tags(blocks)}
+            result = self._run(prompts, len(answers[0]), timeout_s, further)
             with np.load(path) as arrays:
                 return result, [torch.from_numpy(arrays[str(i)]) for i in range(len(prompts))]
 
@@ -361,6 +372,11 @@ class VLLM:
             assert self._process.stdout is not None
             self._process.stdout.close()
             self._stderr.close()
+
+
+def _tags(blocks: Sequence[Sequence[int]] | None) -> dict[str, object]:
+    """What a request to the worker says of blocks."""
+    return {} if blocks is None else {"blocks": [list(map(int, places)) for places in blocks]}
 
 
 def child_environment(python: Path, config: VLLMConfig) -> dict[str, str]:

@@ -13,8 +13,9 @@ ours. `bench/vllm.py` starts it. Each request is one line, and so is its reply:
     {"op": "reset"}                              {}
 
 `engine` holds the arguments of `vllm.LLM`; `plugin` is whether TokenDance is inside, and `said`
-what it has logged. A `run` with "forced": [[3], ...] has these as its answers, and with "file":
-PATH leaves there, as .npz, the log-probabilities of each answer, float32 (tokens, vocabulary).
+what it has logged. A `run` may say of each prompt which "blocks" others read: [[5, 9], ...]. With
+"forced": [[3], ...] these are its answers, and with "file": PATH it leaves there, as .npz, the
+log-probabilities of each answer, float32 (tokens, vocabulary).
 What goes wrong is replied as {"error": "..."}, with the traceback on stderr, and ends the process
 with status 1. The end of stdin ends it too.
 """
@@ -132,7 +133,7 @@ def _answer(engine: _Engine, request: dict[str, Any]) -> dict[str, Any]:
 def _run(engine: _Engine, request: dict[str, Any]) -> dict[str, Any]:
     """Answer all prompts together, greedily, with exactly `max_tokens` tokens each."""
     prompts = request["prompts"]
-    forced = request.get("forced", [None] * len(prompts))
+    said = {name: request[name] for name in ("forced", "blocks") if name in request}
     is_scored = "file" in request
     params = [
         vllm.SamplingParams(
@@ -142,9 +143,9 @@ def _run(engine: _Engine, request: dict[str, Any]) -> dict[str, Any]:
             detokenize=False,  # nobody reads the text, so vLLM is spared making it
             logprobs=-1 if is_scored else None,
             flat_logprobs=is_scored,
-            extra_args=None if answer is None else {"forced": answer},
+            extra_args={name: values[index] for name, values in said.items()} or None,
         )
-        for answer in forced
+        for index in range(len(prompts))
     ]
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     engine.counts.reset()

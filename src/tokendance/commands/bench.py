@@ -22,7 +22,8 @@ from tokendance.bench.settings import (
     SuiteName,
 )
 from tokendance.bench.suite import SuiteResult
-from tokendance.errors import ConfigError
+from tokendance.bench.vllm import HOW_TO_INSTALL, find_vllm
+from tokendance.errors import BaselineError, ConfigError
 from tokendance.results import check_writable, write_result
 
 
@@ -91,9 +92,13 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
     engine = settings.engine
     if settings.inside is not None:
         if suite not in INSIDE_SUITES:
-            raise ConfigError(f"--engine vllm goes with {', '.join(INSIDE_SUITES)}.")
+            raise ConfigError(
+                f"--engine vllm goes with {', '.join(INSIDE_SUITES)}, not with {suite or 'all'}."
+            )
         if settings.against is not None:
             raise ConfigError("--engine vllm measures against plain vLLM: leave out --against.")
+        if find_vllm() is None:
+            raise BaselineError(f"--engine vllm: vLLM is not installed. {HOW_TO_INSTALL}")
         if replace(engine, threads=None) != type(engine)():
             raise ConfigError(
                 "vLLM runs with settings of its own. Of the engine's options --engine vllm takes"

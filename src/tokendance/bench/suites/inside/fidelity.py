@@ -2,8 +2,8 @@
 
 Each engine answers as one that computes everything has: the same tokens are forced, and the
 log-probabilities of the whole vocabulary compared (`fidelity/measure.py`). vLLM with TokenDance
-inside is compared with plain vLLM; the embedded engine with itself without reuse, once with each
-block tagged, and once with what all have said as one block, which is what discovery finds of it.
+inside is compared with plain vLLM, the embedded engine with itself without reuse; either once with
+each block tagged, and once with what all have said as one block, as discovery finds it.
 """
 
 import statistics
@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tokendance.bench.arms import DTYPES, load, make_engine
-from tokendance.bench.inside import INSIDE, PLAIN, started_pair
+from tokendance.bench.arms import DTYPES, load, make_engine, places_of_blocks
+from tokendance.bench.inside import INSIDE, PLAIN, TAGGED, started_pair
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
@@ -38,7 +38,7 @@ _COLUMNS = {
     "kl": "KL",
     "top1": "top-1",
 }
-_TAGGED, _ONE_BLOCK = "embedded, tagged", "embedded, one block"
+_OURS_TAGGED, _OURS_ONE_BLOCK = "embedded, tagged", "embedded, one block"
 
 
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
@@ -49,8 +49,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         spec, num_tokens = replace(spec, agents=3, block_tokens=40, private_tokens=(40, 80)), 4
     longest = spec.private_tokens[1] + spec.agents * (spec.block_tokens + 30) + 400
     room = 3 * spec.agents * longest
-    table = LiveTable(console, "Fidelity inside vLLM against plain vLLM", _COLUMNS)
     notes: list[str] = []
+    rows: list[Row] = []
     rounds: list[RoundWorkload] = []
     for dtype in DTYPES[::-1]:
         model = load(settings, dtype)
@@ -67,23 +67,30 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
             model,
             notes,
             max_context=longest,
-            num_tokens=room,
+            num_tokens=2 * spec.agents * longest,
             config=VLLMConfig(max_logprobs=-1),
         ) as engines:
+            table = LiveTable(console, f"Fidelity inside vLLM, {dtype}", _COLUMNS)
             for seed, workload in enumerate(rounds, spec.seed):
                 with console.status(f"{dtype}, seed {seed} ..."):
                     figures = _measure(engines, ours, exact, workload, num_tokens)
                 for mode, row in figures.items():
                     table.add({"dtype": dtype, "seed": seed, "mode": mode, **row})
+            rows += table.rows
     headline: dict[str, float | None] = {
         f"{figure}_{name}": statistics.mean(
-            row[figure] for row in table.rows if row["dtype"] == "float32" and row["mode"] == mode
+            row[figure] for row in rows if row["dtype"] == "float32" and row["mode"] == mode
         )
-        for name, mode in (("inside", INSIDE), ("tagged", _TAGGED), ("one_block", _ONE_BLOCK))
+        for name, mode in (
+            ("inside", INSIDE),
+            ("inside_tagged", TAGGED),
+            ("embedded", _OURS_ONE_BLOCK),
+            ("embedded_tagged", _OURS_TAGGED),
+        )
         for figure in ("kl_next", "kl", "top1")
     }
     notes.append("KL in nats, over the agents that reuse shared tokens.")
-    return SuiteResult("fidelity", settings.model, table.rows, headline, notes)
+    return SuiteResult("fidelity", settings.model, rows, headline, notes)
 
 
 def _measure(
@@ -95,20 +102,26 @@ def _measure(
     beginnings = [prompt.segments[0].token_ids.tolist() for prompt in encoded]
     engines[PLAIN].reset()
     answers = engines[PLAIN].run(ids, num_tokens).token_ids
-    logprobs: dict[str, list[Tensor]] = {}
-    for name, vllm in engines.items():
+    places = [places_of_blocks(prompt) for prompt in encoded]
+    expected: list[Tensor] = []
+    figures: dict[str, Row] = {}
+    for name, vllm, blocks in (
+        (PLAIN, engines[PLAIN], None),
+        (INSIDE, engines[INSIDE], None),
+        (TAGGED, engines[INSIDE], places),
+    ):
         vllm.reset()
         vllm.run(beginnings, 1)
-        result, logprobs[name] = vllm.score(ids, answers)
-        if name == INSIDE:
-            mirrors = [
-                index
-                for index, (beginning, cached) in enumerate(
-                    zip(beginnings, result.cached_tokens, strict=True)
-                )
-                if cached > len(beginning)
-            ]
-    figures = {INSIDE: _figures(logprobs[PLAIN], logprobs[INSIDE], mirrors)}
+        result, logprobs = vllm.score(ids, answers, blocks=blocks)
+        if name == PLAIN:
+            expected = logprobs
+            continue
+        mirrors = [
+            index
+            for index, cached in enumerate(result.cached_tokens)
+            if cached > len(beginnings[index])
+        ]
+        figures[name] = _figures(expected, logprobs, mirrors)
     tagged = workload.prompts()
     one_block = [
         Prompt(
@@ -124,7 +137,7 @@ def _measure(
         for prompt, view in zip(encoded, workload.views, strict=True)
     ]
     reference = _forced(exact, tagged, answers)
-    for mode, prompts in ((_TAGGED, tagged), (_ONE_BLOCK, one_block)):
+    for mode, prompts in ((_OURS_TAGGED, tagged), (_OURS_ONE_BLOCK, one_block)):
         workload.warm(ours)
         found = measure_fidelity(ours, prompts, reference)
         figures[mode] = {
