@@ -244,8 +244,9 @@ def test_what_the_real_one_counts_and_says(tmp_path: Path) -> None:
         dtype="float32", max_context=512, kv_bytes=2**24, max_logprobs=-1, plugin=True
     )
     shared = list(range(20, 170))
-    prompts = [[*range(200, 210 + 13 * index), *shared, 11 + index] for index in range(3)]
-    blocks = [[10 + 13 * index, 10 + 13 * index + len(shared)] for index in range(3)]
+    private = [list(range(170 + 40 * index, 180 + 53 * index)) for index in range(3)]
+    prompts = [[*own, *shared, 11 + index] for index, own in enumerate(private)]
+    blocks = [[len(own), len(own) + len(shared)] for own in private]
     answers = [[30 + index, 31, 32, 33] for index in range(3)]
     with VLLM(tmp_path, config) as engine:
         said, logprobs = engine.score(prompts, answers)
