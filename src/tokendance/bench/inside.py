@@ -22,7 +22,7 @@ from tokendance.models.loader import LoadedModel, checkpoint_source
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLAIN, INSIDE, TAGGED = "plain", "inside", "inside, tagged"
+PLAIN, INSIDE, TAGGED = "plain", "inside", "tagged"
 
 
 @dataclass(slots=True, eq=False)

@@ -186,8 +186,12 @@ class VLLM:
         started = self._ask(request, start_timeout_s)
         self.version: str = str(started.get("version"))
         if config.plugin and not started.get("plugin"):
-            said = " ".join(started.get("said", ())) or "It is not installed there (make vllm)."
-            raise self._failed(f"vLLM runs without TokenDance inside. {said}")
+            self.close(0)
+            said = " ".join(started.get("said", ()))
+            raise BaselineError(
+                said
+                or f"TokenDance is not installed in the environment of {python}. Run `make vllm`."
+            )
         self.settings = (
             f"vLLM {self.version}: {config.dtype}, prefix caching, blocks of {config.block_size}, "
             f"compiled, {config.threads} threads, up to {config.max_num_batched_tokens} tokens a "

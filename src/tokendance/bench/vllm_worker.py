@@ -81,9 +81,8 @@ class _Engine:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.said: list[str] = []
-        listener = logging.Handler(logging.WARNING)
-        listener.emit = lambda record: self.said.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("vllm.tokendance").addHandler(listener)
+        # Not a handler: vLLM configures its loggers anew while it starts, and takes handlers away.
+        logging.getLogger("vllm.tokendance").addFilter(self._listen)
         # Only an engine whose answers are scored takes a processor: it costs time.
         processors = {"logits_processors": [_Forced]} if arguments["max_logprobs"] < 0 else {}
         # With its statistics, as vLLM's server runs.
@@ -91,6 +90,11 @@ class _Engine:
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self.has_plugin = type(scheduler).__module__.startswith("tokendance.")
         self.counts = _Counts(scheduler)
+
+    def _listen(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            self.said.append(record.getMessage())
+        return True
 
 
 def main() -> int:
