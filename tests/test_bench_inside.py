@@ -81,7 +81,7 @@ class FakeVLLM:
                 for index, prompt in enumerate(prompts)
             ),
             token_ids=tuple(tuple(range(10, 10 + max_tokens)) for _ in prompts),
-            computed_tokens=100,
+            computed_tokens=sum(map(len, prompts)) + (max_tokens - 1) * len(prompts),
             peak_blocks=5 if is_inside else 10,
         )
 
@@ -184,6 +184,20 @@ def test_steps_are_what_a_longer_answer_takes_more(
     for row, step_s in zip(document["rows"], (STEP_S, INSIDE_STEP_S), strict=True):
         assert row["step_ms"] == pytest.approx(1000 * step_s * row["agents"])
         assert row["tokens_per_s"] == pytest.approx(1 / step_s)
+
+
+def test_steps_in_which_prompts_are_computed_again_are_no_steps(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = FakeVLLM.run
+
+    def forgetful(self: FakeVLLM, prompts: Tokens, max_tokens: int) -> VLLMResult:
+        result = ask(self, prompts, max_tokens)
+        return replace(result, computed_tokens=result.computed_tokens + 7 * (max_tokens > 1))
+
+    monkeypatch.setattr(FakeVLLM, "run", forgetful)
+    with pytest.raises(BaselineError, match="19 tokens in 4 steps of 3 agents"):
+        run("decode", model, capsys)
 
 
 def test_capacity_is_the_largest_round_in_time(
