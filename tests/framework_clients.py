@@ -14,8 +14,15 @@ PYTHON = CLIENTS.parents[1] / ".venv-frameworks" / "bin" / "python"
 
 def run_client(url: str, client: str, way: str, agents: int, rounds: int) -> list[dict[str, str]]:
     """Let a client play its town; return what was said in each round, by name."""
+    output = run(CLIENTS / f"{client}.py", url, str(agents), str(rounds), way)
+    said: list[dict[str, str]] = json.loads(output.splitlines()[-1])
+    return said
+
+
+def run(script: Path, *arguments: str) -> str:
+    """Run a client; return what it has written."""
     ended = subprocess.run(
-        [PYTHON, CLIENTS / f"{client}.py", url, str(agents), str(rounds), way],
+        [PYTHON, script, *arguments],
         # Nothing but the URL leads to the server.
         env={name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ},
         capture_output=True,
@@ -24,8 +31,7 @@ def run_client(url: str, client: str, way: str, agents: int, rounds: int) -> lis
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    said: list[dict[str, str]] = json.loads(ended.stdout.splitlines()[-1])
-    return said
+    return ended.stdout
 
 
 def count_tokens(asked: Sequence[Sequence[Asked]]) -> tuple[list[int], list[int], list[int]]:

@@ -183,7 +183,6 @@ def test_what_changes_no_answer_is_taken(client: httpx.Client, fields: dict[str,
     ("fields", "advice"),
     [
         ({"length_penalty": 2}, "Leave it out."),
-        ({"continue_final_message": True}, "/v1/completions"),
         ({"guided_choice": ["a"]}, "response_format"),
         ({"structured_outputs": {"regex": "a"}}, "response_format"),
         ({"cache_salt": "x"}, "--api-key"),

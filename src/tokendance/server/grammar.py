@@ -194,14 +194,12 @@ class Grammars:
             if self._known_vocabulary is None:
                 size = self._model.shape.vocab_size
 
-                def spell(token: int) -> bytes:
-                    return bytes(tokenizer.decode_bytes([token]))
-
-                firsts = np.array([spell(token)[0] if spell(token) else 0 for token in range(size)])
+                texts = [bytes(tokenizer.decode_bytes([token])) for token in range(size)]
+                firsts = np.array([text[0] if text else 0 for text in texts])
                 only_end = np.ones(size, np.bool_)
                 only_end[sorted(self._model.stop_ids)] = False
                 self._known_vocabulary = Vocabulary(
-                    spell,
+                    texts,
                     only_end,
                     digits=np.isin(firsts, list(b"0123456789")),
                     blanks=np.isin(firsts, list(b" \t\n\r\\")),

@@ -6,13 +6,15 @@ repeats the one before it is the last.
 """
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from tokendance.engine.constraint import Constraint
 from tokendance.server.call_parser import CallParser
 from tokendance.server.grammar_process import error_of
 from tokendance.server.json_scanner import JsonScanner
@@ -30,16 +32,28 @@ class Vocabulary:
     """What a constraint knows of the model's tokens.
 
     Attributes:
-        spell: the bytes of a token.
+        texts: the bytes of each token.
         only_end: forbids all tokens but those that end an answer: bool (vocabulary,).
         digits: tokens that begin with a digit, likewise.
         blanks: tokens that begin with a blank, or with a backslash, which may write one.
     """
 
-    spell: Callable[[int], bytes]
+    texts: Sequence[bytes]
     only_end: Mask
     digits: Mask
     blanks: Mask
+
+    def spell(self, token: int) -> bytes:
+        """The bytes of a token."""
+        return self.texts[token]
+
+
+class AnswerConstraint(Constraint, Protocol):
+    """What one answer has to look like, and other answers to the same request."""
+
+    def copy(self) -> "AnswerConstraint":
+        """One for another answer; while this one is at its beginning."""
+        ...
 
 
 class AnswerWatch:
@@ -82,7 +96,11 @@ class AnswerWatch:
 
 
 class GrammarConstraint:
-    """The state of a grammar within one answer; see `engine.constraint.Constraint`."""
+    """The state of a grammar within one answer; see `engine.constraint.Constraint`.
+
+    Attributes:
+        vocabulary: of the model.
+    """
 
     def __init__(
         self,
@@ -99,8 +117,8 @@ class GrammarConstraint:
             first: what may not come first. No mask is changed.
             watch: begins to follow an answer.
         """
+        self.vocabulary = vocabulary
         self._matcher = matcher
-        self._vocabulary = vocabulary
         self._first = first
         self._begin_watch = watch
         self._watch = watch()
@@ -119,13 +137,13 @@ class GrammarConstraint:
         for token in self._accepted:
             if not self._matcher.is_stopped():
                 self._matcher.consume_token(token)
-                self._watch.add(self._vocabulary.spell(token))
+                self._watch.add(self.vocabulary.spell(token))
         self._accepted.clear()
         if self._watch.must_end and self.failure() is None:
-            self._forbidden = self._vocabulary.only_end
+            self._forbidden = self.vocabulary.only_end
             return
-        forbidden = mask_of(self._matcher, self._vocabulary.only_end)
-        if (more := self._watch.forbids(self._vocabulary)) is not None:
+        forbidden = mask_of(self._matcher, self.vocabulary.only_end)
+        if (more := self._watch.forbids(self.vocabulary)) is not None:
             with_more = forbidden | more
             forbidden = forbidden if with_more.all() else with_more
         self._forbidden = forbidden
@@ -148,7 +166,7 @@ class GrammarConstraint:
     def copy(self) -> "GrammarConstraint":
         """One for another answer; while this one is at its beginning."""
         matcher = self._matcher.deep_copy()
-        return GrammarConstraint(matcher, self._vocabulary, self._first, self._begin_watch)
+        return GrammarConstraint(matcher, self.vocabulary, self._first, self._begin_watch)
 
     def restart(self) -> None:
         """Go back to the beginning."""

@@ -25,7 +25,7 @@ from tokendance.outputs import Output
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
-from tokendance.server.grammar_constraint import GrammarConstraint
+from tokendance.server.grammar_constraint import AnswerConstraint
 from tokendance.server.jobs import Delta, Job, Listener, RoundKey
 from tokendance.server.protocol import (
     ChatRequest,
@@ -33,7 +33,7 @@ from tokendance.server.protocol import (
     RoundRequest,
     Sampling,
 )
-from tokendance.server.responses import CachedTokens, FinishReason, Usage, dump
+from tokendance.server.responses import AnswerTokens, CachedTokens, FinishReason, Usage, dump
 from tokendance.server.sampling import sampling_params
 from tokendance.store.entries import RoundId
 
@@ -113,7 +113,7 @@ class Endpoint(ABC, Generic[Body]):
         *,
         agent: str = "the client",
         first: int = 0,
-        constraint: GrammarConstraint | None = None,
+        constraint: AnswerConstraint | None = None,
         marked: bool = False,
         guarded: bool = False,
     ) -> None:
@@ -242,7 +242,13 @@ class PromptEndpoint(Endpoint[PromptBody]):
             yield dump(self.usage_chunk(self._usage(outputs)))
 
     def _usage(self, outputs: dict[int, Output]) -> Usage:
-        return usage_of([outputs[index] for index in self.jobs], self.body.n or 1)
+        answers = [outputs[index] for index in self.jobs]
+        return usage_of(answers, self.body.n or 1, self.count_thoughts(answers))
+
+    def count_thoughts(self, outputs: Sequence[Output]) -> int | None:
+        """Tokens of the answers that are thoughts; None where there are none to tell apart."""
+        del outputs
+        return None
 
 
 async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
@@ -256,11 +262,11 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         stack.callback(context.engine_thread.cancel, jobs)
         if endpoint.body.stream:
             return ReleasingStream(endpoint.events(), endpoint.headers, stack.pop_all())
-        answer = dump(await _unless_gone(request, endpoint.whole()))
+        answer = dump(await unless_gone(request, endpoint.whole()))
         return JSONResponse(answer, headers=endpoint.headers)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Wait for `work`, but cancel it if the client disconnects."""
 
     async def wait_for_disconnect() -> None:
@@ -280,18 +286,27 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> R
                 await waiting
 
 
-def usage_of(outputs: Sequence[Output], choices: int) -> Usage:
-    """Tokens as OpenAI counts them: a prompt with several answers (`choices`) counts once."""
+def usage_of(outputs: Sequence[Output], choices: int, num_thoughts: int | None = None) -> Usage:
+    """Tokens as OpenAI counts them: a prompt with several answers (`choices`) counts once.
+
+    Args:
+        outputs: the answers.
+        choices: to each prompt.
+        num_thoughts: tokens of the answers that are thoughts, where the model thinks.
+    """
     prompt = sum(output.prompt_tokens for output in outputs[::choices])
     answer = sum(len(output.token_ids) for output in outputs)
     cached = sum(output.reused_tokens for output in outputs[::choices])
     approximate = sum(output.approximate_tokens for output in outputs[::choices])
-    return Usage(
+    usage = Usage(
         prompt_tokens=prompt,
         completion_tokens=answer,
         total_tokens=prompt + answer,
         prompt_tokens_details=CachedTokens(cached_tokens=cached, approximate_tokens=approximate),
     )
+    if num_thoughts is not None:
+        usage.completion_tokens_details = AnswerTokens(reasoning_tokens=num_thoughts)
+    return usage
 
 
 def finish_reason(output: Output) -> FinishReason:

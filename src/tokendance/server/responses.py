@@ -32,13 +32,20 @@ class CachedTokens(BaseModel):
     approximate_tokens: int
 
 
+class AnswerTokens(BaseModel):
+    """Of the answers' tokens, those that are thoughts, with their marks."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """Tokens of a request; details of the answers where the model thinks."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: AnswerTokens | None = None
 
 
 class CalledFunction(BaseModel):
@@ -57,10 +64,12 @@ class CalledTool(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """What a model says."""
+    """What a model says; what it has thought before, if it thinks, by two names."""
 
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[CalledTool] = []
 
 
@@ -101,6 +110,8 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str = ""
+    reasoning: str = ""
     tool_calls: list[StreamedTool] = []
 
 
@@ -207,3 +218,9 @@ class Status(BaseModel):
     """How the server is."""
 
     status: str
+
+
+class Version(BaseModel):
+    """Which version it is."""
+
+    version: str

@@ -92,6 +92,7 @@ class Sessions:
                 # A round that fails, or whose client disconnects, changes nothing.
                 with opened.session.provisional():
                     _admit(opened.session, body)
+                    opened.session.configure(share_reasoning=bool(body.share_reasoning))
                     if body.ttl_s is not None:
                         opened.session.ttl_s = body.ttl_s
                     yield opened.session

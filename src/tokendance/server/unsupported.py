@@ -4,14 +4,16 @@ A value that says nothing is left out without a word: many clients send all fiel
 Any other is refused with what to do in its place.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
 _LEAVE_OUT = "Leave it out."
 _FORMAT = "Send the schema as response_format."
+Fields = Mapping[str, tuple[tuple[Any, ...], str]]
 # For each field: the values that say nothing, and what to do in place of others. Null never does.
-_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+_FIELDS: Fields = {
     "length_penalty": ((1,), _LEAVE_OUT),
     "early_stopping": ((False,), _LEAVE_OUT),
     "use_beam_search": ((False,), _LEAVE_OUT),
@@ -55,17 +57,18 @@ _FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def leave_out_neutral(body: Any) -> Any:
-    """Leave out what says nothing.
+def leave_out_neutral(body: Any, known: Collection[str], fields: Fields = _FIELDS) -> Any:
+    """Leave out what says nothing of some fields, but for those that a request knows.
 
     Raises:
         PydanticCustomError: for a field that says something which is not supported.
     """
-    if not isinstance(body, dict) or not body.keys() & _FIELDS.keys():
+    if not isinstance(body, dict):
         return body
-    for name in body.keys() & _FIELDS.keys():
-        neutral, advice = _FIELDS[name]
+    unsupported = (body.keys() & fields.keys()) - set(known)
+    for name in unsupported:
+        neutral, advice = fields[name]
         if body[name] is not None and body[name] not in neutral:
             found = {"field": name, "advice": advice}
             raise PydanticCustomError("unsupported", "{field} is not supported. {advice}", found)
-    return {key: value for key, value in body.items() if key not in _FIELDS}
+    return {key: value for key, value in body.items() if key not in unsupported}

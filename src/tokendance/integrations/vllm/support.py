@@ -3,17 +3,22 @@
 import os
 from typing import Any
 
+import torch
+
+from tokendance.integrations.vllm import CUDA_WORKER
+
 TESTED_VERSIONS = ("0.32.",)
 ANY_VERSION = "TOKENDANCE_ANY_VERSION"
 _ROPE_TYPES = ("default", "llama3")
 
 
-def why_not(config: Any, version: str) -> str | None:
+def why_not(config: Any, version: str, platform: Any = None) -> str | None:
     """Why a configuration runs as plain vLLM, as the end of a sentence; None if it is served.
 
     Args:
         config: a `vllm.config.VllmConfig`, complete.
         version: of vLLM.
+        platform: `vllm.platforms.current_platform`; None for a CPU.
     """
     is_tested = version.startswith(TESTED_VERSIONS)
     if not is_tested and os.environ.get(ANY_VERSION) != "1":
@@ -42,7 +47,41 @@ def why_not(config: Any, version: str) -> str | None:
         "layers share KV": config.cache_config.kv_sharing_fast_prefill,
         "tokens are drafted otherwise than by n-grams": not _drafts_are_known(config),
     }
+    if platform is not None and platform.is_cuda():
+        reasons |= _reasons_on_cuda(config, platform)
     return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+
+def _reasons_on_cuda(config: Any, platform: Any) -> dict[str, bool]:
+    """What may be in the way on NVIDIA GPUs alone, and whether it is."""
+    try:
+        from tokendance.attention.triton_backend import can_serve
+    except ImportError as error:
+        return {f"Triton cannot be used ({error})": True}
+    model, attention = config.model_config, config.attention_config
+    head_size, chosen = model.get_head_size(), attention.backend
+    is_flash = chosen is not None and chosen.name == "FLASH_ATTN"
+    # vLLM checks a configuration again where it is copied: the first time has made it ours.
+    worker = config.parallel_config.worker_cls
+    is_ours = worker == CUDA_WORKER and chosen is not None and chosen.name == "CUSTOM"
+    return {
+        "the GPU's compute capability is below 8.0": not platform.has_device_capability(80),
+        f"there is no kernel for heads of {head_size} in {model.dtype}": not (
+            model.dtype in (torch.bfloat16, torch.float16) and can_serve(head_size, model.dtype)
+        ),
+        "another attention backend than FLASH_ATTN was asked for": (
+            bool(attention.backend_per_kind) or not (chosen is None or is_ours or is_flash)
+        ),
+        "vLLM attends by FlashInfer here (--attention-backend FLASH_ATTN serves rounds)": (
+            chosen is None and platform.is_device_capability_family(100)
+        ),
+        "results must not depend on their batch (VLLM_BATCH_INVARIANT)": (
+            os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
+        ),
+        "another worker was asked for": worker
+        not in ("vllm.v1.worker.gpu_worker.Worker", CUDA_WORKER),
+        "the V1 model runner is used": not config.use_v2_model_runner,
+    }
 
 
 def _drafts_are_known(config: Any) -> bool:
