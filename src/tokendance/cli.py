@@ -39,6 +39,7 @@ class _Engine(EngineOptions):
     store_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
 
 
+_SUITE = Group("Suite", sort_key=1)
 _ENGINE = Group("Engine", sort_key=2)  # after what is the command's own
 
 
@@ -148,7 +149,18 @@ def bench(
     ],
     /,
     *,
-    settings: Annotated[BenchSettings, _flat("Suite", only="(?!engine$).*")] = BenchSettings(),
+    settings: Annotated[
+        BenchSettings, _flat(_SUITE, only="(?!engine$|inside$).*")
+    ] = BenchSettings(),
+    inside: Annotated[
+        Literal["embedded", "vllm"],
+        Parameter(
+            name="--engine",
+            group=_SUITE,
+            help="vllm: TokenDance inside vLLM against the same vLLM without it (make vllm), in "
+            "plain, prefill, decode, capacity and fidelity.",
+        ),
+    ] = "embedded",
     outputs: Annotated[BenchOutputs, _flat("Results")] = BenchOutputs(),
     engine: Annotated[
         _Engine, _flat(_ENGINE, only="engine|device|attention|max_num_batched_tokens|threads")
@@ -162,9 +174,8 @@ def bench(
     with importing():
         from tokendance.commands.bench import run_bench
 
-    run_bench(
-        None if suite == "all" else suite, replace(settings, engine=engine), outputs, Console()
-    )
+    settings = replace(settings, engine=engine, inside="vllm" if inside == "vllm" else None)
+    run_bench(None if suite == "all" else suite, settings, outputs, Console())
 
 
 @app.command
