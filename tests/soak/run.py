@@ -129,8 +129,8 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
     watch = Watch()
     with (
         _llm() as llm,
-        objects_frozen(),  # as `tokendance serve` has them
         listening(llm, **_SETTINGS) as (port, server, runner),
+        objects_frozen(),  # the application's, too, as `tokendance serve` has them
         _errors_noted(watch),
     ):
         # Memory for KV is mapped where it is first written, which would look like growth.
