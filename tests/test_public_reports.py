@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from serving import HELLO, chat, events, serving
+from tiny_models import VOCAB
 from tokendance import LLM
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
@@ -107,7 +108,8 @@ def test_a_lone_surrogate_is_refused_or_taken(client: httpx.Client, where: str) 
 
 def test_a_stop_text_beside_the_models_own_end(client: httpx.Client) -> None:
     """Whichever comes first ends the answer, and neither is part of it."""
-    fields = {"max_tokens": 20, "temperature": 1}
+    letters = {str(token): -100.0 for token in range(97, VOCAB)}  # and the model's own end
+    fields = {"max_tokens": 20, "temperature": 1, "logit_bias": letters}
     for seed in range(8):
         whole = chat(client, seed=seed, ignore_eos=True, **fields).json()["choices"][0]
         text = whole["message"]["content"]
