@@ -11,7 +11,6 @@ from langchain_openai import ChatOpenAI
 from people import MODEL, OPENING, TEMPERATURE, Call, Plan, heard, look, read_call, tell
 
 
-@wrap_model_call
 async def looking_once(request: ModelRequest, handler: Any) -> Any:
     """Let an agent look around once in a round, before it answers."""
     has_looked = isinstance(request.messages[-1], ToolMessage)
@@ -32,7 +31,7 @@ async def main(call: Call) -> None:
             tools=[look],
             system_prompt=system,
             response_format=ProviderStrategy(Plan),
-            middleware=[looking_once],
+            middleware=[wrap_model_call(looking_once)],
         )
         for name, system in call.people.items()
     }

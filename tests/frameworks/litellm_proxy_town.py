@@ -47,6 +47,7 @@ def proxy(call: Call) -> Iterator[str]:
         )
         with running:
             try:
+                assert running.stdout is not None
                 log = []
                 for line in running.stdout:
                     log.append(line)
@@ -81,7 +82,8 @@ async def ask(client: AsyncOpenAI, messages: list[dict[str, Any]]) -> str:
         for called in message.tool_calls:
             place = Look.model_validate_json(called.function.arguments).place
             messages.append({"role": "tool", "tool_call_id": called.id, "content": look(place)})
-    return message.parsed.told()
+    plan: Plan = message.parsed
+    return plan.told()
 
 
 async def main(call: Call) -> None:

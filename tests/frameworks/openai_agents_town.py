@@ -16,10 +16,10 @@ from agents import (
 from openai import AsyncOpenAI
 from people import MODEL, OPENING, TEMPERATURE, Call, Place, Plan, heard, look, read_call, tell
 
+Asked = tuple[str, list[TResponseInputItem]]  # an agent's answer, and its history
 Looks = list[Place]  # where an agent has looked in this round; a look is enough
 
 
-@function_tool(is_enabled=lambda context, _: not context.context)
 def look_around(context: RunContextWrapper[Looks], place: Place) -> str:
     """See how things stand at a place in the town."""
     context.context.append(place)
@@ -36,13 +36,13 @@ async def main(call: Call) -> None:
             instructions=system,
             model=MODEL,
             model_settings=ModelSettings(temperature=TEMPERATURE),
-            tools=[look_around],
+            tools=[function_tool(look_around, is_enabled=lambda run, _: not run.context)],
             output_type=Plan,
         )
         for name, system in call.people.items()
     ]
 
-    async def ask(agent: Agent, history: list[TResponseInputItem]) -> tuple[str, list]:
+    async def ask(agent: Agent, history: list[TResponseInputItem]) -> Asked:
         if call.way == "chat-streams":
             streamed = Runner.run_streamed(agent, history, context=[])
             async for _ in streamed.stream_events():
