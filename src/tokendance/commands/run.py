@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -34,6 +35,8 @@ from tokendance.results import check_writable, write_result
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
 from tokendance.units import format_bytes
+from tokendance.view.document import RECORD_ADVICE
+from tokendance.view.recording import Recording
 
 FIRST_TASK = "In one sentence, what will you do tomorrow?"
 NEXT_TASK = (
@@ -54,8 +57,19 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
     _check_settings(settings, options, trace)
     with console.status(f"Loading {escape(settings.model)} ..."):
         llm = LLM(settings.model, options)
+    recording = None if settings.record is None else Recording(llm)
     with closing(llm):
-        _play(llm, trace, settings, console)
+        try:
+            _play(llm, trace, settings, console)
+        finally:
+            # Whatever became of it: a run that was broken off is worth a look, too.
+            if settings.record is not None and recording is not None and recording.has_rounds:
+                recording.write(settings.record, with_text=settings.record_text)
+                console.print(_how_to_see(settings.record))
+
+
+def _how_to_see(path: Path) -> str:
+    return f"The run is in {escape(str(path))}; tokendance view shows it."
 
 
 def _play(llm: LLM, trace: Trace, settings: RunSettings, console: Console) -> None:
@@ -129,6 +143,8 @@ def _check_settings(settings: RunSettings, options: EngineOptions, trace: Trace)
         )
     if settings.json is not None:
         check_writable(settings.json, _JSON_ADVICE)
+    if settings.record is not None:
+        check_writable(settings.record, RECORD_ADVICE)
 
 
 def _first_agents(trace: Trace, count: int | None) -> Trace:
