@@ -93,8 +93,6 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.OK, found)
 
-    do_HEAD = do_GET
-
     def _answer(self, status: HTTPStatus, found: Asset) -> None:
         self.send_response(status)
         self.send_header("content-type", found.media_type)
@@ -104,8 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("referrer-policy", "no-referrer")
         self.send_header("cache-control", "no-store")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(found.content)
+        self.wfile.write(found.content)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing of each request."""

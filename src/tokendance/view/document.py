@@ -126,8 +126,8 @@ def _round(
     *,
     has_text: bool,
 ) -> Json:
-    asked = [agent for agent in agents if not agent.neutral]
-    sound = [a for a in agents if a.output is not None and a.output.error is None]
+    well = [agent for agent in agents if agent.output is None or agent.output.error is None]
+    asked = [agent for agent in well if not agent.neutral]
     prompt = sum(agent.num_prompt for agent in asked)
     generated = sum(agent.num_generated for agent in asked)
     stop_s = max((a.finished_s for a in agents if a.finished_s is not None), default=None)
@@ -153,7 +153,7 @@ def _round(
         "tokens": {
             "prompt": prompt,
             "generated": generated,
-            "computed": sum(a.output.computed_tokens for a in sound if a.output is not None),
+            "computed": _total(well, "computed_tokens"),
             "reused": _total(asked, "reused_tokens"),
             "corrected": _total(asked, "corrected_tokens"),
             "approximate": _total(asked, "approximate_tokens"),

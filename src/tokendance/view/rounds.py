@@ -291,6 +291,9 @@ class Segments:
         """Look a segment up."""
         return self._known[number]
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def hold(self, prompt: EncodedPrompt) -> tuple[Part, ...]:
         """Keep a prompt's segments."""
         shared = [index for index, segment in enumerate(prompt.segments) if segment.shared]

@@ -1,0 +1,157 @@
+// The document of a run, as src/tokendance/view/document.py makes it, and what can be read off it.
+
+export const ROLE = { prefix: 0, own: 1, owned: 2, reused: 3, corrected: 4, copied: 5 } as const;
+
+/** start, stop, role, number of the part, run (-1: none), offset against the owner */
+export type Piece = [number, number, number, number, number, number];
+/** start, number of the segment, kind */
+export type Part = [number, number, "shared" | "private" | "task"];
+/** start, stop (seconds), prompt tokens, answer tokens */
+export type Step = [number, number, number, number];
+
+export interface Shadow {
+  tokens: number;
+  kl_next: number;
+  kl: number;
+  top1: number;
+}
+
+export interface Agent {
+  agent: string;
+  neutral: boolean;
+  prompt: number;
+  exact: number;
+  computed: number;
+  generated: number;
+  parts: Part[];
+  pieces: Piece[];
+  times: {
+    admitted: number | null;
+    first_step: number | null;
+    first_token: number | null;
+    finished: number | null;
+  };
+  answer: string | null;
+  finish_reason: string | null;
+  error: string | null;
+  shadow: Shadow | null;
+}
+
+export interface Round {
+  number: number;
+  start_s: number;
+  stop_s: number | null;
+  agents: Agent[];
+  steps: Step[];
+  memory: {
+    dense: number;
+    resident: number;
+    stored: { memory: number; disk: number | null } | null;
+  };
+  tokens: {
+    prompt: number;
+    generated: number;
+    computed: number;
+    reused: number;
+    corrected: number;
+    approximate: number;
+    none: number;
+    prefix: number | null;
+  };
+}
+
+export interface Segment {
+  tokens: number;
+  speaker: string | null;
+  text: string | null;
+}
+
+export interface Run {
+  run: number;
+  round: number;
+  agent: string;
+  start: number;
+  tokens: number;
+}
+
+export interface RunDocument {
+  format: string;
+  version: number;
+  engine: {
+    tokendance: string;
+    model: string;
+    dtype: string;
+    reuse: string;
+    correction: string | null;
+    page_bytes: number;
+    token_bytes: number;
+  };
+  has_text: boolean;
+  dropped_rounds: number;
+  lost_events: number;
+  segments: Record<string, Segment>;
+  runs: Run[];
+  rounds: Round[];
+}
+
+/** Whether a role says that nothing is computed. */
+export const isReused = (role: number): boolean =>
+  role === ROLE.prefix || role === ROLE.reused || role === ROLE.copied;
+
+/** The pieces of one part of a prompt. */
+export const piecesOf = (agent: Agent, part: number): Piece[] =>
+  agent.pieces.filter((piece) => piece[3] === part);
+
+/** Position after the last token of a part. */
+export const stopOf = (agent: Agent, part: number): number =>
+  agent.parts[part + 1]?.[0] ?? agent.prompt;
+
+/** Tokens of some roles in pieces. */
+export const count = (pieces: Piece[], ...roles: number[]): number =>
+  pieces.reduce((sum, [start, stop, role]) => sum + (roles.includes(role) ? stop - start : 0), 0);
+
+/** Tokens of a round's prompts that are computed by now; while it runs, so many so far. */
+export const computedTokens = (round: Round): number =>
+  round.stop_s === null
+    ? round.agents.reduce((sum, agent) => sum + agent.computed, 0)
+    : round.tokens.computed;
+
+/** What all agents would compute without any reuse. */
+export const promptTokens = (round: Round): number =>
+  round.stop_s === null ? round.tokens.prompt : round.tokens.none;
+
+/** Which agents of a round read a segment, and how many of them compute it whole. */
+export function readersOf(round: Round, segment: number): { agents: Agent[]; owners: Agent[] } {
+  const agents = round.agents.filter((agent) => agent.parts.some((part) => part[1] === segment));
+  const owners = agents.filter((agent) =>
+    agent.pieces.some(
+      ([, , role, part]) => role === ROLE.owned && agent.parts[part]?.[1] === segment,
+    ),
+  );
+  return { agents, owners };
+}
+
+/** How often a segment's KV was read in place of being computed, up to and with a round. */
+export function timesReused(run: RunDocument, segment: number, upTo: number): number {
+  let times = 0;
+  for (const round of run.rounds) {
+    if (round.number > upTo) break;
+    for (const agent of round.agents) {
+      const part = agent.parts.findIndex((candidate) => candidate[1] === segment);
+      if (part >= 0 && piecesOf(agent, part).some((piece) => isReused(piece[2]))) times += 1;
+    }
+  }
+  return times;
+}
+
+export class BadDocument extends Error {}
+
+/** Check the head of a document; the rest is as the version says. */
+export function asRun(value: unknown): RunDocument {
+  const run = value as RunDocument | null;
+  if (typeof run !== "object" || run === null || run.format !== "tokendance-run")
+    throw new BadDocument("This is no recorded run.");
+  if (run.version !== 1)
+    throw new BadDocument(`This page shows version 1 of runs, and this one is ${run.version}.`);
+  return run;
+}
