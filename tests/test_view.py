@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from tokendance.errors import ConfigError
 from tokendance.view.document import Json, read_document, write_document
 from tokendance.view.page import POLICY, asset, page, whole_page
 from tokendance.view.recorder import RecordLimits
-from tokendance.view.recording import Recording
+from tokendance.view.recording import Changes, Recording
 
 __all__ = ["model", "tokendance"]  # fixtures
 MakeLLM = Callable[..., LLM]
@@ -148,13 +149,16 @@ def test_the_oldest_rounds_give_way_with_all_they_hold(make_fake_llm: MakeLLM) -
     assert document["dropped_rounds"] == 5
     assert len(document["segments"]) == 3 * (4 + 2 * 5)
     assert {run["round"] for run in document["runs"]} == {6, 7, 8}
-    held = recording.recorder.read()
-    assert len(held.segments) == len(document["segments"])
-    tokens = sum(one["tokens"]["prompt"] + one["tokens"]["generated"] for one in document["rounds"])
-    small = Recording(llm, RecordLimits(max_tokens=tokens // 3))
-    for seed in range(3):
-        llm.run_round(random_round(seed), TEN)
-    assert 1 <= len(small.document(with_text=False)["rounds"]) < 3
+    with recording.recorder.reading() as held:
+        assert len(held.segments) == len(document["segments"])
+    for limits in (
+        RecordLimits(max_tokens=sum(s["tokens"] for s in document["segments"].values()) // 2),
+        RecordLimits(max_pieces=2 * sum(len(a["pieces"]) for a in document["rounds"][0]["agents"])),
+    ):
+        small = Recording(llm, limits)
+        for seed in range(4):
+            llm.run_round(random_round(seed), TEN)
+            assert len(small.document(with_text=False)["rounds"]) in (1, 2)
 
 
 def test_events_that_nobody_reads_are_lost_and_counted(make_fake_llm: MakeLLM) -> None:
@@ -337,8 +341,8 @@ def test_what_is_no_run_is_refused(
 
 
 @contextmanager
-def served(file: Path) -> Iterator[PageServer]:
-    with PageServer(file) as server:
+def served(run: Json | Recording) -> Iterator[PageServer]:
+    with PageServer(run) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -348,37 +352,85 @@ def served(file: Path) -> Iterator[PageServer]:
             thread.join()
 
 
-def test_a_run_is_served_to_this_machine_by_its_own_name(
-    make_fake_llm: MakeLLM, tmp_path: Path
-) -> None:
-    document, file = recorded(make_fake_llm), tmp_path / "run.json"
-    file.write_text(json.dumps(document))
-    with served(file) as server:
+@contextmanager
+def opened(url: str, **headers: str) -> Iterator[http.client.HTTPResponse]:
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.netloc, timeout=60)
+    connection.request("GET", address.path, headers=headers)
+    try:
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def get(url: str, **headers: str) -> tuple[int, bytes]:
+    with opened(url, **headers) as answer:
+        return answer.status, answer.read()
+
+
+def test_a_run_is_served_to_whoever_knows_its_address(make_fake_llm: MakeLLM) -> None:
+    document = recorded(make_fake_llm)
+    with served(document) as server:
         assert server.server_address[0] == "127.0.0.1"
-
-        def get(path: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-            connection.request("GET", path, headers=headers)
-            answer = connection.getresponse()
-            try:
-                return answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
-            finally:
-                connection.close()
-
-        status, body, headers = get("/")
-        assert (status, body.decode()) == (200, page("run.json"))
-        assert headers["content-security-policy"] == POLICY
-        assert headers["x-content-type-options"] == "nosniff"
-        assert json.loads(get("/run.json")[1]) == json.loads(json.dumps(document))
+        with opened(server.url) as answer:
+            assert (answer.status, answer.read().decode()) == (200, page("run.json"))
+            assert answer.getheader("content-security-policy") == POLICY
+            assert answer.getheader("x-content-type-options") == "nosniff"
+        run = server.url + "run.json"
+        assert json.loads(get(run)[1]) == json.loads(json.dumps(document))
         script = asset("view.js")
         assert script is not None
-        assert get("/view.js")[1] == script.content
-        assert get("/view.css")[0] == 200
-        for path in ("/nothing", "/../__init__.py", "/assets/view.js"):
-            assert get(path)[0] == 404
-        assert get("/run.json", Host="evil.example")[0] == 403
+        assert get(server.url + "view.js")[1] == script.content
+        assert get(server.url + "view.css")[0] == 200
+        for name in ("nothing", "../__init__.py", "assets/view.js", "events"):
+            assert get(server.url + name)[0] == 404
+        root = f"http://127.0.0.1:{server.server_port}/"
+        for guessed in (root, root + "run.json", root + "view.js", server.url[:-2] + "/"):
+            assert get(guessed)[0] == 404
+        assert get(run, Host="evil.example")[0] == 403
         with pytest.raises(OSError, match="in use"):
-            PageServer(file, server.server_port)
+            PageServer(document, server.server_port)
+
+
+def next_event(answer: http.client.HTTPResponse) -> Json:
+    while not (line := answer.readline()).startswith(b"data: "):
+        assert line, "the stream has ended"
+    event: Json = json.loads(line.removeprefix(b"data: "))
+    return event
+
+
+def test_a_run_that_goes_on_is_streamed(make_fake_llm: MakeLLM) -> None:
+    llm = make_fake_llm()
+    recording = Recording(llm)
+    with served(recording) as server, opened(server.url + "events") as answer:
+        assert answer.getheader("content-type") == "text/event-stream"
+        assert next_event(answer)["rounds"] == []
+        for number in (1, 2):
+            llm.run_round(random_round(number), TEN)
+            event = next_event(answer)
+            while event["rounds"][-1]["stop_s"] is None:  # it may come in several
+                event = next_event(answer)
+            whole = recording.document(with_text=True)
+            assert [one["number"] for one in event["rounds"]] == [number]  # and no other again
+            assert event["rounds"][-1] == json.loads(json.dumps(whole))["rounds"][-1]
+            assert event["segments"].items() <= whole["segments"].items()
+
+
+def test_what_changes_is_told_once_and_what_is_dropped_is_forgotten(make_fake_llm: MakeLLM) -> None:
+    llm = make_fake_llm(num_pages=4000)
+    recording = Recording(llm, RecordLimits(max_rounds=2))
+    changes = Changes(recording, with_text=False)
+    first = changes.next()
+    assert first is not None
+    assert (first["rounds"], first["first_round"]) == ([], None)
+    assert changes.next() is None
+    for number in (1, 2, 3):
+        llm.run_round(random_round(number), TEN)
+        change = changes.next()
+        assert change is not None
+        assert [one["number"] for one in change["rounds"]] == [number]
+        assert change["first_round"] == max(1, number - 1)
+        assert changes.next() is None
 
 
 def test_a_run_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

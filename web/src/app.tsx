@@ -9,8 +9,8 @@ import { How, howSteps } from "./how";
 import { listen } from "./source";
 
 const COLOURS: [ColourBy, string, string][] = [
-  ["run", "by run", "One colour for each run: text that one agent computes and all others read."],
   ["agent", "by agent", "One colour for each agent: what it said last time is in everybody's prompt."],
+  ["run", "by run", "One colour for each run: text that one agent computes and all others read."],
   ["exact", "exact or not", "Green is exact. Amber was computed in another agent's context: near, not equal."],
 ];
 
@@ -65,7 +65,7 @@ export function App() {
 function Shown({ run }: { run: RunDocument }) {
   // A run that grows is followed, unless somebody looks at an earlier round.
   const [chosen, setChosen] = useState<number | null>(() => firstWithSharing(run));
-  const [by, setBy] = useState<ColourBy>("run");
+  const [by, setBy] = useState<ColourBy>("agent");
   const [pinned, setPinned] = useState<Selection | null>(null);
   const [hovered, setHovered] = useState<Selection | null>(null);
   const [step, setStep] = useState<number | null>(null);

@@ -88,6 +88,7 @@ export interface RunDocument {
   };
   has_text: boolean;
   dropped_rounds: number;
+  first_round: number | null;
   lost_events: number;
   segments: Record<string, Segment>;
   runs: Run[];
@@ -142,6 +143,30 @@ export function timesReused(run: RunDocument, segment: number, upTo: number): nu
     }
   }
   return times;
+}
+
+/** A run with what has changed since: rounds that are kept no more are gone, new ones are in. */
+export function merged(run: RunDocument | null, change: RunDocument): RunDocument {
+  if (run === null) return change;
+  const first = change.first_round ?? Infinity;
+  const rounds = new Map(run.rounds.map((round) => [round.number, round]));
+  for (const round of change.rounds) rounds.set(round.number, round);
+  const kept = [...rounds.values()].filter((round) => round.number >= first);
+  kept.sort((a, b) => a.number - b.number);
+  const segments: Record<string, Segment> = {};
+  for (const round of kept)
+    for (const agent of round.agents)
+      for (const [, number] of agent.parts) {
+        const segment = change.segments[number] ?? run.segments[number];
+        if (segment !== undefined) segments[number] = segment;
+      }
+  const runs = new Map([...run.runs, ...change.runs].map((one) => [one.run, one]));
+  return {
+    ...change,
+    rounds: kept,
+    segments,
+    runs: [...runs.values()].filter((one) => one.round >= first),
+  };
 }
 
 export class BadDocument extends Error {}

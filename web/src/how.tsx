@@ -67,8 +67,8 @@ export function howSteps(run: RunDocument, round: Round): HowStep[] {
       title: "An owner is chosen",
       text: owner ? (
         <>
-          <b>{owner.agent}</b> computes them, in one run, as part of its own prompt. The others wait
-          for that, layer by layer at most.
+          <b>{owner.agent}</b> computes them, in one run, as part of its own prompt. The others read
+          them in the same pass, or wait until they are there.
         </>
       ) : (
         <>

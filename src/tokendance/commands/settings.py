@@ -27,7 +27,8 @@ class RunSettings:
         json: write figures and answers to this file.
         record: write the run to this file, for `tokendance view`: who read and computed what, when,
             and in which memory.
-        record_text: with --record, whether the texts of prompts and answers are in it.
+        record_text: whether the texts of prompts and answers are in it.
+        view: show the run in a browser of this machine while it goes on, and until Ctrl-C.
     """
 
     trace: Path | None = None
@@ -42,6 +43,7 @@ class RunSettings:
     json: Path | None = None
     record: Path | None = None
     record_text: bool = True
+    view: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, 1, "agents", "rounds", "max_tokens")

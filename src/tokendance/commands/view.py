@@ -1,7 +1,13 @@
-"""`tokendance view`: a recorded run as a page, served on this machine or written to a file."""
+"""`tokendance view`: a run as a page, served on this machine or written to a file."""
 
 import json
+import os
+import secrets
+import sys
+import threading
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,10 +17,12 @@ from rich.markup import escape
 
 from tokendance.errors import ConfigError
 from tokendance.results import write_result
-from tokendance.view.document import read_document
-from tokendance.view.page import POLICY, Asset, asset, page, whole_page
+from tokendance.view.document import Json, read_document
+from tokendance.view.page import HEADERS, Asset, asset, page, whole_page
+from tokendance.view.recording import Changes, Recording
 
 _HOST = "127.0.0.1"
+_LOOK_S = 0.25  # between two looks at what has changed
 
 
 def write_page(file: Path, out: Path, console: Console) -> None:
@@ -33,8 +41,9 @@ def serve_page(file: Path, port: int, console: Console, *, open_browser: bool) -
     Raises:
         ConfigError: if the run cannot be read, or nothing can listen at the port.
     """
+    run = read_document(file)
     try:
-        server = PageServer(file, port)
+        server = PageServer(run, port)
     except OSError as error:
         raise ConfigError(
             f"Nothing can listen at {_HOST}, port {port}: {error.strerror}. Give another --port."
@@ -42,12 +51,44 @@ def serve_page(file: Path, port: int, console: Console, *, open_browser: bool) -
     with server:
         console.print(f"{escape(str(file))} is at {server.url} (Ctrl-C ends it).")
         if open_browser:
-            webbrowser.open(server.url)
-        server.serve_forever()
+            _open(server.url)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+@contextmanager
+def shown_live(recording: Recording, console: Console, *, with_text: bool) -> Iterator[None]:
+    """Serve a run that goes on to browsers of this machine; at the end, until the user interrupts.
+
+    Args:
+        recording: of the run.
+        console: where its address is printed.
+        with_text: whether the texts of prompts and answers are shown.
+    """
+    with PageServer(recording, with_text=with_text) as server:
+        thread = threading.Thread(target=server.serve_forever, name="view", daemon=True)
+        thread.start()
+        console.print(f"The run is shown at {server.url}")
+        _open(server.url)
+        try:
+            yield
+            console.print(f"The run stays at {server.url} until Ctrl-C.")
+            with suppress(KeyboardInterrupt):
+                thread.join()
+        finally:
+            server.shutdown()
+
+
+def _open(url: str) -> None:
+    """Open a browser where there is a screen: browsers in the terminal would take it over."""
+    if sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        webbrowser.open(url)
 
 
 class PageServer(ThreadingHTTPServer):
     """Serves the page of one run on the loopback address.
+
+    Others who use this machine reach it, too, so its paths begin with what only its user is told.
 
     Attributes:
         url: of the page.
@@ -55,34 +96,50 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, file: Path, port: int = 0) -> None:
-        """Listen at a port; 0 takes any that is free.
+    def __init__(self, run: Json | Recording, port: int = 0, *, with_text: bool = True) -> None:
+        """Listen.
+
+        Args:
+            run: that was recorded, or is being recorded.
+            port: 0 takes any that is free.
+            with_text: whether of the latter the texts of prompts and answers are shown.
 
         Raises:
-            ConfigError: if the run cannot be read.
             OSError: if nothing can listen there.
         """
-        run = json.dumps(read_document(file), separators=(",", ":")).encode()
-        self._run = Asset("application/json", run)
+        self._recording = run if isinstance(run, Recording) else None
+        self._with_text = with_text
+        self.has_ended = threading.Event()
+        self._root = f"/{secrets.token_urlsafe(12)}/"
+        source = "run.json" if self._recording is None else "events"
+        self._parts = {"": Asset("text/html; charset=utf-8", page(source).encode())}
+        if self._recording is None:
+            text = json.dumps(run, separators=(",", ":"))
+            self._parts[source] = Asset("application/json", text.encode())
         super().__init__((_HOST, port), _Handler)
-        self.url = f"http://{_HOST}:{self.server_port}/"
+        self.url = f"http://{_HOST}:{self.server_port}{self._root}"
 
-    def find(self, path: str) -> Asset | None:
+    def find(self, path: str) -> Asset | Changes | None:
         """What is at a path; None for nothing."""
-        if path == "/":
-            return Asset("text/html; charset=utf-8", page("run.json").encode())
-        if path == "/run.json":
-            return self._run
-        return asset(path.removeprefix("/"))
+        if not secrets.compare_digest(path[: len(self._root)].encode(), self._root.encode()):
+            return None
+        name = path[len(self._root) :]
+        if name == "events" and self._recording is not None:
+            return Changes(self._recording, with_text=self._with_text)
+        return self._parts.get(name) or asset(name)
 
     def knows_host(self, host: str) -> bool:
         """Whether a request is meant for this server: web pages may have names that lead here."""
         return host in (f"{_HOST}:{self.server_port}", f"localhost:{self.server_port}")
 
+    def shutdown(self) -> None:
+        """Stop, and end what is being streamed."""
+        self.has_ended.set()
+        super().shutdown()
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         found = self.server.find(self.path.split("?")[0])
@@ -90,19 +147,34 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.FORBIDDEN, Asset("text/plain", b"This host is not served.\n"))
         elif found is None:
             self._answer(HTTPStatus.NOT_FOUND, Asset("text/plain", b"There is nothing here.\n"))
+        elif isinstance(found, Changes):
+            self._stream(found)
         else:
             self._answer(HTTPStatus.OK, found)
 
     def _answer(self, status: HTTPStatus, found: Asset) -> None:
-        self.send_response(status)
-        self.send_header("content-type", found.media_type)
-        self.send_header("content-length", str(len(found.content)))
-        self.send_header("content-security-policy", POLICY)
-        self.send_header("x-content-type-options", "nosniff")
-        self.send_header("referrer-policy", "no-referrer")
-        self.send_header("cache-control", "no-store")
-        self.end_headers()
+        self._begin(status, found.media_type)
         self.wfile.write(found.content)
+
+    def _begin(self, status: HTTPStatus, media_type: str) -> None:
+        self.send_response(status)
+        self.send_header("content-type", media_type)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _stream(self, changes: Changes) -> None:
+        """Send what changes, as server-sent events, until the browser goes or the server stops."""
+        self._begin(HTTPStatus.OK, "text/event-stream")
+        try:
+            while not self.server.has_ended.is_set():
+                document = changes.next()
+                if document is not None:
+                    text = json.dumps(document, separators=(",", ":"))
+                    self.wfile.write(f"data: {text}\n\n".encode())
+                self.server.has_ended.wait(_LOOK_S)
+        except OSError:
+            return  # nobody looks on any more
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing of each request."""

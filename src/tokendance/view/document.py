@@ -4,6 +4,7 @@
     engine                   what has computed it: see `EngineFacts`
     has_text                 whether it holds the text of prompts and answers
     dropped_rounds           that the recording had no room for
+    first_round              number of the first that it has kept; null if there is none
     lost_events              that nobody has read in time; figures may be too small then
     segments   {number: {tokens, speaker, text}}
     runs       [{run, round, agent, start, tokens}]        `round` and `agent` own it
@@ -60,6 +61,8 @@ def make_document(
     recorded: Recorded,
     engine: EngineFacts,
     decode: Callable[[Sequence[int]], str] | None,
+    rounds: Sequence[RecordedRound],
+    origin_s: float,
     tenant: Salt | None = None,
 ) -> Json:
     """Make the document of what was recorded.
@@ -68,17 +71,14 @@ def make_document(
         recorded: by a `Recorder`.
         engine: that it has watched.
         decode: token ids to text; None leaves all text out.
-        tenant: whose prompts it holds; None for all.
+        rounds: of those recorded, which it holds.
+        origin_s: clock time from which it counts.
+        tenant: who sees it: of KV memory that is stored, nothing is said then, since it is others',
+            too. None for the operator, who sees all.
     """
-    rounds = [
-        (one, agents)
-        for one in recorded.rounds
-        if (agents := [a for a in one.agents.values() if tenant is None or a.salt == tenant])
-    ]
-    origin_s = rounds[0][0].added_s if rounds else 0.0
-    numbers = {part.segment for _, agents in rounds for agent in agents for part in agent.parts}
+    agents = [agent for one in rounds for agent in one.agents.values()]
     segments: dict[str, Json] = {}
-    for number in sorted(numbers):
+    for number in sorted({part.segment for agent in agents for part in agent.parts}):
         segment = recorded.segments[number]
         if decode is not None and segment.text is None:
             segment.text = decode(segment.token_ids.tolist())
@@ -87,19 +87,19 @@ def make_document(
             "speaker": segment.speaker,
             "text": None if decode is None else segment.text,
         }
-    requests = {agent.request for _, agents in rounds for agent in agents}
+    dropped = recorded.num_dropped
     return {
         "format": FORMAT,
         "version": VERSION,
         "engine": asdict(engine),
         "has_text": decode is not None,
-        "dropped_rounds": recorded.num_dropped,
+        "dropped_rounds": sum(dropped.values()) if tenant is None else dropped.get(tenant, 0),
         "lost_events": recorded.num_lost,
         "segments": segments,
-        "runs": _runs(recorded.runs, requests),
+        "runs": _runs(recorded.runs, {agent.request for agent in agents}),
         "rounds": [
-            _round(one, agents, engine, origin_s, has_text=decode is not None)
-            for one, agents in rounds
+            _round(one, engine, origin_s, has_text=decode is not None, is_operator=tenant is None)
+            for one in rounds
         ],
     }
 
@@ -119,13 +119,9 @@ def _runs(runs: Runs, requests: set[RequestId]) -> list[Json]:
 
 
 def _round(
-    one: RecordedRound,
-    agents: Sequence[RecordedAgent],
-    engine: EngineFacts,
-    origin_s: float,
-    *,
-    has_text: bool,
+    one: RecordedRound, engine: EngineFacts, origin_s: float, *, has_text: bool, is_operator: bool
 ) -> Json:
+    agents = one.agents.values()
     well = [agent for agent in agents if agent.output is None or agent.output.error is None]
     asked = [agent for agent in well if not agent.neutral]
     prompt = sum(agent.num_prompt for agent in asked)
@@ -148,7 +144,7 @@ def _round(
         "memory": {
             "dense": (prompt + generated) * engine.token_bytes,
             "resident": one.resident,
-            "stored": None if one.stored is None else one.stored._asdict(),
+            "stored": one.stored._asdict() if one.stored is not None and is_operator else None,
         },
         "tokens": {
             "prompt": prompt,
@@ -174,7 +170,7 @@ def _agent(agent: RecordedAgent, origin_s: float, *, has_text: bool) -> Json:
         "computed": agent.num_computed,
         "generated": agent.num_generated,
         "parts": [list(part) for part in agent.parts],
-        "pieces": [list(piece) for piece in agent.pieces],
+        "pieces": agent.pieces.tolist(),
         "times": {
             "admitted": _since(origin_s, agent.admitted_s),
             "first_step": _since(origin_s, agent.first_step_s),

@@ -47,6 +47,12 @@ class Asset:
     content: bytes
 
 
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
 _MEDIA_TYPES = {
     "view.js": "text/javascript; charset=utf-8",
     "view.css": "text/css; charset=utf-8",
@@ -62,17 +68,19 @@ def asset(name: str) -> Asset | None:
     return Asset(_MEDIA_TYPES[name], content)
 
 
-def page(source: str) -> str:
-    """The page as it is served, with its parts beside it.
+def page(source: str, parts: str = "") -> str:
+    """The page as it is served.
 
     Args:
-        source: path from which it takes the document: "run.json", or "events" for one that grows.
+        source: path from which it takes the document; one that ends with "events" is of one that
+            grows.
+        parts: path of its other parts, with a slash at its end if there is any.
     """
     head = (
         f'<meta name="tokendance-source" content="{source}">\n'
         '<link rel="icon" href="data:,">\n'
-        '<link rel="stylesheet" href="view.css">\n'
-        '<script src="view.js" defer></script>'
+        f'<link rel="stylesheet" href="{parts}view.css">\n'
+        f'<script src="{parts}view.js" defer></script>'
     )
     return _PAGE.substitute(head=head, data="")
 

@@ -3,12 +3,13 @@
 On the engine's thread an event is put into a queue, and that is all. Whoever wants to see the
 rounds has them made of the queue, on another thread or between two rounds:
 
-    engine ── on_event ──▶ queue ── read ──▶ rounds (`view.rounds`) ──▶ document (`view.document`)
+    engine ─ on_event ─▶ queue ─ reading ─▶ rounds (`view.rounds`) ─▶ document (`view.document`)
 """
 
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from tokendance.rounds.segments import Salt
 from tokendance.store.entries import RoundId
 from tokendance.view.rounds import RecordedRound, Runs, Segments, StoredBytes
 
+_HIDDEN_ROUNDS = 16
 _ESTIMATED_PAGES = 400_000  # of prefix caching, for each tenant: some 60 MB
 
 
@@ -36,12 +38,14 @@ class RecordLimits:
 
     Attributes:
         max_rounds: the oldest give way to new ones.
-        max_tokens: of all prompts that are kept, likewise.
+        max_tokens: likewise; of texts that are kept, each counted once.
+        max_pieces: likewise; of bars, 24 bytes each. A prompt has a few for each block it reads.
         max_events: that wait to be read; the oldest are lost, and counted.
     """
 
     max_rounds: int = 200
     max_tokens: int = 8_000_000
+    max_pieces: int = 2_000_000
     max_events: int = 100_000
 
 
@@ -85,8 +89,8 @@ class Recorder:
         self._segments = Segments()
         self._runs = Runs()
         self._estimates: dict[Salt, PrefixEstimate] = {}
-        self._num_rounds = 0  # so far
-        self._num_dropped = 0
+        self._num_rounds: Counter[Salt] = Counter()  # so far, of each tenant; likewise the next
+        self._num_dropped: Counter[Salt] = Counter()
 
     # -- on the engine's thread -------------------------------------------------------------------
 
@@ -99,19 +103,26 @@ class Recorder:
 
     # -- on any thread ----------------------------------------------------------------------------
 
-    def read(self) -> "Recorded":
-        """Make rounds of what has happened since; what is returned is not to be changed."""
+    @contextmanager
+    def reading(self) -> Iterator["Recorded"]:
+        """Make rounds of what has happened since; they stay as they are until the end."""
         with self._lock:
-            while self._events:
+            for _ in range(len(self._events)):  # and not of what happens meanwhile
                 self._take(*self._events.popleft())
             self._drop_oldest()
-            return Recorded(
+            yield Recorded(
                 tuple(one for one in self._rounds.values() if one.is_shown),
                 self._segments,
                 self._runs,
                 self._num_dropped,
                 self._num_lost,
             )
+
+    def digest(self) -> None:
+        """Do what `reading` does of what has happened since, so that the queue does not fill."""
+        if self._events:
+            with self.reading():
+                pass
 
     def _take(self, event: Event, stored: StoredBytes | None) -> None:
         if isinstance(event, RoundStarted):
@@ -127,8 +138,8 @@ class Recorder:
                 self._rounds[event.round_id].take_first_token(event)
         elif isinstance(event, Finished):
             self._round_of.pop(event.request, None)
-            if event.round_id in self._rounds:
-                self._finish(self._rounds[event.round_id], event, stored)
+            # What fails at once does so before its round begins.
+            self._finish(self._round(event.round_id), event, stored)
         elif isinstance(event, Compared) and event.round_id in self._rounds:
             self._rounds[event.round_id].take_comparison(event)
 
@@ -140,8 +151,9 @@ class Recorder:
     def _admit(self, event: Admitted) -> None:
         joined = self._round(event.round_id)
         if not joined.number:
-            self._num_rounds += 1
-            joined.number = self._num_rounds
+            self._num_rounds[event.prompt.salt] += 1
+            joined.number = self._num_rounds[event.prompt.salt]
+            joined.salt = event.prompt.salt
         self._round_of[event.request] = event.round_id
         joined.admit(event, self._segments, self._runs)
 
@@ -170,13 +182,22 @@ class Recorder:
 
     def _drop_oldest(self) -> None:
         """Keep within the limits; the newest round stays in any case."""
-        num_tokens = sum(one.num_tokens for one in self._rounds.values())
+        hidden = [one for one in self._rounds.values() if not one.is_shown]
+        for index, one in enumerate(hidden):
+            # Of those that never began, a few are kept: they may.
+            if (one.num_requests and one.is_done) or index < len(hidden) - _HIDDEN_ROUNDS:
+                del self._rounds[one.round_id]
+        limits, segments = self.limits, self._segments
+        num_pieces = sum(one.num_pieces for one in self._rounds.values())
         while len(self._rounds) > 1 and (
-            len(self._rounds) > self.limits.max_rounds or num_tokens > self.limits.max_tokens
+            len(self._rounds) > limits.max_rounds
+            or segments.num_tokens > limits.max_tokens
+            or num_pieces > limits.max_pieces
         ):
             oldest = self._rounds.pop(next(iter(self._rounds)))
-            num_tokens -= oldest.num_tokens
-            self._num_dropped += oldest.is_shown
+            num_pieces -= oldest.num_pieces
+            if oldest.salt is not None:
+                self._num_dropped[oldest.salt] += 1
             for agent in oldest.agents.values():
                 self._round_of.pop(agent.request, None)
                 self._segments.release(agent)
@@ -191,12 +212,12 @@ class Recorded:
         rounds: in the order in which they began.
         segments: that they have read.
         runs: that they have computed or read.
-        num_dropped: rounds that had to give way.
+        num_dropped: rounds of each tenant that had to give way.
         num_lost: events that nobody has read in time; some figures are too small then.
     """
 
     rounds: tuple[RecordedRound, ...]
     segments: Segments
     runs: Runs
-    num_dropped: int
+    num_dropped: Mapping[Salt, int]
     num_lost: int

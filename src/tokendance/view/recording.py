@@ -6,6 +6,7 @@ from tokendance import __version__
 from tokendance.llm import LLM
 from tokendance.models.loader import dtype_name
 from tokendance.rounds.segments import Salt
+from tokendance.store.entries import RoundId
 from tokendance.view.document import EngineFacts, Json, make_document, write_document
 from tokendance.view.recorder import Recorder, RecordLimits
 from tokendance.view.rounds import StoredBytes
@@ -17,6 +18,7 @@ class Recording:
     Attributes:
         recorder: listens to its engine.
         facts: of the engine.
+        decode: token ids to text.
     """
 
     def __init__(self, llm: LLM, limits: RecordLimits | None = None) -> None:
@@ -24,6 +26,7 @@ class Recording:
         engine = llm.engine
         correction = llm.correction.spec if engine.options.reuse == "collective" else None
         self._llm = llm
+        self.decode = llm.encoder.decode
         self.facts = EngineFacts(
             __version__,
             llm.model.name,
@@ -51,17 +54,19 @@ class Recording:
     @property
     def has_rounds(self) -> bool:
         """Whether there is anything to see."""
-        return bool(self.recorder.read().rounds)
+        with self.recorder.reading() as recorded:
+            return bool(recorded.rounds)
 
     def document(self, *, with_text: bool, tenant: Salt | None = None) -> Json:
         """Make the document of what has happened so far.
 
         Args:
             with_text: whether it holds the text of prompts and answers.
-            tenant: whose prompts it holds; None for all.
+            tenant: who sees it, and sees nothing of others; None for the operator, who sees all.
         """
-        decode = self._llm.encoder.decode if with_text else None
-        return make_document(self.recorder.read(), self.facts, decode, tenant)
+        document = Changes(self, with_text=with_text, tenant=tenant).next()
+        assert document is not None, "the first time all is new"
+        return document
 
     def write(self, path: Path, *, with_text: bool) -> None:
         """Write the document to a file, whole or not at all.
@@ -70,3 +75,43 @@ class Recording:
             ConfigError: if it cannot be written.
         """
         write_document(path, self.document(with_text=with_text))
+
+
+class Changes:
+    """What is new for one who looks on. Each change is a document with the rounds that are new."""
+
+    def __init__(
+        self, recording: Recording, *, with_text: bool, tenant: Salt | None = None
+    ) -> None:
+        """Look on from now; see `Recording.document`."""
+        self._recording = recording
+        self._with_text = with_text
+        self._tenant = tenant
+        self._seen: dict[RoundId, int] | None = None  # versions; None: nothing was handed out yet
+        self._origin_s: float | None = None
+
+    def next(self) -> Json | None:
+        """A document of the rounds that have changed since the last call; None if none has.
+
+        Rounds that are kept no more are to be forgotten: `first_round` is the first that is.
+        """
+        recording = self._recording
+        with recording.recorder.reading() as recorded:
+            own = [one for one in recorded.rounds if self._tenant in (None, one.salt)]
+            seen = self._seen or {}
+            changed = [one for one in own if seen.get(one.round_id) != one.version]
+            if not changed and self._seen is not None:
+                return None
+            if self._origin_s is None and own:
+                self._origin_s = own[0].added_s
+            self._seen = {one.round_id: one.version for one in own}
+            document = make_document(
+                recorded,
+                recording.facts,
+                recording.decode if self._with_text else None,
+                changed,
+                self._origin_s or 0.0,
+                self._tenant,
+            )
+            document["first_round"] = own[0].number if own else None
+            return document

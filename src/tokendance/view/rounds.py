@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tokendance.collector.plan import RequestPlan, Role
 from tokendance.engine.events import Admitted, Compared, Finished, FirstToken, StepDone
@@ -28,24 +29,14 @@ class StoredBytes(NamedTuple):
     disk: int | None
 
 
-class Piece(NamedTuple):
-    """Positions of a prompt that belong to one segment and are had in one way.
-
-    Attributes:
-        start: first position.
-        stop: position after the last.
-        role: how their KV is had.
-        part: number of the prompt's segment that they belong to.
-        run: that they are read from or computed for; -1 for none.
-        offset: of these positions against those of the run's owner, where they are reused.
-    """
-
-    start: int
-    stop: int
-    role: int
-    part: int
-    run: int
-    offset: int
+# Pieces of a prompt, int32 (pieces, 6): positions of one segment that are had in one way.
+# start   first position
+# stop    position after the last
+# role    how their KV is had: a `Role`
+# part    number of the prompt's segment that they belong to
+# run     that they are read from or computed for; -1 for none
+# offset  of these positions against those of the run's owner, where they are reused
+Pieces = npt.NDArray[np.int32]
 
 
 class Part(NamedTuple):
@@ -102,7 +93,7 @@ class RecordedAgent:
     agent: str
     salt: Salt | None = None
     parts: tuple[Part, ...] = ()
-    pieces: tuple[Piece, ...] = ()
+    pieces: Pieces = field(default_factory=lambda: np.empty((0, 6), np.int32))
     num_prompt: int = 0
     num_exact: int = 0
     admitted_s: float | None = None
@@ -131,7 +122,9 @@ class RecordedRound:
 
     Attributes:
         round_id: which.
-        number: from 1, in the order in which rounds began; 0 before any request of it had memory.
+        number: from 1, in the order in which its tenant's rounds began; 0 before any request of it
+            had memory.
+        salt: of its tenant, once it has a number.
         added_s: clock time at which its first request was added.
         num_requests: that had been added when it began.
         agents: by request, in the order in which they were added.
@@ -139,10 +132,12 @@ class RecordedRound:
         resident: most bytes of KV memory that its requests held at one time.
         stored: when the last request ended.
         prefix_tokens: prompt tokens that prefix caching would have computed, once it is done.
+        version: counts what has happened in it.
     """
 
     round_id: RoundId
     number: int = 0
+    salt: Salt | None = None
     added_s: float = 0.0
     num_requests: int = 0
     agents: dict[RequestId, RecordedAgent] = field(default_factory=dict)
@@ -150,6 +145,7 @@ class RecordedRound:
     resident: int = 0
     stored: StoredBytes | None = None
     prefix_tokens: int = 0
+    version: int = 0
     _to_count: dict[RequestId, tuple[TokenIds, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
@@ -158,9 +154,9 @@ class RecordedRound:
         return self.number > 0
 
     @property
-    def num_tokens(self) -> int:
-        """Of all prompts and answers."""
-        return sum(agent.num_prompt + agent.num_generated for agent in self.agents.values())
+    def num_pieces(self) -> int:
+        """Of all prompts."""
+        return sum(len(agent.pieces) for agent in self.agents.values())
 
     @property
     def is_done(self) -> bool:
@@ -174,6 +170,7 @@ class RecordedRound:
 
     def admit(self, event: Admitted, segments: "Segments", runs: "Runs") -> None:
         """A request begins, perhaps anew."""
+        self.version += 1
         segments.release(self._agent(event.request, event.agent))
         agent = RecordedAgent(event.request, event.agent)
         agent.salt, agent.admitted_s = event.prompt.salt, event.time_s
@@ -187,6 +184,7 @@ class RecordedRound:
         self, event: StepDone, num_tokens: Mapping[RequestId, int], resident: int
     ) -> None:
         """Take this round's part of a pass."""
+        self.version += 1
         prompt_tokens = answer_tokens = 0
         for request, count in num_tokens.items():
             agent = self.agents[request]
@@ -212,12 +210,14 @@ class RecordedRound:
 
     def take_first_token(self, event: FirstToken) -> None:
         """A prompt is computed."""
+        self.version += 1
         if event.request in self.agents:
             agent = self.agents[event.request]
             agent.first_token_s, agent.num_generated = event.time_s, 1
 
     def finish(self, event: Finished) -> None:
         """A request is done, or has failed."""
+        self.version += 1
         agent, output = self._agent(event.request, event.output.agent), event.output
         if output.error is None and not event.neutral:
             self._to_count[event.request] = output.prompt_token_ids, output.token_ids
@@ -227,6 +227,7 @@ class RecordedRound:
 
     def take_comparison(self, event: Compared) -> None:
         """A mirror was computed again."""
+        self.version += 1
         if event.request in self.agents:
             self.agents[event.request].comparison = event
 
@@ -247,14 +248,14 @@ def _pieces(
     parts: tuple[Part, ...],
     owned: tuple[RunId, ...],
     runs: "Runs",
-) -> tuple[Piece, ...]:
+) -> Pieces:
     """Cut a plan's spans where segments begin, and say which run each is of."""
     run_at = {
         start: run_id
         for run_id, run in zip(owned, plan.runs, strict=True)
         for start, _, _ in run.segments
     }
-    pieces: list[Piece] = []
+    pieces: list[tuple[int, ...]] = []
     part = 0
     for span in plan.spans:
         if span.role is Role.ANSWER:
@@ -270,16 +271,21 @@ def _pieces(
             elif prompt.segments[part].shared:
                 segment = prompt.segments[part]
                 run = run_at.get(parts[part].start, runs.of(segment.hash))
-            pieces.append(Piece(start, stop, int(span.role), part, run, span.offset))
+            pieces.append((start, stop, int(span.role), part, run, span.offset))
             start = stop
-    return tuple(pieces)
+    return np.array(pieces, np.int32).reshape(-1, 6)
 
 
 class Segments:
-    """Segments of the prompts that are kept, each once."""
+    """Segments of the prompts that are kept, each once.
+
+    Attributes:
+        num_tokens: of all of them.
+    """
 
     def __init__(self) -> None:
         """Know none."""
+        self.num_tokens = 0
         self._numbers: dict[SegmentHash, int] = {}
         self._known: dict[int, KnownSegment] = {}
         self._hashes: dict[int, SegmentHash] = {}
@@ -304,6 +310,7 @@ class Segments:
                 number, self._next = self._next, self._next + 1
                 self._numbers[segment.hash], self._hashes[number] = number, segment.hash
                 self._known[number] = KnownSegment(segment.token_ids)
+                self.num_tokens += len(segment)
             known = self._known[number]
             known.num_uses += 1
             if segment.shared and not known.shared:
@@ -320,6 +327,7 @@ class Segments:
             known = self._known[part.segment]
             known.num_uses -= 1
             if known.num_uses == 0:
+                self.num_tokens -= len(known.token_ids)
                 del self._known[part.segment]
                 del self._numbers[self._hashes.pop(part.segment)]
 
