@@ -42,6 +42,7 @@ def a_round(port: int, word: str, headers: dict[str, str] | None = None) -> Json
     agents = [
         {
             "agent": name,
+            "max_tokens": 6,
             "messages": [
                 {"role": "system", "content": f"You are {name}."},
                 {"role": "user", "content": f"{word} is what all of them hear, again and again."},
@@ -49,7 +50,7 @@ def a_round(port: int, word: str, headers: dict[str, str] | None = None) -> Json
         }
         for name in ("Ann", "Bo", "Cy Longname")
     ]
-    body = {"model": "tiny", "agents": agents, "max_tokens": 6}
+    body = {"model": "tiny", "agents": agents}
     with asked(port, "/v1/rounds", headers, body) as answer:
         document: Json = json.loads(answer.read())
         assert answer.status == 200, document
@@ -79,11 +80,12 @@ def test_rounds_are_seen_while_they_happen(make_fake_llm: MakeLLM) -> None:
         assert [agent["agent"] for agent in event["rounds"][-1]["agents"]] == [
             "Ann", "Bo", "Cy Longname",
         ]  # fmt: skip
-        assert event["rounds"][-1]["tokens"]["prompt"] == told["usage"]["prompt_tokens"]
+        tokens = [agent["usage"]["prompt_tokens"] for agent in told["agents"]]
+        assert [agent["prompt"] for agent in event["rounds"][-1]["agents"]] == tokens
         assert event["rounds"][-1]["memory"]["stored"]["memory"] > 0
         assert not event["has_text"]
         assert "Potato" not in json.dumps(event)
-        assert told["choices"][0]["message"]["content"] not in json.dumps(event)
+        assert told["agents"][0]["message"]["content"] not in json.dumps(event)
 
 
 def test_text_is_shown_where_it_is_allowed(make_fake_llm: MakeLLM) -> None:
