@@ -247,6 +247,23 @@ def test_prefix_caching_of_bounded_size_forgets_what_is_not_used() -> None:
     assert estimate.add_round([(second, ())]) == 12  # it gave way to the third
 
 
+def test_a_change_is_small_and_the_next_has_the_rest(make_fake_llm: MakeLLM) -> None:
+    llm = make_fake_llm(num_pages=4000)
+    recording = Recording(llm)
+    for number in range(5):
+        llm.run_round(random_round(number), TEN)
+    whole = recording.document(with_text=False)
+    size = max(sum(len(agent["pieces"]) for agent in one["agents"]) for one in whole["rounds"])
+    for max_pieces, per_change in ((1, 1), (2 * size, 2)):
+        changes = Changes(recording, with_text=False, max_pieces=max_pieces)
+        got: list[Json] = []
+        while (change := changes.next()) is not None:
+            assert 1 <= len(change["rounds"]) <= per_change + 1
+            got += change["rounds"]
+            assert changes.has_more == (len(got) < 5)
+        assert got == whole["rounds"]
+
+
 # -- on disk, and in pages ------------------------------------------------------------------------
 
 EVIL = "</script><script>alert(1)</script><!-- & \u2028"

@@ -86,7 +86,10 @@ function Shown({ run }: { run: RunDocument }) {
       setPinned(selection);
       setStep(null);
     }
-    setHovered(pin ? null : selection);
+    // A pointer that moves within a part changes nothing.
+    setHovered((before) =>
+      pin ? null : before?.agent === selection?.agent && before?.part === selection?.part ? before : selection,
+    );
   }, []);
   const selection = hovered ?? pinned;
   const focus = useMemo<Focus>(() => {

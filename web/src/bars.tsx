@@ -1,7 +1,7 @@
 // Each agent's prompt as a bar to scale, drawn on a canvas; keys and screen readers have it as a
 // slider over its parts.
 
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import {
   answerColour,
   correctedColour,
@@ -153,46 +153,63 @@ export function Bars({ run, round, palette, focus, select }: BarsProps) {
 
   return (
     <div class="bars" ref={list}>
-      {agents.map((agent, index) => {
-        const isSelected = focus.selection?.agent === agent.agent;
-        const part = isSelected ? (focus.selection?.part ?? 0) : 0;
-        const reused = agent.pieces.length > 0 && agent.error === null;
-        return (
-          <div class={`row${isSelected ? " selected" : ""}`} key={agent.agent}>
-            <span class="name" title={agent.agent}>
-              {agent.agent}
-            </span>
-            <div
-              class="bar"
-              role="slider"
-              tabIndex={0}
-              aria-label={`Prompt of ${agent.agent}`}
-              aria-valuemin={1}
-              aria-valuemax={agent.parts.length + (agent.generated > 0 ? 1 : 0)}
-              aria-valuenow={part === -1 ? agent.parts.length + 1 : part + 1}
-              aria-valuetext={reused ? describe(run, round, agent, part) : (agent.error ?? "failed")}
-              onKeyDown={(event) => move(event, index, agent)}
-              onFocus={() => isSelected || select({ agent: agent.agent, part: 0 }, true)}
-              onPointerMove={(event) => event.pointerType === "mouse" && point(event, agent, false)}
-              onPointerLeave={() => select(null, false)}
-              onPointerDown={(event) => point(event, agent, true)}
-            >
-              <Bar {...{ agent, scale, palette, focus, width }} />
-            </div>
-            <span class="figure">
-              {agent.error !== null ? (
-                <strong class="failed">failed</strong>
-              ) : (
-                seconds(
-                  agent.times.first_token === null
-                    ? null
-                    : agent.times.first_token - round.start_s,
-                )
-              )}
-            </span>
-          </div>
-        );
-      })}
+      {agents.map((agent, index) => (
+        <Row
+          key={agent.agent}
+          part={focus.selection?.agent === agent.agent ? focus.selection.part : null}
+          {...{ run, round, agent, scale, palette, focus, width, select, point }}
+          move={(event) => move(event, index, agent)}
+        />
+      ))}
+    </div>
+  );
+}
+
+interface RowProps extends BarsProps {
+  agent: Agent;
+  scale: number;
+  width: number;
+  /** What is selected of this agent; null for nothing. */
+  part: number | null;
+  move: (event: KeyboardEvent) => void;
+  point: (event: PointerEvent, agent: Agent, pinned: boolean) => void;
+}
+
+function Row({ run, round, agent, scale, palette, focus, width, part, select, move, point }: RowProps) {
+  const said = useMemo(
+    () => (agent.pieces.length === 0 ? (agent.error ?? "failed") : describe(run, round, agent, part ?? 0)),
+    [run, round, agent, part],
+  );
+  const { first_token } = agent.times;
+  return (
+    <div class={`row${part !== null ? " selected" : ""}`}>
+      <span class="name" title={agent.agent}>
+        {agent.agent}
+      </span>
+      <div
+        class="bar"
+        role="slider"
+        tabIndex={0}
+        aria-label={`Prompt of ${agent.agent}`}
+        aria-valuemin={1}
+        aria-valuemax={agent.parts.length + (agent.generated > 0 ? 1 : 0)}
+        aria-valuenow={part === -1 ? agent.parts.length + 1 : (part ?? 0) + 1}
+        aria-valuetext={said}
+        onKeyDown={move}
+        onFocus={() => part !== null || select({ agent: agent.agent, part: 0 }, true)}
+        onPointerMove={(event) => event.pointerType === "mouse" && point(event, agent, false)}
+        onPointerLeave={() => select(null, false)}
+        onPointerDown={(event) => point(event, agent, true)}
+      >
+        <Bar {...{ agent, scale, palette, focus, width }} />
+      </div>
+      <span class="figure">
+        {agent.error !== null ? (
+          <strong class="failed">failed</strong>
+        ) : (
+          seconds(first_token === null ? null : first_token - round.start_s)
+        )}
+      </span>
     </div>
   );
 }

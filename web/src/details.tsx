@@ -4,9 +4,9 @@ import type { Selection } from "./bars";
 import {
   type Agent,
   count,
+  countReaders,
   isReused,
   piecesOf,
-  readersOf,
   ROLE,
   type Round,
   type RunDocument,
@@ -79,8 +79,8 @@ function partFacts(run: RunDocument, round: Round, agent: Agent, number: number)
       rows.push(["Owner", `${source.agent}${when} (run ${source.run})`]);
     }
     if (read !== undefined) rows.push(["Offset", signed(read[5])]);
-    const { agents } = readersOf(round, segmentNumber);
-    rows.push(["Read by", `${plural(agents.length, "agent")} in this round`]);
+    const readers = countReaders(round, segmentNumber);
+    rows.push(["Read by", `${plural(readers, "agent")} in this round`]);
     rows.push(["Reused", `${plural(timesReused(run, segmentNumber, round.number), "time")} so far`]);
   }
   if (pieces.some((piece) => isReused(piece[2]))) {

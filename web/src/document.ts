@@ -121,29 +121,44 @@ export const computedTokens = (round: Round): number =>
 export const promptTokens = (round: Round): number =>
   round.stop_s === null ? round.tokens.prompt : round.tokens.none;
 
-/** Which agents of a round read a segment, and how many of them compute it whole. */
-export function readersOf(round: Round, segment: number): { agents: Agent[]; owners: Agent[] } {
-  const agents = round.agents.filter((agent) => agent.parts.some((part) => part[1] === segment));
-  const owners = agents.filter((agent) =>
-    agent.pieces.some(
-      ([, , role, part]) => role === ROLE.owned && agent.parts[part]?.[1] === segment,
-    ),
-  );
-  return { agents, owners };
+/** How many agents of a round read a segment. */
+export const countReaders = (round: Round, segment: number): number =>
+  round.agents.filter((agent) => agent.parts.some((part) => part[1] === segment)).length;
+
+/** Of each segment: in which rounds its KV was read in place of being computed, and how often. */
+type Reuses = Map<number, [round: number, times: number][]>;
+const reuses = new WeakMap<RunDocument, Reuses>();
+
+function reusesOf(run: RunDocument): Reuses {
+  const known = reuses.get(run);
+  if (known !== undefined) return known;
+  const made: Reuses = new Map();
+  for (const round of run.rounds) {
+    const times = new Map<number, number>();
+    for (const agent of round.agents) {
+      const parts = new Set<number>();
+      for (const piece of agent.pieces) if (isReused(piece[2])) parts.add(piece[3]);
+      for (const part of parts) {
+        const segment = agent.parts[part]?.[1] ?? -1;
+        times.set(segment, (times.get(segment) ?? 0) + 1);
+      }
+    }
+    for (const [segment, count] of times) {
+      const list = made.get(segment) ?? [];
+      list.push([round.number, count]);
+      made.set(segment, list);
+    }
+  }
+  reuses.set(run, made);
+  return made;
 }
 
 /** How often a segment's KV was read in place of being computed, up to and with a round. */
-export function timesReused(run: RunDocument, segment: number, upTo: number): number {
-  let times = 0;
-  for (const round of run.rounds) {
-    if (round.number > upTo) break;
-    for (const agent of round.agents) {
-      const part = agent.parts.findIndex((candidate) => candidate[1] === segment);
-      if (part >= 0 && piecesOf(agent, part).some((piece) => isReused(piece[2]))) times += 1;
-    }
-  }
-  return times;
-}
+export const timesReused = (run: RunDocument, segment: number, upTo: number): number =>
+  (reusesOf(run).get(segment) ?? []).reduce(
+    (sum, [round, times]) => sum + (round <= upTo ? times : 0),
+    0,
+  );
 
 /** A run with what has changed since: rounds that are kept no more are gone, new ones are in. */
 export function merged(run: RunDocument | null, change: RunDocument): RunDocument {

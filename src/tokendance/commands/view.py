@@ -23,6 +23,7 @@ from tokendance.view.recording import Changes, Recording
 
 _HOST = "127.0.0.1"
 _LOOK_S = 0.25  # between two looks at what has changed
+_MORE_S = 0.01  # between parts of what has
 
 
 def write_page(file: Path, out: Path, console: Console) -> None:
@@ -172,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if document is not None:
                     text = json.dumps(document, separators=(",", ":"))
                     self.wfile.write(f"data: {text}\n\n".encode())
-                self.server.has_ended.wait(_LOOK_S)
+                self.server.has_ended.wait(_MORE_S if changes.has_more else _LOOK_S)
         except OSError:
             return  # nobody looks on any more
 

@@ -22,6 +22,7 @@ from tokendance.view.recording import Changes, Recording
 
 LIMITS = RecordLimits(max_rounds=100, max_tokens=2_000_000, max_pieces=1_000_000)
 _LOOK_S = 0.25  # between two looks at what has changed
+_MORE_S = 0.01  # between parts of what has
 _SILENCE_S = 10.0  # after which a comment keeps the connection alive
 _MAX_VIEWERS = 8  # of each tenant
 
@@ -73,7 +74,7 @@ class Dashboard:
                     text, silent_s = ": nothing new\n\n", 0.0
                 if text:
                     yield text
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_MORE_S if changes.has_more else _LOOK_S)
         finally:
             self._num_viewers[tenant] -= 1
 

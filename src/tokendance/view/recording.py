@@ -1,5 +1,7 @@
 """A recorder on an LLM, with all that its document needs."""
 
+import itertools
+import sys
 from pathlib import Path
 
 from tokendance import __version__
@@ -10,6 +12,10 @@ from tokendance.store.entries import RoundId
 from tokendance.view.document import EngineFacts, Json, make_document, write_document
 from tokendance.view.recorder import Recorder, RecordLimits
 from tokendance.view.rounds import StoredBytes
+
+# In one change: making a document of it, and text of that, takes a few milliseconds, in which no
+# other thread of Python runs.
+MAX_PIECES = 4000
 
 
 class Recording:
@@ -64,7 +70,8 @@ class Recording:
             with_text: whether it holds the text of prompts and answers.
             tenant: who sees it, and sees nothing of others; None for the operator, who sees all.
         """
-        document = Changes(self, with_text=with_text, tenant=tenant).next()
+        every = Changes(self, with_text=with_text, tenant=tenant, max_pieces=sys.maxsize)
+        document = every.next()
         assert document is not None, "the first time all is new"
         return document
 
@@ -78,17 +85,35 @@ class Recording:
 
 
 class Changes:
-    """What is new for one who looks on. Each change is a document with the rounds that are new."""
+    """What is new for one who looks on. Each change is a document with the rounds that are new.
+
+    Attributes:
+        has_more: whether the last change had no room for all that was new.
+    """
 
     def __init__(
-        self, recording: Recording, *, with_text: bool, tenant: Salt | None = None
+        self,
+        recording: Recording,
+        *,
+        with_text: bool,
+        tenant: Salt | None = None,
+        max_pieces: int = MAX_PIECES,
     ) -> None:
-        """Look on from now; see `Recording.document`."""
+        """Look on from now.
+
+        Args:
+            recording: of what happens.
+            with_text: see `Recording.document`; likewise `tenant`.
+            tenant: who looks on.
+            max_pieces: of bars in one change, if one round has not more by itself.
+        """
+        self.has_more = False
         self._recording = recording
         self._with_text = with_text
         self._tenant = tenant
         self._seen: dict[RoundId, int] | None = None  # versions; None: nothing was handed out yet
         self._origin_s: float | None = None
+        self._max_pieces = max_pieces
 
     def next(self) -> Json | None:
         """A document of the rounds that have changed since the last call; None if none has.
@@ -104,7 +129,12 @@ class Changes:
                 return None
             if self._origin_s is None and own:
                 self._origin_s = own[0].added_s
-            self._seen = {one.round_id: one.version for one in own}
+            sizes = itertools.accumulate(one.num_pieces for one in changed)
+            num_fit = max(1, sum(size <= self._max_pieces for size in sizes))
+            self.has_more, changed = num_fit < len(changed), changed[:num_fit]
+            kept = {one.round_id for one in own}
+            self._seen = {key: version for key, version in seen.items() if key in kept}
+            self._seen |= {one.round_id: one.version for one in changed}
             document = make_document(
                 recorded,
                 recording.facts,
