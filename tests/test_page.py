@@ -11,10 +11,12 @@ import pytest
 
 from serving import listening
 from tokendance import LLM, Agent, SamplingParams
+from tokendance.view.document import read_document
 from tokendance.view.page import whole_page
 from tokendance.view.recording import Recording
 
 MakeLLM = Callable[..., LLM]
+DATA = Path(__file__).parent / "data"
 WEB = Path(__file__).parent.parent / "web"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -64,6 +66,12 @@ def test_a_run_opened_from_disk(make_fake_llm: MakeLLM, tmp_path: Path) -> None:
     run_in_browser(
         "page.test.mjs", RUN_JSON=str(tmp_path / "run.json"), RUN_HTML=str(tmp_path / "run.html")
     )
+
+
+def test_bars_of_a_recorded_run_look_as_they_did(tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    page.write_text(whole_page(read_document(DATA / "town_run.json")))
+    run_in_browser("pixels.test.mjs", RUN_HTML=str(page), PICTURE=str(DATA / "town_bars_*.png"))
 
 
 @pytest.mark.parametrize("keys", [(), ("secret",)])
