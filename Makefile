@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo-weights
 VLLM := .venv-vllm/.installed
-FRAMEWORKS := .venv-frameworks/.installed
+FRAMEWORKS := .venv-frameworks/.installed .venv-frameworks-openai3/.installed
 define NEEDS_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
@@ -101,13 +101,13 @@ $(VLLM): constraints-vllm.txt pyproject.toml CMakeLists.txt $(wildcard native/*)
 		echo "vLLM advises TCMalloc, which is not here: apt-get install libtcmalloc-minimal4"
 	@touch $@
 
-frameworks: $(FRAMEWORKS) ## make .venv-frameworks with the agent frameworks that tests talk to
+frameworks: $(FRAMEWORKS) ## make .venv-frameworks* with the agent frameworks that tests talk to (two minutes, 2 GB)
 
-# Clients know nothing of us, and want other versions than we do.
-$(FRAMEWORKS): constraints-frameworks.txt
+# Clients know nothing of us, and want other versions than we do, or than each other.
+$(FRAMEWORKS): .venv-%/.installed: constraints-%.txt
 	$(NEEDS_PYTHON)
-	$(PYTHON) -m venv .venv-frameworks
-	.venv-frameworks/bin/pip install --quiet --no-deps --requirement constraints-frameworks.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --no-deps --requirement $<
 	@touch $@
 
 WEB := web/node_modules/.package-lock.json
@@ -122,4 +122,4 @@ check-web: web ## whether the page in the package is what web/ builds
 	git diff --exit-code --stat -- src/tokendance/view/assets
 
 clean: ## remove all environments
-	rm -rf .venv .venv-vllm .venv-frameworks web/node_modules
+	rm -rf .venv .venv-vllm .venv-frameworks .venv-frameworks-openai3 web/node_modules

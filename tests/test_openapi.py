@@ -1,5 +1,6 @@
 """What /openapi.json says, tried out: requests made from it get the answers that it describes."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from serving import serving
 from tokendance import LLM
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
+from tokendance.server.openapi import DocumentedAPI
 
 KEY = {"Authorization": "Bearer secret"}
 OPERATIONS = [
@@ -33,6 +35,13 @@ OPERATIONS = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
     ("/v1/rounds", "POST"),
+    ("/v1/responses", "POST"),
+    ("/v1/responses/{response_id}", "GET"),
+    ("/v1/responses/{response_id}", "DELETE"),
+    ("/v1/embeddings", "POST"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
+    ("/version", "GET"),
 ]
 # Not among them: that all is accepted which fits the document, since it does not have all rules;
 # and that nothing else is, since numbers are read from texts, too.
@@ -63,10 +72,10 @@ def document(client: httpx.Client) -> dict[str, Any]:
     document: dict[str, Any] = client.get("/openapi.json").json()
     for schema in document["components"]["schemas"].values():
         fields = schema.get("properties", {})
-        if "messages" in fields or "prompt" in fields or "agents" in fields:
+        if fields.keys() & {"messages", "prompt", "agents", "input", "tokens"}:
             fields["model"] = {"enum": ["tiny"]}
-        if "max_tokens" in fields:
-            fields["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": 4}
+        for name in fields.keys() & {"max_tokens", "max_output_tokens"}:
+            fields[name] = {"type": "integer", "minimum": 1, "maximum": 4}
     return document
 
 
@@ -81,6 +90,21 @@ def test_all_operations_are_tried(document: dict[str, Any]) -> None:
         for operation in operations.values():
             assert "422" not in operation["responses"]
             assert ("401" in operation["responses"]) == (path not in ("/health", "/ready"))
+
+
+def test_the_document_is_made_beside_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    make = DocumentedAPI.openapi
+
+    def noted(self: DocumentedAPI) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return make(self)
+
+    monkeypatch.setattr(DocumentedAPI, "openapi", noted)
+    assert client.get("/openapi.json").status_code == 200
+    assert [name.split()[0] for name in threads] == ["AnyIO"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The clients of a soak: `python -m soak.load` asks a server for as long as it is told.
 
 Each client is a loop of its own, and all run at once. It writes one JSON document a line to
-standard output: progress now and then, and at last all that it has counted. A request that its
+standard output: progress now and then, and at last all that it has counted. The one whose requests
+are small, and timed, is in a process of its own (`--canary`): hundreds of others in one event loop
+would have it wait for themselves. A request that its
 client did not abandon must be answered: with what was asked for, or with an error in OpenAI's
 shape. Whatever else happens is a problem, and listed.
 """
@@ -46,6 +48,9 @@ _CANARIES = [
 _CHAT = "/v1/chat/completions"
 _COMPLETIONS = "/v1/completions"
 _ROUNDS = "/v1/rounds"
+_RESPONSES = "/v1/responses"
+_EMBEDDINGS = "/v1/embeddings"
+_TOKENIZE = "/tokenize"
 _FUZZED = (200, 400, 404, 409, 413)
 
 
@@ -114,12 +119,20 @@ class Clients:
         self._end = time.monotonic() + seconds
         self._rounds = itertools.count()
 
+    async def run_canary(self, begin: Callable[[], None]) -> None:
+        """Ask for little; call `begin` when the others may begin."""
+        expected = [await self._canary(index) for index in range(len(_CANARIES))]
+        begin()
+        await self._canaries(expected)
+
     async def run(self) -> None:
         """Ask until the time is over, then wait for the last answers."""
-        expected = [await self._canary(index) for index in range(len(_CANARIES))]
         loops: list[tuple[Callable[[random.Random], Awaitable[None]], int]] = [
             (self._lone, 4),
             (self._completion, 2),
+            (self._response, 2),
+            (self._embedding, 1),
+            (self._tokens, 1),
             (self._round_by_content, 2),
             (self._round_by_name, 2),
             (self._round_in_one_call, 1),
@@ -147,7 +160,7 @@ class Clients:
             for client, count in loops
             for index in range(count)
         ]
-        await asyncio.gather(*tasks, self._canaries(expected))
+        await asyncio.gather(*tasks)
 
     async def _loop(
         self, client: Callable[[random.Random], Awaitable[None]], rng: random.Random
@@ -236,6 +249,36 @@ class Clients:
     async def _completion(self, rng: random.Random) -> None:
         await self._ask("completion", _COMPLETIONS, bodies.completion(rng), key=self._key(rng))
 
+    async def _response(self, rng: random.Random) -> None:
+        """An answer, and one that goes on from it; another tenant cannot."""
+        key = self._key(rng)
+        body = bodies.response(rng) | {"stream": False}
+        reply = await self._ask("response", _RESPONSES, body, key=key)
+        if reply is None or reply.status != 200:
+            return
+        first = json.loads(reply.body)["id"]
+        others = [other for other in self.target.keys if other != key]
+        more = bodies.response(rng) | {"previous_response_id": first, "max_output_tokens": 4}
+        is_kept = body.get("store") is not False
+        for asker, expected in [(key, 200 if is_kept else 400), *((one, 400) for one in others)]:
+            # It may be forgotten by now, or what was said be too long.
+            statuses = (expected, 400)
+            await self._ask("response", _RESPONSES, more, key=asker, expected=statuses)
+        url = f"{_RESPONSES}/{first}"
+        method = rng.choice(["GET", "DELETE"])
+        await self._ask("kept", url, b"", key=key, method=method, expected=(200, 404))
+
+    async def _embedding(self, rng: random.Random) -> None:
+        body = bodies.embedding(rng)
+        await self._ask("embedding", _EMBEDDINGS, body, key=self._key(rng))
+
+    async def _tokens(self, rng: random.Random) -> None:
+        body = {"messages": bodies.chat(rng)["messages"]}
+        reply = await self._ask("tokens", _TOKENIZE, body, key=self._key(rng))
+        if reply is not None and reply.status == 200:
+            found = {"tokens": json.loads(reply.body)["tokens"]}
+            await self._ask("tokens", "/detokenize", found, key=self._key(rng))
+
     async def _round_by_content(self, rng: random.Random) -> None:
         await self._together("round found", rng, bodies.agents(rng, rng.randint(2, 10)))
 
@@ -292,7 +335,7 @@ class Clients:
         await asyncio.sleep(max(0.0, min(_BURST_EVERY_S, self._end - time.monotonic())))
 
     async def _operator(self, rng: random.Random) -> None:
-        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models"):
+        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/"):
             await self._ask("operator", path, b"", key=self._key(rng), method="GET")
         await asyncio.sleep(1)
 
@@ -334,6 +377,8 @@ class Clients:
             (_CHAT, bodies.chat(rng)),
             (_COMPLETIONS, bodies.completion(rng)),
             (_ROUNDS, bodies.whole_round(rng, 6)),
+            (_RESPONSES, bodies.response(rng)),
+            (_EMBEDDINGS, bodies.embedding(rng)),
         ])  # fmt: skip
         await self._ask("leave waiting", path, body, key=self._key(rng), leave=leave)
 
@@ -364,6 +409,9 @@ class Clients:
             (_COMPLETIONS, bodies.completion(rng)),
             (_ROUNDS, bodies.whole_round(rng, 3)),
             (_ROUNDS, bodies.session_round(rng)),
+            (_RESPONSES, bodies.response(rng)),
+            (_EMBEDDINGS, bodies.embedding(rng)),
+            (_TOKENIZE, {"messages": bodies.chat(rng)["messages"]}),
         ])  # fmt: skip
         data = mutated(rng, body)
         await self._ask(f"fuzz {path}", path, data, key=self._key(rng), expected=_FUZZED)
@@ -408,9 +456,7 @@ class Clients:
         elif kind == 2:
             await self._ask("no model", _CHAT, body | {"model": "x"}, key=key, expected=(404,))
         elif kind == 3:
-            path = rng.choice(
-                ["/", "/v1", "/v1/embeddings", f"{_CHAT}/", "/v1/models/%ff%00", "//"]
-            )
+            path = rng.choice(["/", "/v1", "/v1/images", f"{_CHAT}/", "/v1/models/%ff%00", "//"])
             expected = (200, 307, 404, 405)
             await self._ask("no path", path, body, key=key, expected=expected)
         elif kind == 4:
@@ -466,11 +512,15 @@ async def _main() -> None:
     parser.add_argument("--target", type=lambda text: Target(**json.loads(text)), required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--canary", action="store_true")
     given = parser.parse_args()
     clients = Clients(given.target, given.seconds, given.seed)
-    reporting = asyncio.create_task(_report(clients))
-    await clients.run()
-    reporting.cancel()
+    if given.canary:
+        await clients.run_canary(lambda: print(json.dumps({"begun": True}), flush=True))
+    else:
+        reporting = asyncio.create_task(_report(clients))
+        await clients.run()
+        reporting.cancel()
     print(json.dumps({"result": clients.tally.document()}), flush=True)
 
 

@@ -25,7 +25,7 @@ class ApiKeys:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
-        open_paths = {"/health", "/ready"} | ({"/metrics"} if settings.open_metrics else set())
+        open_paths = {"/", "/health", "/ready"} | ({"/metrics"} if settings.open_metrics else set())
         self.open_paths = open_paths if settings.api_keys else None
 
     def authenticate(self, scope: Scope) -> str:
