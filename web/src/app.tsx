@@ -88,18 +88,17 @@ function Shown({ run }: { run: RunDocument }) {
     }
     // A pointer that moves within a part changes nothing.
     setHovered((before) =>
-      pin ? null : before?.agent === selection?.agent && before?.part === selection?.part ? before : selection,
+      pin ? null : before?.row === selection?.row && before?.part === selection?.part ? before : selection,
     );
   }, []);
   const selection = hovered ?? pinned;
   const focus = useMemo<Focus>(() => {
     const stepFocus = step === null ? undefined : steps[step]?.focus;
     if (hovered === null && stepFocus !== undefined) return stepFocus;
-    const agent = round?.agents.find((one) => one.agent === selection?.agent);
-    const part = selection === null ? undefined : agent?.parts[selection.part];
+    const part = selection === null ? undefined : round?.agents[selection.row]?.parts[selection.part];
     const segments = part?.[2] === "shared" ? new Set([part[1]]) : null;
     return { selection, segments };
-  }, [round, selection?.agent, selection?.part, step, steps, hovered === null]);
+  }, [round, selection?.row, selection?.part, step, steps, hovered === null]);
   if (round === undefined) return null;
   const last = run.rounds.length - 1;
   return (

@@ -19,7 +19,8 @@ export const BAR_HEIGHT = 24;
 
 /** A part of an agent's prompt, or its answer (part -1). */
 export interface Selection {
-  agent: string;
+  /** Number of the agent in its round: names need not differ. */
+  row: number;
   part: number;
 }
 
@@ -31,12 +32,13 @@ export interface Focus {
 
 interface BarProps {
   agent: Agent;
+  row: number;
   scale: number;
   palette: Palette;
   focus: Focus;
 }
 
-function draw(canvas: HTMLCanvasElement, width: number, { agent, scale, palette, focus }: BarProps) {
+function draw(canvas: HTMLCanvasElement, width: number, { agent, row, scale, palette, focus }: BarProps) {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * ratio);
   canvas.height = BAR_HEIGHT * ratio;
@@ -76,10 +78,10 @@ function draw(canvas: HTMLCanvasElement, width: number, { agent, scale, palette,
   const outline = (from: number, to: number) =>
     context.strokeRect(x(from) + 1, 1, Math.max(x(to) - x(from) - 2, 1), BAR_HEIGHT - 2);
   agent.parts.forEach(([start, segment], part) => {
-    const own = selection.agent === agent.agent && selection.part === part;
+    const own = selection.row === row && selection.part === part;
     if (own || (focus.segments?.has(segment) ?? false)) outline(start, stopOf(agent, part));
   });
-  if (selection.agent === agent.agent && selection.part === -1)
+  if (selection.row === row && selection.part === -1)
     outline(agent.prompt, agent.prompt + agent.generated);
 }
 
@@ -122,9 +124,9 @@ export function Bars({ run, round, palette, focus, select }: BarsProps) {
   const agents = round.agents;
   const scale = Math.max(1, ...agents.map((agent) => agent.prompt + agent.generated));
 
-  const move = (event: KeyboardEvent, index: number, agent: Agent) => {
+  const move = (event: KeyboardEvent, row: number, agent: Agent) => {
     const steps = agent.parts.length + (agent.generated > 0 ? 1 : 0);
-    const here = focus.selection?.agent === agent.agent ? focus.selection.part : 0;
+    const here = focus.selection?.row === row ? focus.selection.part : 0;
     const at = here === -1 ? agent.parts.length : here;
     const to: Record<string, number> = {
       ArrowRight: Math.min(at + 1, steps - 1),
@@ -134,31 +136,30 @@ export function Bars({ run, round, palette, focus, select }: BarsProps) {
     };
     const next = to[event.key];
     if (next !== undefined) {
-      select({ agent: agent.agent, part: next === agent.parts.length ? -1 : next }, true);
+      select({ row, part: next === agent.parts.length ? -1 : next }, true);
     } else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-      const row = index + (event.key === "ArrowDown" ? 1 : -1);
-      list.current?.querySelectorAll<HTMLElement>(".bar")[row]?.focus();
+      const next = row + (event.key === "ArrowDown" ? 1 : -1);
+      list.current?.querySelectorAll<HTMLElement>(".bar")[next]?.focus();
     } else if (event.key === "Escape") {
       select(null, true);
     } else return;
     event.preventDefault();
   };
 
-  const point = (event: PointerEvent, agent: Agent, pinned: boolean) => {
+  const point = (event: PointerEvent, row: number, agent: Agent, pinned: boolean) => {
     const box = (event.currentTarget as HTMLElement).getBoundingClientRect();
     const position = ((event.clientX - box.left) / box.width) * scale;
     if (position < agent.prompt + agent.generated)
-      select({ agent: agent.agent, part: partAt(agent, position) }, pinned);
+      select({ row, part: partAt(agent, position) }, pinned);
   };
 
   return (
     <div class="bars" ref={list}>
-      {agents.map((agent, index) => (
+      {agents.map((agent, row) => (
         <Row
-          key={agent.agent}
-          part={focus.selection?.agent === agent.agent ? focus.selection.part : null}
-          {...{ run, round, agent, scale, palette, focus, width, select, point }}
-          move={(event) => move(event, index, agent)}
+          key={row}
+          part={focus.selection?.row === row ? focus.selection.part : null}
+          {...{ run, round, agent, row, scale, palette, focus, width, select, point, move }}
         />
       ))}
     </div>
@@ -171,11 +172,12 @@ interface RowProps extends BarsProps {
   width: number;
   /** What is selected of this agent; null for nothing. */
   part: number | null;
-  move: (event: KeyboardEvent) => void;
-  point: (event: PointerEvent, agent: Agent, pinned: boolean) => void;
+  row: number;
+  move: (event: KeyboardEvent, row: number, agent: Agent) => void;
+  point: (event: PointerEvent, row: number, agent: Agent, pinned: boolean) => void;
 }
 
-function Row({ run, round, agent, scale, palette, focus, width, part, select, move, point }: RowProps) {
+function Row({ run, round, agent, row, scale, palette, focus, width, part, select, move, point }: RowProps) {
   const said = useMemo(
     () => (agent.pieces.length === 0 ? (agent.error ?? "failed") : describe(run, round, agent, part ?? 0)),
     [run, round, agent, part],
@@ -195,13 +197,13 @@ function Row({ run, round, agent, scale, palette, focus, width, part, select, mo
         aria-valuemax={agent.parts.length + (agent.generated > 0 ? 1 : 0)}
         aria-valuenow={part === -1 ? agent.parts.length + 1 : (part ?? 0) + 1}
         aria-valuetext={said}
-        onKeyDown={move}
-        onFocus={() => part !== null || select({ agent: agent.agent, part: 0 }, true)}
-        onPointerMove={(event) => event.pointerType === "mouse" && point(event, agent, false)}
+        onKeyDown={(event) => move(event, row, agent)}
+        onFocus={() => part !== null || select({ row, part: 0 }, true)}
+        onPointerMove={(event) => event.pointerType === "mouse" && point(event, row, agent, false)}
         onPointerLeave={() => select(null, false)}
-        onPointerDown={(event) => point(event, agent, true)}
+        onPointerDown={(event) => point(event, row, agent, true)}
       >
-        <Bar {...{ agent, scale, palette, focus, width }} />
+        <Bar {...{ agent, row, scale, palette, focus, width }} />
       </div>
       <span class="figure">
         {agent.error !== null ? (

@@ -57,13 +57,13 @@ export function TimeLine({ round }: { round: Round }) {
   };
   return (
     <div class="timeline">
-      {round.agents.map((agent) => {
+      {round.agents.map((agent, row) => {
         const parts = spans(agent);
         const said = parts
           .map(([name, from, to]) => `${name} ${seconds(to - from)}`)
           .join(", ");
         return (
-          <div class="row" key={agent.agent} title={said}>
+          <div class="row" key={row} title={said}>
             <span class="name">{agent.agent}</span>
             <svg width="100%" height="14" role="img" aria-label={`${agent.agent}: ${said}`}>
               {parts.map(([name, from, to]) => (

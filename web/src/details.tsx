@@ -109,7 +109,7 @@ interface Props {
 }
 
 export function Details({ run, round, selection }: Props) {
-  const agent = round.agents.find((candidate) => candidate.agent === selection?.agent);
+  const agent = selection === null ? undefined : round.agents[selection.row];
   const facts =
     agent === undefined || selection === null
       ? null

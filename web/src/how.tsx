@@ -47,7 +47,7 @@ export function howSteps(run: RunDocument, round: Round): HowStep[] {
   const all = main.mirrors.reduce((sum, agent) => sum + count(inRun(agent), ROLE.reused), 0);
   const whole: Focus = { selection: null, segments };
   const of = (agent: Agent | undefined): Focus => ({
-    selection: agent && { agent: agent.agent, part: inRun(agent)[0]?.[3] ?? 0 } || null,
+    selection: agent ? { row: round.agents.indexOf(agent), part: inRun(agent)[0]?.[3] ?? 0 } : null,
     segments,
   });
   const steps: (HowStep | null)[] = [

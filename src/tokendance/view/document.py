@@ -121,7 +121,7 @@ def _runs(runs: Runs, requests: set[RequestId]) -> list[Json]:
 def _round(
     one: RecordedRound, engine: EngineFacts, origin_s: float, *, has_text: bool, is_operator: bool
 ) -> Json:
-    agents = one.agents.values()
+    agents = sorted(one.agents.values(), key=lambda agent: agent.request)
     well = [agent for agent in agents if agent.output is None or agent.output.error is None]
     asked = [agent for agent in well if not agent.neutral]
     prompt = sum(agent.num_prompt for agent in asked)

@@ -127,7 +127,7 @@ class RecordedRound:
         salt: of its tenant, once it has a number.
         added_s: clock time at which its first request was added.
         num_requests: that had been added when it began.
-        agents: by request, in the order in which they were added.
+        agents: by request.
         steps: in their order.
         resident: most bytes of KV memory that its requests held at one time.
         stored: when the last request ended.
