@@ -12,7 +12,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm frameworks
-.PHONY: clean gpu test-all test-vllm
+.PHONY: clean gpu test-all test-vllm web check-web
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -110,5 +110,16 @@ $(FRAMEWORKS): .venv-%/.installed: constraints-%.txt
 	.venv-$*/bin/pip install --quiet --no-deps --requirement $<
 	@touch $@
 
+WEB := web/node_modules/.package-lock.json
+
+$(WEB): web/package.json web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
+
+web: $(WEB) ## build the page of `tokendance view` and of the dashboard anew (node 20 or newer, npm)
+	cd web && npm run build
+
+check-web: web ## whether the page in the package is what web/ builds
+	git diff --exit-code --stat -- src/tokendance/view/assets
+
 clean: ## remove all environments
-	rm -rf .venv .venv-vllm .venv-frameworks .venv-frameworks-openai3
+	rm -rf .venv .venv-vllm .venv-frameworks .venv-frameworks-openai3 web/node_modules

@@ -89,6 +89,31 @@ def run(
     run_trace(settings, engine, Console())
 
 
+@app.command
+def view(
+    file: Annotated[Path, Parameter(help="a run that `tokendance run --record` has written.")],
+    /,
+    *,
+    html: Annotated[
+        Path | None,
+        Parameter(help="write one file for any browser, without a server.", metavar="FILE"),
+    ] = None,
+    port: Annotated[int, Parameter(help="on this machine; 0 takes any that is free.")] = 8001,
+    browser: Annotated[bool, Parameter(help="open it in a browser.")] = False,
+) -> None:
+    """Show a recorded run: who read what, whence it came, in which time and memory.
+
+    `tokendance view run.json` serves it to browsers of this machine; `tokendance view run.json
+    --html run.html` writes one file to keep or to send.
+    """
+    from tokendance.commands.view import serve_page, write_page
+
+    if html is not None:
+        write_page(file, html, Console())
+    else:
+        serve_page(file, port, Console(), open_browser=browser)
+
+
 def _read_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Take what is still open from the TOML file of --config, if one is given."""
     for token in arguments["--config"].tokens:

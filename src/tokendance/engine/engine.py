@@ -22,7 +22,7 @@ from tokendance.engine.events import (
 )
 from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.open_rounds import OpenRounds
-from tokendance.engine.request import Request, RequestId, as_failure, make_neutral, make_output
+from tokendance.engine.request import Request, RequestId, as_failure, make_neutral
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.engine.tenants import TenantRules
@@ -245,11 +245,7 @@ class Engine:
             self.emit(Evicted(now, self.store.num_evicted - num_evicted))
         events: dict[RoundId, list[Admitted]] = {}
         for request in admitted:
-            assert request.plan is not None
-            assert request.allocation is not None
-            runs = request.allocation.owned_runs
-            event = Admitted(now, request.id, request.round_id, request.agent, request.plan, runs)
-            events.setdefault(request.round_id, []).append(event)
+            events.setdefault(request.round_id, []).append(Admitted.of(request, now))
         for round_id, of_round in events.items():
             if (started := self._rounds.start(round_id)) is not None:
                 num_requests = len(started.requests)
@@ -374,20 +370,7 @@ class Engine:
         self.scheduler.release(request, keep_kv=True)
 
     def _tell_end(self, request: Request) -> None:
-        assert request.finished_s is not None
-        assert request.arrived_s is not None
-        self.emit(
-            Finished(
-                request.finished_s,
-                request.id,
-                request.round_id,
-                make_output(request),
-                request.arrived_s,
-                request.first_token_s,
-                request.plan is not None and bool(request.plan.uses),
-                request.neutral,
-            )
-        )
+        self.emit(Finished.of(request))
 
     # -- telling --------------------------------------------------------------------------------
 
