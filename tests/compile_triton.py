@@ -50,6 +50,7 @@ class Case:
     rotary_dim: int | None = None
     layout: str = "halves"
     window: int | None = None
+    page_size: int | None = None  # None: all slots have one stride
 
 
 CASES = [
@@ -60,10 +61,12 @@ CASES = [
     Case("Llama 3.1 8B", 128, 8, 4, "float16"),
     Case("Llama 3.1 8B", 128, 8, 4, "float32"),
     Case("Qwen2.5 7B", 128, 4, 7),
+    Case("Qwen2.5 7B", 128, 4, 7, page_size=16),
     Case("Mistral 7B v0.1", 128, 8, 4, window=4096),
     Case("GLM-4 9B", 128, 2, 16, rotary_dim=64, layout="interleaved"),
     Case("Falcon 7B", 64, 1, 71),
     Case("Gemma 3 1B", 256, 1, 4, window=512),
+    Case("Gemma 3 1B", 256, 1, 4, page_size=32),
 ]
 
 
@@ -152,15 +155,19 @@ def usages(case: Case, capability: int) -> list[Usage]:
     def heads(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, case.head_dim, dtype=dtype)
 
+    if case.page_size is None:
+        memory = heads(case.kv_heads, 1, num_slots)
+    else:  # pages outermost, then heads
+        shape = (num_slots // case.page_size, case.kv_heads, case.page_size)
+        memory = heads(*shape).transpose(0, 1)
     with compiling_only() as compiled:
-        backend.attend(
+        backend.read(
             0,
             heads(num_rows, case.kv_heads, case.group).permute(1, 2, 0, 3),
-            heads(num_rows, case.kv_heads).transpose(0, 1),
-            heads(num_rows, case.kv_heads).transpose(0, 1),
-            heads(case.kv_heads, num_slots),
-            heads(case.kv_heads, num_slots),
+            memory,
+            memory,
             case.head_dim**-0.5,
+            heads(num_rows, case.kv_heads * case.group),
         )
     return [usage_of(name, kernel, log, case, capability) for name, kernel, log in compiled]
 

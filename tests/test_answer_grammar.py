@@ -84,7 +84,7 @@ def follow(fake: LoadedModel, fitted: Fitted, choose: Choose, most: int = 3000) 
             return data.decode(errors="replace")
         constraint.accept(token)
         assert constraint.failure() is None
-        data += constraint._vocabulary.spell(token)
+        data += constraint.vocabulary.spell(token)
     return None
 
 
@@ -261,7 +261,7 @@ def test_numbers_end(
             if token in fake.stop_ids:
                 break
             constraint.accept(token)
-            data += constraint._vocabulary.spell(token)
+            data += constraint.vocabulary.spell(token)
         found = data.decode()[len(start) :]
         runs = re.findall("[0-9]+", re.sub('"[^"]*"?', "", found))
         assert 2 <= max(map(len, runs)) <= 20, found
@@ -338,7 +338,7 @@ def test_an_unusual_keyword_is_left_to_the_model(
             assert not constraint.forbidden()[token]
             constraint.accept(token)
         allowed = np.flatnonzero(~constraint.forbidden()).tolist()
-        assert [constraint._vocabulary.spell(token) for token in allowed] == [b"g"], text
+        assert [constraint.vocabulary.spell(token) for token in allowed] == [b"g"], text
     strict = (WALK, tool("odd_one", schema, strict=True))
     with pytest.raises(ApiError) as refused:
         grammars.answer(Wanted(strict, Calls.REQUIRED), MARKED)

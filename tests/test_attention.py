@@ -1,7 +1,7 @@
 """Shared-in-place attention against the plain reference, on random rounds."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -33,6 +33,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 TRITON_DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 NUM_SLOTS = 400
+# Of (page, head, slot in a page, number): all layouts of vLLM, as a layer sees them.
+PAGE_ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)]
 CPU = torch.device("cpu")
 
 
@@ -102,6 +104,74 @@ def random_batch(rng: np.random.Generator, num_agents: int, chunk: int | None) -
         requests.append(PackedRequest(first_row, new, np.concatenate(slots)))
         first_row += len(new)
     return PackedBatch(requests, slot_position)
+
+
+def in_pages(batch: PackedBatch, page_size: int, rng: np.random.Generator) -> PackedBatch:
+    """The same batch in pages that lie in any order, so that few of them follow each other."""
+    num_pages = -(-len(batch.slot_position) // page_size)
+    pages = rng.permutation(num_pages + 3).astype(np.int32)
+
+    def moved(slots: np.ndarray) -> np.ndarray:
+        return np.asarray(pages[slots // page_size] * page_size + slots % page_size)
+
+    slot_position = np.zeros(len(pages) * page_size, np.int32)
+    slot_position[moved(np.arange(len(batch.slot_position)))] = batch.slot_position
+    requests = [
+        PackedRequest(request.first_row, request.positions, moved(request.slots))
+        for request in batch.requests
+    ]
+    return PackedBatch(requests, slot_position)
+
+
+class TritonInPages:
+    """Triton's kernels over pages as vLLM has them; like vLLM it writes before they attend.
+
+    Args:
+        page_size: in slots.
+        order: of (page, head, slot in a page, number) in memory.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerKind],
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        page_size: int,
+        order: tuple[int, int, int, int],
+    ) -> None:
+        from tokendance.attention.triton_backend import TritonBackend
+
+        self._backend = TritonBackend(layers, head_dim, device, dtype)
+        self._page_size, self._order = page_size, order
+
+    def prepare(self, batch: PackedBatch) -> None:
+        self._backend.prepare(batch)
+        self._write = torch.from_numpy(batch.write_slots())
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        kv_heads, group, rows, size = query.shape
+        slots = torch.cat((keys, values), dim=-1)
+        slots[:, self._write.to(slots.device)] = torch.cat((key, value), dim=-1)
+        pages = slots.view(kv_heads, -1, self._page_size, 2 * size).transpose(0, 1)
+        memory = pages.permute(self._order).contiguous()
+        memory = memory.permute([self._order.index(axis) for axis in range(4)]).transpose(0, 1)
+        # vLLM has more rows than the step, for graphs of fixed sizes.
+        output = query.new_full((rows + 3, kv_heads * group, size), 7.0)
+        self._backend.read(layer, query, memory[..., :size], memory[..., size:], scale, output)
+        assert (output[rows:] == 7.0).all(), "rows that only fill a graph were written"
+        return output[:rows]
 
 
 def run(
@@ -227,6 +297,40 @@ def test_the_triton_kernels_equal_the_reference(
     expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
     make = partial(run, TritonBackend, batch, kind, (*heads, size), dtype, seed)
     result = make(device=TRITON_DEVICE, tokens_outermost=tokens_outermost)
+    assert_close(result, expected, "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=examples(12))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    agents=st.integers(1, 4),
+    chunk=st.sampled_from([None, 1, 5]),
+    heads=st.sampled_from([(1, 1), (2, 3)]),
+    size=st.sampled_from([32, 64, 128]),
+    window=st.sampled_from([None, 17]),
+    page_size=st.sampled_from([16, 32]),
+    order=st.sampled_from(PAGE_ORDERS),
+)
+def test_the_triton_kernels_read_pages_wherever_they_lie(
+    dtype: torch.dtype,
+    seed: int,
+    agents: int,
+    chunk: int | None,
+    heads: tuple[int, int],
+    size: int,
+    window: int | None,
+    page_size: int,
+    order: tuple[int, int, int, int],
+) -> None:
+    """In Triton's interpreter, where there is no GPU: pages of vLLM's, in each of its layouts."""
+    rng = np.random.default_rng(seed)
+    batch = in_pages(random_batch(rng, agents, chunk), page_size, rng)
+    kind = LayerKind(rope_of(32), window)
+    expected = run(ReferenceBackend, batch, kind, (*heads, size), dtype, seed)
+    make = partial(TritonInPages, page_size=page_size, order=order)
+    result = run(make, batch, kind, (*heads, size), dtype, seed, device=TRITON_DEVICE)
     assert_close(result, expected, "triton")
 
 

@@ -7,6 +7,7 @@ many rounds for each.
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -15,7 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_attention import MakeBackend, assert_close, long_batch, random_batch, rope_of, run
+from test_attention import (
+    PAGE_ORDERS,
+    MakeBackend,
+    TritonInPages,
+    assert_close,
+    in_pages,
+    long_batch,
+    random_batch,
+    rope_of,
+    run,
+)
 from tokendance.attention.interface import LayerKind
 from tokendance.attention.reference import ReferenceBackend
 from tokendance.attention.rope import RopeLayout
@@ -84,6 +95,26 @@ def test_random_rounds(backend: str, heads: str, seed: int, agents: int, chunk: 
     expected = run(ReferenceBackend, batch, one.kind, one.shape, one.dtype, seed)
     result = run(maker(backend), batch, one.kind, one.shape, one.dtype, seed, device=DEVICE)
     assert_close(result, expected, backend)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("heads", ["qwen2.5-7b", "small-float32"])
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    agents=st.integers(1, 6),
+    chunk=st.sampled_from([None, 5]),
+    order=st.sampled_from(PAGE_ORDERS),
+)
+def test_triton_reads_the_pages_of_vllm(
+    heads: str, seed: int, agents: int, chunk: int | None, order: tuple[int, int, int, int]
+) -> None:
+    rng, one = np.random.default_rng(seed), HEADS[heads]
+    batch = in_pages(random_batch(rng, agents, chunk), 16, rng)
+    expected = run(ReferenceBackend, batch, one.kind, one.shape, one.dtype, seed)
+    make = partial(TritonInPages, page_size=16, order=order)
+    result = run(make, batch, one.kind, one.shape, one.dtype, seed, device=DEVICE)
+    assert_close(result, expected, "triton")
 
 
 @each_backend

@@ -41,6 +41,12 @@ class FakeEncoder:
     def without_special(self, token_ids: Sequence[int]) -> list[int]:
         return [token for token in token_ids if token != SPECIAL]
 
+    def told(self, prompt: TokenIds, text: str, *, is_cut: bool, with_thoughts: bool) -> str | None:
+        """What is in brackets at the beginning was thought."""
+        del prompt
+        thought, bracket, rest = text.partition(")")
+        return None if with_thoughts or not bracket or is_cut or thought[0] != "(" else rest
+
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         pieces: list[tuple[TokenIds, bool]] = []
         for message in prompt.content:

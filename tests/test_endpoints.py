@@ -8,6 +8,7 @@ import pytest
 
 from tokendance.errors import BudgetError
 from tokendance.executor.step import TokenLogprobs
+from tokendance.models.encoder import PromptEncoder
 from tokendance.outputs import Output
 from tokendance.server.chat import ChatEndpoint
 from tokendance.server.completions import CompletionEndpoint
@@ -19,11 +20,14 @@ from tokendance.server.responses import dump
 from tokendance.server.rounds import _entry
 from tokendance.server.tool_format import ToolFormat
 
+NO_THOUGHTS = cast(
+    PromptEncoder, SimpleNamespace(thought_marks=None, thought_parser=lambda _: None)
+)
 CONTEXT = cast(
     ServerContext,
     SimpleNamespace(
         check_model=lambda _: None,
-        encoder=lambda _: None,
+        encoder=lambda _: NO_THOUGHTS,
         head=lambda kind: {"id": kind, "created": 0, "model": "tiny"},
         tools=ToolFormat(),
         token_text=chr,
@@ -197,7 +201,7 @@ def test_a_texts_answer() -> None:
 
 
 def test_an_agents_answer() -> None:
-    entry = _entry("ann", output("hi"))
+    entry = _entry("ann", output("hi"), NO_THOUGHTS, shares=False)
     assert dump(entry) == {
         "agent": "ann",
         "message": {"role": "assistant", "content": "hi"},
@@ -206,7 +210,8 @@ def test_an_agents_answer() -> None:
     }
     entry.warning = "The round is not on disk."
     assert dump(entry)["warning"] == entry.warning
-    failed = dump(_entry("ann", output("", "error", error=BudgetError("Too long."))))
+    error = output("", "error", error=BudgetError("Too long."))
+    failed = dump(_entry("ann", error, NO_THOUGHTS, shares=False))
     assert failed["agent"] == "ann"
     assert failed["error"]["message"] == "Too long."
     assert set(failed) == {"agent", "error"}

@@ -35,6 +35,13 @@ OPERATIONS = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
     ("/v1/rounds", "POST"),
+    ("/v1/responses", "POST"),
+    ("/v1/responses/{response_id}", "GET"),
+    ("/v1/responses/{response_id}", "DELETE"),
+    ("/v1/embeddings", "POST"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
+    ("/version", "GET"),
 ]
 # Not among them: that all is accepted which fits the document, since it does not have all rules;
 # and that nothing else is, since numbers are read from texts, too.
@@ -65,10 +72,10 @@ def document(client: httpx.Client) -> dict[str, Any]:
     document: dict[str, Any] = client.get("/openapi.json").json()
     for schema in document["components"]["schemas"].values():
         fields = schema.get("properties", {})
-        if "messages" in fields or "prompt" in fields or "agents" in fields:
+        if fields.keys() & {"messages", "prompt", "agents", "input", "tokens"}:
             fields["model"] = {"enum": ["tiny"]}
-        if "max_tokens" in fields:
-            fields["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": 4}
+        for name in fields.keys() & {"max_tokens", "max_output_tokens"}:
+            fields[name] = {"type": "integer", "minimum": 1, "maximum": 4}
     return document
 
 

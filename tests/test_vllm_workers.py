@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from test_vllm import FINISH, NUM_AGENTS, PYTHON, ROUND, run_in_vllm, tokens
 from tiny_models import save_model
 from tokendance import LLM, SamplingParams
+from tokendance.bench.vllm import VLLMConfig, child_environment
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
+from vllm_server import SCENARIOS, run
 
 pytestmark = [
     pytest.mark.vllm,
@@ -50,7 +52,7 @@ def check_round(result: Mapping[str, Any], embedded: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     "engine",
     [
-        {},
+        {"async_scheduling": False},
         {"max_num_batched_tokens": 48, "async_scheduling": True},
     ],
     ids=["whole", "in chunks, asynchronous"],
@@ -59,6 +61,8 @@ def test_the_v2_runner(engine: Mapping[str, Any], model: Path, embedded: list[li
     results = run_in_vllm(model, SCENARIO, engine={"max_num_seqs": 8, **engine}, **V2)
     check_round(results["round"], embedded)
     assert results["runner"] == "vllm.v1.worker.cpu.model_runner"
+    is_async = bool(engine.get("async_scheduling"))
+    assert results["scheduler"] == ("AsyncRoundScheduler" if is_async else "RoundScheduler")
 
 
 @pytest.mark.parametrize(
@@ -147,3 +151,15 @@ def test_adapters_are_tenants(model: Path, embedded: list[list[int]], tmp_path: 
     assert tokens(results["a"], "a") != tokens(results["b"], "b")
     assert tokens(results["without"]) == embedded != tokens(results["a"], "a")
     assert results["both"]["missing_blocks"] == 0
+
+
+def test_the_kernel_computes_on_the_threads_that_torch_has() -> None:
+    """Also where vLLM's advice is followed, and another OpenMP runtime is preloaded."""
+    assert PYTHON is not None
+    environment = child_environment(PYTHON, VLLMConfig(threads=3))
+    if "libiomp5" not in environment.get("LD_PRELOAD", ""):
+        pytest.skip("Intel's OpenMP is not beside vLLM")
+    printed = run([PYTHON, "-P", SCENARIOS / "threads.py"], "", environment)
+    of_torch, more = map(int, printed.split())
+    assert of_torch >= 2
+    assert more == 0

@@ -39,6 +39,7 @@ class _Engine(EngineOptions):
     store_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
 
 
+_SUITE = Group("Suite", sort_key=1)
 _ENGINE = Group("Engine", sort_key=2)  # after what is the command's own
 
 
@@ -86,6 +87,31 @@ def run(
         from tokendance.commands.run import run_trace
 
     run_trace(settings, engine, Console())
+
+
+@app.command
+def view(
+    file: Annotated[Path, Parameter(help="a run that `tokendance run --record` has written.")],
+    /,
+    *,
+    html: Annotated[
+        Path | None,
+        Parameter(help="write one file for any browser, without a server.", metavar="FILE"),
+    ] = None,
+    port: Annotated[int, Parameter(help="on this machine; 0 takes any that is free.")] = 8001,
+    browser: Annotated[bool, Parameter(help="open it in a browser.")] = False,
+) -> None:
+    """Show a recorded run: who read what, whence it came, in which time and memory.
+
+    `tokendance view run.json` serves it to browsers of this machine; `tokendance view run.json
+    --html run.html` writes one file to keep or to send.
+    """
+    from tokendance.commands.view import serve_page, write_page
+
+    if html is not None:
+        write_page(file, html, Console())
+    else:
+        serve_page(file, port, Console(), open_browser=browser)
 
 
 def _read_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -148,7 +174,18 @@ def bench(
     ],
     /,
     *,
-    settings: Annotated[BenchSettings, _flat("Suite", only="(?!engine$).*")] = BenchSettings(),
+    settings: Annotated[
+        BenchSettings, _flat(_SUITE, only="(?!engine$|inside$).*")
+    ] = BenchSettings(),
+    inside: Annotated[
+        Literal["embedded", "vllm"],
+        Parameter(
+            name="--engine",
+            group=_SUITE,
+            help="vllm: TokenDance inside vLLM against the same vLLM without it (make vllm), in "
+            "plain, prefill, decode, capacity and fidelity.",
+        ),
+    ] = "embedded",
     outputs: Annotated[BenchOutputs, _flat("Results")] = BenchOutputs(),
     engine: Annotated[
         _Engine, _flat(_ENGINE, only="engine|device|attention|max_num_batched_tokens|threads")
@@ -162,9 +199,8 @@ def bench(
     with importing():
         from tokendance.commands.bench import run_bench
 
-    run_bench(
-        None if suite == "all" else suite, replace(settings, engine=engine), outputs, Console()
-    )
+    settings = replace(settings, engine=engine, inside="vllm" if inside == "vllm" else None)
+    run_bench(None if suite == "all" else suite, settings, outputs, Console())
 
 
 @app.command

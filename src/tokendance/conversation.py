@@ -53,6 +53,9 @@ class TextEncoder(Protocol):
     def without_special(self, token_ids: Sequence[int]) -> list[int]:
         """Leave special tokens out."""
 
+    def told(self, prompt: TokenIds, text: str, *, is_cut: bool, with_thoughts: bool) -> str | None:
+        """An answer as others are told it; None for all of it, as it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Agent:
@@ -184,15 +187,23 @@ class Conversation:
         self._params = SamplingParams() if params is None else params
         check_params(self._params)
         self._max_history = max_history
+        self._shares_thoughts = False
         self._members: dict[str, _Member] = {}
         self._previous_blocks: tuple[Part, ...] = ()
 
-    def configure(self, params: SamplingParams | None, max_history: int | None) -> None:
-        """Change what is given, from the next round on."""
+    def configure(
+        self,
+        params: SamplingParams | None = None,
+        max_history: int | None = None,
+        share_reasoning: bool | None = None,
+    ) -> None:
+        """Change what is given, from the next round on; see `LLM.session()`."""
         if params is not None:
             check_params(params)
             self._params = params
         self._max_history = self._max_history if max_history is None else max_history
+        if share_reasoning is not None:
+            self._shares_thoughts = share_reasoning
 
     # -- who takes part -----------------------------------------------------------------------
 
@@ -349,6 +360,11 @@ class Conversation:
 
     def _words(self, output: Output) -> tuple[int, ...]:
         """What an agent said, as token ids that are safe in everybody's prompt."""
+        prompt, is_cut = output.prompt_token_ids, output.finish_reason == "length"
+        shared = self._shares_thoughts
+        told = self.encoder.told(prompt, output.text, is_cut=is_cut, with_thoughts=shared)
+        if told is not None:
+            return tuple(self.encoder.text_ids(told).tolist())
         if output.stopped_by_text:  # the last tokens spell the stop text
             return tuple(self.encoder.text_ids(output.text).tolist())
         return tuple(self.encoder.without_special(output.token_ids))

@@ -133,7 +133,7 @@ class LLM:
         self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)
         self.engine.observe(self._figures)
         self.turns = Turns()
-        self.shadows = Shadows(options.shadow)
+        self.shadows = Shadows(options.shadow, self.engine.emit)
         self.engine.attach(self.shadows)
         self.requests = RequestMaker(model, self.encoder, self.shadows, options)
         self.tier: DiskTier | None = None
@@ -289,6 +289,7 @@ class LLM:
         params: SamplingParams | None = None,
         max_history: int | None = None,
         ttl_s: float | None = None,
+        share_reasoning: bool | None = None,
     ) -> Session:
         """Begin a session, or go on with one: agents that hear each other from round to round.
 
@@ -302,6 +303,8 @@ class LLM:
             max_history: past rounds that agents remember; as many as fit the context if left out.
             ttl_s: seconds after its last round in which it is sure to be kept; for ever if left
                 out.
+            share_reasoning: whether agents hear what the others thought before they spoke, where
+                the model thinks. They do not if left out, and none remembers its own thoughts.
 
         Raises:
             InputError: for a name that cannot be.
@@ -311,6 +314,7 @@ class LLM:
         for setting, value, is_fit, wanted in (
             ("agents", agents, _are_agents(agents), "a list of Agents"),
             ("max_history", max_history, isinstance(max_history, int | None), "a whole number"),
+            ("share_reasoning", share_reasoning, share_reasoning in (None, True, False), "a bool"),
             ("ttl_s", ttl_s, ttl_s is None or is_number(ttl_s), "a number of seconds"),
         ):
             if not is_fit:
@@ -328,7 +332,12 @@ class LLM:
                 session.load()
                 if key is not None and self.tier is not None:
                     self._sessions[key] = session
-            session.configure(params=params, max_history=max_history, ttl_s=ttl_s)
+            session.configure(
+                params=params,
+                max_history=max_history,
+                ttl_s=ttl_s,
+                share_reasoning=share_reasoning,
+            )
             here = {agent.name for agent in session.agents}
             for agent in agents:
                 if agent.name not in here:

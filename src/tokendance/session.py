@@ -80,10 +80,11 @@ class Session:
         params: SamplingParams | None = None,
         max_history: int | None = None,
         ttl_s: float | None = None,
+        share_reasoning: bool | None = None,
     ) -> None:
         """Change what is given, from the next round on; see `LLM.session()`."""
         with self._turns.take():
-            self._conversation.configure(params, max_history)
+            self._conversation.configure(params, max_history, share_reasoning)
             self.ttl_s = self.ttl_s if ttl_s is None else ttl_s
 
     # -- who takes part -----------------------------------------------------------------------

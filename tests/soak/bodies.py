@@ -26,7 +26,7 @@ SCHEMA = {
 HOSTILE = {
     name: schema for name, schema in attacks().items() if name not in ("all of", "enum", "numbers")
 }
-TOOLS = [
+TOOLS: list[Body] = [
     {
         "type": "function",
         "function": {
@@ -62,6 +62,48 @@ def chat(rng: random.Random, words: int = 20) -> Body:
         body |= {"tools": TOOLS, "tool_choice": choice, "max_tokens": 60}
     elif kind < 0.35:
         body |= {"logprobs": True, "top_logprobs": rng.randint(0, 5)}
+    return body
+
+
+def response(rng: random.Random) -> Body:
+    """A conversation as /v1/responses takes it."""
+    body = chat(rng)
+    same = ("temperature", "stream", "stop", "seed", "top_p", "top_k", "tool_choice")
+    found = {name: body[name] for name in same if name in body}
+    found |= {"model": MODEL, "max_output_tokens": body["max_tokens"]}
+    messages: list[Body] = [dict(message) for message in body["messages"]]
+    for message in messages:
+        if not isinstance(message["content"], str):
+            message["content"] = [{"type": "input_text", "text": "and now?"}]
+    found["input"] = messages if rng.random() < 0.7 else messages[-1]["content"]
+    if "tools" in body:
+        found["tools"] = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        found["input"] = [
+            {"role": "user", "content": [{"type": "input_text", "text": sentence(rng, 3)}]},
+            {"type": "function_call", "call_id": "1", "name": "walk", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": sentence(rng, 3)},
+        ]
+    if "response_format" in body:
+        found["text"] = {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}
+    if rng.random() < 0.3:
+        found |= {"instructions": sentence(rng, 5), "store": rng.random() < 0.5}
+    if body.get("logprobs"):
+        found |= {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    return found
+
+
+def embedding(rng: random.Random) -> Body:
+    """Texts to make vectors of, or token ids."""
+    given: Any = [sentence(rng, rng.randint(1, 20)) for _ in range(rng.choice([1, 3, 30]))]
+    if rng.random() < 0.3:
+        given = [[rng.randrange(300) for _ in range(rng.randint(1, 100))] for _ in given]
+    if rng.random() < 0.3:
+        given = given[0]
+    body: Body = {"model": MODEL, "input": given}
+    if rng.random() < 0.5:
+        body["encoding_format"] = rng.choice(["float", "base64"])
+    if rng.random() < 0.3:
+        body["dimensions"] = rng.randint(1, 16)
     return body
 
 

@@ -41,6 +41,8 @@ def is_error(document: Any) -> bool:
 
 def _problem_of_events(body: bytes) -> str | None:
     events = body.decode().split("\n\n")
+    if events[0].startswith("event: "):
+        return _problem_of_named_events(events)
     if events.pop() != "" or not all(event.startswith("data: ") for event in events):
         return f"a stream with {body[-300:]!r} at its end"
     last = events.pop().removeprefix("data: ")
@@ -54,11 +56,24 @@ def _problem_of_events(body: bytes) -> str | None:
     return None
 
 
+def _problem_of_named_events(events: list[str]) -> str | None:
+    """What is wrong with a stream of /v1/responses, whose last event tells how it ended."""
+    if events.pop() != "":
+        return f"a stream with {events[-1][-300:]!r} at its end"
+    for index, event in enumerate(events):
+        name, _, data = event.partition("\ndata: ")
+        document = json.loads(data)
+        if name != f"event: {document['type']}" or document["sequence_number"] != index:
+            return f"event {index} is {event[:300]}"
+    ends = ("response.completed", "response.incomplete")
+    return None if document["type"] in ends else f"a stream that ends with {data[:300]}"
+
+
 def _problem_of_document(document: Any, shown: str) -> str | None:
     """What is wrong with a document; agents of a round may have errors of their own."""
     entries = [document, *document.get("agents", ())] if isinstance(document, dict) else [document]
     for entry in entries:
-        if "error" in entry:
+        if entry.get("error") is not None:
             error = {"error": entry["error"]}
             if not is_error(error) or entry["error"]["type"] == "server_error":
                 return f"{entry} in {shown}"

@@ -48,6 +48,9 @@ _CANARIES = [
 _CHAT = "/v1/chat/completions"
 _COMPLETIONS = "/v1/completions"
 _ROUNDS = "/v1/rounds"
+_RESPONSES = "/v1/responses"
+_EMBEDDINGS = "/v1/embeddings"
+_TOKENIZE = "/tokenize"
 _FUZZED = (200, 400, 404, 409, 413)
 
 
@@ -127,6 +130,9 @@ class Clients:
         loops: list[tuple[Callable[[random.Random], Awaitable[None]], int]] = [
             (self._lone, 4),
             (self._completion, 2),
+            (self._response, 2),
+            (self._embedding, 1),
+            (self._tokens, 1),
             (self._round_by_content, 2),
             (self._round_by_name, 2),
             (self._round_in_one_call, 1),
@@ -243,6 +249,36 @@ class Clients:
     async def _completion(self, rng: random.Random) -> None:
         await self._ask("completion", _COMPLETIONS, bodies.completion(rng), key=self._key(rng))
 
+    async def _response(self, rng: random.Random) -> None:
+        """An answer, and one that goes on from it; another tenant cannot."""
+        key = self._key(rng)
+        body = bodies.response(rng) | {"stream": False}
+        reply = await self._ask("response", _RESPONSES, body, key=key)
+        if reply is None or reply.status != 200:
+            return
+        first = json.loads(reply.body)["id"]
+        others = [other for other in self.target.keys if other != key]
+        more = bodies.response(rng) | {"previous_response_id": first, "max_output_tokens": 4}
+        is_kept = body.get("store") is not False
+        for asker, expected in [(key, 200 if is_kept else 400), *((one, 400) for one in others)]:
+            # It may be forgotten by now, or what was said be too long.
+            statuses = (expected, 400)
+            await self._ask("response", _RESPONSES, more, key=asker, expected=statuses)
+        url = f"{_RESPONSES}/{first}"
+        method = rng.choice(["GET", "DELETE"])
+        await self._ask("kept", url, b"", key=key, method=method, expected=(200, 404))
+
+    async def _embedding(self, rng: random.Random) -> None:
+        body = bodies.embedding(rng)
+        await self._ask("embedding", _EMBEDDINGS, body, key=self._key(rng))
+
+    async def _tokens(self, rng: random.Random) -> None:
+        body = {"messages": bodies.chat(rng)["messages"]}
+        reply = await self._ask("tokens", _TOKENIZE, body, key=self._key(rng))
+        if reply is not None and reply.status == 200:
+            found = {"tokens": json.loads(reply.body)["tokens"]}
+            await self._ask("tokens", "/detokenize", found, key=self._key(rng))
+
     async def _round_by_content(self, rng: random.Random) -> None:
         await self._together("round found", rng, bodies.agents(rng, rng.randint(2, 10)))
 
@@ -299,7 +335,7 @@ class Clients:
         await asyncio.sleep(max(0.0, min(_BURST_EVERY_S, self._end - time.monotonic())))
 
     async def _operator(self, rng: random.Random) -> None:
-        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models"):
+        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/"):
             await self._ask("operator", path, b"", key=self._key(rng), method="GET")
         await asyncio.sleep(1)
 
@@ -341,6 +377,8 @@ class Clients:
             (_CHAT, bodies.chat(rng)),
             (_COMPLETIONS, bodies.completion(rng)),
             (_ROUNDS, bodies.whole_round(rng, 6)),
+            (_RESPONSES, bodies.response(rng)),
+            (_EMBEDDINGS, bodies.embedding(rng)),
         ])  # fmt: skip
         await self._ask("leave waiting", path, body, key=self._key(rng), leave=leave)
 
@@ -371,6 +409,9 @@ class Clients:
             (_COMPLETIONS, bodies.completion(rng)),
             (_ROUNDS, bodies.whole_round(rng, 3)),
             (_ROUNDS, bodies.session_round(rng)),
+            (_RESPONSES, bodies.response(rng)),
+            (_EMBEDDINGS, bodies.embedding(rng)),
+            (_TOKENIZE, {"messages": bodies.chat(rng)["messages"]}),
         ])  # fmt: skip
         data = mutated(rng, body)
         await self._ask(f"fuzz {path}", path, data, key=self._key(rng), expected=_FUZZED)
@@ -415,9 +456,7 @@ class Clients:
         elif kind == 2:
             await self._ask("no model", _CHAT, body | {"model": "x"}, key=key, expected=(404,))
         elif kind == 3:
-            path = rng.choice(
-                ["/", "/v1", "/v1/embeddings", f"{_CHAT}/", "/v1/models/%ff%00", "//"]
-            )
+            path = rng.choice(["/", "/v1", "/v1/images", f"{_CHAT}/", "/v1/models/%ff%00", "//"])
             expected = (200, 307, 404, 405)
             await self._ask("no path", path, body, key=key, expected=expected)
         elif kind == 4:

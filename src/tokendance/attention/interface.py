@@ -77,12 +77,14 @@ class PackedRequest:
         slots: int, of its tokens at positions 0 ... positions[-1], new ones included. Every slot
             is either filled, or written by some request of the same batch.
         ranges: of these slots, as far as earlier steps have found them; `make_plan` goes on there.
+        reads_others: whether KV of others is among them.
     """
 
     first_row: int
     positions: IntArray
     slots: IntArray
     ranges: SlotRanges = field(default_factory=SlotRanges)
+    reads_others: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +139,7 @@ class Backend(Protocol):
         keys: Tensor,
         values: Tensor,
         scale: float,
+        output: Tensor | None = None,
     ) -> Tensor:
         """Write the new keys and values into memory, then attend.
 
@@ -148,9 +151,10 @@ class Backend(Protocol):
             keys: (KVH, S, D), the layer's memory; written at `write_slots`.
             values: (KVH, S, D), likewise.
             scale: of the scores.
+            output: contiguous (T, H, D), in the query's dtype; the result is written there.
 
         Returns:
-            (T, H, D), in the query's dtype.
+            `output`, or a new tensor like it.
         """
         ...
 

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tokendance.attention import _native
 from tokendance.attention.interface import LayerKind, PackedBatch, windows_of
 from tokendance.attention.plan import Int32Array, make_plan
-from tokendance.attention.rope import OffsetTables, RopeLayout
+from tokendance.attention.rope import Rope, RopeLayout
+
+Table = npt.NDArray[np.float32]
 
 
 def can_serve(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -39,14 +42,14 @@ class NativeBackend:
         self._layers = layers
         self._step: _native.Step | None = None
         self._key_begin: dict[int, Int32Array] = {}
-        self._tables = OffsetTables(np.zeros(1, np.int64), device)
-        self._device = device
+        self._offsets = np.zeros(1, np.int64)
+        self._tables: dict[Rope, tuple[Table, Table]] = {}
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; what layers have in common is made by the first of them."""
         plan = make_plan(batch, windows_of(self._layers))
         self._key_begin = plan.key_begin
-        self._tables = OffsetTables(-plan.offsets, self._device)
+        self._offsets, self._tables = -plan.offsets, {}
         self._step = _native.Step(
             self.kernel,
             len(batch.slot_position),
@@ -69,13 +72,15 @@ class NativeBackend:
         keys: Tensor,
         values: Tensor,
         scale: float,
+        output: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.attend`."""
         assert self._step is not None, "attend() before prepare()"
         kind = self._layers[layer]
-        cos, sin = self._tables.of(kind.rope)
-        kv_heads, group, rows, size = query.shape
-        output = query.new_empty(rows, kv_heads * group, size)
+        cos, sin = self._tables_of(kind.rope)
+        if output is None:
+            kv_heads, group, rows, size = query.shape
+            output = query.new_empty(rows, kv_heads * group, size)
         self._step.attend(
             query,
             key,
@@ -84,10 +89,17 @@ class NativeBackend:
             values,
             output,
             None if kind.window is None else self._key_begin[kind.window],
-            cos.numpy(),
-            sin.numpy(),
+            cos,
+            sin,
             kind.rope.layout is RopeLayout.INTERLEAVED,
             scale,
             torch.get_num_threads(),
         )
         return output
+
+    def _tables_of(self, rope: Rope) -> tuple[Table, Table]:
+        """Cosines and sines of the step's offsets, made by the first layer that needs them."""
+        if rope not in self._tables:
+            cos, sin = rope.tables(self._offsets, torch.device("cpu"))
+            self._tables[rope] = cos.numpy(), sin.numpy()
+        return self._tables[rope]

@@ -38,6 +38,7 @@ class ReferenceBackend:
         keys: Tensor,
         values: Tensor,
         scale: float,
+        output: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.attend`."""
         rope, window = self._layers[layer].rope, self._layers[layer].window
@@ -46,7 +47,8 @@ class ReferenceBackend:
         keys[:, write] = key
         values[:, write] = value
         kv_heads, group, rows, size = query.shape
-        output = query.new_empty(rows, kv_heads * group, size)
+        if output is None:
+            output = query.new_empty(rows, kv_heads * group, size)
         for request in self._batch.requests:
             length = int(request.positions[-1]) + 1
             slots = torch.as_tensor(request.slots[:length].astype(np.int64), device=self._device)

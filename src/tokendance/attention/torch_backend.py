@@ -78,6 +78,7 @@ class TorchBackend:
         keys: Tensor,
         values: Tensor,
         scale: float,
+        output: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.attend`."""
         kind = self._layers[layer]
@@ -88,7 +89,7 @@ class TorchBackend:
         kv_heads, group, rows, size = query.shape
         # Laid out as the model wants it back; summed in float32.
         result = torch.zeros(rows, kv_heads, group, size, dtype=torch.float32, device=query.device)
-        output = result.permute(1, 2, 0, 3)
+        by_head = result.permute(1, 2, 0, 3)
         lse = torch.full((kv_heads, group, rows), -math.inf, device=query.device)
         cos, sin = self._tables.of(kind.rope)
         for call in self._calls[kind.window]:
@@ -99,8 +100,9 @@ class TorchBackend:
             partial, partial_lse = _attention(
                 stacked, _take(keys, call.ranges), _take(values, call.ranges), scale, call.mask
             )
-            merge_rows(output, lse, partial, partial_lse, call.rows)
-        return result.to(query.dtype).view(rows, kv_heads * group, size)
+            merge_rows(by_head, lse, partial, partial_lse, call.rows)
+        result = result.view(rows, kv_heads * group, size)
+        return result.to(query.dtype) if output is None else output.copy_(result)
 
     def _calls_of(self, window: int | None) -> Iterator[_Call]:
         assert self._plan is not None, "attend() before prepare()"

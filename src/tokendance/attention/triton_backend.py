@@ -13,22 +13,19 @@ paired up anyway, at an angle of zero.
 `tests/compile_triton.py` compiles the kernels without a GPU, and prints what they take of one.
 """
 
-import itertools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokendance.attention.interface import IntArray, LayerKind, PackedBatch, windows_of
-from tokendance.attention.plan import Plan, make_plan
-from tokendance.attention.rope import OffsetTables, RopeLayout
+from tokendance.attention.interface import LayerKind, PackedBatch
+from tokendance.attention.rope import RopeLayout
+from tokendance.attention.triton_plan import DevicePlan, PlanSender
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 _WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,9 +76,11 @@ def _attend_kernel(
     query_group_stride,
     query_row_stride,
     memory_head_stride,
+    memory_page_stride,
     memory_slot_stride,
     num_heads,
     scale,
+    page_size: tl.constexpr,
     group: tl.constexpr,
     size: tl.constexpr,
     rotary_dim: tl.constexpr,
@@ -130,8 +129,9 @@ def _attend_kernel(
     )
     memory = kv_head.to(tl.int64) * memory_head_stride
     in_block = tl.arange(0, block_keys)
-    key_tile = in_block[None, :] * memory_slot_stride + order[:, None]
-    value_tile = in_block[:, None] * memory_slot_stride + component[None, :]
+    if page_size == 0:  # all slots have one stride
+        key_tile = in_block[None, :] * memory_slot_stride + order[:, None]
+        value_tile = in_block[:, None] * memory_slot_stride + component[None, :]
 
     largest = tl.full([block_queries], float("-inf"), tl.float32)
     total = tl.zeros([block_queries], tl.float32)
@@ -166,7 +166,15 @@ def _attend_kernel(
             for block in range(begin, end, block_keys):
                 key = block + in_block
                 inside = key < end
-                at = memory + (slot + block) * memory_slot_stride
+                if page_size == 0:
+                    at = memory + (slot + block) * memory_slot_stride
+                else:
+                    slots = slot + key
+                    at = memory
+                    start = (slots // page_size) * memory_page_stride
+                    start += (slots % page_size) * memory_slot_stride
+                    key_tile = start[None, :] + order[:, None]
+                    value_tile = start[:, None] + component[None, :]
                 transposed = tl.load(keys + at + key_tile, mask=inside[None, :], other=0.0)
                 scores = _dot(rotated, transposed, widen)
                 visible = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
@@ -225,22 +233,6 @@ def _merge_kernel(
     tl.store(output + at + component, (result / total).to(output.dtype.element_ty))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _DevicePlan:
-    """The plan's arrays on the device; see `Plan`, `_tasks` and `_merge_kernel`."""
-
-    tasks: Tensor
-    rows: Tensor
-    slot_begin: Tensor
-    rotations: Tensor
-    key_end: Tensor
-    key_begin: dict[int, Tensor]
-    partial_indptr: Tensor
-    partial_index: Tensor
-    write: Tensor
-    tables: OffsetTables
-
-
 class TritonBackend:
     """Attention by the kernels of this file."""
 
@@ -251,12 +243,14 @@ class TritonBackend:
         assert can_serve(head_dim, dtype)
         self._layers = layers
         self._device = device
+        self._sender = PlanSender(layers, device)
         self._batch: PackedBatch | None = None
-        self._plan: _DevicePlan | None = None
+        self._plan: DevicePlan | None = None
         self._tiling = _tiling(head_dim, dtype)
+        self._partials: tuple[Tensor, Tensor] | None = None
 
     def prepare(self, batch: PackedBatch) -> None:
-        """Plan the step; the plan goes to the device with the first layer, which knows G."""
+        """Take the step; it is planned with the first layer, which knows G."""
         self._batch, self._plan = batch, None
 
     def attend(
@@ -268,21 +262,48 @@ class TritonBackend:
         keys: Tensor,
         values: Tensor,
         scale: float,
+        output: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.attend`."""
-        assert self._batch is not None, "attend() before prepare()"
+        kv_heads, group, rows, size = query.shape
+        write = self._planned(group).write
+        keys.index_copy_(1, write, key)
+        values.index_copy_(1, write, value)
+        if output is None:
+            output = query.new_empty(rows, kv_heads * group, size)
+        self.read(layer, query, keys[:, None], values[:, None], scale, output)
+        return output
+
+    def read(
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        output: Tensor,
+    ) -> None:
+        """Attend to what is written, in whatever pages.
+
+        Args:
+            layer: index of the layer.
+            query: (KVH, G, T, D), rotated to each row's position.
+            keys: (KVH, pages, page size, D), the layer's memory; slots are numbered page by page.
+                Heads, pages and slots may lie in any order, D is contiguous.
+            values: (KVH, pages, page size, D), laid out likewise.
+            scale: of the scores.
+            output: contiguous (T, H, D), written.
+        """
         kv_heads, group, rows, size = query.shape
         heads = kv_heads * group
-        tiling = self._tiling
-        block_queries = max(tiling.block_queries, triton.next_power_of_2(group))
-        if self._plan is None:
-            self._plan = self._to_device(self._batch, block_queries // group)
-        plan, kind = self._plan, self._layers[layer]
-        keys.index_copy_(1, plan.write, key)
-        values.index_copy_(1, plan.write, value)
-        partials = query.new_empty(len(plan.rows), heads, size, dtype=torch.float32)
-        partial_lse = query.new_empty(len(plan.rows), heads, dtype=torch.float32)
-        output = query.new_empty(rows, heads, size)
+        assert keys.stride() == values.stride(), "keys and values are laid out alike"
+        _, num_pages, page_size, _ = keys.shape
+        head_stride, page_stride, slot_stride, _ = keys.stride()
+        if num_pages == 1 or page_stride == page_size * slot_stride:
+            page_size = 0
+        plan, kind, tiling = self._planned(group), self._layers[layer], self._tiling
+        block_queries = self._block_queries(group)
+        partials, partial_lse = self._room(len(plan.rows) * heads, size)
         with _current(self._device):
             _attend_kernel[(len(plan.tasks), kv_heads)](
                 query,
@@ -296,14 +317,16 @@ class TritonBackend:
                 plan.rotations,
                 plan.key_end if kind.window is None else plan.key_begin[kind.window],
                 plan.key_end,
-                *plan.tables.of(kind.rope),
+                *plan.tables[kind.rope],
                 query.stride(0),
                 query.stride(1),
                 query.stride(2),
-                keys.stride(0),
-                keys.stride(1),
+                head_stride,
+                page_stride,
+                slot_stride,
                 heads,
                 scale,
+                page_size=page_size,
                 group=group,
                 size=size,
                 rotary_dim=2 * len(kind.rope.inv_freq),
@@ -324,59 +347,28 @@ class TritonBackend:
                 heads,
                 size=size,
             )
-        return output
 
-    def _to_device(self, batch: PackedBatch, rows_per_task: int) -> _DevicePlan:
-        plan = make_plan(batch, windows_of(self._layers))
-        order = np.argsort(plan.rows, kind="stable")
-        return _DevicePlan(
-            tasks=self._tensor(_tasks(plan, rows_per_task)),
-            rows=self._tensor(plan.rows),
-            slot_begin=self._tensor(plan.slot_begin),
-            rotations=self._tensor(plan.rotations),
-            key_end=self._tensor(plan.key_end),
-            key_begin={window: self._tensor(begin) for window, begin in plan.key_begin.items()},
-            partial_indptr=self._tensor(
-                np.searchsorted(plan.rows[order], np.arange(batch.num_rows + 1))
-            ),
-            partial_index=self._tensor(order),
-            write=self._tensor(batch.write_slots()),
-            tables=OffsetTables(-plan.offsets, self._device),
-        )
+    def _room(self, num_partials: int, size: int) -> tuple[Tensor, Tensor]:
+        """Room for results that are merged, and their log-sum-exps; layers use it in turn."""
+        if self._partials is None or num_partials > len(self._partials[1]):
+            num_partials += num_partials // 4  # as contexts grow
+            lse = torch.empty(num_partials, dtype=torch.float32, device=self._device)
+            self._partials = lse.new_empty(num_partials * size), lse
+        return self._partials
 
-    def _tensor(self, values: IntArray) -> Tensor:
-        return torch.as_tensor(values, device=self._device)
+    def _block_queries(self, group: int) -> int:
+        return max(self._tiling.block_queries, 1 << (group - 1).bit_length())
+
+    def _planned(self, group: int) -> DevicePlan:
+        assert self._batch is not None, "attend() before prepare()"
+        if self._plan is None:
+            self._plan = self._sender.send(self._batch, self._block_queries(group) // group)
+        return self._plan
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the one that kernels are launched on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _tasks(plan: Plan, rows_per_task: int) -> IntArray:
-    """Tiles of read groups, int64 (tasks, 6): see the beginning of `_attend_kernel`."""
-    tasks: list[tuple[int, ...]] = []
-    first_read = 0
-    indptr = zip(
-        itertools.pairwise(plan.row_indptr.tolist()),
-        itertools.pairwise(plan.range_indptr.tolist()),
-        strict=True,
-    )
-    for (row_begin, row_end), (range_begin, range_end) in indptr:
-        num_rows = row_end - row_begin
-        tasks.extend(
-            (
-                row_begin + row,
-                min(rows_per_task, num_rows - row),
-                range_begin,
-                range_end,
-                first_read + row,
-                num_rows,
-            )
-            for row in range(0, num_rows, rows_per_task)
-        )
-        first_read += num_rows * (range_end - range_begin)
-    return np.array(tasks, np.int64)
 
 
 def can_serve(head_dim: int, dtype: torch.dtype) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tokendance.collector.planner import Planner
+from tokendance.engine.answers import add_token, text_of
 from tokendance.engine.events import (
     Admitted,
     EngineObserver,
@@ -21,10 +22,9 @@ from tokendance.engine.events import (
 )
 from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.open_rounds import OpenRounds
-from tokendance.engine.request import Request, RequestId, as_failure, make_neutral, make_output
+from tokendance.engine.request import Request, RequestId, as_failure, make_neutral
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
-from tokendance.engine.stops import append
 from tokendance.engine.tenants import TenantRules
 from tokendance.errors import (
     AbortedError,
@@ -149,7 +149,8 @@ class Engine:
             round_id,
         )
         for prompt in neutral:
-            owner = make_neutral(prompt, round_id, RequestId(next(self._request_ids)), now)
+            request_id = RequestId(next(self._request_ids))
+            owner = make_neutral(prompt, round_id, request_id, now, guarded[0].tenant)
             self._rounds.add_neutral(owner)
             self.scheduler.add(owner)
         for request in guarded:
@@ -234,7 +235,7 @@ class Engine:
                 self.scheduler.resident_pages(),
             )
         )
-        self._take(scheduled, output, now)
+        self._take(scheduled, step, output, now)
 
     def _admit(self) -> None:
         num_evicted = self.store.num_evicted
@@ -244,11 +245,7 @@ class Engine:
             self.emit(Evicted(now, self.store.num_evicted - num_evicted))
         events: dict[RoundId, list[Admitted]] = {}
         for request in admitted:
-            assert request.plan is not None
-            assert request.allocation is not None
-            runs = request.allocation.owned_runs
-            event = Admitted(now, request.id, request.round_id, request.agent, request.plan, runs)
-            events.setdefault(request.round_id, []).append(event)
+            events.setdefault(request.round_id, []).append(Admitted.of(request, now))
         for round_id, of_round in events.items():
             if (started := self._rounds.start(round_id)) is not None:
                 num_requests = len(started.requests)
@@ -288,20 +285,25 @@ class Engine:
         """Fail requests of which none can be computed, since each waits for another."""
         for request in list(self.scheduler.running):
             error = StepError(
-                f"The request of {request.agent!r} waits for KV that nobody computes. Ask again."
+                f"The request{request.whose} waits for KV that nobody computes. Ask again."
             )
             log.error("%s", error)
             self._fail(request, error, keep_kv=False)
 
     # -- after a step ---------------------------------------------------------------------------
 
-    def _take(self, scheduled: Sequence[Scheduled], output: StepOutput, now: float) -> None:
+    def _take(
+        self, scheduled: Sequence[Scheduled], step: StepInput, output: StepOutput, now: float
+    ) -> None:
         """Take the tokens that were chosen, and let go of requests that are done or have failed."""
         wanting = [
             item.request
             for item in scheduled
             if item.request.num_computed == item.request.num_to_compute
         ]
+        targets = iter(output.targets)
+        for share, item in zip(step.requests, scheduled, strict=True):
+            item.request.prompt_logprobs += itertools.islice(targets, len(share.targets))
         for request, is_finite in zip(wanting, output.is_finite, strict=True):
             if not is_finite and request.allocation is not None:
                 self._fail_numerics(request)
@@ -327,7 +329,7 @@ class Engine:
             request.first_token_s = now
             self.scheduler.mark_verified(request)
             self.emit(FirstToken(now, request.id, request.round_id))
-        reason = append(request, token, self._decode)
+        reason = add_token(request, token, self._decode)
         if reason is not None:
             self.scheduler.publish_answer(request)
             self._finish(request, reason)
@@ -341,7 +343,7 @@ class Engine:
         if request.num_retries < _MAX_RETRIES and self.scheduler.retry_without_suspects(request):
             return
         error = NumericsError(
-            f"The model produced NaN or infinity for {request.agent!r}. "
+            f"The model produced NaN or infinity in the request{request.whose}. "
             "Try dtype float32, or check the weights."
         )
         self._fail(request, error, keep_kv=False)
@@ -364,24 +366,11 @@ class Engine:
         if reason == "error":
             request.generated.clear()
         elif request.text is None:
-            request.text = self._decode(request.generated)
+            request.text = text_of(request, self._decode)
         self.scheduler.release(request, keep_kv=True)
 
     def _tell_end(self, request: Request) -> None:
-        assert request.finished_s is not None
-        assert request.arrived_s is not None
-        self.emit(
-            Finished(
-                request.finished_s,
-                request.id,
-                request.round_id,
-                make_output(request),
-                request.arrived_s,
-                request.first_token_s,
-                request.plan is not None and bool(request.plan.uses),
-                request.neutral,
-            )
-        )
+        self.emit(Finished.of(request))
 
     # -- telling --------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ class Reservations:
             budget += f", of which one tenant may have {self._kv_bytes(self._num_for_one)}"
             what_to_do = "Lower max_tokens, raise --kv-budget, or lower --reserved-kv."
         return BudgetError(
-            f"The request of {request.agent!r} needs {self._kv_bytes(num_pages)} of KV "
+            f"The request{request.whose} needs {self._kv_bytes(num_pages)} of KV "
             f"for {len(request.prompt)} prompt tokens and up to {request.max_new_tokens} more, and "
             f"{budget}. {what_to_do}"
         )

@@ -10,15 +10,33 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
 import numpy as np
 
 from tokendance.errors import PromptError
-from tokendance.rounds.prompts import Message, Part, Prompt, message_parts, split_text
+from tokendance.models.thoughts import (
+    Said,
+    Standing,
+    ThoughtMarks,
+    ThoughtParser,
+    count_thought_tokens,
+)
+from tokendance.rounds.prompts import (
+    Ending,
+    Message,
+    Part,
+    Prompt,
+    message_parts,
+    private,
+    split_text,
+)
 from tokendance.rounds.segments import EncodedPrompt, Salt, TokenIds, as_token_ids, build_prompt
 
+# Tokens that may follow a mark of a template: blanks, most often.
+_MARGIN = 8
 # Characters. What a template itself writes is short; tools that it lists need not be.
 _LONGEST_CACHED = 10_000
 
@@ -95,7 +113,7 @@ class PromptEncoder:
         if all(isinstance(item, Part) for item in content):
             return self._parts(content)  # type: ignore[arg-type]
         if all(isinstance(item, Mapping) for item in content):
-            return self._messages(content, prompt.tools, prompt.template_options)  # type: ignore[arg-type]
+            return self._messages(content, prompt)  # type: ignore[arg-type]
         if all(isinstance(item, int | np.integer) for item in content):
             return [(self._checked(content), False)]  # type: ignore[arg-type]
         raise PromptError(
@@ -127,13 +145,103 @@ class PromptEncoder:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    # -- thoughts -------------------------------------------------------------------------------
+
+    @cached_property
+    def thought_marks(self) -> ThoughtMarks | None:
+        """What the chat template has before and behind thoughts; None if it knows none.
+
+        Special tokens are no marks: no answer's text has them.
+        """
+        try:
+            template = str(self._tokenizer.get_chat_template())
+        except ValueError:
+            return None  # there is no template
+        marks = ThoughtMarks.found_in(template)
+        if marks is None or self.spells_special(marks.begin + marks.end):
+            return None
+        return marks
+
+    @cached_property
+    def drops_thoughts(self) -> bool:
+        """Whether the chat template leaves thoughts out that an earlier answer has in its text."""
+        marks, word = self.thought_marks, f"x{secrets.token_hex(8)}"
+        if marks is None:
+            return False
+        said = f"{marks.begin}\n{word}\n{marks.end}\n\nb"
+        question = {"role": "user", "content": "a"}
+        try:
+            return word not in self.render(
+                [question, {"role": "assistant", "content": said}, question]
+            )
+        except PromptError:
+            return False
+
+    def standing_behind(self, prompt_ids: TokenIds) -> Standing:
+        """Where an answer to a prompt begins: inside of thoughts if the template has begun them."""
+        marks = self.thought_marks
+        if marks is None:
+            return Standing.BEHIND
+        length = len(marks.end.encode()) + _MARGIN
+        last = self._tokenizer.decode(list(prompt_ids[-length:]), skip_special_tokens=False)
+        tail = str(last).rstrip()
+        if tail.endswith(marks.end):
+            return Standing.BEHIND  # it has been told not to think
+        return Standing.INSIDE if tail.endswith(marks.begin) else Standing.BEFORE
+
+    def thought_parser(self, standing: Standing) -> ThoughtParser | None:
+        """What reads an answer that begins so; None where there can be no thoughts."""
+        if self.thought_marks is None or standing is Standing.BEHIND:
+            return None
+        return ThoughtParser(self.thought_marks, standing)
+
+    def split_answer(self, prompt_ids: TokenIds, text: str, *, is_cut: bool) -> Said | None:
+        """Split the answer to a prompt; None if it has no thoughts.
+
+        Args:
+            prompt_ids: of the prompt.
+            text: of the answer.
+            is_cut: whether it ended by its length.
+        """
+        parser = self.thought_parser(self.standing_behind(prompt_ids))
+        if parser is None:
+            return None
+        said = parser.whole(text, is_cut=is_cut)
+        return said if parser.has_thoughts else None
+
+    def told(self, prompt: TokenIds, text: str, *, is_cut: bool, with_thoughts: bool) -> str | None:
+        """The text of an answer as others are told it, without its thoughts or with them.
+
+        None for an answer without any: they are told all of it, as it is.
+        """
+        said = self.split_answer(prompt, text, is_cut=is_cut)
+        if said is None or self.thought_marks is None or not (with_thoughts and said.thought):
+            return None if said is None else said.text
+        return self.thought_marks.join(said)
+
+    def count_thoughts(self, standing: Standing, token_ids: Sequence[int]) -> int:
+        """How many of an answer's tokens are thoughts, if it begins so."""
+        marks = self.thought_marks
+        if marks is None or standing is Standing.BEHIND:
+            return 0
+        return count_thought_tokens(lambda: ThoughtParser(marks, standing), token_ids, self.decode)
+
+    # -- the chat template ----------------------------------------------------------------------
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        ending: Ending = "answer",
     ) -> str:
         """What the chat template makes of messages, of tools that may be called, and of options.
+
+        Args:
+            messages: as the template reads them.
+            tools: see `Prompt`.
+            options: likewise.
+            ending: likewise; "continue" ends like "message" here.
 
         Raises:
             PromptError: if there is no template, if it refuses them, or for tools that spell a
@@ -156,7 +264,7 @@ class PromptEncoder:
                 tools=callable_tools,
                 chat_template=template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=ending == "answer",
                 **{name: value for name, value in (options or {}).items() if name in template},
             )
         except (
@@ -205,12 +313,7 @@ class PromptEncoder:
                 )
         return as_token_ids(values)
 
-    def _messages(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]],
-        options: Mapping[str, Any],
-    ) -> list[tuple[TokenIds, bool]]:
+    def _messages(self, messages: Sequence[Message], prompt: Prompt) -> list[tuple[TokenIds, bool]]:
         """Render the chat template around placeholders, then fill in the parts' ids.
 
         The template's text before a message of one part is one segment with it, so that shared
@@ -221,15 +324,25 @@ class PromptEncoder:
         parts: list[Part] = []
         marked: list[dict[str, Any]] = []
         alone: set[int] = set()  # parts that are a whole message
+        thoughts: set[int] = set()  # which the template may leave out
+
+        def mark(part: Part) -> str:
+            parts.append(part)
+            return f"{nonce}x{len(parts) - 1}x"
+
         for message in messages:
+            filled = {"role": self._role(message)}
+            if thought := message.get("reasoning_content"):
+                thoughts.add(len(parts))
+                filled["reasoning_content"] = mark(private(thought))
             of_message = message_parts(message)
             if len(of_message) == 1:
                 alone.add(len(parts))
-            marks = [f"{nonce}x{len(parts) + index}x" for index in range(len(of_message))]
-            parts.extend(of_message)
-            marked.append({"role": self._role(message), "content": "".join(marks)})
+            filled["content"] = "".join(map(mark, of_message))
+            marked.append(filled)
+        text = self.render(marked, prompt.tools, prompt.template_options, prompt.ending)
         # The template's text and the numbers of parts by turns, the former first and last.
-        split = re.split(f"{nonce}x(\\d+)x", self.render(marked, tools, options))
+        split = re.split(f"{nonce}x(\\d+)x", text)
         numbers = [int(number) for number in split[1::2]]
         contents: list[tuple[TokenIds, bool]] = []
         for text, number in zip(split[::2], numbers, strict=False):
@@ -238,21 +351,28 @@ class PromptEncoder:
                 contents.append((np.concatenate([glue, self._part_ids(part)]), part.shared))
             else:
                 contents += [(glue, False), (self._part_ids(part), part.shared)]
-        if numbers != list(range(len(parts))):
+        if numbers != [i for i in range(len(parts)) if i not in thoughts or i in numbers]:
             raise PromptError(
                 "The model's chat template leaves out or reorders messages of this conversation. "
                 "Check which roles it knows and the order that it wants."
             )
-        return [*contents, (self._template_ids(split[-1]), False)]
+        if prompt.ending != "continue":
+            return [*contents, (self._template_ids(split[-1]), False)]
+        if messages[-1].get("role") != "assistant" or not message_parts(messages[-1]):
+            raise PromptError(
+                "There is no answer to go on with. Let the last message be an assistant's, with "
+                "a text."
+            )
+        return contents
 
     def _role(self, message: Message) -> str:
         """A message's role; it goes into the template's text, where special tokens are read."""
-        unknown = set(message) - {"role", "content", "name"}
+        unknown = set(message) - {"role", "content", "name", "reasoning_content"}
         role = message.get("role")
         if unknown:
             raise PromptError(
                 f"A message has {', '.join(sorted(map(repr, unknown)))}, which is not known. "
-                "Give it role, content and name."
+                "Give it role, content, name and reasoning_content."
             )
         if not isinstance(role, str) or not re.fullmatch("[A-Za-z_]+", role):
             raise PromptError(f"A message's role is {role!r}. It must be a word, such as 'user'.")

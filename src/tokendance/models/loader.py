@@ -84,7 +84,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     hook.register()
     target = choose_device(device)
     chosen = choose_dtype(dtype, target)
-    with quiet(), _readable_errors(name):
+    with quiet(), readable_errors(name):
         source = checkpoint_source(name)
         config = AutoConfig.from_pretrained(source)
         reason = why_unsupported(config)
@@ -126,7 +126,7 @@ def why_not_loadable(name: str) -> str | None:
     if name in demo.MODELS:
         return demo.why_missing(name)
     try:
-        with quiet(), _readable_errors(name):
+        with quiet(), readable_errors(name):
             return why_unsupported(AutoConfig.from_pretrained(name))
     except ModelNotFoundError as error:
         return str(error)
@@ -142,7 +142,7 @@ def _stop_ids(module: nn.Module, tokenizer: Any) -> frozenset[int]:
 
 
 @contextmanager
-def _readable_errors(name: str) -> Iterator[None]:
+def readable_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises for a wrong name or broken files into one sentence."""
     try:
         yield

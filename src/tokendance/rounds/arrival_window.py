@@ -4,9 +4,17 @@ Clients rarely say which round a request belongs to, but they send the requests 
 milliseconds. So a request waits in a window until nothing has arrived for a short gap, but never
 longer than a share of the time that a single request takes, which is measured. A request that
 arrives later begins a round of its own, and still reuses what the earlier round has computed.
+
+Some clients take tens of milliseconds between the requests of a round. So the gap is learned for
+each client, from those of its requests that come within the longest wait of each other:
+
+    arrivals    |  |      |    |                              |    |  |
+    gaps         ..  .....  ...   (longer than the longest     ....  ..
+                                   wait: not of one round)
 """
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -19,6 +27,12 @@ _SMOOTHING = 0.2
 _LONGEST_S = 0.1
 # While requests of a named round keep arriving, it waits for at most so many times its wait.
 _MAX_WAITS = 10
+# A client's gap grows at once and shrinks by this share of what a smaller one differs by; the wait
+# is longer than the gap by the second factor.
+_SHRINKING = 0.1
+_ROOM = 1.5
+# Clients whose gaps are remembered; the least recently seen are forgotten.
+_MAX_CLIENTS = 1024
 
 
 def named_round_due_s(first_s: float, last_s: float, wait_s: float, *, is_full: bool) -> float:
@@ -34,11 +48,51 @@ def named_round_due_s(first_s: float, last_s: float, wait_s: float, *, is_full: 
 
 
 @dataclass(slots=True)
+class ArrivalPace:
+    """How far apart one client's requests of a round come; times are the caller's.
+
+    Attributes:
+        gap_s: seconds; 0 until it is known.
+    """
+
+    gap_s: float = 0.0
+    _last_s: float | None = None
+
+    def note(self, now: float, longest_s: float) -> None:
+        """Learn from an arrival; one later than `longest_s` after the last begins a round."""
+        last_s, self._last_s = self._last_s, now
+        if last_s is not None and 0 < now - last_s <= longest_s:
+            new_s = now - last_s
+            self.gap_s = max(new_s, self.gap_s + _SHRINKING * (new_s - self.gap_s))
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds after which no other request is to be expected."""
+        return _ROOM * self.gap_s
+
+
+class ArrivalPaces:
+    """Paces of those clients that were seen last."""
+
+    def __init__(self) -> None:
+        self._paces: OrderedDict[Hashable, ArrivalPace] = OrderedDict()
+
+    def of(self, client: Hashable) -> ArrivalPace:
+        """The pace of a client, new or old."""
+        pace = self._paces.setdefault(client, ArrivalPace())
+        self._paces.move_to_end(client)
+        if len(self._paces) > _MAX_CLIENTS:
+            self._paces.popitem(last=False)
+        return pace
+
+
+@dataclass(slots=True)
 class ArrivalWindow(Generic[Item]):
     """Collects what arrives into a round without a name. Times are the caller's.
 
     Attributes:
-        gap_s: seconds without an arrival after which the round begins.
+        gap_s: seconds without an arrival after which the round begins, or more where clients were
+            seen to take longer; with 0 it never waits.
         share: the longest wait, as a share of `lone_s`.
         lone_s: estimate of the seconds that a single request takes.
         num_expected: requests that are still being read.
@@ -51,11 +105,20 @@ class ArrivalWindow(Generic[Item]):
     _items: list[Item] = field(default_factory=list)
     _first_s: float = 0.0
     _last_s: float = 0.0
+    _pace_s: float = 0.0  # the longest wait of the clients of what is here
 
-    def add(self, item: Item, now: float) -> None:
-        """Add an arrival."""
+    @property
+    def longest_s(self) -> float:
+        """The longest wait in the window."""
+        return min(_LONGEST_S, self.share * self.lone_s)
+
+    def add(self, item: Item, now: float, pace: ArrivalPace | None = None) -> None:
+        """Add an arrival of a client whose pace is learned, if it is given."""
         if not self._items:
-            self._first_s = now
+            self._first_s, self._pace_s = now, 0.0
+        if pace is not None:
+            pace.note(now, self.longest_s)
+            self._pace_s = max(self._pace_s, pace.wait_s)
         self._last_s = now
         self._items.append(item)
 
@@ -76,10 +139,11 @@ class ArrivalWindow(Generic[Item]):
         """When the round begins if nothing else arrives; None if nothing waits."""
         if not self._items:
             return None
-        longest_s = min(_LONGEST_S, self.share * self.lone_s)
+        end_s = self._first_s + self.longest_s
         if self.num_expected > 0:
-            return self._first_s + longest_s
-        return min(self._last_s + min(self.gap_s, longest_s), self._first_s + longest_s)
+            return end_s
+        wait_s = max(self.gap_s, self._pace_s) if self.gap_s > 0 else 0.0
+        return min(self._last_s + wait_s, end_s)
 
     def take(self, now: float) -> list[Item]:
         """Return the round that begins now; nothing if it is too early."""

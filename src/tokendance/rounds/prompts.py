@@ -10,7 +10,7 @@ that words of an agent or a user that contain it neither move a boundary nor rea
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tokendance.errors import PromptError
 
@@ -18,6 +18,7 @@ SEPARATOR = "<TTSEP>"
 _SEPARATOR = list(SEPARATOR)
 
 Message = Mapping[str, Any]
+Ending = Literal["answer", "message", "continue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,9 @@ class Prompt:
         dropped_tokens: that were left out so that it fits, for the figures; a session counts them.
         private: "isolated" lets nothing that others read be computed behind text of this prompt
             that they do not have; None does as the engine does.
+        ending: of chat messages: "answer" where the template lets an answer begin, "message"
+            where it lets the last message end, "continue" where the text of that message ends,
+            an assistant's, which the answer goes on with.
     """
 
     content: str | Sequence[int] | Sequence[Part] | Sequence[Message]
@@ -110,6 +114,7 @@ class Prompt:
     dropped_tokens: int = 0
     private: str | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    ending: Ending = "answer"
 
     def __post_init__(self) -> None:
         if not isinstance(self.agent, str | None):
@@ -126,6 +131,10 @@ class Prompt:
             raise PromptError(
                 f"A prompt's private is {self.private!r}. "
                 "Use None for the engine's way, or 'isolated'."
+            )
+        if self.ending not in get_args(Ending):
+            raise PromptError(
+                f"A prompt's ending is {self.ending!r}. Use 'answer', 'message' or 'continue'."
             )
 
 

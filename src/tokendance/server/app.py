@@ -21,14 +21,17 @@ from tokendance.server.auth import Tenant
 from tokendance.server.chat import ChatEndpoint
 from tokendance.server.completions import CompletionEndpoint
 from tokendance.server.context import ServerContext
+from tokendance.server.dashboard import add_dashboard
+from tokendance.server.embeddings import EmbeddingAnswer, EmbeddingRequest, embed
 from tokendance.server.errors import ApiError, as_api_error
+from tokendance.server.home_page import home_page
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
 from tokendance.server.malloc import give_back_memory
 from tokendance.server.openapi import DocumentedAPI, whole_or_stream
 from tokendance.server.pauses import watch_event_loop
 from tokendance.server.protocol import ChatRequest, CompletionRequest, RoundRequest
-from tokendance.server.respond import respond
+from tokendance.server.respond import respond, unless_gone
 from tokendance.server.responses import (
     ChatAnswer,
     ModelCard,
@@ -36,10 +39,22 @@ from tokendance.server.responses import (
     RoundAnswer,
     Status,
     TextAnswer,
+    Version,
     dump,
 )
+from tokendance.server.responses_api.bodies import ResponsesRequest
+from tokendance.server.responses_api.endpoint import ResponsesEndpoint
+from tokendance.server.responses_api.output import Deleted, ResponsesAnswer
 from tokendance.server.rounds import LoneRound, SessionRound
 from tokendance.server.settings import ServerSettings
+from tokendance.server.tokens import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeRequest,
+    Tokens,
+    detokenize,
+    tokenize,
+)
 from tokendance.server.turnstile import Turnstile
 
 
@@ -50,11 +65,14 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         context.engine_thread.start()
+        context.embeddings.start()
         background = [
             asyncio.create_task(give_back_memory()),
             asyncio.create_task(context.connections.watch()),
             asyncio.create_task(watch_event_loop(context.metrics.event_loop_pauses)),
         ]
+        if dashboard is not None:
+            background.append(asyncio.create_task(dashboard.digest()))
         drain_s = 0.0  # if the server is cancelled
         try:
             yield
@@ -64,6 +82,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
                 task.cancel()
             context.admission.is_draining = True
             await anyio.to_thread.run_sync(context.engine_thread.stop, drain_s)
+            await anyio.to_thread.run_sync(context.embeddings.stop)
             context.grammars.close()
 
     app = DocumentedAPI(title="TokenDance", version=__version__, lifespan=lifespan)
@@ -72,13 +91,14 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         app.add_exception_handler(kind, _answer_error)
     _add_operations(app, context)
     _add_endpoints(app, context)
+    dashboard = add_dashboard(app, context) if settings.dashboard else None
     app.add_middleware(Limits, context=context)
     if settings.cors_origins:
         # Around the limits: a page may ask without a key whether it may ask, and learns of errors.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[
                 "x-request-id",
@@ -96,6 +116,9 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error)
     if isinstance(error, HTTPException) and error.status_code == 404:
         answer.message = _not_found(request.url.path, request.app)
+    elif answer.status == 405:
+        allowed = answer.headers.get("allow", "another method")
+        answer.message = f"{request.method} is not answered here. Send {allowed}."
     return JSONResponse(answer.body(), answer.status, answer.headers)
 
 
@@ -113,6 +136,22 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
         """Answer a conversation."""
         return await respond(ChatEndpoint(context, tenant, body), request)
 
+    @app.post("/v1/responses", responses=whole_or_stream(ResponsesAnswer))
+    async def responses(body: ResponsesRequest, request: Request, tenant: Tenant) -> Response:
+        """Answer a conversation, as OpenAI's newer API has it."""
+        return await respond(ResponsesEndpoint(context, tenant, body), request)
+
+    @app.get("/v1/responses/{response_id}", response_model=ResponsesAnswer)
+    async def kept_response(response_id: str, tenant: Tenant) -> JSONResponse:
+        """An answer that is remembered."""
+        return JSONResponse(context.kept_answers.get(tenant, response_id).document)
+
+    @app.delete("/v1/responses/{response_id}", response_model=Deleted)
+    async def forget_response(response_id: str, tenant: Tenant) -> Deleted:
+        """Forget an answer."""
+        context.kept_answers.forget(tenant, response_id)
+        return Deleted(id=response_id, object="response", deleted=True)
+
     @app.post("/v1/completions", responses=whole_or_stream(TextAnswer))
     async def completions(body: CompletionRequest, request: Request, tenant: Tenant) -> Response:
         """Go on with texts, or with token ids."""
@@ -123,6 +162,21 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
         """Answer all agents of a round."""
         endpoint = LoneRound if body.session is None else SessionRound
         return await respond(endpoint(context, tenant, body), request)
+
+    @app.post("/v1/embeddings", response_model=EmbeddingAnswer)
+    async def embeddings(body: EmbeddingRequest, request: Request, tenant: Tenant) -> Response:
+        """Make vectors of texts, or of token ids."""
+        return await unless_gone(request, embed(context, tenant, body))
+
+    @app.post("/tokenize", response_model=Tokens)
+    async def tokens(body: TokenizeRequest, tenant: Tenant) -> Tokens:
+        """Make tokens of a text, or of a conversation."""
+        return await tokenize(context, tenant, body)
+
+    @app.post("/detokenize", response_model=Detokenized)
+    async def text(body: DetokenizeRequest, tenant: Tenant) -> Detokenized:
+        """Make a text of tokens."""
+        return await detokenize(context, tenant, body)
 
 
 def _add_operations(app: FastAPI, context: ServerContext) -> None:
@@ -142,26 +196,44 @@ def _add_operations(app: FastAPI, context: ServerContext) -> None:
         """Whether new requests are accepted."""
         return status(context.admission.is_ready, well="ready", ill="not ready")
 
+    @app.get("/version", response_model=Version)
+    async def version() -> Version:
+        """Which version of TokenDance it is."""
+        return Version(version=__version__)
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        """A page for people."""
+        return home_page(None if context.settings.api_keys else context.model_name)
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(context.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    card = ModelCard(
-        id=context.model_name,
-        object="model",
-        created=context.started_s,
-        owned_by="tokendance",
-        max_model_len=context.llm.model.shape.max_context,
-    )
+    def card_of(name: str, max_tokens: int) -> ModelCard:
+        return ModelCard(
+            id=name,
+            object="model",
+            created=context.started_s,
+            owned_by="tokendance",
+            max_model_len=max_tokens,
+        )
+
+    cards = [
+        card_of(context.model_name, context.llm.model.shape.max_context),
+        card_of(context.embedding_model_name, context.max_embedding_tokens),
+    ]
 
     @app.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
-        """The one model."""
-        return ModelList(object="list", data=[card])
+        """The model that answers, and the one that makes vectors."""
+        return ModelList(object="list", data=cards)
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard)
     async def model(name: str) -> ModelCard:
-        """The one model, by its name."""
+        """One of them, by its name."""
+        if name == context.embedding_model_name:
+            return cards[1]
         context.check_model(name)
-        return card
+        return cards[0]

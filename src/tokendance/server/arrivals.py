@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tokendance.rounds.arrival_window import ArrivalWindow, named_round_due_s
+from tokendance.rounds.arrival_window import ArrivalPaces, ArrivalWindow, named_round_due_s
 from tokendance.server.jobs import Job, RoundKey
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import Loader
@@ -58,6 +58,7 @@ class Arrivals:
         self.window: ArrivalWindow[Job] = ArrivalWindow(
             settings.window_ms / 1000, settings.window_share
         )
+        self._paces = ArrivalPaces()
         self._loader = loader
         self._round_wait_s = settings.round_wait
         self._named: dict[RoundKey | None, NamedRound] = {}  # None is never in it
@@ -76,7 +77,7 @@ class Arrivals:
         key = jobs[0].key
         if key is None:
             for job in jobs:
-                self.window.add(job, now)
+                self.window.add(job, now, self._paces.of(job.request.prompt.salt))
             return
         named = self._named.setdefault(key, NamedRound([], now, now))
         if not named.waiting:

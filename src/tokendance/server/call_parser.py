@@ -22,6 +22,13 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Thought:
+    """More of what was thought before; no parser of calls sees it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class CallBegins:
     """A call of a function; its arguments follow."""
 
@@ -35,7 +42,7 @@ class Arguments:
     text: str
 
 
-Piece = Text | CallBegins | Arguments
+Piece = Text | Thought | CallBegins | Arguments
 
 
 class _State(Enum):

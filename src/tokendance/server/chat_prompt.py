@@ -6,6 +6,7 @@ from typing import Any
 
 from tokendance.errors import PromptError
 from tokendance.models.encoder import PromptEncoder
+from tokendance.models.thoughts import Standing
 from tokendance.rounds.prompts import Prompt
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.errors import bad_request
@@ -26,7 +27,10 @@ def encode_chat(
     Raises:
         ApiError: for messages that the template refuses all the same, or that are too long.
     """
-    messages = [_as_message(message, tools) for message in body.messages]
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "continue_final_message goes without add_generation_prompt. Leave one out."
+        raise bad_request(message, "continue_final_message")
+    messages = [_as_message(message, tools, encoder) for message in body.messages]
     template_tools = [_as_tool(tool) for tool in body.tools or () if body.may_call]
     if template_tools and not tools.in_template:
         text = tools.describe([tool["function"] for tool in template_tools])
@@ -36,10 +40,18 @@ def encode_chat(
             messages.insert(0, {"role": "system", "content": [_text(text)]})
         template_tools = []
     texts = [part["text"] for message in messages for part in message["content"]]
+    texts += [
+        message["reasoning_content"] for message in messages if "reasoning_content" in message
+    ]
     check_length([*texts, *map(json.dumps, template_tools)], max_characters)
 
     def prompt(of: Sequence[dict[str, Any]]) -> Prompt:
-        return Prompt(of, tools=template_tools, template_options=body.template_options)
+        return Prompt(
+            of,
+            tools=template_tools,
+            template_options=body.template_options,
+            ending=body.prompt_ending,
+        )
 
     try:
         return encoder.encode(prompt(messages))
@@ -67,22 +79,42 @@ def check_length(
         )
 
 
-def as_message(role: str, content: Any, name: str | None) -> dict[str, Any]:
+def standing_of(body: ChatRequest, prompt: EncodedPrompt, encoder: PromptEncoder) -> Standing:
+    """Where the answer to a conversation begins: before thoughts, inside of them, or behind."""
+    marks = encoder.thought_marks
+    if marks is None or body.prompt_ending != "continue":
+        return encoder.standing_behind(prompt.token_ids)
+    return marks.standing_behind("".join(texts_of(body.messages[-1])))
+
+
+def as_message(
+    role: str, content: Any, name: str | None, thought: str | None = None
+) -> dict[str, Any]:
     """A message for `Prompt`, with a role that templates know."""
     message = {"role": _ROLES.get(role, role), "content": content}
-    return {**message, "name": name} if name else message
+    if name:
+        message["name"] = name
+    if thought and role == "assistant":
+        message["reasoning_content"] = thought
+    return message
 
 
-def _as_message(message: ChatMessage, tools: ToolFormat) -> dict[str, Any]:
-    texts = texts_of(message)
+def _as_message(message: ChatMessage, tools: ToolFormat, encoder: PromptEncoder) -> dict[str, Any]:
+    texts, thought = texts_of(message), message.thought
     if message.role == "assistant":
+        marks = encoder.thought_marks
+        if marks is not None and encoder.drops_thoughts and any(marks.end in one for one in texts):
+            # A template that drops thoughts looks for their marks, and it does not see the text.
+            said = marks.split("".join(texts))
+            texts, thought = [said.text], thought or said.thought
         calls = [
             tools.write(call.function.name, _parsed(call.function.arguments))
             for call in message.tool_calls or ()
         ]
         break_ = "\n" if any(texts) and calls else ""
         texts.append(break_ + "\n".join(calls))
-    return as_message(message.role, [_text(text) for text in texts if text], message.name)
+    content = [_text(text) for text in texts if text]
+    return as_message(message.role, content, message.name, thought)
 
 
 def _as_tool(tool: Tool) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class Dispatcher:
             if shared is not None:
                 self._engine.recall(shared.earlier, one.salt)
                 for job, prompt in zip(one.unmarked, shared.prompts, strict=True):
+                    prompt.keep_hashes(job.request.prompt.prefix_hashes)
                     job.request.prompt = prompt
             requests = []
             for job, num_cached in one.num_cached.items():

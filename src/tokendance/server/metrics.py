@@ -42,6 +42,7 @@ class Metrics:
             "dropped_tokens", "Of what was said in sessions, left out of prompts to make them fit."
         )
         self._generated = counter("generated_tokens", "Tokens of answers.")
+        self._embedded = counter("embedding_tokens", "Tokens of texts that vectors were made of.")
         self._requests = counter(
             "requests",
             "Requests by how they ended; cancelled if nobody waits.",
@@ -115,6 +116,10 @@ class Metrics:
     def note_closed(self, reason: str) -> None:
         """Record a connection that the server has closed; there are few reasons."""
         self._closed.labels(reason).inc()
+
+    def note_embedded(self, num_tokens: int) -> None:
+        """Count the tokens of texts that vectors were made of."""
+        self._embedded.inc(num_tokens)
 
     def note_refused(self, status: int) -> None:
         """Record a request that was refused before its body was read."""

@@ -7,7 +7,6 @@ answer and are not supported are refused by name (`unsupported.py`), and so are 
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
@@ -17,13 +16,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from tokendance.server.unsupported import leave_out_neutral
+from tokendance.rounds.prompts import Ending
+from tokendance.server.messages import Lenient, Message, TextPart, check_kinds
+from tokendance.server.unsupported import leave_out_neutral, read_guided
 
 # Pydantic lists all errors of a body, though the client is told the first only. So that there are
 # never a million, lists fail at their first error, and objects have no more fields than this.
 _MAX_FIELDS = 256
-_TEXTS = ("text", "refusal")
-_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
 
 
 def _check_size(value: Any, limit: int) -> Any:
@@ -38,11 +37,9 @@ def _at_most(limit: int) -> BeforeValidator:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
-Speaker = Annotated[str, Field(max_length=256)]
 TokenList = Annotated[list[int], Field(fail_fast=True)]
 Private = Literal["isolated"]  # see `Prompt`, likewise the next
 Reuse = Literal["exact"]
-MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
 # Names that templates are given by others.
 _TEMPLATE_NAMES = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents",
@@ -69,18 +66,7 @@ Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
 Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
 
 
-class _Lenient(BaseModel):
-    """Takes null for a field that is not there, as many clients send it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_nulls(cls, body: Any) -> Any:
-        if isinstance(body, dict) and None in body.values():
-            return {key: value for key, value in body.items() if value is not None}
-        return body
-
-
-class _Body(_Lenient):
+class _Body(Lenient):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -89,35 +75,14 @@ class _Body(_Lenient):
         return _check_size(body, _MAX_FIELDS)
 
 
-class TextPart(_Lenient):
-    """A part of a message's content."""
-
-    type: Literal["text", "refusal"]
-    text: str = ""
-
-
-class FunctionCall(_Lenient):
+class FunctionCall(Lenient):
     """What a model wants to call."""
 
     name: Annotated[str, Field(max_length=64)]
     arguments: str = "{}"
 
 
-def _without_thoughts(content: Any) -> Any:
-    """Leave out what a model has thought, and say which kinds of parts are not read."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind not in (*_TEXTS, *_THOUGHTS):
-            message = f"It has a part of type {kind[:40]!r}, and this model reads text only"
-            raise PydanticCustomError("unsupported_part", "{text}", {"text": message})
-    return [
-        part for part in content if not isinstance(part, dict) or part.get("type") not in _THOUGHTS
-    ]
-
-
-class ToolCall(_Lenient):
+class ToolCall(Lenient):
     """A call in an earlier answer."""
 
     id: str = ""
@@ -125,20 +90,18 @@ class ToolCall(_Lenient):
     function: FunctionCall
 
 
-class ChatMessage(_Lenient):
-    """One message of a conversation. Unknown fields are ignored: other servers add some."""
+class ChatMessage(Message):
+    """One message of a conversation, in a chat request."""
 
-    role: MessageRole
     content: Annotated[
         str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None,
-        BeforeValidator(_without_thoughts),
+        BeforeValidator(check_kinds),
     ] = None
-    name: Speaker | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=1024)] | None = None
     tool_call_id: str | None = None
 
 
-class FunctionSpec(_Lenient):
+class FunctionSpec(Lenient):
     """A function that a model may call."""
 
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
@@ -147,34 +110,34 @@ class FunctionSpec(_Lenient):
     strict: bool | None = None
 
 
-class Tool(_Lenient):
+class Tool(Lenient):
     """A tool; only functions are known."""
 
     type: Literal["function"]
     function: FunctionSpec
 
 
-class NamedFunction(_Lenient):
+class NamedFunction(Lenient):
     """Which function has to be called."""
 
     name: str
 
 
-class NamedTool(_Lenient):
+class NamedTool(Lenient):
     """Which tool has to be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class AllowedToolList(_Lenient):
+class AllowedToolList(Lenient):
     """Some of the tools, and whether one of them has to be called."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(fail_fast=True, min_length=1, max_length=128)]
 
 
-class AllowedTools(_Lenient):
+class AllowedTools(Lenient):
     """Which tools may be called."""
 
     type: Literal["allowed_tools"]
@@ -194,7 +157,7 @@ ToolChoice = Annotated[
 ]
 
 
-class JsonSchema(_Lenient):
+class JsonSchema(Lenient):
     """A schema for an answer."""
 
     name: str = ""
@@ -202,14 +165,14 @@ class JsonSchema(_Lenient):
     strict: bool | None = None
 
 
-class ResponseFormat(_Lenient):
+class ResponseFormat(Lenient):
     """What an answer has to look like."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StreamOptions(_Lenient):
+class StreamOptions(Lenient):
     """What a stream holds."""
 
     include_usage: bool | None = None
@@ -252,6 +215,7 @@ class Sampling(_Body):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop_token_ids: Annotated[TokenList, Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
     round: RoundField | None = None
     private: Private | None = None
     reuse: Reuse | None = None
@@ -269,7 +233,7 @@ class Sampling(_Body):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_neutral(cls, body: Any) -> Any:
-        return leave_out_neutral(body)
+        return leave_out_neutral(body, known=cls.model_fields.keys())
 
     @property
     def max_tokens_asked(self) -> int | None:
@@ -277,19 +241,45 @@ class Sampling(_Body):
         return self.max_tokens
 
 
-class ChatRequest(Sampling):
+class StructuredOutputs(_Body):
+    """What an answer has to look like, as vLLM's clients say it: one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True, min_length=1)] | None = None
+    json_object: bool | None = None
+
+
+class PromptRequest(Sampling):
+    """What requests with a prompt say besides."""
+
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_guided(cls, body: Any) -> Any:
+        return read_guided(body)
+
+
+class ChatRequest(PromptRequest):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    share_reasoning: bool | None = None
     # Accepted and ignored.
     reasoning_effort: str | None = None
     verbosity: str | None = None
@@ -298,7 +288,8 @@ class ChatRequest(Sampling):
     @property
     def max_tokens_asked(self) -> int | None:
         """Most tokens of the answer, if the client has said it."""
-        return self.max_completion_tokens or self.max_tokens
+        asked = self.max_completion_tokens
+        return self.max_tokens if asked is None else asked
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -307,12 +298,19 @@ class ChatRequest(Sampling):
         return thinking | (self.chat_template_kwargs or {})
 
     @property
+    def prompt_ending(self) -> Ending:
+        """See `Prompt`."""
+        if self.continue_final_message:
+            return "continue"
+        return "message" if self.add_generation_prompt is False else "answer"
+
+    @property
     def may_call(self) -> bool:
         """Whether the answer may call tools."""
         return bool(self.tools) and self.tool_choice != "none"
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(PromptRequest):
     """Body of /v1/completions."""
 
     prompt: (
@@ -321,7 +319,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(fail_fast=True, max_length=1024)]
         | Annotated[list[TokenList], Field(fail_fast=True, max_length=1024)]
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
     best_of: int | None = None
 
 
@@ -343,12 +343,10 @@ class SharedText(_Body):
 RoundPart = Annotated[BlockRef | SharedText | TextPart, Field(union_mode="left_to_right")]
 
 
-class RoundMessage(_Lenient):
+class RoundMessage(Message):
     """A message of an agent; its parts may be blocks of the round."""
 
-    role: MessageRole
     content: str | Annotated[list[RoundPart], Field(fail_fast=True, max_length=4096)] | None = None
-    name: Speaker | None = None
 
 
 class RoundAgent(Sampling):
@@ -383,13 +381,17 @@ class RoundRequest(_Body):
         stream: whether answers come one by one.
         session: whose next round it is; see `server/sessions.py`.
         private: of all its agents; an agent may also have it alone.
+        cache_salt: nothing is shared with what has another, or none.
         ttl_s: seconds for which a session is sure to be kept after its last round.
+        share_reasoning: whether what is thought stays in the answers' text, and others hear it.
     """
 
     model: str
     agents: Annotated[list[RoundAgent], Field(fail_fast=True, min_length=1, max_length=512)]
-    blocks: Blocks = {}
+    blocks: Annotated[Blocks, Field(default_factory=dict)]
     stream: bool | None = None
     session: Name | None = None
     private: Private | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None
+    share_reasoning: bool | None = None

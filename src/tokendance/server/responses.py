@@ -32,13 +32,20 @@ class CachedTokens(BaseModel):
     approximate_tokens: int
 
 
+class AnswerTokens(BaseModel):
+    """Of the answers' tokens, those that are thoughts, with their marks."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """Tokens of a request; details of the answers where the model thinks."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: AnswerTokens | None = None
 
 
 class CalledFunction(BaseModel):
@@ -57,11 +64,17 @@ class CalledTool(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """What a model says."""
+    """What a model says; what it has thought before, if it thinks, by two names."""
 
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[CalledTool] = []
+
+
+# For each token of a prompt but the first, which has null: by token id, what is said of it.
+PromptLogprobs = list[dict[str, dict[str, Any]] | None]
 
 
 class ChatChoice(BaseModel):
@@ -71,6 +84,7 @@ class ChatChoice(BaseModel):
     message: AnswerMessage
     logprobs: dict[str, Any] | None
     finish_reason: Literal[FinishReason, "tool_calls"]
+    token_ids: list[int] | None = None
 
 
 class ChatAnswer(_Document):
@@ -79,6 +93,8 @@ class ChatAnswer(_Document):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class MoreArguments(BaseModel):
@@ -101,6 +117,8 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str = ""
+    reasoning: str = ""
     tool_calls: list[StreamedTool] = []
 
 
@@ -111,6 +129,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     finish_reason: Literal[FinishReason, "tool_calls"] | None
     logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(_Document):
@@ -119,6 +138,7 @@ class ChatChunk(_Document):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class TextChoice(BaseModel):
@@ -128,6 +148,9 @@ class TextChoice(BaseModel):
     text: str
     logprobs: dict[str, Any] | None
     finish_reason: FinishReason
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class TextAnswer(_Document):
@@ -145,6 +168,8 @@ class TextChunkChoice(BaseModel):
     text: str
     logprobs: dict[str, Any] | None
     finish_reason: FinishReason | None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class TextChunk(_Document):
@@ -207,3 +232,9 @@ class Status(BaseModel):
     """How the server is."""
 
     status: str
+
+
+class Version(BaseModel):
+    """Which version it is."""
+
+    version: str

@@ -28,13 +28,8 @@ from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.chat_prompt import as_message, check_length
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
-from tokendance.server.protocol import (
-    BlockRef,
-    RoundAgent,
-    RoundPart,
-    RoundRequest,
-    TextPart,
-)
+from tokendance.server.messages import TextPart
+from tokendance.server.protocol import BlockRef, RoundAgent, RoundPart, RoundRequest
 from tokendance.server.respond import Endpoint, finish_reason, usage_of
 from tokendance.server.responses import AgentAnswer, AgentError, AnswerMessage, RoundAnswer, dump
 from tokendance.server.sampling import sampling_params
@@ -88,7 +83,8 @@ class RoundEndpoint(Endpoint[RoundRequest]):
         outputs: dict[int, Output] = {}
         async for index, output in self.listener.outputs(len(self.jobs)):
             outputs[index] = output
-            entry = _entry(self.body.agents[index].agent, output)
+            shares = bool(self.body.share_reasoning)
+            entry = _entry(self.body.agents[index].agent, output, self.encoder, shares=shares)
             if self.body.session is not None and isinstance(entry, AgentAnswer):
                 entry.dropped_tokens = output.dropped_tokens
             if len(outputs) == len(self.jobs) and (warning := await self.end(outputs)):
@@ -133,7 +129,9 @@ class LoneRound(RoundEndpoint):
             if agent.segments is not None:
                 return encoder.encode(Prompt(_parts(agent.segments, blocks)))
             messages = [
-                as_message(message.role, _parts(message.content, blocks), message.name)
+                as_message(
+                    message.role, _parts(message.content, blocks), message.name, message.thought
+                )
                 for message in agent.messages or ()
             ]
             return encoder.encode(Prompt(messages))
@@ -199,14 +197,26 @@ class SessionRound(RoundEndpoint):
         return f"The round is not on disk: {error}" if error is not None else None
 
 
-def _entry(agent: str, output: Output) -> AgentAnswer | AgentError:
+def _entry(
+    agent: str, output: Output, encoder: PromptEncoder, *, shares: bool
+) -> AgentAnswer | AgentError:
+    """What an agent has said, with its thoughts in the text (`shares`) or beside it."""
     if output.error is not None:
         return AgentError(agent=agent, **as_api_error(output.error).body())
+    message, num_thoughts = AnswerMessage(role="assistant", content=output.text), None
+    if encoder.thought_marks is not None:
+        prompt, is_cut = output.prompt_token_ids, output.finish_reason == "length"
+        num_thoughts = encoder.count_thoughts(encoder.standing_behind(prompt), output.token_ids)
+        told = encoder.told(prompt, output.text, is_cut=is_cut, with_thoughts=shares)
+        message.content = output.text if told is None else told
+        said = encoder.split_answer(prompt, output.text, is_cut=is_cut)
+        if said is not None and said.thought and not shares:
+            message.reasoning_content = message.reasoning = said.thought
     return AgentAnswer(
         agent=agent,
-        message=AnswerMessage(role="assistant", content=output.text),
+        message=message,
         finish_reason=finish_reason(output),
-        usage=usage_of([output], 1),
+        usage=usage_of([output], 1, num_thoughts),
     )
 
 

@@ -80,7 +80,9 @@ class Sessions:
             ApiError: 409 while another round of it is under way.
         """
         assert body.session is not None
-        key = SessionKey(tenant, body.session)
+        # What was read with one salt is another session than what is read with another.
+        owner = f"{tenant}/{encoder.salt.hex()}" if body.cache_salt else tenant
+        key = SessionKey(owner, body.session)
         opened = self._opened(tenant, key)
         if opened.lock.locked():
             message = f"A round of the session {body.session!r} is under way. Wait for its end."
@@ -92,6 +94,7 @@ class Sessions:
                 # A round that fails, or whose client disconnects, changes nothing.
                 with opened.session.provisional():
                     _admit(opened.session, body)
+                    opened.session.configure(share_reasoning=bool(body.share_reasoning))
                     if body.ttl_s is not None:
                         opened.session.ttl_s = body.ttl_s
                     yield opened.session

@@ -44,8 +44,13 @@ class ServerSettings:
         cors_origins: web pages of this origin, like https://town.example, may ask from a browser;
             give it once per origin. * is all.
         open_metrics: show /metrics without a key, to whoever scrapes it. Otherwise, where there are
-            keys, all paths but /health and /ready need one.
-        window_ms: requests that arrive within so many milliseconds of each other make a round.
+            keys, all paths but /, /health and /ready need one.
+        dashboard: show at /dashboard who shares what, while it happens. Where there are keys, a
+            browser asks for one (any user name, the key as the password), and each sees its own
+            rounds.
+        dashboard_text: show there the texts of prompts and answers, too.
+        window_ms: requests that arrive within so many milliseconds of each other make a round; more
+            for clients that were seen to take longer, within the next. 0 waits for nobody.
         window_share: share of a lone request's time that it may wait for others at most.
         round_wait: a round with an id starts so many seconds after its last request, if it is not
             full.
@@ -78,7 +83,15 @@ class ServerSettings:
             server waiting longest; so nobody is locked out by those who ask nothing.
         max_messages: messages in a conversation; more are refused.
         max_choices: answers to one request; more are refused.
+        max_responses: answers of /v1/responses that are remembered of each key, so that a later
+            request can go on from one by previous_response_id; the least recently used are
+            forgotten first. 0: none. A client that says store: false leaves none.
+        max_responses_size: likewise memory for each key, like 64MiB.
         default_max_tokens: longest answer where a request does not say.
+        embedding_model: makes the vectors of /v1/embeddings: an encoder, by folder or hub id. If
+            left out, they are the mean of the served model's hidden states.
+        max_embedding_inputs: texts of one request for vectors; more are refused.
+        max_embedding_tokens: likewise tokens of each text.
         max_schema_size: schemas of a request, of its response format or of all its tools, like
             256KiB; larger ones are refused. So are those with more than each of the following.
         max_schema_depth: levels of a schema, references followed; of recursive ones each once.
@@ -109,6 +122,8 @@ class ServerSettings:
         tuple[str, ...], _each("--cors-origin", "TOKENDANCE_CORS_ORIGINS", "ORIGIN")
     ] = ()
     open_metrics: bool = False
+    dashboard: bool = True
+    dashboard_text: bool = False
     window_ms: float = 4.0
     window_share: float = 0.05
     round_wait: float = 0.2
@@ -127,7 +142,12 @@ class ServerSettings:
     max_connections: int = 2048
     max_messages: int = 4096
     max_choices: int = 16
+    max_responses: int = 1000
+    max_responses_size: _Size = "64MiB"
     default_max_tokens: int = 512
+    embedding_model: Annotated[str | None, Parameter(metavar="MODEL")] = None
+    max_embedding_inputs: int = 2048
+    max_embedding_tokens: int = 8192
     max_schema_size: _Size = "256KiB"
     max_schema_depth: int = 256
     max_schema_definitions: int = 1000
@@ -150,6 +170,9 @@ class ServerSettings:
         check_range(self, 0, "port", most=65_535)
         check_range(self, 0, "window_ms", "window_share", "round_wait", "recent", "body_timeout")
         check_range(self, 0, "busy_pass_ms")
+        check_range(self, 0, "max_responses")
+        check_range(self, 1, "max_embedding_inputs", "max_embedding_tokens")
+        _check_size("--max-responses-size", self.max_responses_bytes, 0)
         check_range(self, 0, "reserved_kv", most=0.9)
         check_range(self, 0, "drain", most=MAX_DRAIN_S)
         check_range(self, 1, "max_body_objects", "max_messages", "max_choices")
@@ -192,6 +215,11 @@ class ServerSettings:
     def max_arriving_bytes(self) -> int:
         """Bytes of all bodies that have not come whole."""
         return parse_bytes(self.max_arriving)
+
+    @property
+    def max_responses_bytes(self) -> int:
+        """Bytes of a key's answers that are remembered."""
+        return parse_bytes(self.max_responses_size)
 
     @property
     def max_schema_bytes(self) -> int:

@@ -15,16 +15,25 @@ log = logging.getLogger("vllm.tokendance")  # below vllm's, so that it is shown 
 
 SCHEDULER = "tokendance.integrations.vllm.scheduler.make_scheduler"
 CPU_WORKER = "tokendance.integrations.vllm.cpu_worker.RoundWorker"
+CUDA_WORKER = "tokendance.integrations.vllm.gpu_worker.RoundWorker"
 
 
 def register() -> None:
-    """Put our scheduler, worker and attention where vLLM looks for its own, if asked to."""
+    """Put our scheduler, worker and attention where vLLM looks for its own, if asked to.
+
+    Raises:
+        ConfigError: for a version of vLLM that was not tested.
+    """
     if os.environ.get("TOKENDANCE") != "1":
         return
+    import vllm
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        log.warning("TokenDance inside vLLM serves CPUs only so far: vLLM runs as it is.")
+    from tokendance.integrations.vllm.support import check_version
+
+    check_version(vllm.__version__)
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        log.warning("TokenDance inside vLLM serves CPUs and NVIDIA GPUs: vLLM runs as it is.")
         return
     platform = type(current_platform)
     if getattr(platform, "has_tokendance", False):
@@ -43,13 +52,32 @@ def register() -> None:
 
 
 def _configure(vllm_config: Any) -> None:
-    """Choose our scheduler and worker for a configuration that can be served."""
-    import vllm
+    """Choose our scheduler, worker and attention for a configuration that can be served."""
+    from vllm.platforms import current_platform
 
     from tokendance.integrations.vllm.support import why_not
 
-    if (reason := why_not(vllm_config, vllm.__version__)) is not None:
+    if (reason := why_not(vllm_config, current_platform)) is not None:
         log.warning("vLLM runs without TokenDance: %s.", reason)
         return
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    vllm_config.parallel_config.worker_cls = CPU_WORKER
+    if current_platform.is_cuda():
+        vllm_config.parallel_config.worker_cls = CUDA_WORKER
+        _choose_attention(vllm_config)
+    else:
+        vllm_config.parallel_config.worker_cls = CPU_WORKER
+
+
+def _choose_attention(vllm_config: Any) -> None:
+    """Have GPUs attend by ours, outside of CUDA graphs."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode.has_full_cudagraphs():
+        log.info(
+            "CUDA graphs are PIECEWISE in place of %s: mirrors attend otherwise in each step.",
+            compilation.cudagraph_mode.name,
+        )
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -4,7 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from tokendance.rounds.arrival_window import ArrivalWindow, named_round_due_s
+from tokendance.rounds.arrival_window import (
+    ArrivalPace,
+    ArrivalPaces,
+    ArrivalWindow,
+    named_round_due_s,
+)
 from tokendance.rounds.segments import Salt
 
 
@@ -42,7 +47,8 @@ class _NamedRound(Generic[Item]):
     _first_s: float = 0.0
     _last_s: float = 0.0
 
-    def add(self, item: Item, now: float) -> None:
+    def add(self, item: Item, now: float, pace: ArrivalPace) -> None:
+        del pace  # who waits for a round by its name learns nothing
         if not self._items:
             self._first_s = now
         self._last_s = now
@@ -72,6 +78,7 @@ class Arrivals(Generic[Item]):
         self._window_s = window_s
         self._window_share = window_share
         self._round_wait_s = round_wait_s
+        self._paces = ArrivalPaces()
         self._open: dict[RoundKey, ArrivalWindow[Item] | _NamedRound[Item]] = {}  # none is empty
 
     def __len__(self) -> int:
@@ -86,7 +93,7 @@ class Arrivals(Generic[Item]):
                 if key.name is None
                 else _NamedRound(self._round_wait_s)
             )
-        self._open[key].add(item, now)
+        self._open[key].add(item, now, self._paces.of((key.salt, key.session)))
 
     def remove(self, request_id: str) -> Item | None:
         """Take out the member of that id; None if there is none."""

@@ -20,7 +20,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tokendance.attention.backends import make_backend
-from tokendance.attention.interface import Backend
+from tokendance.attention.interface import Backend, LayerKind
+from tokendance.errors import UnsupportedModelError
 from tokendance.integrations.vllm import step
 
 
@@ -76,6 +77,51 @@ class SharedInPlaceBackend(AttentionBackend):  # type: ignore[misc]
         return MetadataBuilder
 
 
+def number_layers(vllm_config: Any, names: list[str]) -> list[LayerKind]:
+    """Tell each layer's attention its index, and find what kinds of layers these are.
+
+    Raises:
+        UnsupportedModelError: if there are layers that do not rotate, or that vLLM plans apart.
+    """
+    if set(names) != set(step.layer_kinds):
+        raise UnsupportedModelError(
+            "TokenDance serves models whose layers all attend alike, and rotate what they attend "
+            f"to: vLLM plans {len(names)} layers at once, and {len(step.layer_kinds)} rotate. "
+            "Start vLLM without TOKENDANCE=1."
+        )
+    context = vllm_config.compilation_config.static_forward_context
+    for index, name in enumerate(names):
+        context[name].impl.index = index
+    return [step.layer_kinds[name] for name in names]
+
+
+def refuse_other_attention(
+    *,
+    alibi_slopes: object,
+    logits_soft_cap: float | None,
+    kv_sharing_target_layer_name: str | None,
+    sinks: object,
+    attn_type: str,
+) -> None:
+    """Refuse layers that do not attend as our kernels do, whatever vLLM asks an `AttentionImpl`.
+
+    Raises:
+        NotImplementedError: says what it is.
+    """
+    refused = {
+        "ALiBi": alibi_slopes is not None,
+        "a soft cap of its logits": bool(logits_soft_cap),
+        "KV that layers share": kv_sharing_target_layer_name is not None,
+        "attention sinks": sinks is not None,
+        f"attention of the kind {attn_type}": attn_type != AttentionType.DECODER,
+    }
+    for what, is_there in refused.items():
+        if is_there:
+            raise NotImplementedError(
+                f"TokenDance serves no model with {what}. Start vLLM without TOKENDANCE=1."
+            )
+
+
 class MetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     """Plans a step, once for all layers."""
 
@@ -85,15 +131,6 @@ class MetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._layer_names = layer_names
         self._backend: Backend | None = None
-
-    def _make_backend(self) -> Backend:
-        kinds = [step.layer_kinds[name] for name in self._layer_names]
-        context = self.vllm_config.compilation_config.static_forward_context
-        for index, name in enumerate(self._layer_names):
-            context[name].impl.index = index
-        return make_backend(
-            kinds, self.kv_cache_spec.head_size, self.device, self.kv_cache_spec.dtype, "auto"
-        )
 
     def build(
         self,
@@ -109,7 +146,9 @@ class MetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             return Metadata(num_tokens, None)
         assert batch.num_rows == num_tokens, "a step has other tokens than its requests"
         if self._backend is None:
-            self._backend = self._make_backend()
+            kinds = number_layers(self.vllm_config, self._layer_names)
+            spec = self.kv_cache_spec
+            self._backend = make_backend(kinds, spec.head_size, self.device, spec.dtype, "auto")
         self._backend.prepare(batch)
         return Metadata(num_tokens, self._backend)
 
@@ -138,21 +177,18 @@ class SharedInPlaceImpl(AttentionImpl):  # type: ignore[misc]
         sinks: Tensor | None = None,
         **_: Any,
     ) -> None:
-        refused = {
-            "ALiBi": alibi_slopes,
-            "a soft cap of its logits": logits_soft_cap,
-            "KV that layers share": kv_sharing_target_layer_name,
-            "attention sinks": sinks,
-            f"attention of the kind {attn_type}": attn_type != AttentionType.DECODER,
-        }
-        for what, is_there in refused.items():
-            if is_there:
-                raise NotImplementedError(
-                    f"TokenDance serves no model with {what}. Start vLLM without TOKENDANCE=1."
-                )
+        refuse_other_attention(
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sinks=sinks,
+            attn_type=attn_type,
+        )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype, self.sliding_window = kv_cache_dtype, sliding_window
+        self._pages: Tensor | None = None  # vLLM's, and views of them:
+        self._memory: tuple[Tensor, Tensor]
 
     def forward(
         self,
@@ -185,15 +221,19 @@ class SharedInPlaceImpl(AttentionImpl):  # type: ignore[misc]
         if attn_metadata is None or attn_metadata.backend is None:
             return output
         n, heads, size = attn_metadata.num_actual_tokens, self.num_kv_heads, self.head_size
-        memory = kv_cache.view(-1, heads, 2 * size).transpose(0, 1)
-        result = attn_metadata.backend.attend(
+        if kv_cache is not self._pages:
+            self._pages = kv_cache
+            memory = kv_cache.view(-1, heads, 2 * size).transpose(0, 1)
+            self._memory = memory[..., :size], memory[..., size:]
+        if len(query) != n:
+            query, key, value, output = query[:n], key[:n], value[:n], output[:n]
+        attn_metadata.backend.attend(
             self.index,
-            query[:n].view(n, heads, -1, size).permute(1, 2, 0, 3),
-            key[:n].view(n, heads, size).transpose(0, 1),
-            value[:n].view(n, heads, size).transpose(0, 1),
-            memory[..., :size],
-            memory[..., size:],
+            query.view(n, heads, -1, size).permute(1, 2, 0, 3),
+            key.view(n, heads, size).transpose(0, 1),
+            value.view(n, heads, size).transpose(0, 1),
+            *self._memory,
             self.scale,
+            output.view(n, -1, size),
         )
-        output[:n] = result.view(output[:n].shape)
         return output

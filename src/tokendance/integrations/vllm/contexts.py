@@ -161,9 +161,8 @@ class Contexts:
             context.make_room(int(here[-1]) + 1)
             context.slots[here] = slots[low:high]
             context.num_filled = num_computed
-            requests.append(
-                PackedRequest(row, here[row - next_row :], context.slots, context.ranges)
-            )
+            new, reads_others = here[row - next_row :], len(context.own) > 0
+            requests.append(PackedRequest(row, new, context.slots, context.ranges, reads_others))
         mirrors = np.flatnonzero(num_own)
         rows = np.repeat(first_rows[mirrors], num_new[mirrors]) + aranges(num_new[mirrors])
         true = [requests[index].positions for index in mirrors.tolist()]

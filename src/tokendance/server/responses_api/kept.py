@@ -1,0 +1,114 @@
+"""Remembers answers, each for the tenant that asked, so that a later request can go on from one.
+
+What is remembered of an answer is its document and what was new in it; all before that is found by
+the id of the answer before. Whoever goes on from an answer uses all that came before it, too, so
+those are never forgotten earlier.
+"""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokendance.server.errors import ApiError
+from tokendance.server.protocol import ChatMessage
+from tokendance.server.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """An answer that is remembered.
+
+    Attributes:
+        document: that was sent.
+        messages: what was new: those of the request, and the answer.
+        previous_id: of the answer that it goes on from.
+        num_bytes: that it counts for.
+    """
+
+    document: dict[str, Any]
+    messages: Sequence[ChatMessage]
+    previous_id: str | None
+    num_bytes: int
+
+
+class _Tenant:
+    def __init__(self) -> None:
+        self.answers: OrderedDict[str, KeptAnswer] = OrderedDict()  # the least recently used first
+        self.num_bytes = 0
+
+
+class KeptAnswers:
+    """Answers that are remembered. All of it happens in the event loop."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._tenants: defaultdict[str, _Tenant] = defaultdict(_Tenant)
+
+    def get(self, tenant: str, answer_id: str) -> KeptAnswer:
+        """An answer to a tenant, which counts as used.
+
+        Raises:
+            ApiError: 404 if there is none of that id, any more or at all, or if it is another's.
+        """
+        answers = self._tenants[tenant].answers if tenant in self._tenants else {}
+        if answer_id not in answers:
+            raise ApiError(404, _not_found(answer_id), param="response_id")
+        self._use(tenant, answer_id)
+        return answers[answer_id]
+
+    def messages(self, tenant: str, answer_id: str | None) -> list[ChatMessage]:
+        """All that was said up to an answer and with it; nothing if there is no id.
+
+        Raises:
+            ApiError: as OpenAI has it for an answer that is not remembered.
+        """
+        answers = self._tenants[tenant].answers if tenant in self._tenants else {}
+        turns: list[Sequence[ChatMessage]] = []
+        last_id = answer_id
+        while answer_id is not None:
+            if answer_id not in answers:
+                raise ApiError(
+                    400,
+                    _not_found(answer_id),
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
+            turns.append(answers[answer_id].messages)
+            answer_id = answers[answer_id].previous_id
+        if last_id is not None:
+            self._use(tenant, last_id)
+        return [message for turn in reversed(turns) for message in turn]
+
+    def keep(self, tenant: str, answer_id: str, answer: KeptAnswer) -> None:
+        """Remember an answer, and forget what has not been used for longest beyond the limits."""
+        kept, settings = self._tenants[tenant], self._settings
+        kept.answers[answer_id] = answer
+        kept.num_bytes += answer.num_bytes
+        self._use(tenant, answer_id)
+        while (
+            len(kept.answers) > settings.max_responses
+            or kept.num_bytes > settings.max_responses_bytes
+        ):
+            kept.num_bytes -= kept.answers.popitem(last=False)[1].num_bytes
+
+    def forget(self, tenant: str, answer_id: str) -> None:
+        """Forget an answer; raises ApiError as `get` does."""
+        self.get(tenant, answer_id)
+        kept = self._tenants[tenant]
+        kept.num_bytes -= kept.answers.pop(answer_id).num_bytes
+
+    def _use(self, tenant: str, answer_id: str | None) -> None:
+        """Put an answer behind all others, and behind it those that it goes on from."""
+        answers = self._tenants[tenant].answers
+        while answer_id is not None and answer_id in answers:
+            answers.move_to_end(answer_id)
+            answer_id = answers[answer_id].previous_id
+
+
+def _not_found(answer_id: str) -> str:
+    return (
+        f"Previous response with id {answer_id[:64]!r} not found. It was made with store: false, "
+        "was deleted, is another key's, or made room for later ones (--max-responses, "
+        "--max-responses-size). Send all items as input."
+    )
