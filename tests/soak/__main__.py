@@ -13,4 +13,5 @@ parser.add_argument("--seconds", type=float, default=600.0)
 parser.add_argument("--seed", type=int, default=0)
 given = parser.parse_args()
 limit_arenas()  # as `tokendance serve` does
-sys.exit(1 if soak(given.seconds, given.seed, Console()) else 0)
+console = Console(width=None if sys.stdout.isatty() else 140)
+sys.exit(1 if soak(given.seconds, given.seed, console) else 0)
