@@ -28,9 +28,12 @@ ParallelRegion loaded_region() {
 #if defined(__linux__)
     static const ParallelRegion region = [] {
         ParallelRegion found = nullptr;
-        // A library is searched with all that it depends on, so this is torch's own runtime.
+        // Where torch found it: a runtime that is preloaded takes the place of the one that the
+        // wheel brings along (vLLM advises Intel's). A library is searched with all that it
+        // depends on, so else this is torch's own.
         void* const torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
-        void* const symbol = torch == nullptr ? nullptr : dlsym(torch, "GOMP_parallel");
+        void* symbol = torch == nullptr ? nullptr : dlsym(RTLD_DEFAULT, "GOMP_parallel");
+        if (torch != nullptr && symbol == nullptr) symbol = dlsym(torch, "GOMP_parallel");
         std::memcpy(&found, &symbol, sizeof(found));
         return found;
     }();

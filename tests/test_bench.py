@@ -13,7 +13,8 @@ from tokendance.bench import arms
 from tokendance.bench.settings import SUITES, BenchOutputs, BenchSettings
 from tokendance.bench.suite import between, in_turn, ratio
 from tokendance.bench.suites import leak
-from tokendance.bench.suites.capacity import _Search
+from tokendance.bench.suites.capacity import Search
+from tokendance.cli import app
 from tokendance.commands.bench import run_bench
 from tokendance.errors import ConfigError
 from tokendance.options import EngineOptions
@@ -95,6 +96,14 @@ def test_prefill_counts_what_each_mode_computes(
     assert computed["floor"] < computed["collective"] < computed["pic"] < computed["prefix"]
     assert computed["pic"] == computed["pic-batched"]
     assert computed["prefix"] < computed["none"]
+
+
+def test_options_of_the_command_line_make_engines(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "decode", "--model", model, "--size", "tiny", "--repeats", "1"]
+    app([*command, "--max-num-batched-tokens", "512"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["suite"] == "decode"
 
 
 def test_storage_counts_shared_parts_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +203,9 @@ def test_what_has_no_effect_on_a_suite_is_refused() -> None:
         ("attention", BenchSettings(engine=EngineOptions(attention="torch"))),
         ("decode", BenchSettings(against="vllm", engine=EngineOptions(device="cuda"))),
         ("storage", BenchSettings(against="vllm")),
+        ("storage", BenchSettings(inside="vllm")),
+        ("decode", BenchSettings(inside="vllm", against="vllm")),
+        ("decode", BenchSettings(inside="vllm", engine=EngineOptions(attention="torch"))),
     ):
         with pytest.raises(ConfigError):
             run_bench(suite, settings, BenchOutputs(), Console())  # type: ignore[arg-type]
@@ -248,5 +260,5 @@ def test_the_search_finds_the_largest_size_in_time(largest: int, limit: int) -> 
         assert 1 <= size <= limit
         return 1.0 if size <= largest else 3.0
 
-    assert _Search(measure, 2.0, limit).largest() == min(largest, limit)
+    assert Search(measure, 2.0, limit).largest() == min(largest, limit)
     assert len(set(probes)) <= 14

@@ -4,6 +4,7 @@ import os
 import select
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ for line in sys.stdin:
 RUN = """
 num = len(request["prompts"])
 if request["op"] == "run":
-    reply(seconds=1.5, cached_tokens=[7] * num,
+    reply(seconds=1.5, cached_tokens=[7] * num, computed_tokens=9, peak_blocks=3,
           token_ids=[prompt[:1] * request["max_tokens"] for prompt in request["prompts"]])
 """
 
@@ -168,6 +169,26 @@ def test_an_interrupt_ends_the_worker(script: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt):
         engine.run([[1]], 1)
     assert not is_running(engine._process.pid)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [(["It runs as it is: windows."], "It runs as it is: windows"), ([], "make vllm")],
+)
+def test_vllm_that_runs_without_tokendance_inside_is_refused(
+    script: Path, said: list[str], message: str
+) -> None:
+    head = WORKER.replace('version="1.2.3"', f'version="1.2.3", plugin=False, said={said}')
+    script.write_text(head + "    pass\n")
+    config = replace(CONFIG, plugin=True)
+    with pytest.raises(BaselineError, match=message):
+        VLLM(Path("model"), config, python=PYTHON, worker=script)
+
+
+def test_blocks_that_clients_name_reach_the_worker(script: Path) -> None:
+    body = RUN.replace("cached_tokens=[7] * num", 'cached_tokens=request["blocks"][0]')
+    with start(script, body) as engine:
+        assert engine.run([[1, 2, 3]], 1, blocks=[[1, 3]]).cached_tokens == (1, 3)
 
 
 def test_python_that_cannot_be_run(tmp_path: Path) -> None:

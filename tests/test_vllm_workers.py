@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from test_vllm import FINISH, NUM_AGENTS, PYTHON, ROUND, run_in_vllm, tokens
 from tiny_models import save_model
 from tokendance import LLM, SamplingParams
+from tokendance.bench.vllm import VLLMConfig, child_environment
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
+from vllm_server import SCENARIOS, run
 
 pytestmark = [
     pytest.mark.vllm,
@@ -149,3 +151,15 @@ def test_adapters_are_tenants(model: Path, embedded: list[list[int]], tmp_path: 
     assert tokens(results["a"], "a") != tokens(results["b"], "b")
     assert tokens(results["without"]) == embedded != tokens(results["a"], "a")
     assert results["both"]["missing_blocks"] == 0
+
+
+def test_the_kernel_computes_on_the_threads_that_torch_has() -> None:
+    """Also where vLLM's advice is followed, and another OpenMP runtime is preloaded."""
+    assert PYTHON is not None
+    environment = child_environment(PYTHON, VLLMConfig(threads=3))
+    if "libiomp5" not in environment.get("LD_PRELOAD", ""):
+        pytest.skip("Intel's OpenMP is not beside vLLM")
+    printed = run([PYTHON, "-P", SCENARIOS / "threads.py"], "", environment)
+    of_torch, more = map(int, printed.split())
+    assert of_torch >= 2
+    assert more == 0

@@ -8,7 +8,7 @@ from environment variables and from a TOML file.
 import contextlib
 import difflib
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -151,7 +151,9 @@ class EngineOptions:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
             raise ConfigError(f"There is no option {name!r}. {hint}")
-        return replace(options or cls(), **settings)
+        # Not `replace`: options of a command line have texts where there are numbers and objects.
+        given = {} if options is None else {name: getattr(options, name) for name in names}
+        return cls(**given | settings)
 
     def read_correction(self, target: SpecReader) -> CorrectionPolicy:
         """Make the policy by which tokens of reused segments are computed afresh.

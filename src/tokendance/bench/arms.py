@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from tokendance.options import EngineOptions, ReuseMode
 from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, PromptLike, private, shared
-from tokendance.rounds.segments import PrefixHashes, TokenIds
+from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, TokenIds
 from tokendance.rounds.trace import TraceAgent
 
 if TYPE_CHECKING:  # it is not there where only the engine is (gpu/)
@@ -58,7 +58,7 @@ def make_engine(
     the store is to be cleared before each use.
     """
     budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
-    options = replace(options, reuse=mode, correction=correction, kv_budget=budget)
+    options = EngineOptions.of(options, reuse=mode, correction=correction, kv_budget=budget)
     return LLM.from_loaded(model, options, pool=pool)
 
 
@@ -219,12 +219,27 @@ def timed_spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
     return WorkloadSpec(agents, source=settings.source, seed=settings.seed)
 
 
-def vllm_round(vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int) -> VLLMResult:
-    """Run a round that `llm` encodes through vLLM, with the private parts in its prefix cache."""
+def vllm_round(
+    vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int, *, tagged: bool = False
+) -> VLLMResult:
+    """Run a round that `llm` encodes through vLLM, with the private parts in its prefix cache.
+
+    `tagged`: TokenDance inside is told the blocks.
+    """
     encoded = workload.encoded(llm)
     vllm.reset()
     vllm.run([prompt.segments[0].token_ids.tolist() for prompt in encoded], 1)
-    return vllm.run([prompt.token_ids.tolist() for prompt in encoded], num_tokens)
+    blocks = [places_of_blocks(prompt) for prompt in encoded] if tagged else None
+    return vllm.run([prompt.token_ids.tolist() for prompt in encoded], num_tokens, blocks=blocks)
+
+
+def places_of_blocks(prompt: EncodedPrompt) -> list[int]:
+    """Positions begin, end, begin, end, ... of a prompt's shared segments."""
+    return [
+        place
+        for begin, segment in prompt.shared_segments()
+        for place in (begin, begin + len(segment))
+    ]
 
 
 @contextmanager

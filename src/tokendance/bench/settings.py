@@ -20,6 +20,7 @@ SuiteName = Literal[
 ]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")  # with a place for vLLM
+INSIDE_SUITES: tuple[SuiteName, ...] = ("plain", "prefill", "decode", "capacity", "fidelity")
 Size = Literal["tiny", "full"]
 
 
@@ -38,6 +39,7 @@ class BenchSettings:
             example, or a trace with personas.
         against: measure this engine too, in its own environment (make vllm), where a suite has a
             place for it.
+        inside: measure TokenDance inside this engine, against the same one without it.
         engine: what all engines of a suite have in common; it sets the rest itself.
     """
 
@@ -47,6 +49,7 @@ class BenchSettings:
     seed: int = 0
     source: str = "town"
     against: Literal["vllm"] | None = None
+    inside: Literal["vllm"] | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:

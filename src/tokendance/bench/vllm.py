@@ -1,4 +1,4 @@
-"""vLLM as a baseline: drives the real engine, which runs in an environment of its own.
+"""Drives the real vLLM, plain or with TokenDance inside, in an environment of its own.
 
     with VLLM(checkpoint, VLLMConfig(max_context=4096)) as vllm:
         vllm.run(private_parts, max_tokens=1)   # now they are in its prefix cache
@@ -27,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tokendance.errors import BaselineError
 
@@ -55,6 +57,8 @@ class VLLMConfig:
         block_size: tokens per KV block, a multiple of 32.
         max_num_batched_tokens: tokens of one pass at most.
         max_num_seqs: requests of one pass at most.
+        plugin: with TokenDance inside.
+        max_logprobs: log-probabilities of a token that may be asked for; -1: of the vocabulary.
     """
 
     dtype: str = "bfloat16"
@@ -64,6 +68,8 @@ class VLLMConfig:
     block_size: int = 32
     max_num_batched_tokens: int = 4096
     max_num_seqs: int = 256
+    plugin: bool = False
+    max_logprobs: int = 20
 
     def engine_arguments(self, model: Path) -> dict[str, object]:
         """What `vllm.LLM` is called with."""
@@ -77,6 +83,7 @@ class VLLMConfig:
             "max_num_seqs": self.max_num_seqs,
             "enforce_eager": False,
             "enable_prefix_caching": True,
+            "max_logprobs": self.max_logprobs,
             # Sampling is as asked, not as the model's folder suggests.
             "generation_config": "vllm",
         }
@@ -89,6 +96,8 @@ class VLLMResult:
     seconds: float  # from submission of all prompts to the last token of the last answer
     cached_tokens: tuple[int, ...]  # tokens of each prompt that vLLM found in its prefix cache
     token_ids: tuple[tuple[int, ...], ...]  # the answers
+    computed_tokens: int  # of all passes, answers included
+    peak_blocks: int  # KV blocks that somebody held, at most
 
 
 def count_blocks(prompts: Iterable[Sequence[int]], answer_tokens: int, block_size: int) -> int:
@@ -174,7 +183,15 @@ class VLLM:
             self._stderr.close()
             raise BaselineError(f"{python} could not be run: {error}. {HOW_TO_INSTALL}") from error
         request = {"op": "start", "engine": config.engine_arguments(model)}
-        self.version: str = str(self._ask(request, start_timeout_s).get("version"))
+        started = self._ask(request, start_timeout_s)
+        self.version: str = str(started.get("version"))
+        if config.plugin and not started.get("plugin"):
+            self.close(0)
+            said = " ".join(started.get("said", ()))
+            raise BaselineError(
+                said
+                or f"TokenDance is not installed in the environment of {python}. Run `make vllm`."
+            )
         self.settings = (
             f"vLLM {self.version}: {config.dtype}, prefix caching, blocks of {config.block_size}, "
             f"compiled, {config.threads} threads, up to {config.max_num_batched_tokens} tokens a "
@@ -188,7 +205,12 @@ class VLLM:
         self.close()
 
     def run(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, timeout_s: float = 1800.0
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        timeout_s: float = 1800.0,
+        *,
+        blocks: Sequence[Sequence[int]] | None = None,
     ) -> VLLMResult:
         """Answer prompts that are all submitted at once, greedily and past any end of text.
 
@@ -196,14 +218,26 @@ class VLLM:
             prompts: token ids, at least one prompt.
             max_tokens: tokens of each answer.
             timeout_s: seconds after which vLLM is taken to hang.
+            blocks: for each prompt positions begin, end, begin, end, ... of what others read, too,
+                as a client would say it (docs/vllm.md); left out: nothing is said.
 
         Raises:
             BaselineError: vLLM failed, died or hung; it is closed then.
         """
+        return self._run(prompts, max_tokens, timeout_s, _tags(blocks))
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        timeout_s: float,
+        further: Mapping[str, object],
+    ) -> VLLMResult:
         request = {
             "op": "run",
             "prompts": [[int(token) for token in prompt] for prompt in prompts],
             "max_tokens": max_tokens,
+            **further,
         }
         reply = self._ask(request, timeout_s)
         try:
@@ -211,6 +245,8 @@ class VLLM:
                 seconds=float(reply["seconds"]),
                 cached_tokens=tuple(map(int, reply["cached_tokens"])),
                 token_ids=tuple(tuple(map(int, answer)) for answer in reply["token_ids"]),
+                computed_tokens=int(reply["computed_tokens"]),
+                peak_blocks=int(reply["peak_blocks"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._failed(f"vLLM's reply lacks a figure ({error!r})") from error
@@ -221,6 +257,36 @@ class VLLM:
                 f" {lengths}"
             )
         return result
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        timeout_s: float = 1800.0,
+        *,
+        blocks: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[VLLMResult, list[Tensor]]:
+        """Answer prompts with given tokens; what the model would have said, by its logprobs.
+
+        Args:
+            prompts: token ids, at least one prompt.
+            answers: token ids that each is made to say, all of one length.
+            timeout_s: seconds after which vLLM is taken to hang.
+            blocks: see `run`.
+
+        Returns:
+            What `run` does, and for each prompt log-probabilities, float32 (tokens, vocabulary).
+
+        Raises:
+            BaselineError: see `run`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "logprobs.npz"
+            forced = [list(map(int, answer)) for answer in answers]
+            further = {"forced": forced, "file": str(path), **_tags(blocks)}
+            result = self._run(prompts, len(answers[0]), timeout_s, further)
+            with np.load(path) as arrays:
+                return result, [torch.from_numpy(arrays[str(i)]) for i in range(len(prompts))]
 
     def reset(self, timeout_s: float = 60.0) -> None:
         """Empty the prefix cache.
@@ -312,6 +378,11 @@ class VLLM:
             self._stderr.close()
 
 
+def _tags(blocks: Sequence[Sequence[int]] | None) -> dict[str, object]:
+    """What a request to the worker says of blocks."""
+    return {} if blocks is None else {"blocks": [list(map(int, places)) for places in blocks]}
+
+
 def child_environment(python: Path, config: VLLMConfig) -> dict[str, str]:
     """Environment variables for vLLM: ours, and what its documentation advises on a CPU."""
     environment = {
@@ -326,6 +397,8 @@ def child_environment(python: Path, config: VLLMConfig) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "OMP_NUM_THREADS": str(config.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else engines that take turns share a core
+        "TOKENDANCE": str(int(config.plugin)),
         # By default vLLM's scheduler is a process of its own that polls, and one core is kept for
         # it. In one process it runs between passes, and all cores compute.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

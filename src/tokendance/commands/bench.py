@@ -13,9 +13,17 @@ from rich.markup import escape
 
 from tokendance.bench.plots import NO_MATPLOTLIB
 from tokendance.bench.report import write_report
-from tokendance.bench.settings import SUITES, VLLM_SUITES, BenchOutputs, BenchSettings, SuiteName
+from tokendance.bench.settings import (
+    INSIDE_SUITES,
+    SUITES,
+    VLLM_SUITES,
+    BenchOutputs,
+    BenchSettings,
+    SuiteName,
+)
 from tokendance.bench.suite import SuiteResult
-from tokendance.errors import ConfigError
+from tokendance.bench.vllm import HOW_TO_INSTALL, find_vllm
+from tokendance.errors import BaselineError, ConfigError
 from tokendance.results import check_writable, write_result
 
 
@@ -45,7 +53,7 @@ def run_bench(
     try:
         for name in [suite] if suite is not None else SUITES:
             console.rule(f"[bold]{name}[/bold]")
-            module = _load(name)
+            module = _load(name, settings)
             result = module.run(settings, console)
             if settings.tiny:
                 result.notes.insert(0, "A tiny run: the figures mean nothing.")
@@ -63,10 +71,11 @@ def run_bench(
             print(result.to_json(), flush=True)
 
 
-def _load(name: SuiteName) -> _SuiteModule:
+def _load(name: SuiteName, settings: BenchSettings) -> _SuiteModule:
     """Import a suite; a ConfigError if it needs a package that is not installed."""
+    room = "tokendance.bench.suites" + (".inside" if settings.inside else "")
     try:
-        return cast(_SuiteModule, import_module(f"tokendance.bench.suites.{name}"))
+        return cast(_SuiteModule, import_module(f"{room}.{name}"))
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"The suite {name} needs {error.name}, which is not installed. "
@@ -81,6 +90,20 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
             f"--against goes with {', '.join(VLLM_SUITES)} and all, not with {suite}."
         )
     engine = settings.engine
+    if settings.inside is not None:
+        if suite not in INSIDE_SUITES:
+            raise ConfigError(
+                f"--engine vllm goes with {', '.join(INSIDE_SUITES)}, not with {suite or 'all'}."
+            )
+        if settings.against is not None:
+            raise ConfigError("--engine vllm measures against plain vLLM: leave out --against.")
+        if find_vllm() is None:
+            raise BaselineError(f"--engine vllm: vLLM is not installed. {HOW_TO_INSTALL}")
+        if replace(engine, threads=None) != type(engine)():
+            raise ConfigError(
+                "vLLM runs with settings of its own. Of the engine's options --engine vllm takes"
+                " --threads only."
+            )
     if suite == "attention" and replace(engine, threads=None) != type(engine)():
         raise ConfigError(
             "`bench attention` measures every backend by itself, on the CPU. Of the engine's "

@@ -25,13 +25,14 @@ from tokendance.bench.arms import (
 )
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
-from tokendance.bench.suite import LiveTable, SuiteResult
+from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLMConfig, count_blocks
 from tokendance.bench.workload import RoundWorkload, generate_workload
 from tokendance.build import make_planner
 from tokendance.engine.allocator import Allocator
 from tokendance.executor.kv_pool import KVPool
 from tokendance.llm import LLM
+from tokendance.models.loader import LoadedModel
 from tokendance.options import ReuseMode
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
@@ -54,7 +55,7 @@ _COLUMNS = {
 
 
 @dataclass(slots=True)
-class _Search:
+class Search:
     """The largest size whose time is within the objective, found by doubling and halving."""
 
     measure: Callable[[int], float]  # seconds of a round of so many agents
@@ -72,6 +73,17 @@ class _Search:
             else:
                 bad = size
         return _bisect(self._fits, good, bad)
+
+    def row(self, largest: int) -> Row:
+        """What tables and JSON lines have of it, given what `largest` has found."""
+        above = [size for size in self.seconds if size > largest]
+        return {
+            "limit": f"{self.objective_s:.0f} s",
+            "agents": largest,
+            "seconds": self.seconds.get(largest),
+            "next_seconds": self.seconds[min(above)] if above else None,
+            "probes": {str(size): seconds for size, seconds in sorted(self.seconds.items())},
+        }
 
     def _fits(self, size: int) -> bool:
         probes = [self.measure(size)]
@@ -92,14 +104,7 @@ def _bisect(fits: Callable[[int], bool], good: int, bad: int) -> int:
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     model = load(settings)
-    objective_s, limit, longest = 5.0, 4, 400
-    if not settings.tiny:
-        # A prompt has its private part, what everybody said, the task, and the answer.
-        fitting = (model.shape.max_context - 1200) // 110
-        if fitting < 2:
-            raise context_too_short(model)
-        objective_s, limit = 15.0, min(60, fitting)
-        longest = 1200 + 110 * limit
+    objective_s, limit, longest = largest_round(model, tiny=settings.tiny)
     room = limit * longest
     engines = make_engines(model, settings.engine, MODES, room, KVPool(model, room))
     encoder = engines["prefix"]
@@ -111,21 +116,16 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     notes: list[str] = []
 
     def search(name: str, measure: Callable[[RoundWorkload], float]) -> None:
-        sizes = _Search(lambda size: measure(workload.head(size)), objective_s, limit)
+        sizes = Search(lambda size: measure(workload.head(size)), objective_s, limit)
         with console.status(f"{name}: looking for the largest round in time ..."):
             measure(workload.head(2))  # warms up
             in_time[name] = largest = sizes.largest()
-        above = [size for size in sizes.seconds if size > largest]
         table.add(
             {
                 "mode": name,
-                "limit": f"{objective_s:.0f} s",
-                "agents": largest,
-                "seconds": sizes.seconds.get(largest),
-                "next_seconds": sizes.seconds[min(above)] if above else None,
+                **sizes.row(largest),
                 "vs_vllm": _over(largest, in_time.get("vllm")),
                 "vs_prefix": _over(largest, in_time.get("prefix")),
-                "probes": {str(size): seconds for size, seconds in sorted(sizes.seconds.items())},
             }
         )
 
@@ -157,6 +157,22 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         "ratio_by_memory": _over(in_memory["collective"], in_memory["prefix"]),
     }
     return SuiteResult("capacity", settings.model, table.rows, headline, notes)
+
+
+def largest_round(model: LoadedModel, *, tiny: bool) -> tuple[float, int, int]:
+    """The objective in seconds, the most agents that are tried, and room for one's context.
+
+    Raises:
+        ConfigError: if the model's context holds no round.
+    """
+    if tiny:
+        return 5.0, 4, 400
+    # A prompt has its private part, what everybody said, the task, and the answer.
+    fitting = (model.shape.max_context - 1200) // 110
+    if fitting < 2:
+        raise context_too_short(model)
+    limit = min(60, fitting)
+    return 15.0, limit, 1200 + 110 * limit
 
 
 def _seconds(llm: LLM, workload: RoundWorkload) -> float:
