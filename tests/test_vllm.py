@@ -361,10 +361,10 @@ def test_a_version_that_was_not_tested_is_refused_and_can_be_tried() -> None:
         "os.environ['TOKENDANCE'] = '1'\n"
         "try: plugin.register()\n"
         "except ValueError as error: print(type(error).__name__, error)\n"
-        "print(hasattr(current_platform, 'has_tokendance'))\n"
+        "print(hasattr(type(current_platform), 'has_tokendance'))\n"
         "os.environ['TOKENDANCE_ANY_VERSION'] = '1'\n"
         "plugin.register()\n"
-        "print(hasattr(current_platform, 'has_tokendance'))\n"
+        "print(hasattr(type(current_platform), 'has_tokendance'))\n"
     )
     refusal, *others = in_python(script, TOKENDANCE="0")
     assert refusal.startswith("ConfigError ")
