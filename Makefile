@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo-weights
 VLLM := .venv-vllm/.installed
-FRAMEWORKS := .venv-frameworks/.installed
+FRAMEWORKS := .venv-frameworks/.installed .venv-frameworks-openai3/.installed
 define NEEDS_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
@@ -12,7 +12,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm frameworks
-.PHONY: clean gpu test-all test-vllm
+.PHONY: clean gpu test-all test-vllm web check-web
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -101,14 +101,25 @@ $(VLLM): constraints-vllm.txt pyproject.toml CMakeLists.txt $(wildcard native/*)
 		echo "vLLM advises TCMalloc, which is not here: apt-get install libtcmalloc-minimal4"
 	@touch $@
 
-frameworks: $(FRAMEWORKS) ## make .venv-frameworks with the agent frameworks that tests talk to
+frameworks: $(FRAMEWORKS) ## make .venv-frameworks* with the agent frameworks that tests talk to (two minutes, 2 GB)
 
-# Clients know nothing of us, and want other versions than we do.
-$(FRAMEWORKS): constraints-frameworks.txt
+# Clients know nothing of us, and want other versions than we do, or than each other.
+$(FRAMEWORKS): .venv-%/.installed: constraints-%.txt
 	$(NEEDS_PYTHON)
-	$(PYTHON) -m venv .venv-frameworks
-	.venv-frameworks/bin/pip install --quiet --no-deps --requirement constraints-frameworks.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --no-deps --requirement $<
 	@touch $@
 
+WEB := web/node_modules/.package-lock.json
+
+$(WEB): web/package.json web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
+
+web: $(WEB) ## build the page of `tokendance view` and of the dashboard anew (node 20 or newer, npm)
+	cd web && npm run build
+
+check-web: web ## whether the page in the package is what web/ builds
+	git diff --exit-code --stat -- src/tokendance/view/assets
+
 clean: ## remove all environments
-	rm -rf .venv .venv-vllm .venv-frameworks
+	rm -rf .venv .venv-vllm .venv-frameworks .venv-frameworks-openai3 web/node_modules

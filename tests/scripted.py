@@ -1,6 +1,8 @@
 """A model that says what a test has written down, and thinks if its chat template knows how."""
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 from fake_executor import FakeExecutor
 from tiny_models import SPECIALS, VOCAB, fake_model
@@ -38,10 +40,11 @@ Script = Callable[[str], str]
 class ScriptedExecutor(FakeExecutor):
     """Says what a script has for the prompt, then ends; something else where it may not."""
 
-    def __init__(self, num_slots: int, script: Script) -> None:
+    def __init__(self, num_slots: int, script: Script, tokenizer: Any) -> None:
         super().__init__(num_slots, VOCAB, SPECIALS)
         self._script = script
-        self._tokenizer = fake_model().tokenizer
+        self._tokenizer = copy.deepcopy(tokenizer)  # another thread uses the original
+        self._opens = tokenizer.chat_template == LIKE_DEEPSEEK
         self.prompts: list[str] = []  # all that were read
 
     def _choose(self, context: SlotArray, row: SamplingRow) -> int:
@@ -52,21 +55,25 @@ class ScriptedExecutor(FakeExecutor):
         if not said:
             self.prompts.append(prompt + mark)
         rest = self._script(prompt).removeprefix(said)
-        ids = self._tokenizer(rest[:1], add_special_tokens=False).input_ids
+        ids = self._tokenizer(rest, add_special_tokens=False).input_ids
         token = int(ids[0]) if ids else 2
         if row.forbidden is not None and row.forbidden[token]:
             return int(row.forbidden.argmin())
         return token
 
-    _opens = False
 
+def scripted(
+    script: Script, template: str, *, marks_are_tokens: bool = False
+) -> tuple[LLM, ScriptedExecutor]:
+    """A model that says what a script has, with a chat template of its own.
 
-def scripted(script: Script, template: str) -> tuple[LLM, ScriptedExecutor]:
-    """A model that says what a script has, with a chat template of its own."""
+    Its tokens are characters; the marks of thoughts may be tokens, as models have them.
+    """
     num_slots = 2000 * 16
     model = fake_model()
     model.tokenizer.chat_template = template
-    executor = ScriptedExecutor(num_slots, script)
-    executor._opens = template is LIKE_DEEPSEEK
+    if marks_are_tokens:
+        model.tokenizer.add_tokens(["<think>", "</think>"])
+    executor = ScriptedExecutor(num_slots, script, model.tokenizer)
     budget = num_slots * model.shape.kv_bytes_per_token(model.dtype)
     return LLM.from_loaded(model, EngineOptions(kv_budget=budget), executor=executor), executor

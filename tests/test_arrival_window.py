@@ -1,4 +1,4 @@
-"""The arrival window, which learns how far apart a client's requests come, by clocks of the tests."""
+"""The arrival window, which learns how far apart a client's requests come; clocks are our own."""
 
 import math
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -86,6 +87,21 @@ def test_the_installed_command() -> None:
     assert done.returncode == 2
     assert "cannot be read" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["cyclopts", "torch"])
+def test_an_interrupt_while_modules_are_imported_is_a_word(module: str, tmp_path: Path) -> None:
+    """At the start of the command line, and where a command imports what it needs."""
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(9): pass\n"
+    (tmp_path / f"{module}.py").write_text(interrupt)
+    done = subprocess.run(
+        [sys.executable, "-m", "tokendance", "run"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "tokendance: Interrupted.\n")
 
 
 def write_trace(path: Path, *lines: object) -> str:

@@ -203,7 +203,7 @@ def test_refusals_say_what_to_do(
     assert text in response.json()["error"]["message"]
 
 
-def test_who_makes_vectors_is_told(client: httpx.Client, llm: LLM, bert: Path) -> None:
+def test_who_makes_vectors_is_told(client: httpx.Client, tiny: LoadedModel, bert: Path) -> None:
     names = [card["id"] for card in client.get("/v1/models").json()["data"]]
     assert names == ["tiny", "tiny-mean-pooled"]
     card = client.get("/v1/models/tiny-mean-pooled").json()
@@ -214,6 +214,7 @@ def test_who_makes_vectors_is_told(client: httpx.Client, llm: LLM, bert: Path) -
     assert "'tiny-mean-pooled'" in other.json()["error"]["message"]
     assert chat(client, model="tiny-mean-pooled").status_code == 404
     pool(bert, "mean_tokens")
+    llm = LLM.from_loaded(tiny, EngineOptions(kv_budget=2**22))
     with serving(llm, embedding_model=str(bert)) as (client, _):
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == [
             "tiny",

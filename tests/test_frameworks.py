@@ -6,21 +6,16 @@ compared with an oracle that knows nothing of how the server finds what prompts 
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from framework_clients import PYTHON, count_tokens, run_client
+from framework_clients import PYTHON, count_tokens, play
 from oracle import Asked
-from serving import serving
-from tokendance import LLM
-from tokendance.engine.request import Request
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.models import demo
 from tokendance.models.loader import LoadedModel, load_model
-from tokendance.options import EngineOptions
-from tokendance.server.jobs import Job
 
 pytestmark = [
     pytest.mark.demo,
@@ -69,7 +64,7 @@ def model() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def play(model: LoadedModel) -> Callable[[Case], Town]:
+def town_of(model: LoadedModel) -> Callable[[Case], Town]:
     """Return a function that lets a client play its town, once for all tests."""
     played: dict[Case, Town] = {}
 
@@ -82,29 +77,13 @@ def play(model: LoadedModel) -> Callable[[Case], Town]:
 
 
 def play_town(model: LoadedModel, client: str, way: str, agents: int) -> Town:
-    llm = LLM.from_loaded(model, EngineOptions(kv_budget=2**30, shadow=float(agents == 3)))
-    requests: list[Request] = []
-    with serving(llm, served_name=demo.ALIAS) as (http, server), pytest.MonkeyPatch.context() as m:
-        submit = server.engine_thread.submit
-
-        def record(jobs: Sequence[Job]) -> None:
-            requests.extend(job.request for job in jobs)
-            submit(jobs)
-
-        m.setattr(server.engine_thread, "submit", record)
-        said = run_client(str(http.base_url).rstrip("/"), client, way, agents, ROUNDS)
-    llm.engine.check_integrity()
-    assert len(requests) == agents * ROUNDS
-    asked = [
-        Asked(request.prompt.token_ids.tolist(), list(request.generated), request.num_reused)
-        for request in requests
-    ]
-    reports = [llm.check_shadow() for _ in range(SHADOWS)]
-    shadows = [report for report in reports if report is not None]
+    played = play(model, client, way, agents=agents, rounds=ROUNDS, shadow=float(agents == 3))
+    assert len(played.asked) == agents * ROUNDS
+    reports = [played.llm.check_shadow() for _ in range(SHADOWS)]
     return Town(
-        said,
-        [asked[first : first + agents] for first in range(0, len(asked), agents)],
-        shadows,
+        played.said,
+        [played.asked[first : first + agents] for first in range(0, agents * ROUNDS, agents)],
+        [report for report in reports if report is not None],
     )
 
 
@@ -120,9 +99,9 @@ def tell(capsys: pytest.CaptureFixture[str], case: Case, figures: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_everybody_hears_all_and_answers(
-    case: Case, play: Callable[[Case], Town], model: LoadedModel
+    case: Case, town_of: Callable[[Case], Town], model: LoadedModel
 ) -> None:
-    town = play(case)
+    town = town_of(case)
     assert len(town.said) == ROUNDS
     for said in town.said:
         assert len(said) == case[2]
@@ -135,10 +114,10 @@ def test_everybody_hears_all_and_answers(
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_what_can_be_reused_is_reused(
-    case: Case, play: Callable[[Case], Town], capsys: pytest.CaptureFixture[str]
+    case: Case, town_of: Callable[[Case], Town], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the second round on, most of it: docs/clients.md has what is to be expected."""
-    town = play(case)
+    town = town_of(case)
     reused, could, prompts = count_tokens(town.asked)
     figures = map("{} / {} / {}".format, reused, could, prompts)
     tell(capsys, case, f"reused / reusable / prompt tokens {', '.join(figures)}")
@@ -147,9 +126,9 @@ def test_what_can_be_reused_is_reused(
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] == 3], ids=name_of)
 def test_answers_are_near_those_of_full_computation(
-    case: Case, play: Callable[[Case], Town], capsys: pytest.CaptureFixture[str]
+    case: Case, town_of: Callable[[Case], Town], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports = play(case).shadows
+    reports = town_of(case).shadows
     assert len(reports) == SHADOWS
     kls = [report.kl for report in reports]
     tell(capsys, case, f"KL {statistics.mean(kls):.4f}, median {statistics.median(kls):.4f}")

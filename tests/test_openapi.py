@@ -1,5 +1,6 @@
 """What /openapi.json says, tried out: requests made from it get the answers that it describes."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from serving import serving
 from tokendance import LLM
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
+from tokendance.server.openapi import DocumentedAPI
 
 KEY = {"Authorization": "Bearer secret"}
 OPERATIONS = [
@@ -88,6 +90,21 @@ def test_all_operations_are_tried(document: dict[str, Any]) -> None:
         for operation in operations.values():
             assert "422" not in operation["responses"]
             assert ("401" in operation["responses"]) == (path not in ("/health", "/ready"))
+
+
+def test_the_document_is_made_beside_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    make = DocumentedAPI.openapi
+
+    def noted(self: DocumentedAPI) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return make(self)
+
+    monkeypatch.setattr(DocumentedAPI, "openapi", noted)
+    assert client.get("/openapi.json").status_code == 200
+    assert [name.split()[0] for name in threads] == ["AnyIO"]
 
 
 @pytest.mark.parametrize(

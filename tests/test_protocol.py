@@ -183,11 +183,10 @@ def test_what_changes_no_answer_is_taken(client: httpx.Client, fields: dict[str,
     ("fields", "advice"),
     [
         ({"length_penalty": 2}, "Leave it out."),
-        ({"guided_choice": ["a"]}, "response_format"),
-        ({"structured_outputs": {"regex": "a"}}, "response_format"),
-        ({"cache_salt": "x"}, "--api-key"),
-        ({"skip_special_tokens": False}, "Answers have none"),
-        ({"prompt_logprobs": 1}, "Leave it out."),
+        ({"guided_grammar": "a"}, "response_format"),
+        ({"bad_words": ["a"]}, "logit_bias"),
+        ({"echo": True}, "before the answer"),
+        ({"skip_special_tokens": False}, "return_token_ids"),
     ],
 )
 def test_what_is_not_supported_says_what_to_do(

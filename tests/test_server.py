@@ -699,7 +699,7 @@ def test_others_are_answered_while_a_session_is_read(
 
         llm.tier.disk.read = wait_and_read  # type: ignore[method-assign]
         asked = own.submit(ask, client, 1)
-        wait_until(server, lambda: any(llm.kv_store.loading.values()))
+        wait_until(server, lambda: any(llm.kv_store.in_transit.values()))
         assert chat(client).status_code == 200
         asyncio.run(server.engine_thread.call(llm.engine.check_integrity))
         assert not asked.done()

@@ -1,7 +1,7 @@
 """Sessions that the server keeps, without a model: how they are loaded, saved and forgotten."""
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,12 +17,13 @@ from tokendance.server import sessions
 from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.kept_chats import KeptChat
-from tokendance.server.loading import Loader, try_to_save
+from tokendance.server.loading import Loader, Saved
 from tokendance.server.protocol import RoundRequest
 from tokendance.server.sessions import Sessions
 from tokendance.session import Session
 from tokendance.tier.caches import SessionSnapshot
-from tokendance.tier.loader import Restored, Restoring
+from tokendance.tier.loader import Restored
+from tokendance.tier.steps import Steps, finish
 
 SALT = Salt(b"")
 
@@ -33,15 +34,13 @@ class FakeDurable:
     def __init__(self, name: str, num_files: int = 0, error: Exception | None = None) -> None:
         self.key = SessionKey("", name)
         self.files = [Future[Any]() for _ in range(num_files)]
+        self.commits: list[Future[Any]] = []
         self.error = error
         self.is_closed = False
         self.is_being_written = False
         self.num_saved = 0
 
-    def restoring(self) -> Restoring | None:
-        return self._steps() if self.files else None
-
-    def _steps(self) -> Generator[Future[Any], None, Restored]:
+    def restoring(self) -> Steps[Restored | None]:
         try:
             yield from self.files
             if self.error is not None:
@@ -53,7 +52,8 @@ class FakeDurable:
     def go_on_writing(self) -> bool:
         return self.is_being_written
 
-    def save(self) -> None:
+    def saving(self) -> Steps[None]:
+        yield from self.commits
         if self.error is not None:
             raise self.error
         self.num_saved += 1
@@ -64,6 +64,7 @@ def test_a_session_is_loaded_file_by_file() -> None:
     loader.begin(session, ends.append)
     loader.begin(session, ends.append)  # waits with the first
     assert session in loader
+    assert loader.pause_s == 0
     loader.go_on()
     assert loader.pause_s > 0  # all wait for the disk
     loader.go_on()
@@ -82,6 +83,7 @@ def test_a_session_is_loaded_file_by_file() -> None:
 def test_where_nothing_is_stored_nothing_is_loaded() -> None:
     loader, ends = Loader(), list[TokenDanceError | None]()
     loader.begin(FakeDurable("a"), ends.append)
+    loader.go_on()
     assert ends == [None]
     assert not loader
 
@@ -99,10 +101,15 @@ def test_an_error_of_one_session_is_none_of_the_others(error: Exception) -> None
     (told,) = ends["a"]
     assert isinstance(told, StoreError)
     assert (told is error) == isinstance(error, StoreError)
-    assert try_to_save(FakeDurable("b")) is None
-    found = try_to_save(FakeDurable("a", error=error))
+    failed, saved = Saved(), Saved()
+    loader.save(FakeDurable("a", error=error), failed)
+    loader.save(FakeDurable("b"), saved)
+    loader.go_on()
+    loader.go_on()
+    found = failed.result(0)
     assert isinstance(found, StoreError)
     assert "stored" in str(found) or found is error
+    assert saved.result(0) is None
 
 
 def test_who_waits_is_told_when_the_server_stops() -> None:
@@ -119,7 +126,7 @@ def test_who_is_being_written_is_saved_later_and_at_the_end_at_once() -> None:
     loader, slow, quick = Loader(), FakeDurable("slow"), FakeDurable("quick")
     slow.is_being_written = True
     for session in (slow, quick):
-        loader.when_written(session, session.save)
+        loader.save(session)
     assert loader.pause_s > 0
     loader.go_on()
     assert (slow.num_saved, quick.num_saved) == (0, 1)
@@ -130,10 +137,64 @@ def test_who_is_being_written_is_saved_later_and_at_the_end_at_once() -> None:
     assert slow.num_saved == 1
     assert not loader
     slow.is_being_written = True
-    loader.when_written(slow, slow.save)
+    loader.save(slow)
     loader.stop()
     assert slow.num_saved == 2
     assert not loader
+
+
+def test_the_engine_goes_on_while_a_session_is_named_in_the_index() -> None:
+    loader, session, behind = Loader(), FakeDurable("a"), FakeDurable("b")
+    session.commits.append(Future())
+    saved = Saved()
+    loader.save(session, saved)
+    loader.save(behind)
+    loader.go_on()
+    loader.go_on()
+    assert loader.pause_s > 0
+    assert not saved.done()
+    assert behind.num_saved == 0  # one after the other
+    session.commits[0].set_result(None)
+    assert loader.pause_s == 0
+    loader.go_on()
+    loader.go_on()
+    assert saved.result(0) is None
+    assert (session.num_saved, behind.num_saved) == (1, 1)
+    assert not loader
+
+
+def test_what_is_being_saved_when_the_server_stops_is_saved() -> None:
+    loader, session, gone = Loader(), FakeDurable("a"), FakeDurable("b")
+    session.commits.append(Future())
+    saved, cancelled = Saved(), Saved()
+    loader.save(session, saved)
+    loader.save(gone, cancelled)
+    loader.go_on()
+    cancelled.cancel()
+    session.commits[0].set_result(None)
+    loader.stop()
+    assert saved.result(0) is None
+    assert gone.num_saved == 0
+    assert not loader
+
+
+def test_steps_of_sessions_take_little_time_between_passes() -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.004
+        return now
+
+    loader, session, ends = Loader(clock), FakeDurable("a", 9), list[TokenDanceError | None]()
+    for file in session.files:
+        file.set_result(None)
+    loader.begin(session, ends.append)
+    for _ in range(3):
+        loader.go_on()
+        assert ends == []
+    loader.go_on()
+    assert ends == [None]
 
 
 class FakeWorker:
@@ -148,7 +209,11 @@ class FakeWorker:
         return work()
 
     async def save(self, session: Session) -> TokenDanceError | None:
-        return cast(TokenDanceError | None, await self.call(lambda: try_to_save(session)))
+        loader, saved = Loader(), Saved()
+        await self.call(lambda: loader.save(session, saved))
+        while loader:
+            loader.go_on()
+        return saved.result(0)
 
 
 class FakeTier:
@@ -159,7 +224,12 @@ class FakeTier:
         self.is_closed = False
         self.disk = SimpleNamespace(session=lambda _: None)
 
-    def save(self, snapshot: SessionSnapshot, _: object = None) -> None:
+    def job(self, work: Callable[[], Any]) -> Steps[Any]:
+        yield from ()
+        return work()
+
+    def saving(self, snapshot: SessionSnapshot, _: object = None) -> Steps[None]:
+        yield from ()
         self.saved.append(snapshot.key.name)
 
 
@@ -248,7 +318,7 @@ def test_both_kinds_are_saved_in_one_way(
     assert asyncio.run(opened.save(session)) is None
     kept = chat(opened, "talk")
     assert kept is not None
-    assert try_to_save(kept) is None
+    finish(kept.saving())
     assert tier.saved == ["town", "talk"]
     worker.is_closed = True
     assert "has stopped" in str(asyncio.run(opened.save(session)))

@@ -54,7 +54,7 @@ class KeepsUp(ThreadPoolExecutor):
 @pytest.fixture
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what is written where: a save writes what the background has not begun."""
-    monkeypatch.setattr("tokendance.tier.background.ThreadPoolExecutor", KeepsUp)
+    monkeypatch.setattr("tokendance.tier.levels.ThreadPoolExecutor", KeepsUp)
 
 
 def open_llm(model: LoadedModel, folder: Path | None, pages: int = 2000, **budget: Any) -> LLM:
@@ -337,13 +337,18 @@ def test_what_goes_ahead_may_fail(
     parts = run(session, 1)
     if whose == "thread":
         write, calls = disk.write, itertools.count()
+        submit = llm.tier._levels.threads.writer.submit
 
-        def fail_there(rows: KVRows) -> tuple[FileId, WrittenFile]:
-            if threading.current_thread() is not threading.main_thread() and next(calls) % 2:
+        def fail_sometimes(rows: KVRows) -> tuple[FileId, WrittenFile]:
+            if next(calls) % 2:
                 raise MemoryError("The disk is busy.")
             return write(rows)
 
-        monkeypatch.setattr(disk, "write", fail_there)
+        def fail_ahead(work: Any, rows: KVRows) -> Future[Any]:
+            is_saving = llm.tier is not None and llm.tier._levels.turn.is_taken
+            return submit(work if is_saving else fail_sometimes, rows)
+
+        monkeypatch.setattr(llm.tier._levels.threads.writer, "submit", fail_ahead)
     else:
         steps = itertools.count()
 

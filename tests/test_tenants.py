@@ -323,13 +323,13 @@ def test_pages_that_are_read_from_disk_are_no_tenants(fake: LoadedModel) -> None
         assert first.allocation is not None
         loading = first.allocation.pages.copy()
         pool.retain(loading, Holder.REQUEST)
-        place.llm.kv_store.loading["load"] = [loading]
+        place.llm.kv_store.in_transit["load"] = [loading]
         second = place.ask("one", 64, 3)
         place.engine.tick()
         for ends in ("load", "request") if load_ends_first else ("request", "load"):
             if ends == "load":
                 pool.release(loading, Holder.REQUEST)
-                del place.llm.kv_store.loading["load"]
+                del place.llm.kv_store.in_transit["load"]
             else:
                 place.engine.abort(first)
             place.engine.check_integrity()

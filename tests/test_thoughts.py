@@ -98,7 +98,7 @@ def test_marks_are_those_of_the_chat_template(template: str, marks: ThoughtMarks
 
 def test_marks_that_no_text_has_are_none() -> None:
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    tokenizer.add_tokens(["</think>"], special_tokens=True)
     tokenizer.chat_template = LIKE_QWEN
     assert PromptEncoder(tokenizer, VOCAB, make_salt()).thought_marks is None
 
@@ -129,11 +129,11 @@ def test_thoughts_stand_apart(template: str, fields: dict[str, Any]) -> None:
         kinds = [[name for name, value in delta.items() if value] for delta in deltas]
         firsts = [kind[0] for kind in kinds if kind and kind != ["role"]]
         assert firsts == sorted(firsts, reverse=True)  # no thought behind the text
-        assert sum(firsts.count(name) for name in ("reasoning_content", "content")) > 30
+        assert sum(firsts.count(name) for name in ("reasoning_content", "content")) > 20
         tokens = [
             one["choices"][0]["logprobs"]["content"]
             for one in stream
-            if one["choices"][0]["logprobs"] and not one["choices"][0]["index"]
+            if one["choices"][0].get("logprobs") and not one["choices"][0]["index"]
         ]
         assert sum(map(len, tokens)) == len(answer)
         # Where they are shared they stay in the text, which has both marks.
@@ -153,7 +153,8 @@ def test_an_answer_that_is_cut_off_in_thought() -> None:
 
 
 def test_who_is_told_not_to_think_does_not() -> None:
-    llm, executor = scripted(lambda _: "<think> is a mark.", LIKE_QWEN)
+    nothing = "<think>\n\n</think>\n\n"  # which the template has written
+    llm, executor = scripted(lambda _: nothing + "<think> is a mark.", LIKE_QWEN)
     with serving(llm) as (client, _):
         document = chat(client, enable_thinking=False, max_tokens=40).json()
         assert document["choices"][0]["message"]["content"] == "<think> is a mark."
@@ -164,8 +165,9 @@ def test_who_is_told_not_to_think_does_not() -> None:
 @pytest.mark.parametrize("template", [LIKE_QWEN, LIKE_DEEPSEEK])
 @pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.parametrize("fields", [{"response_format": FORMAT}, {"tools": [TOOL]}])
+@pytest.mark.parametrize("marks_are_tokens", [False, True])
 def test_what_is_wanted_comes_behind_thoughts(
-    template: str, thinks: bool, fields: dict[str, Any]
+    template: str, thinks: bool, fields: dict[str, Any], marks_are_tokens: bool
 ) -> None:
     opens = template is LIKE_DEEPSEEK
     if opens and not thinks:
@@ -175,7 +177,7 @@ def test_what_is_wanted_comes_behind_thoughts(
     end = '"yes"' if "tools" not in fields else call
     begin = "" if opens else "<think>\n"
     script = f"{begin}{thought}</think>\n\n{end}" if thinks else end
-    llm, _ = scripted(lambda _: script, template)
+    llm, _ = scripted(lambda _: script, template, marks_are_tokens=marks_are_tokens)
     if "tools" in fields:
         fields = {**fields, "tool_choice": "required"}
     with serving(llm) as (client, _):
@@ -206,13 +208,14 @@ def _message(response: httpx.Response, *, stream: bool) -> dict[str, Any]:
     }
 
 
-def test_an_answer_that_never_stops_thinking_may_not_end() -> None:
-    """What was asked for is missing, so it goes on until it is cut off."""
+def test_an_answer_that_never_stops_thinking_has_to() -> None:
+    """What was asked for is missing, so it may not end, and has room in the end."""
     llm, _ = scripted(lambda _: "<think>Hm", LIKE_QWEN)
     with serving(llm) as (client, _):
-        choice = chat(client, response_format=FORMAT, max_tokens=20).json()["choices"][0]
-        assert choice["finish_reason"] == "length"
-        assert choice["message"]["content"] == ""
+        choice = chat(client, response_format=FORMAT, max_tokens=60).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert choice["message"]["content"] == '"yes"'
+        assert choice["message"]["reasoning"].startswith("Hm")
         assert chat(client, max_tokens=20).json()["choices"][0]["finish_reason"] == "stop"
 
 
@@ -353,7 +356,7 @@ def test_an_answer_is_continued() -> None:
     with serving(llm) as (client, _):
         answer = chat(client, [*HELLO, begun], max_tokens=90, continue_final_message=True)
         message = answer.json()["choices"][0]["message"]
-        assert (message["reasoning"], message["content"]) == (ANSWER[20:38].strip(), SAID.text)
+        assert (message["reasoning"], message["content"]) == (ANSWER[20:28], SAID.text)
 
 
 def test_prompts_of_the_library_end_as_they_are_told() -> None:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from tokendance.store.pages import Holder, PagePool
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
 from tokendance.tier.levels import ReadCost
 from tokendance.tier.slot_files import SlotFiles
+from tokendance.tier.steps import Steps, finish
 from tokendance.tier.tier import DiskTier
 
 SALT = make_salt("test")
@@ -60,6 +63,7 @@ class Town:
     """A store of 64 pages of 4 tokens, with its tier."""
 
     def __init__(self, folder: Path) -> None:
+        self.num_kept = 0  # pages, for others
         self.store = KVStore(PagePool(64, 4), max_reuse_rounds=4)
         self.memory = Arrays(256)
         self.disk = DiskStore(folder, {})
@@ -69,6 +73,7 @@ class Town:
             self.disk,
             bytes_per_token=BYTES_PER_TOKEN,
             seconds_per_token=lambda: None,
+            num_kept=lambda _: self.num_kept,
         )
 
     def compute(self, token_ids: TokenIds) -> Slots:
@@ -193,9 +198,73 @@ def test_a_session_is_read_once_when_it_is_saved(
     assert len(reads) == 1
     chat = KeptChat(TOWN, SALT, town.tier)
     chat.note(request_of(ANN))
-    chat.save()
+    finish(chat.saving())
     assert len(reads) == 2
     assert town.stored().round == 4
+
+
+def test_what_is_kept_for_other_tenants_is_not_taken(town: Town) -> None:
+    for ids in (ANN, BO):
+        town.compute(ids)
+    town.tier.save(snapshot({"ann": ANN, "bo": BO}))
+    town.store.clear()
+    town.num_kept = town.store.pool.num_pages - 3  # which what both have read fits into
+    assert town.tier.restore(town.stored(), SALT).rows == 8
+    town.num_kept = 0
+    assert town.tier.restore(town.stored(), SALT).rows == 8
+
+
+def begin_to_write(town: Town, steps: Steps[None]) -> None:
+    """Do the steps of a save up to its first file."""
+    job = next(steps)
+    while town.memory.num_reads == 0:
+        wait([job])
+        job = next(steps)
+
+
+def test_what_is_being_saved_is_not_evicted(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests go on meanwhile, and want its pages; what it refers to is there when it is named."""
+    slow = SlowDisk(town, monkeypatch)
+    town.compute(ANN)
+    steps = town.tier.saving(snapshot({"ann": ANN}))
+    begin_to_write(town, steps)
+    assert not town.store.make_room(town.store.pool.num_pages)
+    town.store.check_integrity([])
+    slow.may_write.release(9)
+    finish(steps)
+    assert town.extents() == {"ann": [(0, 0, 13)]}
+    assert town.store.make_room(town.store.pool.num_pages)
+
+
+def test_who_gives_up_saving_leaves_nothing_behind(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowDisk(town, monkeypatch)
+    town.compute(ANN)
+    steps = town.tier.saving(snapshot({"ann": ANN}))
+    begin_to_write(town, steps)
+    steps.close()
+    slow.may_write.release(9)
+    settle(town)
+    assert num_files(town) == 0
+    town.tier.save(snapshot({"ann": ANN}))
+    assert town.extents() == {"ann": [(0, 0, 13)]}
+
+
+def test_saves_take_turns(town: Town) -> None:
+    """What one has found on disk has to be there until its session is named."""
+    for ids in (ANN, BO):
+        town.compute(ids)
+    first = town.tier.saving(snapshot({"ann": ANN}))
+    other = SessionKey("", "city")
+    second = town.tier.saving(replace(snapshot({"bo": BO}), key=other))
+    next(first)
+    waits_for = next(second)
+    finish(first)
+    assert waits_for.done()
+    assert town.disk.index.session_keys() == [TOWN]
+    finish(second)
+    assert set(town.disk.index.session_keys()) == {TOWN, other}
 
 
 # -- in the background ------------------------------------------------------------------------
@@ -231,7 +300,7 @@ class SlowDisk:
 
 def settle(town: Town) -> None:
     """Let the thread that writes come to the end of what it has been given."""
-    town.tier._background._thread.submit(lambda: None).result(60)
+    town.tier._levels.threads.writer.submit(lambda: None).result(60)
 
 
 def num_files(town: Town) -> int:

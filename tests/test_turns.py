@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fake_executor import FakeExecutor
-from serving import serving
+from serving import chat, serving
 from tiny_models import SPECIALS, VOCAB, said
 from tokendance import (
     LLM,
@@ -31,6 +31,9 @@ from tokendance.disk.records import SessionKey
 from tokendance.disk.store import DiskStore
 from tokendance.executor.step import StepInput, StepOutput
 from tokendance.models.loader import LoadedModel
+from tokendance.server.app import create_app
+from tokendance.server.errors import ApiError
+from tokendance.server.settings import ServerSettings
 from tokendance.turns import Turns
 
 MakeLLM = Callable[..., LLM]
@@ -427,6 +430,23 @@ def test_a_forked_process_leaves_the_parents_transaction(tmp_path: Path) -> None
         assert journal.stat().st_size > 0
     opened[1].execute("ROLLBACK")  # type: ignore[attr-defined]
     opened[0].close()  # type: ignore[attr-defined]
+
+
+def test_a_served_application_is_not_served_where_it_was_forked(llm: LLM) -> None:
+    """Whether the engine's thread had started, as by servers that load before they fork."""
+    waiting = create_app(llm, ServerSettings()).state.context.engine_thread
+    with serving(llm) as (client, server):
+
+        def be_refused() -> None:
+            with pytest.raises(UsageError, match="from which this one was forked"):
+                waiting.start()
+            with pytest.raises(ApiError, match="from which this one was forked") as refused:
+                asyncio.run(server.engine_thread.call(lambda: None))
+            assert refused.value.status == 503
+            assert not server.engine_thread.is_alive
+
+        with forked(be_refused):
+            assert chat(client).status_code == 200
 
 
 # -- sessions of one name ---------------------------------------------------------------------

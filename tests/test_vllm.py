@@ -1,7 +1,8 @@
 """TokenDance inside the real vLLM on a CPU: `make vllm` installs it, and else these are skipped."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.bench.vllm import VLLMConfig, child_environment, find_vllm
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
-from vllm_server import run
+from vllm_server import run, talk
 
 PYTHON = find_vllm()
 SCRIPT = Path(__file__).parent / "vllm_scenarios" / "run.py"
@@ -29,15 +30,15 @@ NUM_AGENTS = 6
 Scripts = Mapping[str, list[dict[str, Any]]]
 
 
-def run_in_vllm(
+@contextlib.contextmanager
+def vllm_engine(
     model: Path,
-    scenarios: Scripts,
     *,
     plugin: bool = True,
     engine: Mapping[str, Any] = MappingProxyType({}),
     **environment: str,
-) -> dict[str, Any]:
-    """Run scenarios in a vLLM of their own; see `vllm_scenarios/run.py`."""
+) -> Iterator[Callable[[Scripts], dict[str, Any]]]:
+    """Start a vLLM that runs scenarios; see `vllm_scenarios/run.py`."""
     assert PYTHON is not None
     settings = {
         "dtype": "float32",
@@ -50,14 +51,17 @@ def run_in_vllm(
         "skip_tokenizer_init": True,
         **engine,
     }
-    job = {"model": str(model), "engine": settings, "scenarios": scenarios}
+    job = {"model": str(model), "engine": settings}
     variables = child_environment(PYTHON, VLLMConfig(threads=torch.get_num_threads()))
     variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENDANCE": str(int(plugin))}
-    printed = run([PYTHON, "-P", SCRIPT], json.dumps(job) + "\n", variables | environment)
-    # vLLM's log goes to the standard output, too, and may have something to say at the end.
-    said = next(line for line in reversed(printed.splitlines()) if line.startswith("{"))
-    answer: dict[str, Any] = json.loads(said)
-    return answer
+    with talk([PYTHON, "-P", SCRIPT], variables | environment) as ask:
+        yield lambda scenarios: json.loads(ask(json.dumps({**job, "scenarios": scenarios})))
+
+
+def run_in_vllm(model: Path, scenarios: Scripts, **settings: Any) -> dict[str, Any]:
+    """Run scenarios in a vLLM of their own; see `vllm_engine`."""
+    with vllm_engine(model, **settings) as ask:
+        return ask(scenarios)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,24 @@ def embedded(model: Path) -> list[list[int]]:
     return [list(output.token_ids) for output in result.outputs]
 
 
+OTHERS = Round(7, num_agents=3).add(extra={"reuse": "exact"})["add"]
+# What a worker is told, and a few names that it might have: other tenants send it.
+READS = list(range(PAGE, PAGE + 150))
+FORGED: dict[str, dict[str, Any]] = {
+    "attribute": {"tokendance_reads": READS, "tokendance_whole": {"a0": READS}},
+    "pages": {"reads": [[0, 0, [1, 2, 3]]], "pages": [1, 2, 3], "positions": READS, "slots": READS},
+    "transfer": {
+        "kv_transfer_params": {
+            "do_remote_prefill": True,
+            "remote_block_ids": [1, 2, 3, 4],
+            "remote_engine_id": "0",
+            "tokendance_reads": READS,
+        }
+    },
+    "encoder": {"ec_transfer_params": {"tokendance_reads": READS}, "prefill_token_ids": READS},
+    "round": {"round": "victims", "round_size": NUM_AGENTS, "cache_salt": "victims"},
+    "blocks": {"round": "victims", "blocks": [61, 211], "session_id": "victims", "salt": "victims"},
+}
 SCENARIOS: Scripts = {
     "round": [ROUND.add(), FINISH],
     "one token": [ROUND.add(max_tokens=1), FINISH],
@@ -127,10 +149,23 @@ SCENARIOS: Scripts = {
         {"add": [{**request, "salt": request["id"]} for request in ROUND.add()["add"]]},
         FINISH,
     ],
-    "forged": [
+    "others after a round": [
+        {"add": [OTHERS[0]]},
+        FINISH,
         ROUND.add("a"),
-        {"steps": 6},
-        ROUND.add(extra={"tokendance_reads": [1] * 50, "reads": [[0, 0, [1, 2, 3]]]}, salt="thief"),
+        FINISH,
+        {"add": [{**request, "id": f"late{request['id']}"} for request in OTHERS]},
+        FINISH,
+    ],
+    "forged": [
+        ROUND.add("a", extra={"round": "victims", "round_size": NUM_AGENTS}, salt="victims"),
+        {"until": ["a5", "decodes", "mirror"]},
+        {
+            "add": [
+                {**ROUND.add()["add"][4], "id": name, "extra": extra, "salt": name}
+                for name, extra in FORGED.items()
+            ]
+        },
         FINISH,
     ],
 }
@@ -142,9 +177,16 @@ def results(model: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(model: Path) -> list[list[int]]:
+def plain_results(model: Path) -> dict[str, Any]:
+    """What vLLM does by itself."""
+    scenarios = {name: SCENARIOS[name] for name in ("round", "others after a round")}
+    return run_in_vllm(model, scenarios, plugin=False)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_results: Mapping[str, Any]) -> list[list[int]]:
     """What vLLM answers by itself."""
-    return tokens(run_in_vllm(model, {"round": SCENARIOS["round"]}, plugin=False)["round"])
+    return tokens(plain_results["round"])
 
 
 def test_a_round_answers_as_the_embedded_engine_does(
@@ -178,13 +220,32 @@ def test_who_asks_for_exact_answers_gets_what_vllm_answers(
     assert all(answer["num_cached"] == 0 for answer in results["tenants"]["answers"].values())
 
 
-def test_nobody_names_pages_but_the_scheduler(
-    results: Mapping[str, Any], embedded: list[list[int]]
+def test_after_a_round_vllms_prefix_cache_has_exact_kv_only(results: Mapping[str, Any]) -> None:
+    answers = results["exact after a round"]["answers"]
+    cached = [answers[str(index)]["num_cached"] for index in range(NUM_AGENTS)]
+    # A mirror's whole blocks before the first token that it read; of the owner all.
+    lengths = [answers["0"]["num_prompt"] - 1, *(len(own) + 3 for own in ROUND.private[1:])]
+    assert cached == [length // PAGE * PAGE for length in lengths]
+
+
+def test_plain_requests_are_answered_and_cached_as_vllm_does_it(
+    results: Mapping[str, Any], plain_results: Mapping[str, Any]
 ) -> None:
-    """Another tenant who sends what a scheduler would say computes a round of its own."""
-    answers = results["forged"]["answers"]
-    assert tokens(results["forged"]) == embedded
-    assert answers["0"]["num_cached"] == 0
+    ours, theirs = (one["others after a round"]["answers"] for one in (results, plain_results))
+    names = [OTHERS[0]["id"], *(f"late{request['id']}" for request in OTHERS)]
+    assert [ours[name] for name in names] == [theirs[name] for name in names]
+    assert ours["late0"]["num_cached"] > 0
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_nobody_names_pages_but_the_scheduler(
+    name: str, results: Mapping[str, Any], plain: list[list[int]], embedded: list[list[int]]
+) -> None:
+    """Whatever another tenant sends, it reads nothing of what a victim has computed."""
+    answer = results["forged"]["answers"][name]
+    assert answer["tokens"] == plain[4] != embedded[4]
+    assert answer["num_cached"] == 0
+    assert tokens(results["forged"], "a") == embedded
 
 
 def test_a_round_that_comes_again_finds_all_of_it(
@@ -262,7 +323,7 @@ def test_whoever_is_preempted_reads_again_or_computes(
     engine = {"kv_cache_memory_bytes": 18 * PAGE_BYTES, "max_model_len": 352}
     script = [ROUND.add(max_tokens=40), FINISH]
     result = run_in_vllm(model, {"round": script}, engine=engine)["round"]
-    assert result["preempted"] > 0
+    assert result["preempted"]
     assert result["missing_blocks"] == 0
     for answer, ours, theirs in zip(tokens(result), embedded, plain, strict=True):
         assert len(answer) == 40
@@ -292,6 +353,49 @@ def test_who_has_priority_waits_for_no_owner_that_has_less(model: Path) -> None:
     assert result["rising"]["missing_blocks"] == result["late"]["missing_blocks"] == 0
 
 
+def test_a_version_that_was_not_tested_is_refused_and_can_be_tried() -> None:
+    script = (
+        "import os, vllm, tokendance.integrations.vllm as plugin\n"
+        "from vllm.platforms import current_platform\n"
+        "vllm.__version__ = '0.99.1'\n"
+        "os.environ['TOKENDANCE'] = '1'\n"
+        "try: plugin.register()\n"
+        "except ValueError as error: print(type(error).__name__, error)\n"
+        "print(hasattr(current_platform, 'has_tokendance'))\n"
+        "os.environ['TOKENDANCE_ANY_VERSION'] = '1'\n"
+        "plugin.register()\n"
+        "print(hasattr(current_platform, 'has_tokendance'))\n"
+    )
+    refusal, *others = in_python(script, TOKENDANCE="0")
+    assert refusal.startswith("ConfigError ")
+    assert "this is 0.99.1. Set TOKENDANCE_ANY_VERSION=1 to try it" in refusal
+    assert others == ["False", "True"]
+
+
+def in_python(script: str, **variables: str) -> list[str]:
+    """The lines that a script prints in vLLM's environment, without vLLM's log."""
+    assert PYTHON is not None
+    environment = child_environment(PYTHON, VLLMConfig()) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    return run([PYTHON, "-P", "-c", script], "", environment | variables).splitlines()
+
+
+def test_schedulers_and_workers_load_nothing_of_the_engine() -> None:
+    """Beside vLLM's own, which has loaded transformers."""
+    script = (
+        "import sys, vllm.v1.core.sched.async_scheduler, vllm.v1.worker.cpu_worker\n"
+        "import vllm.v1.metrics.loggers\n"
+        "before = set(sys.modules)\n"
+        "import tokendance.integrations.vllm.scheduler, tokendance.integrations.vllm.cpu_worker\n"
+        "print(*sorted({'.'.join(name.split('.')[:2]) for name in set(sys.modules) - before "
+        "if name.startswith(('tokendance.', 'transformers'))}))\n"
+    )
+    (rooms,) = in_python(script, TOKENDANCE="0")
+    assert set(rooms.split()) <= {
+        f"tokendance.{room}"
+        for room in ("attention", "collector", "errors", "integrations", "kinds", "rounds", "store")
+    }
+
+
 def test_the_plug_in_loads_neither_transformers_nor_the_engine() -> None:
     script = (
         "import sys, tokendance.integrations.vllm as p; p.register(); "
@@ -299,7 +403,4 @@ def test_the_plug_in_loads_neither_transformers_nor_the_engine() -> None:
         "print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'vllm', 'torch') "
         "or m.startswith(('tokendance.engine', 'tokendance.llm', 'tokendance.models'))])"
     )
-    assert PYTHON is not None
-    environment = child_environment(PYTHON, VLLMConfig()) | {"TOKENDANCE": "0"}
-    printed = run([PYTHON, "-P", "-c", script], "", environment)
-    assert printed.strip() == "[]"
+    assert in_python(script, TOKENDANCE="0") == ["[]"]

@@ -1,7 +1,7 @@
 """The plug-in on NVIDIA GPUs, without one: Triton's interpreter, stand-ins for what is missing."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +100,32 @@ SERVED: list[dict[str, Any]] = [
     {"kv_cache_memory_bytes": 2**30},
 ]
 REFUSED: dict[str, dict[str, Any]] = {
-    "another attention backend than FLASH_ATTN": {"attention_backend": "FLASHINFER"},
-    "another attention backend than": {"attention_backend": "CUSTOM"},  # somebody else's
-    "KV has a dtype of its own": {"kv_cache_dtype": "fp8"},
-    "no kernel for heads of 80": {"hf_overrides": {"head_dim": 80}},
-    "in torch.float32": {"dtype": "float32"},
-    "attention windows": {"hf_overrides": {"sliding_window": 64}},
-    "another worker": {"worker_cls": "somebody.Worker"},
+    "another attention backend than FLASH_ATTN": {"engine": {"attention_backend": "FLASHINFER"}},
+    "another attention backend than": {"engine": {"attention_backend": "CUSTOM"}},  # not ours
+    "KV has a dtype of its own": {"engine": {"kv_cache_dtype": "fp8"}},
+    "no kernel for heads of 80": {"engine": {"hf_overrides": {"head_dim": 80}}},
+    "in torch.float32": {"engine": {"dtype": "float32"}},
+    "attention windows": {"engine": {"hf_overrides": {"sliding_window": 64}}},
+    "another worker": {"engine": {"worker_cls": "somebody.Worker"}},
+    "capability is below 8.0": {"engine": {"dtype": "float16"}, "capability": 75},
+    "FlashInfer here": {"capability": 100},
+    "VLLM_BATCH_INVARIANT": {"environment": {"VLLM_BATCH_INVARIANT": "1"}},
+    "the V1 model runner": {"environment": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
 }
+
+
+def choices(model: Path, jobs: Iterable[Mapping[str, Any]]) -> Any:
+    """What is chosen on an H100 for a tiny model, if a job does not say otherwise."""
+    default = {"model": str(model), "capability": 90, "engine": {}, "environment": {}}
+    return ask("cuda_configurations.py", [{**default, **job} for job in jobs], TOKENDANCE="1")
 
 
 def test_one_variable_is_all(model: Path) -> None:
     """Served, and what vLLM has by default stays on."""
-    jobs = [{"model": str(model), "capability": 90, "engine": engine} for engine in SERVED]
-    for engine, found in zip(
-        SERVED, ask("cuda_configurations.py", jobs, TOKENDANCE="1"), strict=True
-    ):
+    answers = choices(model, [{"engine": engine} for engine in SERVED])
+    for engine, found in zip(SERVED, answers, strict=True):
         assert (found["worker"], found["scheduler"]) == (CUDA_WORKER, SCHEDULER), found["said"]
-        assert found["attention"].endswith("cuda_attention.RoundAttentionBackend")
+        assert found["is_ours"], "vLLM attends by another backend"
         assert found["prefix_caching"]
         assert found["chunked_prefill"]
         assert found["asynchronous"]
@@ -134,19 +142,8 @@ def test_one_variable_is_all(model: Path) -> None:
 
 
 def test_what_does_not_fit_runs_as_plain_vllm_and_is_said(model: Path) -> None:
-    jobs = [
-        {"model": str(model), "capability": 90, "engine": engine} for engine in REFUSED.values()
-    ]
-    older = {"capability is below 8.0": 75, "FlashInfer here": 100}
-    jobs += [
-        {"model": str(model), "capability": capability, "engine": {"dtype": "float16"}}
-        for capability in older.values()
-    ]
-    answers = ask("cuda_configurations.py", jobs, TOKENDANCE="1")
-    for why, found in zip([*REFUSED, *older], answers, strict=True):
+    for why, found in zip(REFUSED, choices(model, REFUSED.values()), strict=True):
         assert found["scheduler"] is None, why
         assert found["worker"] != CUDA_WORKER
         (said,) = found["said"]
         assert why in said
-    (v1,) = ask("cuda_configurations.py", jobs[-1:], TOKENDANCE="1", VLLM_USE_V2_MODEL_RUNNER="0")
-    assert v1["scheduler"] is None

@@ -23,7 +23,7 @@ from tokendance.integrations.vllm.arrivals import RoundKey
 from tokendance.integrations.vllm.contexts import Contexts
 from tokendance.integrations.vllm.hints import Hints, read_hints
 from tokendance.integrations.vllm.pages import BlockPages
-from tokendance.integrations.vllm.rewriting import rewrite
+from tokendance.integrations.vllm.rewriting import restore, rewrite
 from tokendance.integrations.vllm.rounds import Member, Rounds
 from tokendance.integrations.vllm.settings import Settings
 from tokendance.rounds.segments import make_salt
@@ -233,6 +233,29 @@ def check_plan(batch: PackedBatch) -> None:
     assert plan.key_end.tolist() == expected.key_end.tolist()
 
 
+def test_members_that_are_let_go_hold_nothing_and_nobody_waits_for_them() -> None:
+    world = Imitation(400, np.random.default_rng(0), 400)
+    shared = np.arange(100, 200, dtype=np.int32)
+    for index in range(3):
+        prompt = np.concatenate([np.full(3 + index, index, np.int32), shared])
+        world.rounds.arrive(Member(str(index), KEY, prompt, 1), world.now)
+    world.start()
+    assert len(world.running) == 1  # the owner, for which two wait
+    world.rounds.let_go()
+    world.check()
+    world.start()
+    assert len(world.running) == 2
+    assert not world.running[1].member.is_mirror  # it owns what the first would have
+    while not world.running[1].member.is_published:
+        world.step()
+    world.start()
+    assert world.running[2].member.is_mirror
+    world.rounds.let_go()
+    world.rounds.forget()
+    world.check()
+    assert world.store.pool.num_free == world.store.pool.num_pages
+
+
 def random_prompts(rng: np.random.Generator, num_agents: int) -> list[np.ndarray]:
     blocks = [rng.integers(0, 9, int(rng.integers(16, 40))) for _ in range(int(rng.integers(1, 4)))]
     prompts = []
@@ -411,7 +434,7 @@ class Request:
     block_hashes: list[bytes]
     _all_token_ids: list[int] = field(default_factory=list)
     _block_hasher: Any = None
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int = 32
 
     @property
     def num_tokens(self) -> int:
@@ -430,7 +453,7 @@ def test_a_mirror_keeps_the_hashes_of_its_exact_beginning_only() -> None:
     exact = [bytes([index]) for index in range(8)]
     made = []
     for _ in range(2):
-        request = Request(list(tokens), 100, list(exact), list(tokens), lambda _: [])
+        request = Request(list(tokens), 100, list(exact), list(tokens), lambda _: exact)
         rewrite(request, member, max_model_len=40, tokens_per_hash=4)
         made.append(request)
     assert made[0].prompt_token_ids == [*range(10), 30, 31]
@@ -439,6 +462,14 @@ def test_a_mirror_keeps_the_hashes_of_its_exact_beginning_only() -> None:
     assert made[0].block_hashes[:2] == exact[:2]  # tokens 0 to 7
     assert len(made[0].block_hashes) == 3
     assert made[0].block_hashes[2] not in [*exact, made[1].block_hashes[2]]
+
+    made[0]._all_token_ids += [7, 8]  # it has said something
+    restore(made[0], member)
+    assert made[0]._all_token_ids == [*tokens, 7, 8]
+    assert made[0].prompt_token_ids == tokens
+    assert made[0].num_prompt_tokens == 32
+    assert made[0].max_tokens == 100
+    assert made[0].block_hashes == exact
 
 
 def test_settings_are_read_from_the_environment() -> None:

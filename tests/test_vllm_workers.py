@@ -52,7 +52,7 @@ def check_round(result: Mapping[str, Any], embedded: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     "engine",
     [
-        {},
+        {"async_scheduling": False},
         {"max_num_batched_tokens": 48, "async_scheduling": True},
     ],
     ids=["whole", "in chunks, asynchronous"],
@@ -61,6 +61,8 @@ def test_the_v2_runner(engine: Mapping[str, Any], model: Path, embedded: list[li
     results = run_in_vllm(model, SCENARIO, engine={"max_num_seqs": 8, **engine}, **V2)
     check_round(results["round"], embedded)
     assert results["runner"] == "vllm.v1.worker.cpu.model_runner"
+    is_async = bool(engine.get("async_scheduling"))
+    assert results["scheduler"] == ("AsyncRoundScheduler" if is_async else "RoundScheduler")
 
 
 @pytest.mark.parametrize(

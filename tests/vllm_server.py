@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -56,6 +57,55 @@ def run(
         errors.seek(0)
         assert process.returncode == 0, errors.read()[-4000:].decode(errors="replace")
         return printed.decode()
+
+
+@contextlib.contextmanager
+def talk(
+    command: Sequence[str | Path], variables: Mapping[str, str], timeout_s: float = 600
+) -> Iterator[Callable[[str], str]]:
+    """Start a command that answers each line by one that begins with a brace; all else is its log.
+
+    Args:
+        command: and its arguments.
+        variables: its environment.
+        timeout_s: seconds after which it is killed.
+    """
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=variables,
+            start_new_session=True,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said, answers = process.stdin, process.stdout
+
+        def ask(line: str) -> str:
+            with contextlib.suppress(BrokenPipeError):
+                said.write(line.encode() + b"\n")
+                said.flush()
+            for answer in answers:
+                if answer.startswith(b"{"):
+                    return answer.decode()
+            process.wait()
+            errors.seek(0)
+            raise AssertionError(errors.read()[-4000:].decode(errors="replace"))
+
+        timer = threading.Timer(timeout_s, end, (process, 0))
+        timer.start()
+        try:
+            yield ask
+            with contextlib.suppress(BrokenPipeError):
+                said.close()
+            process.wait(END_S)
+        finally:
+            timer.cancel()
+            end(process, 0)
 
 
 @contextlib.contextmanager

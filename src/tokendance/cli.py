@@ -23,6 +23,7 @@ from tokendance.commands.address import check_address
 from tokendance.commands.settings import RunSettings
 from tokendance.commands.streams import standard_streams
 from tokendance.errors import ConfigError, TokenDanceError
+from tokendance.interrupts import INTERRUPTED, importing
 from tokendance.options import DEFAULT_MODEL, EngineOptions
 from tokendance.server.settings import ServerSettings
 from tokendance.units import parse_bytes
@@ -82,9 +83,35 @@ def run(
     `tokendance run` lets a town of 12 talk; `tokendance run --agents 4 --reuse prefix` does the
     same as an engine with prefix caching would.
     """
-    from tokendance.commands.run import run_trace
+    with importing():
+        from tokendance.commands.run import run_trace
 
     run_trace(settings, engine, Console())
+
+
+@app.command
+def view(
+    file: Annotated[Path, Parameter(help="a run that `tokendance run --record` has written.")],
+    /,
+    *,
+    html: Annotated[
+        Path | None,
+        Parameter(help="write one file for any browser, without a server.", metavar="FILE"),
+    ] = None,
+    port: Annotated[int, Parameter(help="on this machine; 0 takes any that is free.")] = 8001,
+    browser: Annotated[bool, Parameter(help="open it in a browser.")] = False,
+) -> None:
+    """Show a recorded run: who read what, whence it came, in which time and memory.
+
+    `tokendance view run.json` serves it to browsers of this machine; `tokendance view run.json
+    --html run.html` writes one file to keep or to send.
+    """
+    from tokendance.commands.view import serve_page, write_page
+
+    if html is not None:
+        write_page(file, html, Console())
+    else:
+        serve_page(file, port, Console(), open_browser=browser)
 
 
 def _read_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -120,7 +147,8 @@ def serve(
     """
     del config  # _read_file has
     try:
-        from tokendance.commands.serve import serve
+        with importing():
+            from tokendance.commands.serve import serve
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"The server needs {error.name}, which is not installed. "
@@ -168,7 +196,8 @@ def bench(
     Ratios come from runs in turn in one process. `tokendance bench prefill --size tiny` shows in
     seconds what a suite prints; `tokendance bench all --out results` takes an hour or two.
     """
-    from tokendance.commands.bench import run_bench
+    with importing():
+        from tokendance.commands.bench import run_bench
 
     settings = replace(settings, engine=engine, inside="vllm" if inside == "vllm" else None)
     run_bench(None if suite == "all" else suite, settings, outputs, Console())
@@ -192,7 +221,8 @@ def calibrate(
 
     The table goes into the cache folder (TOKENDANCE_CACHE, or the user's), one per model and dtype.
     """
-    from tokendance.commands.calibrate import run_calibration
+    with importing():
+        from tokendance.commands.calibrate import run_calibration
 
     run_calibration(model, size, seed, engine, Console())
 
@@ -209,7 +239,8 @@ def models(
     ] = None,
 ) -> None:
     """List the models that can be loaded, and why others cannot."""
-    from tokendance.commands.models import list_models, prepare_model
+    with importing():
+        from tokendance.commands.models import list_models, prepare_model
 
     if prepare is not None:
         prepare_model(prepare, Console())
@@ -220,7 +251,8 @@ def models(
 @app.command
 def doctor() -> None:
     """Say what this installation has, what it lacks, and what to do about it."""
-    from tokendance.commands.doctor import examine
+    with importing():
+        from tokendance.commands.doctor import examine
 
     examine(Console())
 
@@ -228,7 +260,8 @@ def doctor() -> None:
 @store_app.command
 def ls(*, store: Store) -> None:
     """List sessions, with what they take against one dense cache for each agent."""
-    from tokendance.commands.store import list_sessions
+    with importing():
+        from tokendance.commands.store import list_sessions
 
     list_sessions(store, Console())
 
@@ -236,7 +269,8 @@ def ls(*, store: Store) -> None:
 @store_app.command
 def show(name: str, /, *, store: Store) -> None:
     """Show a session: its agents, its files, and who refers to what."""
-    from tokendance.commands.store import show_session
+    with importing():
+        from tokendance.commands.store import show_session
 
     show_session(store, name, Console())
 
@@ -244,7 +278,8 @@ def show(name: str, /, *, store: Store) -> None:
 @store_app.command
 def verify(*, store: Store) -> None:
     """Read everything and compare it with what was written; exit code 1 if it differs."""
-    from tokendance.commands.store import verify_store
+    with importing():
+        from tokendance.commands.store import verify_store
 
     verify_store(store, Console())
 
@@ -262,7 +297,8 @@ def gc(
     ] = None,
 ) -> None:
     """Remove what is past its time, left over, damaged, or more than the budget."""
-    from tokendance.commands.store import collect_garbage
+    with importing():
+        from tokendance.commands.store import collect_garbage
 
     budget = None if store_budget is None else parse_bytes(store_budget)
     collect_garbage(store, budget, Console())
@@ -271,7 +307,8 @@ def gc(
 @store_app.command
 def rm(name: str, /, *, store: Store) -> None:
     """Remove a session."""
-    from tokendance.commands.store import remove_session
+    with importing():
+        from tokendance.commands.store import remove_session
 
     remove_session(store, name, Console())
 
@@ -295,7 +332,7 @@ def _run() -> int:
         return 2
     except KeyboardInterrupt:
         _complain("Interrupted.")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
         return 1
     return 0

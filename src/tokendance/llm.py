@@ -133,7 +133,7 @@ class LLM:
         self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)
         self.engine.observe(self._figures)
         self.turns = Turns()
-        self.shadows = Shadows(options.shadow)
+        self.shadows = Shadows(options.shadow, self.engine.emit)
         self.engine.attach(self.shadows)
         self.requests = RequestMaker(model, self.encoder, self.shadows, options)
         self.tier: DiskTier | None = None
@@ -176,6 +176,7 @@ class LLM:
                 disk,
                 bytes_per_token=self.engine.kv_bytes_per_token,
                 seconds_per_token=self.engine.seconds_per_token,
+                num_kept=self.engine.num_kept,
             )
             self.engine.attach(self.tier)
             self._is_closed = False

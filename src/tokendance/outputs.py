@@ -12,6 +12,15 @@ from tokendance.rounds.segments import TokenIds
 Progress = Callable[[str, int], None]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one place of an answer, or of a prompt."""
+
+    logprob: float  # of the token that was chosen, or that stands there
+    top: tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
+    rank: int = 0  # of the token among all, from 1; of prompts only
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
     """One agent's answer.
@@ -33,6 +42,7 @@ class Output:
         logprobs: float32 (vocabulary,) for each generated token, if asked for.
         dropped_tokens: of what was said before, in a session: those that the prompt had to leave
             out this time, because it would not have fitted the model's context.
+        prompt_logprobs: of each token of the prompt but the first, if asked for.
     """
 
     agent: str
@@ -49,6 +59,7 @@ class Output:
     logprobs: tuple[Tensor, ...] = ()
     dropped_tokens: int = 0
     approximate_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

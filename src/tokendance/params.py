@@ -15,7 +15,7 @@ class SamplingParams:
     """How a request's tokens are chosen, and when it ends.
 
     Attributes:
-        max_tokens: most tokens to generate.
+        max_tokens: most tokens to generate; 0 computes the prompt alone.
         temperature: 0 takes the likeliest token.
         top_k: only the k likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together reach this probability.
@@ -24,17 +24,20 @@ class SamplingParams:
             or the answer has, and multiplies them elsewhere; 1 for none.
         presence_penalty: taken from the logits of tokens that the answer has.
         frequency_penalty: taken from them as often as the answer has them.
-        min_tokens: the model does not end its answer before it has so many; a stop text does, and
-            so does what the answer has to look like.
+        min_tokens: the answer does not end before it has so many, unless what it has to look like
+            allows nothing else.
         seed: of the request's random numbers; None draws one.
         stop: texts that end the answer; they are not part of it.
         stop_token_ids: tokens that end the answer, besides the model's own; not part of it.
+        include_stop: the text that ended the answer is part of it, also that of such a token.
         ignore_eos: go on when the model ends its answer.
         forced_tokens: answer these tokens whatever the logits say, at most `max_tokens` of them.
             For replaying recorded answers and for scoring.
         keep_logprobs: keep the log-probabilities of the whole vocabulary for every token.
         top_logprobs: keep the log-probability of every token, and of so many likeliest ones in its
             place, at most 1000; None keeps none.
+        prompt_logprobs: likewise of every token of the prompt but the first. The prompt is computed
+            whole then, in passes of its own.
         logit_bias: (token, bias) pairs; added to the logits.
     """
 
@@ -50,16 +53,18 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
     ignore_eos: bool = False
     forced_tokens: tuple[int, ...] | None = None
     keep_logprobs: bool = False
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_kinds(self)
         checks = {
-            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "max_tokens": (self.max_tokens >= 0, "0 or more"),
             "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -77,6 +82,10 @@ class SamplingParams:
             "stop": (all(self.stop), "a list of texts that are not empty"),
             "top_logprobs": (
                 self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+                f"0 to {MAX_TOP_LOGPROBS}",
+            ),
+            "prompt_logprobs": (
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
                 f"0 to {MAX_TOP_LOGPROBS}",
             ),
             "seed": (self.seed is None or self.seed >= 0, "0 or more"),

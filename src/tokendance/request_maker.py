@@ -2,7 +2,7 @@
 
 import secrets
 
-from tokendance.engine.request import Request
+from tokendance.engine.request import Request, whose
 from tokendance.errors import ContextError, PromptError, TokenDanceError
 from tokendance.fidelity.shadow import Shadows
 from tokendance.models.encoder import PromptEncoder
@@ -73,13 +73,13 @@ class RequestMaker:
         for what, tokens in (("forced tokens", forced), ("tokens of logit_bias", biased)):
             if any(not 0 <= token < self._model.shape.vocab_size for token in tokens):
                 error = PromptError(
-                    f"The {what} of {name!r} are not all in the model's "
+                    f"The {what}{whose(name)} are not all in the model's "
                     "vocabulary. Encode them with this model's tokenizer."
                 )
         max_context = self._model.shape.max_context
         if len(encoded) >= max_context:
             error = ContextError(
-                f"The prompt of {name!r} has {len(encoded)} tokens, and the "
+                f"The prompt{whose(name)} has {len(encoded)} tokens, and the "
                 f"model's context holds {max_context}, the answer included. Shorten the prompt."
             )
         wanted = min(params.max_tokens, len(forced)) if forced else params.max_tokens
@@ -90,7 +90,7 @@ class RequestMaker:
             params,
             max_new_tokens=min(wanted, max(1, max_context - len(encoded))),
             in_round=in_round,
-            isolated=isolated,
+            isolated=isolated or params.prompt_logprobs is not None,
             guarded=guarded or self._options.private == "isolated",
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_ids=self._model.stop_ids,

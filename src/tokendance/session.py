@@ -18,7 +18,8 @@ from tokendance.outputs import NotStoredError, Output, Progress, RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
 from tokendance.tier.caches import SessionSnapshot
-from tokendance.tier.loader import Restored, Restoring
+from tokendance.tier.loader import Restored
+from tokendance.tier.steps import Steps, finish
 from tokendance.tier.tier import DiskTier
 from tokendance.turns import Turns, in_event_loop
 
@@ -196,12 +197,12 @@ class Session:
     def load(self) -> None:
         """Go on with what is stored under its key; where nothing is, nothing changes.
 
-        Like all that follows it is to be called where the tier may be used.
+        It waits for the disk, and may be called on any thread while nobody else has the session.
 
         Raises:
             StoreError: if it cannot be read.
         """
-        stored = self._stored()
+        stored = finish(self._stored())
         self._num_stored = stored.round if stored is not None else 0
         if stored is None:
             return
@@ -218,23 +219,25 @@ class Session:
     def restore(self, *, always: bool = False) -> Restored | None:
         """Read what memory lacks of its KV: after a restart all, later what was evicted.
 
+        Like all that follows it is to be called where the tier may be used.
+
         Args:
             always: read it even if computing it would be quicker.
 
         Returns:
             What was read; None where nothing is stored.
         """
-        if self._tier is None or (stored := self._stored()) is None:
-            return None
-        return self._tier.restore(stored, self._conversation.encoder.salt, always=always)
+        return finish(self.restoring(always=always))
 
-    def restoring(self) -> Restoring | None:
-        """The same in steps between which the engine may go on; see `DiskTier.restoring`."""
-        if self._tier is None or (stored := self._stored()) is None:
+    def restoring(self, *, always: bool = False) -> Steps[Restored | None]:
+        """The same in steps between which the engine may go on."""
+        stored = yield from self._stored()
+        if self._tier is None or stored is None:
             return None
-        return self._tier.restoring(stored, self._conversation.encoder.salt)
+        salt = self._conversation.encoder.salt
+        return (yield from self._tier.restoring(stored, salt, always=always))
 
-    def _stored(self) -> StoredSession | None:
+    def _stored(self) -> Steps[StoredSession | None]:
         """What is on disk of it.
 
         Raises:
@@ -244,16 +247,17 @@ class Session:
         if self._tier is None or self.key is None:
             return None
         self._turns.check_process()
-        if self._tier.is_closed:
+        tier, key = self._tier, self.key
+        if tier.is_closed:
             raise StoreError(
-                f"The store of the session {self.key.name!r} is closed. Open it again, and then "
+                f"The store of the session {key.name!r} is closed. Open it again, and then "
                 "the session."
             )
-        stored = self._tier.disk.session(self.key)
+        stored = yield from tier.job(lambda: tier.disk.session(key))
         known = self._num_stored
         if stored is not None and known is not None and stored.round != known:
             raise StoreError(
-                f"Somebody else has gone on with the session {self.key.name!r}: {stored.round} of "
+                f"Somebody else has gone on with the session {key.name!r}: {stored.round} of "
                 f"its rounds are stored, and only {known} are known here. Open it again."
             )
         return stored
@@ -270,23 +274,25 @@ class Session:
         Raises:
             StoreError: if the disk cannot be written; what was durable before still is.
         """
+        finish(self.saving())
+
+    def saving(self) -> Steps[None]:
+        """The same in steps between which the engine may go on."""
         if self._tier is None or self.key is None:
             return
+        snapshot = SessionSnapshot(
+            self.key,
+            round=self.round,
+            state=json.dumps(self._conversation.state()).encode(),
+            caches=self._conversation.caches,
+            shared_segments=self._conversation.remembered_blocks(),
+            salt=self._conversation.encoder.salt,
+            ttl_s=self.ttl_s,
+        )
         try:
-            stored = self._stored()
+            stored = yield from self._stored()
         except CorruptFileError:
             stored = None  # what is stored now is whole
         self._num_stored = None
-        self._tier.save(
-            SessionSnapshot(
-                self.key,
-                round=self.round,
-                state=json.dumps(self._conversation.state()).encode(),
-                caches=self._conversation.caches,
-                shared_segments=self._conversation.remembered_blocks(),
-                salt=self._conversation.encoder.salt,
-                ttl_s=self.ttl_s,
-            ),
-            stored,
-        )
-        self._num_stored = self.round
+        yield from self._tier.saving(snapshot, stored)
+        self._num_stored = snapshot.round

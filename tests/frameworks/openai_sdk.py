@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
-from people import MAX_TOKENS, MODEL, NEXT, OPENING, TEMPERATURE, Call, read_call, tell
+from people import MAX_TOKENS, MODEL, NEXT, OPENING, TEMPERATURE, Call, heard, read_call, tell
 
 SETTINGS: dict[str, Any] = {
     "model": MODEL,
@@ -31,7 +31,7 @@ class Town:
         said = dict(zip(self.conversations, answers, strict=True))
         for name, text in said.items():
             self.conversations[name].append({"role": "assistant", "content": text})
-        self._all_hear("\n".join([*(f"{name}: {text}" for name, text in said.items()), NEXT]))
+        self._all_hear(heard(said))
         self.rounds.append(said)
 
     def _all_hear(self, text: str) -> None:

@@ -7,6 +7,9 @@ frameworks, and prints what everybody said, round by round, as one line of JSON.
 import json
 import sys
 from dataclasses import dataclass
+from enum import StrEnum
+
+from pydantic import BaseModel, Field
 
 MODEL = "smollm2-135m"
 MAX_TOKENS = 40
@@ -56,6 +59,56 @@ _PEOPLE = {
     ),
     "June": "It is your first week as a constable, June, and you do not know these people yet.",
 }
+
+
+class Place(StrEnum):
+    """Where the people of the town can look."""
+
+    BRIDGE = "bridge"
+    MILL = "mill"
+    QUAY = "quay"
+    SCHOOL = "school"
+
+
+_SIGHTS = {
+    Place.BRIDGE: "The water is a hand below the planks, and the third beam has cracked.",
+    Place.MILL: "The weir is shut, and the meadows behind it are still dry.",
+    Place.QUAY: "Two chains hold, the third is gone, and the ferry pulls at its rope.",
+    Place.SCHOOL: "The lamps are lit, the stoves are warm, and the roof drips on the books.",
+}
+
+
+def look(place: Place) -> str:
+    """See how things stand at a place in the town.
+
+    Args:
+        place: where to look.
+    """
+    return _SIGHTS[Place(place)]
+
+
+class Helper(BaseModel):
+    """Somebody who can help."""
+
+    name: str = Field(max_length=20)
+    task: str = Field(max_length=60, description="what they can do")
+
+
+class Plan(BaseModel):
+    """What somebody does next."""
+
+    action: str = Field(max_length=120, description="what you do, in a sentence")
+    place: Place
+    helper: Helper
+
+    def told(self) -> str:
+        """The plan as others hear it."""
+        return f"{self.action} ({self.place.value}; {self.helper.name}: {self.helper.task})"
+
+
+def heard(said: dict[str, str]) -> str:
+    """What all have said, and the question of the next round, as one message for all."""
+    return "\n".join([*(f"{name}: {text}" for name, text in said.items()), NEXT])
 
 
 @dataclass(frozen=True)

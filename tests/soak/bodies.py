@@ -178,14 +178,17 @@ def whole_round(rng: random.Random, count: int) -> Body:
 
 
 def session_round(rng: random.Random) -> Body:
-    """The next round of one of a few sessions, whose agents come and go."""
+    """The next round of one of a few sessions, whose agents come and go.
+
+    Some say so much that the next round does not fit the context, and hears a part of it.
+    """
     names = rng.sample(["ann", "bo", "cy", "di", "ed"], rng.randint(1, 4))
     listed = [
         {
             "agent": name,
             "system": f"You are {name}.",
             "task": sentence(rng, 4),
-            "max_tokens": rng.randint(1, 12),
+            "max_tokens": 200 if rng.random() < 0.1 else rng.randint(1, 12),
             "temperature": rng.choice([0, 1]),
         }
         for name in names

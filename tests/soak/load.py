@@ -1,7 +1,9 @@
 """The clients of a soak: `python -m soak.load` asks a server for as long as it is told.
 
 Each client is a loop of its own, and all run at once. It writes one JSON document a line to
-standard output: progress now and then, and at last all that it has counted. A request that its
+standard output: progress now and then, and at last all that it has counted. The one whose requests
+are small, and timed, is in a process of its own (`--canary`): hundreds of others in one event loop
+would have it wait for themselves. A request that its
 client did not abandon must be answered: with what was asked for, or with an error in OpenAI's
 shape. Whatever else happens is a problem, and listed.
 """
@@ -117,9 +119,14 @@ class Clients:
         self._end = time.monotonic() + seconds
         self._rounds = itertools.count()
 
+    async def run_canary(self, begin: Callable[[], None]) -> None:
+        """Ask for little; call `begin` when the others may begin."""
+        expected = [await self._canary(index) for index in range(len(_CANARIES))]
+        begin()
+        await self._canaries(expected)
+
     async def run(self) -> None:
         """Ask until the time is over, then wait for the last answers."""
-        expected = [await self._canary(index) for index in range(len(_CANARIES))]
         loops: list[tuple[Callable[[random.Random], Awaitable[None]], int]] = [
             (self._lone, 4),
             (self._completion, 2),
@@ -153,7 +160,7 @@ class Clients:
             for client, count in loops
             for index in range(count)
         ]
-        await asyncio.gather(*tasks, self._canaries(expected))
+        await asyncio.gather(*tasks)
 
     async def _loop(
         self, client: Callable[[random.Random], Awaitable[None]], rng: random.Random
@@ -505,11 +512,15 @@ async def _main() -> None:
     parser.add_argument("--target", type=lambda text: Target(**json.loads(text)), required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--canary", action="store_true")
     given = parser.parse_args()
     clients = Clients(given.target, given.seconds, given.seed)
-    reporting = asyncio.create_task(_report(clients))
-    await clients.run()
-    reporting.cancel()
+    if given.canary:
+        await clients.run_canary(lambda: print(json.dumps({"begun": True}), flush=True))
+    else:
+        reporting = asyncio.create_task(_report(clients))
+        await clients.run()
+        reporting.cancel()
     print(json.dumps({"result": clients.tally.document()}), flush=True)
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from serving import comes_true, held_by, listening
 from soak.load import Target
+from soak.stacks import Stacks
 from tiny_models import save_model
 from tokendance import LLM
 from tokendance.engine.events import Event, StepDone
@@ -31,6 +33,7 @@ from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
 from tokendance.server.context import ServerContext
 from tokendance.server.malloc import objects_frozen
+from tokendance.server.pauses import Pauses
 
 _CONTEXT = 1024
 _NUM_PAGES = 2000
@@ -59,6 +62,13 @@ _MOST_GROWTH = {"resident": 32.0, "in use": 8.0}
 _SHORTEST_S = 240.0
 # Most that a small request of another key may take, beside the pass that is under way.
 _CANARY_S = 2.0
+# Most that the engine's thread or the event loop may compute in one pause. What else a pause takes,
+# which is shown beside it, it waits for the processor and the interpreter's lock, which the clients
+# and all else on this machine want, too.
+_COMPUTING_S = 0.05
+_WATCHED = {"engine", "http"}  # names of their threads
+# Pools of threads that grow to a limit when there is much to do.
+_POOLS = ("AnyIO", "discovery", "store")
 
 
 @dataclass(slots=True)
@@ -70,12 +80,14 @@ class Watch:
         memory: MiB, of each kind.
         problems: what was not as it has to be.
         pauses: seconds of the longest of each kind, and the most that its thread computed in one.
+        in_pauses: of each kind, what the thread was at in the pause in which it computed most.
     """
 
     seconds: list[float] = field(default_factory=list)
     memory: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     pauses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    in_pauses: dict[str, str] = field(default_factory=dict)
     longest_pass_s: float = 0.0
 
     def on_event(self, event: Event) -> None:
@@ -83,18 +95,13 @@ class Watch:
         if isinstance(event, StepDone):
             self.longest_pass_s = max(self.longest_pass_s, event.seconds)
 
-    def note_pauses(self, server: ServerContext) -> None:
-        """Look at the longest pauses of the last minute."""
-        metrics = server.metrics
-        for who, pauses in (
-            ("engine", metrics.engine_pauses),
-            ("event loop", metrics.event_loop_pauses),
-        ):
-            longest, computing = self.pauses.get(who, (0.0, 0.0))
-            self.pauses[who] = (
-                max(longest, pauses.longest()),
-                max(computing, pauses.longest_computing()),
-            )
+    def note_pause(self, who: str, seconds: float, computing_s: float, stacks: Stacks) -> None:
+        """Note a pause of the calling thread that has just ended."""
+        longest, most = self.pauses.get(who, (0.0, 0.0))
+        self.pauses[who] = max(longest, seconds), max(most, computing_s)
+        if computing_s > most:
+            now = time.perf_counter()
+            self.in_pauses[who] = stacks.report(now - seconds, now)
 
     def look(self, seconds: float, remembered_mib: float) -> None:
         """Look at the memory, but for so much that is remembered and has a bound of its own."""
@@ -122,8 +129,8 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
     watch = Watch()
     with (
         _llm() as llm,
-        objects_frozen(),  # as `tokendance serve` has them
         listening(llm, **_SETTINGS) as (port, server, runner),
+        objects_frozen(),  # the application's, too, as `tokendance serve` has them
         _errors_noted(watch),
     ):
         # Memory for KV is mapped where it is first written, which would look like growth.
@@ -148,17 +155,19 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
 
         def look(progress: dict[str, Any]) -> None:
             watch.look(time.monotonic() - begun, _remembered_mib(server))
-            watch.note_pauses(server)
             _check_books(server, watch)
             _show_progress(progress, watch, console)
 
-        result = _run_clients(target, seconds, seed, look)
-        watch.note_pauses(server)
+        with _pauses_noted(server, watch):
+            result = _run_clients(target, seconds, seed, look)
         watch.problems += result["problems"] + _leftovers(server, runner)
         watch.problems += _new_handles(server, before)
     if seconds >= _SHORTEST_S:
         if max(result["canary_s"]) > _CANARY_S + watch.longest_pass_s:
             watch.problems.append("a small request waited too long for others")
+        for who, (_, computing_s) in watch.pauses.items():
+            if computing_s > _COMPUTING_S:
+                watch.problems.append(f"the {who}'s thread computed {computing_s:.3f} s in a pause")
         for kind in watch.memory:
             if watch.growth(kind) > _MOST_GROWTH[kind]:
                 watch.problems.append(f"memory {kind} grew by {watch.growth(kind):.1f} MiB")
@@ -185,21 +194,42 @@ def _llm() -> Iterator[LLM]:
 def _run_clients(
     target: Target, seconds: float, seed: int, look: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Let the clients ask, in a process of their own; return what they have counted."""
+    """Let the clients ask, in two processes of their own; return what they have counted."""
+    results: list[dict[str, Any]] = []
+    with _clients(target, seconds, seed, "--canary") as canary:
+        next(canary)  # it knows what has to be answered
+        with _clients(target, seconds, seed) as others:
+            for document in (*others, *canary):
+                if "progress" in document:
+                    look(document["progress"])
+                if "result" in document:
+                    results.append(document["result"])
+    if len(results) < 2:
+        raise RuntimeError("Some clients have failed.")
+    return {
+        "answers": results[0]["answers"] | results[1]["answers"],
+        "canary_s": results[1]["canary_s"],
+        "problems": [problem for result in results for problem in result["problems"]],
+        "num_problems": sum(result["num_problems"] for result in results),
+        **{name: max(results, key=_slowest)[name] for name in ("slowest_s", "slowest")},
+    }
+
+
+def _slowest(result: dict[str, Any]) -> float:
+    return float(result["slowest_s"])
+
+
+@contextmanager
+def _clients(
+    target: Target, seconds: float, seed: int, *options: str
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """A process of clients: the documents that it writes."""
     command = [sys.executable, "-m", "soak.load", "--target", json.dumps(asdict(target))]
-    command += ["--seconds", str(seconds), "--seed", str(seed)]
+    command += ["--seconds", str(seconds), "--seed", str(seed), *options]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    result: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as clients:
         assert clients.stdout is not None
-        for line in clients.stdout:
-            document = json.loads(line)
-            if "progress" in document:
-                look(document["progress"])
-            result = document.get("result", result)
-    if not result:
-        raise RuntimeError(f"The clients have failed with exit code {clients.returncode}.")
-    return result
+        yield map(json.loads, clients.stdout)
 
 
 # -- what has to be true ----------------------------------------------------------------------
@@ -217,6 +247,34 @@ def _check_books(server: ServerContext, watch: Watch) -> None:
         server.metrics.engine_watch.wake()
 
     server.engine_thread._put(check)
+
+
+@contextmanager
+def _pauses_noted(server: ServerContext, watch: Watch) -> Iterator[None]:
+    """Watch the threads that must not pause for long; the metrics tell of the last minute only."""
+    metrics = server.metrics
+    with Stacks().looking(_WATCHED) as stacks:
+        for who, pauses in (
+            ("engine", metrics.engine_pauses),
+            ("event loop", metrics.event_loop_pauses),
+        ):
+            _note_also(pauses, partial(watch.note_pause, who, stacks=stacks))
+        try:
+            yield
+        finally:
+            for pauses in (metrics.engine_pauses, metrics.event_loop_pauses):
+                del pauses.__dict__["note"]
+
+
+def _note_also(pauses: Pauses, also: Callable[[float, float], None]) -> None:
+    """Have something else told of pauses, too."""
+    note = pauses.note
+
+    def both(seconds: float, computing_s: float = 0.0) -> None:
+        note(seconds, computing_s)
+        also(seconds, computing_s)
+
+    pauses.note = both  # type: ignore[method-assign]
 
 
 def _leftovers(server: ServerContext, runner: uvicorn.Server) -> list[str]:
@@ -254,8 +312,8 @@ def _new_handles(server: ServerContext, before: dict[str, int]) -> list[str]:
 
 
 def _handles() -> dict[str, int]:
-    """Threads, but for the pool that reads requests, whose size has a limit; open files."""
-    threads = [one for one in threading.enumerate() if not one.name.startswith("AnyIO")]
+    """Threads, but for those of pools; open files."""
+    threads = [one for one in threading.enumerate() if not one.name.startswith(_POOLS)]
     folder = Path("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")
     return {"threads": len(threads), "open files": len(list(folder.iterdir()))}
 
@@ -342,8 +400,9 @@ def _show(result: dict[str, Any], watch: Watch, console: Console) -> None:
     for who, (pause_s, computing_s) in watch.pauses.items():
         console.print(
             f"Longest pause of the {who}: {1000 * pause_s:.0f} ms; "
-            f"its thread computed for {1000 * computing_s:.0f} ms of one at most."
+            f"its thread computed for {1000 * computing_s:.0f} ms of one at most:"
         )
+        console.print(watch.in_pauses.get(who, ""), markup=False, highlight=False)
     for kind, mib in watch.memory.items():
         third = max(1, len(mib) // 3)
         console.print(

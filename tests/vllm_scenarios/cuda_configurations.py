@@ -1,13 +1,12 @@
 """What vLLM and the plug-in choose on an NVIDIA GPU that is not here: run by vLLM's own Python.
 
-    [{"model": FOLDER, "capability": 90, "engine": {...}}, ...]
+    [{"model": FOLDER, "capability": 90, "engine": {...}, "environment": {...}}, ...]
 
 Configurations are vLLM's own, made as a server makes them. The answer is a list; what was chosen,
 or in its place the sentence with which TokenDance leaves vLLM as it is.
 """
 
 import json
-import logging
 import os
 import sys
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 sys.path.append(os.path.dirname(__file__))
 import stand_ins
 
-if __name__ == "__main__":  # before vLLM looks for either
+if __name__ == "__main__":  # before vLLM looks for it
     stand_ins.triton_driver()
-    stand_ins.cuda_platform()
 
 from vllm import EngineArgs
 from vllm.config import set_current_vllm_config
@@ -26,25 +24,34 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import _cached_get_attn_backend, get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
 
+import tokendance.integrations.vllm as plugin
+from tokendance.integrations.vllm import cuda_attention
+
 MEMORY = 2**33
 """Bytes that vLLM would find for KV."""
 
 
-class Said(logging.Handler):
-    """Notes what the plug-in logs."""
+class Said:
+    """Stands in for the plug-in's logger: vLLM takes away handlers whenever it has options."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.lines: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+    def warning(self, text: str, *values: object) -> None:
+        self.lines.append(text % values)
+
+    info = warning
 
 
-def chosen(said: Said, model: str, capability: int, engine: dict[str, Any]) -> dict[str, Any]:
+def chosen(
+    said: Said, model: str, capability: int, engine: dict[str, Any], environment: dict[str, str]
+) -> dict[str, Any]:
     stand_ins.capability = capability
     said.lines.clear()
+    os.environ.update(environment)
     config = EngineArgs(model=model, skip_tokenizer_init=True, **engine).create_engine_config()
+    for name in environment:
+        del os.environ[name]
     compilation, scheduler = config.compilation_config, config.scheduler_config
     answer: dict[str, Any] = {
         "said": list(said.lines),
@@ -68,18 +75,19 @@ def chosen(said: Said, model: str, capability: int, engine: dict[str, Any]) -> d
             backend = get_attn_backend(
                 config.model_config.get_head_size(), config.model_config.dtype, "auto"
             )
-        answer["attention"] = ".".join(backend.full_cls_name())
+        answer["is_ours"] = backend is cuda_attention.RoundAttentionBackend
         support = backend.get_builder_cls().get_cudagraph_support(config, None)
         answer["graphs_of_attention"] = support.name
     return answer
 
 
 def main() -> None:
+    stand_ins.cuda_platform()
     Worker.determine_available_memory = lambda _: MEMORY
     jobs = json.loads(sys.stdin.readline())
     load_general_plugins()
     said = Said()
-    logging.getLogger("vllm.tokendance").addHandler(said)
+    plugin.log = said  # type: ignore[assignment]
     print("\n" + json.dumps([chosen(said, **job) for job in jobs]), flush=True)
 
 

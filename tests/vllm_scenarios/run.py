@@ -1,22 +1,28 @@
-"""Scenarios inside vLLM: run by its own Python, told what to do by a JSON line, answering by one.
+"""Scenarios inside vLLM: run by its own Python, which answers each JSON line by one.
 
     {"model": FOLDER, "engine": {...}, "scenarios": {NAME: [STEP, ...]}}
+    {"scenarios": {NAME: [STEP, ...]}}      in the same engine, as often as one likes
 
 A step is one of
 
     {"add": [{"id": ..., "tokens": [...], "max_tokens": ..., "extra": {...}, ...}]}
     {"steps": N}          engine steps
+    {"until": [id, STAGE] or [id, STAGE, ROLE]}      steps until a request has come so far
     {"abort": [ids]}
+    {"call": [METHOD, ARGUMENTS]}      of vLLM's engine core, as its API server calls them
     {"finish": true}      steps until nothing is left
 
 The answer has for each scenario the token ids of each request, and how many of its prompt tokens
-came from a cache; then what is left of blocks when all that was kept is given up.
+came from a cache; who was preempted, as what; who ran at the last call, and how many tokens it had
+said; then what is left of blocks when all that was kept is given up.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 sys.path.append(os.path.dirname(__file__))  # at the end: nothing in it hides a module of vLLM's
@@ -37,12 +43,21 @@ class Runner:
         self.llm = LLM(model=model, **engine)
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.core = self.engine.engine_core.engine_core
         self.answers: dict[str, dict[str, Any]] = {}
-        self.num_preempted = 0
+        self.said: dict[str, int] = {}
+        self.preempted: list[tuple[str, str]] = []
         self.peak_blocks = 0
+        preempt = self.scheduler._preempt_request
+
+        def note_and_preempt(request: Any, *args: Any, **kwargs: Any) -> None:
+            self.preempted.append((_name(request.request_id), self._role(request.request_id)))
+            preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = note_and_preempt
 
     def run(self, script: list[dict[str, Any]]) -> dict[str, Any]:
-        self.answers, self.num_preempted, self.peak_blocks = {}, 0, 0
+        self.answers, self.said, self.preempted, self.peak_blocks = {}, {}, [], 0
         self.llm.reset_prefix_cache()
         for step in script:
             for request in step.get("add", ()):
@@ -51,16 +66,22 @@ class Runner:
                 self.engine.abort_request(step["abort"], internal=False)
             for _ in range(step.get("steps", 0)):
                 self._step()
+            if "until" in step:
+                self._step_until(partial(self._has_come, *step["until"]))
+            if "call" in step:
+                name, arguments = step["call"]
+                self.said = {_name(one): 0 for one in self.scheduler.requests}
+                for one in self.said.keys() & self.answers.keys():
+                    self.said[one] = len(self.answers[one]["tokens"])
+                getattr(self.core, name)(**arguments)
             if step.get("finish"):
-                deadline = time.monotonic() + 120
-                while self.engine.has_unfinished_requests():
-                    assert time.monotonic() < deadline, "somebody waits for ever"
-                    self._step()
+                self._step_until(lambda: not self.engine.has_unfinished_requests())
         self._step()  # lets go of what was aborted last
         rounds = getattr(self.scheduler, "_rounds", None)
         result = {
             "answers": self.answers,
-            "preempted": self.num_preempted,
+            "said": self.said,
+            "preempted": self.preempted,
             "peak_blocks": self.peak_blocks,
         }
         if rounds is not None:
@@ -107,10 +128,46 @@ class Runner:
         pool = self.scheduler.kv_cache_manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         self.peak_blocks = max(self.peak_blocks, used)
-        preempted = self.scheduler.requests.values()
-        self.num_preempted = max(
-            self.num_preempted, sum(request.num_preemptions for request in preempted)
-        )
+
+    def _step_until(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not is_so():
+            assert time.monotonic() < deadline, "somebody waits for ever"
+            self._step()
+
+    def _has_come(self, name: str, *stage: str) -> bool:
+        return self._stage(name)[: len(stage)] == [*stage]
+
+    def _stage(self, name: str) -> list[str]:
+        """How far a request has come, and what it is to others."""
+        scheduler = self.scheduler
+        (request_id,) = (one for one in self._known() if _name(one) == name)
+        assert scheduler.has_request(request_id)
+        if request_id in scheduler._requests:
+            waits = any(one.request_id == request_id for one in scheduler._rounds._waiting)
+            return ["waits for an owner" if waits else "in the window"]
+        request = scheduler.requests[request_id]
+        if request.num_computed_tokens == 0:
+            stage = "waits for a seat"
+        elif request.num_output_tokens == 0:
+            stage = "prefills"
+        else:
+            stage = "decodes"
+        return [stage, self._role(request_id)]
+
+    def _known(self) -> list[str]:
+        return [*getattr(self.scheduler, "_requests", ()), *self.scheduler.requests]
+
+    def _role(self, request_id: str) -> str:
+        member = getattr(self.scheduler, "_members", {}).get(request_id)
+        if member is None:
+            return "plain"
+        return "owner" if any(member.owned) else "mirror" if member.is_mirror else "plain"
+
+
+def _name(request_id: str) -> str:
+    """A request's name in its scenario: vLLM adds something to be sure that there is one only."""
+    return request_id.rsplit("-", 1)[0]
 
 
 def without_shift() -> None:
@@ -145,17 +202,20 @@ if os.environ.get("TEST_CUDA_ATTENTION"):
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    runner = Runner(job["model"], job["engine"])
-    results: dict[str, Any] = {
-        name: runner.run(script) for name, script in job["scenarios"].items()
-    }
-    results["attended"] = stand_ins.attended
-    results["scheduler"] = type(runner.scheduler).__name__
-    worker = getattr(runner.engine.model_executor, "driver_worker", None)
-    if worker is not None:
-        results["runner"] = type(worker.worker.model_runner).__module__
-    print("\n" + json.dumps(results), flush=True)
+    runner = None
+    for line in sys.stdin:
+        job = json.loads(line)
+        if runner is None:
+            runner = Runner(job["model"], job["engine"])
+        results: dict[str, Any] = {
+            name: runner.run(script) for name, script in job["scenarios"].items()
+        }
+        results["attended"] = stand_ins.attended
+        results["scheduler"] = type(runner.scheduler).__name__
+        worker = getattr(runner.engine.model_executor, "driver_worker", None)
+        if worker is not None:
+            results["runner"] = type(worker.worker.model_runner).__module__
+        print("\n" + json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,8 @@ def triton_driver() -> None:
 
 
 def cuda_platform() -> None:
-    """Have vLLM find an NVIDIA GPU. Called before vLLM asks where it is."""
-    flash_attention = types.ModuleType("vllm.vllm_flash_attn")
-    names = ("compile_flash_attn_varlen_func_from_specs", "flash_attn_varlen_func")
-    vars(flash_attention).update(dict.fromkeys((*names, "get_scheduler_metadata")))
-    for module in (flash_attention, types.ModuleType("vllm._C_stable_libtorch")):
-        sys.modules[module.__name__] = module
+    """Have vLLM find an NVIDIA GPU from now on: what it has imported took the machine for a CPU."""
+    sys.modules.setdefault("vllm._C_stable_libtorch", types.ModuleType("vllm._C_stable_libtorch"))
     import vllm.platforms
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
@@ -59,7 +55,12 @@ def cuda_platform() -> None:
         def device_count(cls) -> int:
             return 1
 
-    vllm.platforms._current_platform = Cuda()
+    cpu, gpu = vllm.platforms.current_platform, Cuda()
+    vllm.platforms._current_platform = gpu
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", {})
+        if names.get("current_platform") is cpu:
+            names["current_platform"] = gpu
 
 
 def flash_attention() -> None:

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from tokendance.commands.report import (
     reuse_name,
 )
 from tokendance.commands.settings import LIVE_MAX_TOKENS, LIVE_ROUNDS, RunSettings
+from tokendance.commands.view import shown_live
 from tokendance.conversation import Agent
 from tokendance.errors import ConfigError, RequestError
 from tokendance.fidelity.shadow import ShadowReport
@@ -34,6 +35,8 @@ from tokendance.results import check_writable, write_result
 from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.trace import Trace, TraceRequest, TraceRound, example_trace, read_trace
 from tokendance.units import format_bytes
+from tokendance.view.document import RECORD_ADVICE
+from tokendance.view.recording import Recording
 
 FIRST_TASK = "In one sentence, what will you do tomorrow?"
 NEXT_TASK = (
@@ -54,11 +57,41 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
     _check_settings(settings, options, trace)
     with console.status(f"Loading {escape(settings.model)} ..."):
         llm = LLM(settings.model, options)
-    with closing(llm):
-        _play(llm, trace, settings, console)
+    with closing(llm), _watched(llm, settings, console) as after_round:
+        _play(llm, trace, settings, console, after_round)
 
 
-def _play(llm: LLM, trace: Trace, settings: RunSettings, console: Console) -> None:
+@contextmanager
+def _watched(llm: LLM, settings: RunSettings, console: Console) -> Iterator[Callable[[], None]]:
+    """Record, show and write a run as the settings say.
+
+    Yields:
+        What is to be called after each round.
+    """
+    if settings.record is None and not settings.view:
+        yield lambda: None
+        return
+    recording = Recording(llm)
+    live = shown_live(recording, console, with_text=settings.record_text)
+    with live if settings.view else nullcontext():
+        try:
+            yield recording.recorder.digest
+        finally:
+            # Whatever became of it: a run that was broken off is worth a look, too.
+            if settings.record is not None and recording.has_rounds:
+                recording.write(settings.record, with_text=settings.record_text)
+                console.print(
+                    f"The run is in {escape(str(settings.record))}; tokendance view shows it."
+                )
+
+
+def _play(
+    llm: LLM,
+    trace: Trace,
+    settings: RunSettings,
+    console: Console,
+    after_round: Callable[[], None],
+) -> None:
     """Run the rounds of a trace, and show and write what came of them."""
     options = llm.engine.options
     console.print(
@@ -75,6 +108,7 @@ def _play(llm: LLM, trace: Trace, settings: RunSettings, console: Console) -> No
             prompts = [(o.prompt_token_ids, o.token_ids) for o in result.outputs if not o.error]
             done.append(DoneRound(number, result, estimate.add_round(prompts)))
             print_words(result, console)
+            after_round()
         if options.shadow > 0:
             with console.status("Computing mirrors again, exactly ..."):
                 # One by one, so that an interrupt loses one only.
@@ -129,6 +163,8 @@ def _check_settings(settings: RunSettings, options: EngineOptions, trace: Trace)
         )
     if settings.json is not None:
         check_writable(settings.json, _JSON_ADVICE)
+    if settings.record is not None:
+        check_writable(settings.record, RECORD_ADVICE)
 
 
 def _first_agents(trace: Trace, count: int | None) -> Trace:

@@ -25,6 +25,10 @@ class RunSettings:
         session: name of the session, with --store. Each round is on disk when it is shown, and the
             same name goes on where it stopped, in --rounds more rounds.
         json: write figures and answers to this file.
+        record: write the run to this file, for `tokendance view`: who read and computed what, when,
+            and in which memory.
+        record_text: whether the texts of prompts and answers are in it.
+        view: show the run in a browser of this machine while it goes on, and until Ctrl-C.
     """
 
     trace: Path | None = None
@@ -37,6 +41,9 @@ class RunSettings:
     seed: int = 0
     session: str | None = None
     json: Path | None = None
+    record: Path | None = None
+    record_text: bool = True
+    view: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, 1, "agents", "rounds", "max_tokens")

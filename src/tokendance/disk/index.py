@@ -2,6 +2,9 @@
 
 It is an SQLite file. What its tables are is in `schema.py`, and how a session becomes rows of them
 in `rows.py`.
+
+One thread at a time may use it; a change waits for the disk, some 50 ms. Which files there are is
+kept in memory beside it, so any thread can look at that at any time and waits for nobody.
 """
 
 import ctypes
@@ -9,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokendance.disk.kv_file import WrittenFile
@@ -21,7 +25,12 @@ from tokendance.errors import CorruptFileError
 class SessionIndex:
     """Sessions, caches and files of one store; see the module.
 
-    All methods raise a `StoreError` if the index cannot be read or written.
+    All methods raise a `StoreError` if the index cannot be read or written. Those about files,
+    which say so, may be called on any thread.
+
+    Attributes:
+        path: of the SQLite file.
+        num_bytes: of all KV files, as of the last change; on any thread.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str] | None, *, has_files: bool) -> None:
@@ -29,6 +38,17 @@ class SessionIndex:
         self.path = path
         with storage_errors(path):
             self._database = open_database(path, identity, has_files=has_files)
+        try:
+            self.read_files()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def read_files(self) -> None:
+        """Look anew which files there are."""
+        rows = self._select("SELECT id, name, num_rows, num_bytes, checksum FROM files")
+        self._files = {FileId(file): WrittenFile(*written) for file, *written in rows}
+        self.num_bytes = sum(written.num_bytes for written in self._files.values())
 
     def close(self) -> None:
         """Let go of it."""
@@ -53,16 +73,10 @@ class SessionIndex:
         return [SessionKey(*row) for row in rows]
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all KV files."""
-        ((total,),) = self._select("SELECT total(num_bytes) FROM files")
-        return int(total)
-
-    @property
     def row_bytes(self) -> float:
         """Bytes of a token's KV, on average over all files."""
-        ((average,),) = self._select("SELECT total(num_bytes) / total(num_rows) FROM files")
-        return average or 0.0
+        num_rows = sum(written.num_rows for written in self._files.values())
+        return self.num_bytes / num_rows if num_rows else 0.0
 
     def session_keys(self) -> list[SessionKey]:
         """All sessions, those used last first."""
@@ -121,8 +135,8 @@ class SessionIndex:
         return readers
 
     def file_ids(self) -> set[FileId]:
-        """All files that the index names."""
-        return {FileId(file) for (file,) in self._select("SELECT id FROM files")}
+        """All files that the index names; on any thread."""
+        return set(self._files)
 
     def own_files(self, key: SessionKey) -> set[FileId]:
         """Files that this session, and no other, refers to."""
@@ -136,17 +150,14 @@ class SessionIndex:
         return {FileId(file) for (file,) in rows}
 
     def file(self, file: FileId) -> WrittenFile:
-        """What the index says of a file.
+        """What the index says of a file; on any thread.
 
         Raises:
             CorruptFileError: if there is none.
         """
-        rows = self._select(
-            "SELECT name, num_rows, num_bytes, checksum FROM files WHERE id = ?", file
-        )
-        if not rows:
+        if (written := self._files.get(file)) is None:
             raise CorruptFileError(f"The store has no file {file}. What it held is computed again.")
-        return WrittenFile(*rows[0])
+        return written
 
     def damage(self) -> list[Problem]:
         """What of sessions and caches is not as it was written."""
@@ -175,7 +186,7 @@ class SessionIndex:
 
     def put(self, session: StoredSession, files: Mapping[FileId, WrittenFile]) -> list[str]:
         """Name new files, and put a session in place of what it was."""
-        with self._changing() as removed:
+        with self._changing(files) as removed:
             self._database.executemany(
                 "INSERT INTO files VALUES (?, ?, ?, ?, ?)",
                 [
@@ -207,18 +218,28 @@ class SessionIndex:
         return removed
 
     @contextmanager
-    def _changing(self) -> Iterator[list[str]]:
+    def _changing(
+        self, added: Mapping[FileId, WrittenFile] = MappingProxyType({})
+    ) -> Iterator[list[str]]:
         """A transaction that ends by removing files which no cache refers to any more.
 
+        Args:
+            added: files that it names.
+
         Yields:
-            Their names, which are there when the transaction has ended.
+            The names of those that are removed, which are there when the transaction has ended.
         """
         unused = "FROM files WHERE id NOT IN (SELECT file FROM refs)"
         removed: list[str] = []
         with storage_errors(self.path), transaction(self._database):
             yield removed
-            removed += [name for (name,) in self._database.execute(f"SELECT name {unused}")]
+            found = self._database.execute(f"SELECT id, name {unused}").fetchall()
             self._database.execute(f"DELETE {unused}")
+        removed += [name for _, name in found]
+        self._files.update(added)
+        for file, _ in found:
+            del self._files[file]
+        self.num_bytes = sum(written.num_bytes for written in self._files.values())
 
     # -- checking -----------------------------------------------------------------------------
 

@@ -126,7 +126,7 @@ class DiskStore:
 
     @property
     def num_bytes(self) -> int:
-        """Of all KV files."""
+        """Of all KV files; on any thread."""
         return self.index.num_bytes
 
     def session(self, key: SessionKey) -> StoredSession | None:
@@ -163,6 +163,7 @@ class DiskStore:
         If the index cannot be read they stay, and go when the store is opened again.
         """
         with contextlib.suppress(StoreError):
+            self.index.read_files()  # a commit that has failed may have named them
             named = self.index.file_ids()
             self.discard(written for file, written in files.items() if file not in named)
 

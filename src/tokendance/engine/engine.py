@@ -7,9 +7,9 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from tokendance.collector.planner import Planner
+from tokendance.engine.answers import add_token, text_of
 from tokendance.engine.events import (
     Admitted,
     EngineObserver,
@@ -21,10 +21,10 @@ from tokendance.engine.events import (
     StepDone,
 )
 from tokendance.engine.mask_turns import MaskTurns
-from tokendance.engine.request import Request, RequestId, as_failure, make_neutral, make_output
+from tokendance.engine.open_rounds import OpenRounds
+from tokendance.engine.request import Request, RequestId, as_failure, make_neutral
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
-from tokendance.engine.stops import text_up_to_stop
 from tokendance.engine.tenants import TenantRules
 from tokendance.errors import (
     AbortedError,
@@ -43,25 +43,6 @@ Clock = Callable[[], float]
 _MAX_RETRIES = 2
 # A pass of fewer tokens says little of how fast prompts are computed.
 _PACE_TOKENS = 256
-
-
-@dataclass(slots=True)
-class _Round:
-    """A round of which somebody waits or runs.
-
-    Attributes:
-        added_s: when the first of its requests was added.
-        requests: all that were added, those that are done included.
-        num_left: that are not done.
-        neutral: owners that were added for them.
-        has_started: whether any of them was admitted.
-    """
-
-    added_s: float
-    requests: list[Request]
-    num_left: int = 0
-    neutral: list[Request] = field(default_factory=list)
-    has_started: bool = False
 
 
 class Engine:
@@ -113,7 +94,7 @@ class Engine:
         self._mask_turns = MaskTurns(clock)
         self._observers: list[EngineObserver] = []
         self._request_ids = itertools.count()
-        self._rounds: dict[RoundId, _Round] = {}
+        self._rounds = OpenRounds()
         self.seconds_per_token: float | None = None
 
     # -- coming and going -----------------------------------------------------------------------
@@ -137,9 +118,7 @@ class Engine:
             request.id = RequestId(next(self._request_ids))
             if request.arrived_s is None:
                 request.arrived_s = now
-            joined = self._rounds.setdefault(request.round_id, _Round(now, []))
-            joined.requests.append(request)
-            joined.num_left += 1
+            self._rounds.add(request, now)
         for request in requests:
             if request.error is not None:
                 self._finish(request, "error")
@@ -170,8 +149,9 @@ class Engine:
             round_id,
         )
         for prompt in neutral:
-            owner = make_neutral(prompt, round_id, RequestId(next(self._request_ids)), now)
-            self._rounds[round_id].neutral.append(owner)
+            request_id = RequestId(next(self._request_ids))
+            owner = make_neutral(prompt, round_id, request_id, now, guarded[0].tenant)
+            self._rounds.add_neutral(owner)
             self.scheduler.add(owner)
         for request in guarded:
             self.scheduler.add(request)
@@ -190,10 +170,10 @@ class Engine:
     def can_compute(self) -> bool:
         """Whether a step would compute something, as far as one can tell before it.
 
-        Requests may wait for pages that are being filled from disk.
+        Requests may wait for pages that are being filled from disk, or written.
         """
         scheduler = self.scheduler
-        return bool(scheduler.running or (scheduler.num_waiting and not self.store.loading))
+        return bool(scheduler.running or (scheduler.num_waiting and not self.store.in_transit))
 
     @property
     def num_rounds(self) -> int:
@@ -202,7 +182,7 @@ class Engine:
 
     def open_requests(self) -> list[Request]:
         """All requests of rounds of which somebody waits or runs."""
-        return [request for one in self._rounds.values() for request in one.requests]
+        return self._rounds.requests()
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -255,7 +235,7 @@ class Engine:
                 self.scheduler.resident_pages(),
             )
         )
-        self._take(scheduled, output, now)
+        self._take(scheduled, step, output, now)
 
     def _admit(self) -> None:
         num_evicted = self.store.num_evicted
@@ -265,15 +245,9 @@ class Engine:
             self.emit(Evicted(now, self.store.num_evicted - num_evicted))
         events: dict[RoundId, list[Admitted]] = {}
         for request in admitted:
-            assert request.plan is not None
-            assert request.allocation is not None
-            runs = request.allocation.owned_runs
-            event = Admitted(now, request.id, request.round_id, request.agent, request.plan, runs)
-            events.setdefault(request.round_id, []).append(event)
+            events.setdefault(request.round_id, []).append(Admitted.of(request, now))
         for round_id, of_round in events.items():
-            started = self._rounds[round_id]
-            if not started.has_started:
-                started.has_started = True
+            if (started := self._rounds.start(round_id)) is not None:
                 num_requests = len(started.requests)
                 self.emit(
                     RoundStarted(now, started.added_s, round_id, num_requests, tuple(of_round))
@@ -311,20 +285,25 @@ class Engine:
         """Fail requests of which none can be computed, since each waits for another."""
         for request in list(self.scheduler.running):
             error = StepError(
-                f"The request of {request.agent!r} waits for KV that nobody computes. Ask again."
+                f"The request{request.whose} waits for KV that nobody computes. Ask again."
             )
             log.error("%s", error)
             self._fail(request, error, keep_kv=False)
 
     # -- after a step ---------------------------------------------------------------------------
 
-    def _take(self, scheduled: Sequence[Scheduled], output: StepOutput, now: float) -> None:
+    def _take(
+        self, scheduled: Sequence[Scheduled], step: StepInput, output: StepOutput, now: float
+    ) -> None:
         """Take the tokens that were chosen, and let go of requests that are done or have failed."""
         wanting = [
             item.request
             for item in scheduled
             if item.request.num_computed == item.request.num_to_compute
         ]
+        targets = iter(output.targets)
+        for share, item in zip(step.requests, scheduled, strict=True):
+            item.request.prompt_logprobs += itertools.islice(targets, len(share.targets))
         for request, is_finite in zip(wanting, output.is_finite, strict=True):
             if not is_finite and request.allocation is not None:
                 self._fail_numerics(request)
@@ -350,29 +329,10 @@ class Engine:
             request.first_token_s = now
             self.scheduler.mark_verified(request)
             self.emit(FirstToken(now, request.id, request.round_id))
-        reason = self._append(request, token)
+        reason = add_token(request, token, self._decode)
         if reason is not None:
             self.scheduler.publish_answer(request)
             self._finish(request, reason)
-
-    def _append(self, request: Request, token: int) -> str | None:
-        """Add a token to a request's answer; return why it is done, if it is."""
-        params = request.params
-        if params.forced_tokens is None:
-            # A constrained answer ends where its grammar does.
-            goes_on = params.ignore_eos and request.constraint is None
-            ends = () if goes_on else request.stop_ids
-            if token in ends or token in params.stop_token_ids:
-                request.end_token = token
-                return "stop"
-        request.generated.append(token)
-        if params.stop and params.forced_tokens is None:
-            text = text_up_to_stop(request.generated, params.stop, self._decode)
-            if text is not None:
-                request.text = text
-                request.stopped_by_text = True
-                return "stop"
-        return "length" if len(request.generated) >= request.max_new_tokens else None
 
     def _fail_numerics(self, request: Request) -> None:
         """Fail a request whose logits are not finite, or let it begin anew if others may be why.
@@ -383,7 +343,7 @@ class Engine:
         if request.num_retries < _MAX_RETRIES and self.scheduler.retry_without_suspects(request):
             return
         error = NumericsError(
-            f"The model produced NaN or infinity for {request.agent!r}. "
+            f"The model produced NaN or infinity in the request{request.whose}. "
             "Try dtype float32, or check the weights."
         )
         self._fail(request, error, keep_kv=False)
@@ -395,15 +355,9 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         self._end(request, reason)
-        if not request.neutral:
-            ended = self._rounds[request.round_id]
-            ended.num_left -= 1
-            if ended.num_left == 0:
-                del self._rounds[request.round_id]
-                for neutral in ended.neutral:
-                    if neutral.finish_reason is None:
-                        self._end(neutral, "stop")
-                        self._tell_end(neutral)
+        for neutral in self._rounds.finish(request):
+            self._end(neutral, "stop")
+            self._tell_end(neutral)
         self._tell_end(request)
 
     def _end(self, request: Request, reason: str) -> None:
@@ -412,24 +366,11 @@ class Engine:
         if reason == "error":
             request.generated.clear()
         elif request.text is None:
-            request.text = self._decode(request.generated)
+            request.text = text_of(request, self._decode)
         self.scheduler.release(request, keep_kv=True)
 
     def _tell_end(self, request: Request) -> None:
-        assert request.finished_s is not None
-        assert request.arrived_s is not None
-        self.emit(
-            Finished(
-                request.finished_s,
-                request.id,
-                request.round_id,
-                make_output(request),
-                request.arrived_s,
-                request.first_token_s,
-                request.plan is not None and bool(request.plan.uses),
-                request.neutral,
-            )
-        )
+        self.emit(Finished.of(request))
 
     # -- telling --------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tokendance.collector.plan import RequestPlan
-from tokendance.engine.request import RequestId
+from tokendance.engine.request import Request, RequestId, make_output
 from tokendance.outputs import Output
+from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import RoundId, RunId
 
 
@@ -29,6 +30,8 @@ class Admitted(Event):
         request: which.
         round_id: of its round.
         agent: whose it is.
+        prompt: what it reads.
+        in_round: whether it belongs to those that may share; shadows and lone prompts do not.
         plan: what it takes, owns, corrects and computes.
         runs: numbers of the runs that it owns, in the order of `plan.runs`: sources of other
             plans refer to them.
@@ -37,8 +40,26 @@ class Admitted(Event):
     request: RequestId
     round_id: RoundId
     agent: str
+    prompt: EncodedPrompt
+    in_round: bool
     plan: RequestPlan
     runs: tuple[RunId, ...]
+
+    @classmethod
+    def of(cls, request: Request, now: float) -> "Admitted":
+        """That a request which has its memory begins now."""
+        assert request.plan is not None
+        assert request.allocation is not None
+        return cls(
+            now,
+            request.id,
+            request.round_id,
+            request.agent,
+            request.prompt,
+            request.in_round,
+            request.plan,
+            request.allocation.owned_runs,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +129,43 @@ class Finished(Event):
     first_token_s: float | None
     reused_segments: bool
     neutral: bool
+
+    @classmethod
+    def of(cls, request: Request) -> "Finished":
+        """That a request has ended."""
+        assert request.finished_s is not None
+        assert request.arrived_s is not None
+        return cls(
+            request.finished_s,
+            request.id,
+            request.round_id,
+            make_output(request),
+            request.arrived_s,
+            request.first_token_s,
+            request.plan is not None and bool(request.plan.uses),
+            request.neutral,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Compared(Event):
+    """A mirror that is done was computed again, exactly: how far it was from that.
+
+    Attributes:
+        request: the mirror.
+        round_id: of its round.
+        num_tokens: of its answer, compared.
+        kl_next: KL divergence of the first of them, in nats.
+        kl: mean over all of them.
+        top1: share of them at which both put the same token first.
+    """
+
+    request: RequestId
+    round_id: RoundId
+    num_tokens: int
+    kl_next: float
+    kl: float
+    top1: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,6 +200,10 @@ class EngineLoop:
         """Of the last large pass over prompts; None before there was one."""
         return self._engine.seconds_per_token
 
+    def num_kept(self, salt: Salt) -> int:
+        """Pages that are kept for others when KV of a tenant is read from disk."""
+        return self._engine.scheduler.num_kept(salt)
+
     def num_cached(self, prompt: EncodedPrompt) -> int:
         """How many tokens at the beginning of a prompt have KV that its round may reuse."""
         return len(self._engine.store.match_slots(prompt.prefix_hashes))

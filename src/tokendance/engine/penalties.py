@@ -44,9 +44,9 @@ class SeenTokens:
         )
 
 
-def with_bias(bias: Bias | None, tokens: Sequence[int], value: float) -> Bias:
+def with_bias(bias: Bias | None, tokens: IntArray, value: float) -> Bias:
     """Biases, and one value for some more tokens."""
-    more = np.array(tokens, np.int64), np.full(len(tokens), value, np.float32)
+    more = tokens, np.full(len(tokens), value, np.float32)
     if bias is None:
         return more
     return np.concatenate([bias[0], more[0]]), np.concatenate([bias[1], more[1]])

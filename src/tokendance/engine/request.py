@@ -26,6 +26,12 @@ log = logging.getLogger("tokendance.engine")
 
 RequestId = NewType("RequestId", int)
 
+# The agent of a request that says no name; messages leave it out.
+ANONYMOUS = "the client"
+_NOBODY = Salt(b"")
+# Prompt tokens in a pass whose log-probabilities are wanted: each has a row of logits.
+_NUM_SCORED = 256
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -47,6 +53,8 @@ class Request:
             have.
         neutral: it has no text of its own and no answer; it computes what those of its round read
             who are guarded, and ends with it at the latest.
+        tenant: whose time and memory it takes; everybody with its prompt's salt if not said
+            otherwise.
         publishes: whether others may reuse what it computes.
         session: that keeps what it reads, if one does.
         num_dropped: tokens that were left out of the prompt so that it fits.
@@ -74,6 +82,7 @@ class Request:
         distributions: float32 (vocabulary,), log-probabilities for each of its first tokens, the
             one that ended it included, if they are kept.
         logprobs: for each generated token, if asked for.
+        prompt_logprobs: for each token of the prompt but the first, if asked for.
         finish_reason: "stop", "length" or "error" when it is done.
         stopped_by_text: whether a stop text ended it.
         text: the answer as text, when it is known.
@@ -90,6 +99,7 @@ class Request:
     isolated: bool = False
     guarded: bool = False
     neutral: bool = False
+    tenant: Salt = _NOBODY
     publishes: bool = True
     session: SessionKey | None = None
     num_dropped: int = 0
@@ -113,6 +123,7 @@ class Request:
     end_token: int | None = None
     distributions: list[FloatArray] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stopped_by_text: bool = False
     text: str | None = None
@@ -121,32 +132,33 @@ class Request:
 
     _random: random.Random = field(init=False)
     _seen: SeenTokens | None = field(init=False, default=None)
-    _not_yet: tuple[npt.NDArray[np.int64], FloatArray] | None = field(init=False, default=None)
+    _ends: npt.NDArray[np.int64] = field(init=False)  # that may not come before `min_tokens`
     _bias: tuple[npt.NDArray[np.int64], FloatArray] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        if self.tenant == _NOBODY:
+            self.tenant = self.prompt.salt
         self._random = random.Random(self.seed)
         if self.params.logit_bias:
             tokens, biases = zip(*self.params.logit_bias, strict=True)
             self._bias = np.array(tokens, np.int64), np.array(biases, np.float32)
         self._seen = SeenTokens.of(self.params, self.prompt.token_ids)
-        ends = sorted({*self.stop_ids, *self.params.stop_token_ids})
-        if self.params.min_tokens and ends and self.constraint is None:
-            self._not_yet = with_bias(self._bias, ends, -np.inf)
+        ends = {*self.stop_ids, *self.params.stop_token_ids} if self.params.min_tokens else ()
+        self._ends = np.array(sorted(ends), np.int64)
         if self.params.keep_logprobs:
             self.num_distributions = self.max_new_tokens + 1
 
     @property
-    def tenant(self) -> Salt:
-        """Whom it is computed for: whoever has this salt shares KV."""
-        return self.prompt.salt
+    def whose(self) -> str:
+        """That it is its agent's, for messages; nothing if that has no name."""
+        return whose(self.agent)
 
     def check_constraint(self) -> None:
         """Raise ConstraintError if what the answer has to look like cannot be followed."""
         assert self.constraint is not None
         if (reason := self.constraint.failure()) is not None:
             raise ConstraintError(
-                f"What the answer of {self.agent!r} shall look like cannot be followed: {reason} "
+                f"What the answer{self.whose} shall look like cannot be followed: {reason} "
                 "Simplify it."
             )
 
@@ -184,6 +196,8 @@ class Request:
         assert self.allocation is not None
         if not self.has_mask:
             limit = 0
+        if self.params.prompt_logprobs is not None:
+            limit = min(limit, _NUM_SCORED)
         compute = self.allocation.compute
         if self.num_computed < len(compute):
             return compute[self.num_computed : self.num_computed + limit]
@@ -202,7 +216,16 @@ class Request:
             self.allocation.slots,
             self._sampling_row() if wants_token else None,
             copied_from[positions] if len(copied_from) else copied_from,
+            self._targets(positions),
+            self.params.prompt_logprobs or 0,
         )
+
+    def _targets(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of the prompt that follow some positions, if their probabilities are wanted."""
+        if self.params.prompt_logprobs is None or self.is_decoding:
+            return np.empty(0, np.int64)
+        following = positions[positions < len(self.prompt) - 1] + 1
+        return self.prompt.token_ids[following].astype(np.int64)
 
     def _tokens_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         if self.is_decoding:
@@ -214,17 +237,25 @@ class Request:
         """How its next token is chosen; draws a random number if one is needed."""
         params = self.params
         forced = params.forced_tokens
-        may_not_end = self._not_yet is not None and len(self.generated) < params.min_tokens
+        forbidden = None if self.constraint is None else self.constraint.forbidden()
+        bias = self._bias
+        if len(self._ends) > 0 and len(self.generated) < params.min_tokens:
+            if forbidden is None:
+                bias = with_bias(bias, self._ends, -np.inf)
+            else:
+                without_end = forbidden.copy()
+                without_end[self._ends] = True
+                forbidden = forbidden if without_end.all() else without_end
         return SamplingRow(
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
             uniform=self._random.random() if params.temperature > 0 else 0.0,
             forced=None if forced is None else forced[len(self.generated)],
-            bias=self._not_yet if may_not_end and self.constraint is None else self._bias,
+            bias=bias,
             min_p=params.min_p,
             penalties=None if self._seen is None else self._seen.penalties(self.generated),
-            forbidden=None if self.constraint is None else self.constraint.forbidden(),
+            forbidden=forbidden,
             top_logprobs=params.top_logprobs,
             distribution=len(self.distributions) < self.num_distributions,
         )
@@ -236,6 +267,7 @@ class Request:
         self.end_token = None
         self.distributions.clear()
         self.logprobs.clear()
+        self.prompt_logprobs.clear()
         if self.constraint is not None:
             self.constraint.restart()
         self.first_token_s = None
@@ -243,10 +275,15 @@ class Request:
         self.num_retries += 1
 
 
+def whose(agent: str) -> str:
+    """That something is an agent's, for messages; nothing for one without a name."""
+    return "" if agent == ANONYMOUS else f" of {agent!r}"
+
+
 def make_neutral(
-    prompt: EncodedPrompt, round_id: RoundId, request_id: RequestId, now: float
+    prompt: EncodedPrompt, round_id: RoundId, request_id: RequestId, now: float, tenant: Salt
 ) -> Request:
-    """Make the request of a neutral owner of a round, which arrives now."""
+    """Make the request of a neutral owner of a tenant's round, which arrives now."""
     return Request(
         "a neutral owner",
         round_id,
@@ -255,6 +292,7 @@ def make_neutral(
         max_new_tokens=1,
         guarded=True,
         neutral=True,
+        tenant=tenant,
         arrived_s=now,
         id=request_id,
     )
@@ -281,6 +319,7 @@ def make_output(request: Request) -> Output:
         logprobs=tuple(torch.from_numpy(distribution) for distribution in kept),
         dropped_tokens=0 if failed else request.num_dropped,
         approximate_tokens=0 if failed or request.plan is None else request.plan.num_approximate,
+        prompt_logprobs=() if failed else tuple(request.prompt_logprobs),
     )
 
 
@@ -290,5 +329,5 @@ def as_failure(request: Request, error: Exception) -> TokenDanceError:
         return error
     log.error("the request of an agent has failed", exc_info=error)
     return StepError(
-        f"The request of {request.agent!r} failed ({type(error).__name__}). The log says where."
+        f"The request{request.whose} failed ({type(error).__name__}). The log says where."
     )

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.collector.plan import RequestPlan, ReuseRules
-from tokendance.collector.planner import Planner, alone
+from tokendance.collector.plan import RequestPlan
+from tokendance.collector.planner import Planner
 from tokendance.engine.allocator import Allocation, Allocator
 from tokendance.engine.request import Request, as_failure
+from tokendance.engine.reservations import Reservations
 from tokendance.engine.scheduling import Pace, SchedulingPolicy
 from tokendance.engine.tenants import Tenant, TenantRules, Tenants
-from tokendance.errors import BudgetError, ConfigError
+from tokendance.rounds.segments import Salt
 from tokendance.store.entries import RoundId, StoredSegment
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
-from tokendance.units import format_bytes
 
 # For so long after several tenants ran, one that runs alone has shorter passes.
 _BACK_S = 60.0
@@ -72,19 +72,19 @@ class Scheduler:
         """
         self._store = store
         self._allocator = Allocator(store)
-        self._planner = planner
         self._policy = policy
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._kv_bytes_per_token = kv_bytes_per_token
         self._clock = clock
         self._several_ran_s = -math.inf  # when several tenants ran last
         self._is_isolated_turn = False
         self._tenants = Tenants()
+        self._reservations = Reservations(
+            store, planner, self._allocator, self._tenants, kv_bytes_per_token
+        )
         self.running: list[Request] = []
         self._resident: Mapping[RoundId, int] = {}
         self._resident_of: list[Request] = []  # for whom that was counted
         self.pace = Pace()
-        self.set_rules(TenantRules())
 
     def set_rules(self, rules: TenantRules) -> None:
         """Say what is kept for each tenant, before there is any request.
@@ -92,17 +92,12 @@ class Scheduler:
         Raises:
             ConfigError: if there is no page for each.
         """
-        num_pages = self._store.pool.num_pages
-        self._tenant_rules = rules
-        self._num_reserved = rules.pages_for_each(num_pages)
-        self._num_for_one = num_pages - (rules.num_tenants - 1) * self._num_reserved
+        self._reservations.set_rules(rules)
         self.pace.pass_s = rules.pass_s
-        if self._num_for_one < self._num_reserved:
-            raise ConfigError(
-                f"The KV budget of {self._kv_bytes(num_pages)} has {num_pages} pages, and each of "
-                f"{rules.num_tenants} API keys has some of its own. Raise kv_budget "
-                "(--kv-budget), or reserve none (--reserved-kv 0)."
-            )
+
+    def num_kept(self, salt: Salt) -> int:
+        """Pages that have to be left alone when KV of a tenant is read from disk."""
+        return self._reservations.num_kept_from_disk(salt)
 
     @property
     def num_waiting(self) -> int:
@@ -131,14 +126,14 @@ class Scheduler:
         turns = self._tenants.waiting()
         used = self._use_in_sight(turns)
         is_first = True  # of those whose turn it is
-        until = self._clock() + self._tenant_rules.admission_s
+        until = self._clock() + self._reservations.rules.admission_s
         while turns and not ((admitted or refused) and self._clock() >= until):
             tenant = min(turns, key=used.__getitem__)
             request = tenant.waiting[0]
-            num_kept = self._num_kept(tenant, only_own=not is_first)
+            num_kept = self._reservations.num_kept(tenant, only_own=not is_first)
             plan: RequestPlan | None = None
             try:
-                plan = self._fitting_plan(request, num_kept)
+                plan = self._reservations.fitting_plan(request, num_kept)
             except Exception as error:
                 request.error = as_failure(request, error)
             if plan is not None:
@@ -150,7 +145,9 @@ class Scheduler:
             else:  # its turn comes when others have finished
                 is_first = False
                 turns.remove(tenant)
-                turns = [other for other in turns if other.num_pages < self._num_reserved]
+                turns = [
+                    other for other in turns if other.num_pages < self._reservations.num_reserved
+                ]
                 continue
             tenant.waiting.popleft()
             if not tenant.waiting:
@@ -167,20 +164,6 @@ class Scheduler:
                     used[tenant] += request.num_left
         return used
 
-    def _num_kept(self, tenant: Tenant, *, only_own: bool) -> int:
-        """Pages that the next request of a tenant has to leave alone.
-
-        Args:
-            tenant: whose request it is.
-            only_own: leave it nothing but what is reserved for it.
-        """
-        num_kept = self._tenants.num_kept(tenant, self._tenant_rules, self._num_reserved)
-        if only_own:
-            pool = self._store.pool
-            num_left = pool.num_pages - pool.num_held(Holder.REQUEST)
-            num_kept = max(num_kept, num_left - max(0, self._num_reserved - tenant.num_pages))
-        return num_kept
-
     def _admit(self, request: Request, plan: RequestPlan) -> None:
         """Let a request run, whose plan fits."""
         tenant = self._tenants.of(request)
@@ -189,54 +172,6 @@ class Scheduler:
         tenant.hold(request.allocation.pages)
         tenant.num_running += 1
         self.running.append(request)
-
-    def _fitting_plan(self, request: Request, num_kept: int) -> RequestPlan | None:
-        """The plan of a request, if there is room for it now.
-
-        Raises:
-            BudgetError: if there never will be.
-        """
-        rules = self._rules(request)
-        plan = self._plan(request, rules)
-        if self._allocator.can_allocate(plan, num_kept):
-            return plan
-        if self._tenants.of(request).num_running:
-            return None
-        # Reading KV of others keeps their pages; computing all of it may need fewer.
-        plan = self._plan(request, alone(rules))
-        if self._allocator.can_allocate(plan, num_kept):
-            return plan
-        num_pages = self._allocator.num_pages(plan)
-        if num_pages > self._num_for_one:
-            raise self._too_large(request, num_pages)
-        return None
-
-    def _rules(self, request: Request) -> ReuseRules:
-        return self._planner.rules(
-            in_round=request.in_round,
-            isolated=request.isolated,
-            publishes=request.publishes,
-            owns_order=request.owns_order,
-            guarded=request.guarded,
-        )
-
-    def _plan(self, request: Request, rules: ReuseRules) -> RequestPlan:
-        return self._planner.plan(request.prompt, request.max_new_tokens, rules, request.round_id)
-
-    def _too_large(self, request: Request, num_pages: int) -> BudgetError:
-        budget = f"the budget is {self._kv_bytes(self._store.pool.num_pages)}"
-        what_to_do = "Raise kv_budget (--kv-budget), or lower max_tokens."
-        if self._num_for_one < self._store.pool.num_pages:
-            budget += f", of which one tenant may have {self._kv_bytes(self._num_for_one)}"
-            what_to_do = "Lower max_tokens, raise --kv-budget, or lower --reserved-kv."
-        return BudgetError(
-            f"The request of {request.agent!r} needs {self._kv_bytes(num_pages)} of KV "
-            f"for {len(request.prompt)} prompt tokens and up to {request.max_new_tokens} more, and "
-            f"{budget}. {what_to_do}"
-        )
-
-    def _kv_bytes(self, num_pages: int) -> str:
-        return format_bytes(num_pages * self._store.page_size * self._kv_bytes_per_token)
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -275,7 +210,7 @@ class Scheduler:
             return min(self._max_num_batched_tokens, max(self.pace.num_tokens, num_tenants))
         if now - self._several_ran_s > _BACK_S:
             return self._max_num_batched_tokens
-        longer = self._tenant_rules.alone * self.pace.num_tokens
+        longer = self._reservations.rules.alone * self.pace.num_tokens
         return int(min(self._max_num_batched_tokens, longer))
 
     def _take(

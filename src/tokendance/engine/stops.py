@@ -7,7 +7,12 @@ _MARGIN = 8
 
 
 def text_up_to_stop(
-    generated: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]
+    generated: Sequence[int],
+    stops: Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+    *,
+    num_free: int = 0,
+    include: bool = False,
 ) -> str | None:
     """The text of an answer before the stop text that its last token has ended, if it has.
 
@@ -15,7 +20,11 @@ def text_up_to_stop(
         generated: the answer so far; what it was before had no stop text in it.
         stops: texts that end it.
         decode: token ids to text.
+        num_free: of so many first tokens no stop text ends the answer.
+        include: whether the stop text is part of it.
     """
+    if len(generated) <= num_free:
+        return None
     # A token has a byte or more, special ones aside, so the last few hold it. Where the first of
     # them begins inside a character, some decoders read none of the bytes that follow.
     longest = max(len(stop.encode(errors="surrogatepass")) for stop in stops) + _MARGIN
@@ -23,5 +32,13 @@ def text_up_to_stop(
     if "\ufffd" not in end and not any(stop in end for stop in stops):
         return None
     text = decode(generated)
-    ends = [at for at in map(text.find, stops) if at >= 0]
-    return text[: min(ends)] if ends else None
+    begin = len(decode(generated[:num_free])) if num_free else 0
+    found = find_stop(text, stops, begin)
+    return None if found is None else text[: found[1] if include else found[0]]
+
+
+def find_stop(text: str, stops: Sequence[str], begin: int) -> tuple[int, int] | None:
+    """Where the first stop text begins and ends that ends behind `begin`; None if none does."""
+    places = [(text.find(stop, max(0, begin - len(stop) + 1)), len(stop)) for stop in stops]
+    found = [(at, at + length) for at, length in places if at >= 0]
+    return min(found, default=None)

@@ -107,6 +107,10 @@ class Tenants:
         """The tenant of a request that waits or runs."""
         return self._by_salt[request.tenant]
 
+    def find(self, salt: Salt) -> Tenant | None:
+        """A tenant, if it was active since the last time that nobody was."""
+        return self._by_salt.get(salt)
+
     def add(self, request: Request) -> None:
         """Let a request wait, as the last of its tenant."""
         tenant = self._by_salt.get(request.tenant)
@@ -149,11 +153,11 @@ class Tenants:
             by_tenant.setdefault(self.of(request), []).append(request)
         return sorted(by_tenant.items(), key=lambda item: item[0].used)
 
-    def num_kept(self, tenant: Tenant, rules: TenantRules, each: int) -> int:
+    def num_kept(self, tenant: Tenant | None, rules: TenantRules, each: int) -> int:
         """Pages that a tenant has to leave to the others, since they may come and want them.
 
         Args:
-            tenant: which.
+            tenant: which; None for one that is not among them.
             rules: say how many others there may be.
             each: pages that are reserved for each.
         """

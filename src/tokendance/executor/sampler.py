@@ -6,10 +6,11 @@ logits themselves: its random number comes with it (`SamplingRow.uniform`).
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokendance.executor.step import FloatArray, SamplingRow, StepOutput, TokenLogprobs
+from tokendance.executor.step import FloatArray, SamplingRow, StepInput, StepOutput, TokenLogprobs
 
 # What is likelier than so much of the likeliest token most often reaches `top_p`; all do.
 _LEAST_WEIGHTS = (2.0**-7, 2.0**-14, 0.0)
@@ -33,6 +34,30 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> StepOutput:
         chosen = _choose(logits, rows)
         logprobs, distributions = _describe(logits, rows, chosen)
     return StepOutput(chosen, is_finite.tolist(), logprobs, distributions)
+
+
+def score(logits: Tensor, step: StepInput) -> list[TokenLogprobs]:
+    """Log-probabilities of a step's n targets; logits before each, float32 (n, vocabulary)."""
+    targets = np.concatenate([request.targets for request in step.requests])
+    counts = [request.num_top for request in step.requests for _ in request.targets]
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(logits, dim=-1)
+        rows = torch.as_tensor(targets, device=logits.device)[:, None]
+        of_targets = logprobs.gather(1, rows)
+        ranks = (1 + (logprobs > of_targets).sum(dim=-1)).tolist()
+        likeliest = logprobs.topk(min(max(counts), logits.shape[-1]))
+        found = zip(
+            of_targets[:, 0].tolist(),
+            ranks,
+            likeliest.indices.tolist(),
+            likeliest.values.tolist(),
+            counts,
+            strict=True,
+        )
+        return [
+            TokenLogprobs(logprob, tuple(zip(tokens[:count], values[:count], strict=True)), rank)
+            for logprob, rank, tokens, values, count in found
+        ]
 
 
 def _restrict(logits: Tensor, rows: Sequence[SamplingRow]) -> None:

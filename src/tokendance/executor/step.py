@@ -5,12 +5,13 @@ a test. Nothing of a request is in it but what the pass needs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from tokendance.outputs import TokenLogprobs as TokenLogprobs
 from tokendance.store.kv_rows import KVRows
 
 IntArray = npt.NDArray[np.int64]
@@ -78,6 +79,9 @@ class StepRequest:
         positions: int64 (t,), of these tokens, ascending.
         slots: int32, where the KV of each position up to the last of these lies, or more.
         sampling: how the token after the last is chosen; None if it is not wanted.
+        targets: int64 (n,), n at most t: the tokens that follow the first n of these, where their
+            log-probabilities are wanted; empty elsewhere.
+        num_top: the log-probabilities of so many likeliest tokens are wanted in their places.
         copied_from: int32 (t,), slots whose KV takes the place of what is computed, or negative;
             empty where nothing is copied. Only executors that copy look at it (`bench.pic`).
     """
@@ -87,6 +91,8 @@ class StepRequest:
     slots: SlotArray
     sampling: SamplingRow | None
     copied_from: SlotArray
+    targets: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    num_top: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,14 +112,6 @@ class StepInput:
         return [request.sampling for request in self.requests if request.sampling is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one place of an answer."""
-
-    logprob: float  # of the token that was chosen
-    top: tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class StepOutput:
     """What a step has chosen, for each request that wanted a token, in order."""
@@ -122,6 +120,7 @@ class StepOutput:
     is_finite: Sequence[bool]  # whether its logits were; else its token means nothing
     logprobs: Sequence[TokenLogprobs | None]  # where they were wanted
     distributions: Sequence[FloatArray | None]  # log-probabilities, float32 (vocabulary,)
+    targets: Sequence[TokenLogprobs] = ()  # of all requests' targets, in a row
 
 
 class RowMemory(Protocol):

@@ -1,6 +1,7 @@
 """The executor on torch: a model of transformers, KV memory, attention, and sampling."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
 from tokendance.executor.kv_pool import KVPool
-from tokendance.executor.sampler import sample
+from tokendance.executor.sampler import sample, score
 from tokendance.executor.step import SlotArray, StepInput, StepOutput
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
@@ -34,9 +35,12 @@ class TorchExecutor:
     def execute(self, step: StepInput) -> StepOutput:
         """Run one forward pass, and choose the next tokens; see `Executor`."""
         logits = self._forward(step, self._pack(step))
+        num_targets = sum(len(request.targets) for request in step.requests)
+        targets = score(logits[:num_targets], step) if num_targets else ()
+        logits = logits[num_targets:]
         if self.on_logits is not None:
             logits = self.on_logits(step, logits)
-        return sample(logits, step.sampling)
+        return replace(sample(logits, step.sampling), targets=targets)
 
     def read_kv(self, slots: SlotArray) -> KVRows:
         """Copy KV out of memory; see `Executor`."""
@@ -57,12 +61,19 @@ class TorchExecutor:
         return PackedBatch(requests, self.pool.slot_position)
 
     def _forward(self, step: StepInput, batch: PackedBatch) -> Tensor:
-        """Logits of the last token of each request that wants one, float32 (R, vocabulary)."""
+        """Logits before all targets, then of the last token of each request that wants one.
+
+        They are float32 (targets + R, vocabulary).
+        """
         self._backend.prepare(batch)
         ends = np.cumsum([len(request.positions) for request in step.requests])
         wanting = [request.sampling is not None for request in step.requests]
-        rows = torch.as_tensor(ends[wanting] - 1, device=self._model.device)
-        return self._call_model(step, rows)
+        scored = [
+            np.arange(len(request.targets)) + packed.first_row
+            for request, packed in zip(step.requests, batch.requests, strict=True)
+        ]
+        rows = np.concatenate([*scored, ends[wanting] - 1])
+        return self._call_model(step, torch.as_tensor(rows, device=self._model.device))
 
     def _call_model(self, step: StepInput, logit_rows: Tensor) -> Tensor:
         """Run the model on a step's tokens; logits of some rows, float32 (R, vocabulary)."""

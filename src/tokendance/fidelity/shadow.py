@@ -10,14 +10,15 @@ whole, with the same answer forced, so that both distributions can be compared t
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.engine.request import Request
+from tokendance.engine.events import Compared, Event
+from tokendance.engine.request import Request, RequestId
 from tokendance.executor.step import FloatArray
 from tokendance.fidelity.compare import compare_logprobs
 from tokendance.params import SamplingParams
@@ -35,6 +36,8 @@ class _Mirror:
     """A mirror that is done."""
 
     agent: str  # whose it is
+    request: RequestId
+    round_id: RoundId  # in which it was asked
     prompt: EncodedPrompt  # what it read
     tokens: tuple[int, ...]  # the beginning of its answer, with the token that ended it, if any
     distributions: tuple[FloatArray, ...]  # of each token: log-probabilities, float32 (vocabulary,)
@@ -61,9 +64,10 @@ class Shadows:
             has the same chance to stay.
     """
 
-    def __init__(self, share: float) -> None:
-        """Keep a share (0 to 1) of mirrors."""
+    def __init__(self, share: float, emit: Callable[[Event], None] = lambda _: None) -> None:
+        """Keep a share (0 to 1) of mirrors, and tell of each that was compared."""
         self._share = share
+        self._emit = emit
         self._random = random.Random(0)
         self._pending: list[_Mirror] = []
         self._computed: dict[Request, _Mirror] = {}  # by their shadows' requests
@@ -121,9 +125,13 @@ class Shadows:
         if request.error is not None:
             return None
         kl, same = compare_logprobs(_stack(request.distributions), _stack(mirror.distributions))
-        return ShadowReport(
+        report = ShadowReport(
             mirror.agent, len(mirror.tokens), float(kl[0]), float(kl.mean()), float(same.mean())
         )
+        assert request.finished_s is not None
+        figures = (report.tokens, report.kl_next, report.kl, report.top1)
+        self._emit(Compared(request.finished_s, mirror.request, mirror.round_id, *figures))
+        return report
 
     def put_back(self, request: Request) -> None:
         """Let a mirror wait again whose shadow was broken off."""
@@ -133,7 +141,9 @@ class Shadows:
         ended = [] if request.end_token is None else [request.end_token]
         tokens = (*request.generated, *ended)[:SHADOW_TOKENS]
         distributions = tuple(request.distributions[: len(tokens)])
-        mirror = _Mirror(request.agent, request.prompt, tokens, distributions)
+        mirror = _Mirror(
+            request.agent, request.id, request.round_id, request.prompt, tokens, distributions
+        )
         if len(self._pending) < MAX_PENDING:
             self._pending.append(mirror)
             return

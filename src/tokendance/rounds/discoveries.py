@@ -1,6 +1,7 @@
 """Discovery for all tenants: the texts of each are compared with its own only."""
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -14,14 +15,28 @@ _MAX_TENANTS = 64
 
 
 class Discoveries:
-    """A `Discovery` for each tenant, known by the salt of its prompts."""
+    """A `Discovery` for each tenant, known by the salt of its prompts.
+
+    Tenants' prompts may be compared on several threads at once; those of one tenant may not.
+    """
 
     def __init__(self, config: DiscoveryConfig) -> None:
         self._config = config
+        self._lock = threading.Lock()
         self._by_salt: OrderedDict[Salt, Discovery] = OrderedDict()
 
     def __iter__(self) -> Iterator[Discovery]:
-        return iter(self._by_salt.values())
+        with self._lock:
+            return iter(list(self._by_salt.values()))
+
+    def _of(self, salt: Salt) -> Discovery:
+        """That of a tenant, who is now the one that was heard of last."""
+        with self._lock:
+            discovery = self._by_salt.pop(salt, None) or Discovery(salt, self._config)
+            self._by_salt[salt] = discovery
+            if len(self._by_salt) > _MAX_TENANTS:
+                self._by_salt.popitem(last=False)
+            return discovery
 
     def segment(
         self, salt: Salt, prompts: Sequence[TokenIds], now: float, prefix_lengths: Sequence[int]
@@ -30,16 +45,12 @@ class Discoveries:
 
         Requests run all the same then, and what was remembered of the tenant is forgotten.
         """
-        if salt not in self._by_salt:
-            self._by_salt[salt] = Discovery(salt, self._config)
-            if len(self._by_salt) > _MAX_TENANTS:
-                self._by_salt.popitem(last=False)
-        self._by_salt.move_to_end(salt)
         try:
-            return self._by_salt[salt].segment(prompts, now, prefix_lengths)
+            return self._of(salt).segment(prompts, now, prefix_lengths)
         except Exception:
             log.exception("prompts could not be compared; what was remembered is forgotten")
-            del self._by_salt[salt]
+            with self._lock:
+                self._by_salt.pop(salt, None)
             return None
 
     def note_output(self, salt: Salt, prompt: TokenIds, output: TokenIds) -> None:

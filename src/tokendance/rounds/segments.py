@@ -157,6 +157,10 @@ class EncodedPrompt:
         )
         return next(starts, len(self))
 
+    def keep_hashes(self, known: PrefixHashes) -> None:
+        """Go on with what was hashed of the same tokens before they were cut."""
+        object.__setattr__(self, "prefix_hashes", known)
+
     def shared_segments(self) -> list[tuple[int, Segment]]:
         """Position and segment of each shared one, in order."""
         return [

@@ -4,7 +4,8 @@ Each schema is a document of its own within it, so that its references are its o
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -47,6 +48,30 @@ class NamedSchema:
 
 
 @dataclass(frozen=True, slots=True)
+class Pattern:
+    """A text that an answer has to be, whole, and no JSON.
+
+    Attributes:
+        rule: in the language of llguidance's grammars.
+        param: the field of the request that has it.
+    """
+
+    rule: str
+    param: str
+
+    @staticmethod
+    def of_choice(choices: Sequence[str], param: str) -> "Pattern":
+        """One of some texts."""
+        return Pattern(" | ".join(map(json.dumps, choices)), param)
+
+    @staticmethod
+    def of_regex(regex: str, param: str) -> "Pattern":
+        """A text that a regular expression describes."""
+        escaped = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", regex, flags=re.DOTALL)
+        return Pattern("/" + escaped.replace("\n", r"\n") + "/", param)
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """What a request wants of its answer.
 
@@ -60,7 +85,7 @@ class Wanted:
     tools: tuple[NamedSchema, ...] = ()
     calls: Calls = Calls.ALLOWED
     several: bool = True
-    answer: NamedSchema | None = None
+    answer: NamedSchema | Pattern | None = None
 
 
 def json_schema_of(
@@ -103,7 +128,7 @@ def coerce_one_of(schema: Any) -> bool:
 def answer_grammar(
     wanted: Wanted,
     tools: Mapping[str, Mapping[str, Any]],
-    answer: Mapping[str, Any] | None,
+    answer: Mapping[str, Any] | Pattern | None,
     tool_format: ToolFormat,
 ) -> str:
     """The grammar of an answer, as llguidance reads it.
@@ -111,11 +136,14 @@ def answer_grammar(
     Args:
         wanted: of the answer.
         tools: for each name, the schema of its arguments; see `json_schema_of`.
-        answer: a schema of what is no call.
+        answer: a schema of what is no call, or what describes it.
         tool_format: how calls are written.
     """
     begin, end = tool_format.begin, tool_format.end
-    rules = [f"answer: %json {json.dumps(answer)}"] if answer is not None else []
+    rules = []
+    if answer is not None:
+        rule = answer.rule if isinstance(answer, Pattern) else f"%json {json.dumps(answer)}"
+        rules.append(f"answer: {rule}")
     for number, (name, schema) in enumerate(tools.items()):
         head = json.dumps(tool_format.head(name))
         rules.append(f'tool_{number}: {head} arguments_{number} "}}"')

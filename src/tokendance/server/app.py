@@ -21,6 +21,7 @@ from tokendance.server.auth import Tenant
 from tokendance.server.chat import ChatEndpoint
 from tokendance.server.completions import CompletionEndpoint
 from tokendance.server.context import ServerContext
+from tokendance.server.dashboard import add_dashboard
 from tokendance.server.embeddings import EmbeddingAnswer, EmbeddingRequest, embed
 from tokendance.server.errors import ApiError, as_api_error
 from tokendance.server.home_page import home_page
@@ -70,6 +71,8 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
             asyncio.create_task(context.connections.watch()),
             asyncio.create_task(watch_event_loop(context.metrics.event_loop_pauses)),
         ]
+        if dashboard is not None:
+            background.append(asyncio.create_task(dashboard.digest()))
         drain_s = 0.0  # if the server is cancelled
         try:
             yield
@@ -88,6 +91,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         app.add_exception_handler(kind, _answer_error)
     _add_operations(app, context)
     _add_endpoints(app, context)
+    dashboard = add_dashboard(app, context) if settings.dashboard else None
     app.add_middleware(Limits, context=context)
     if settings.cors_origins:
         # Around the limits: a page may ask without a key whether it may ask, and learns of errors.

@@ -7,12 +7,11 @@ begins when all its requests are there, or after a timeout.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from tokendance.rounds.arrival_window import ArrivalPaces, ArrivalWindow, named_round_due_s
 from tokendance.server.jobs import Job, RoundKey
 from tokendance.server.kept_chats import KeptChat
-from tokendance.server.loading import Loader, try_to_save
+from tokendance.server.loading import Loader
 from tokendance.server.settings import ServerSettings
 from tokendance.store.entries import RoundId
 
@@ -149,7 +148,7 @@ class Arrivals:
         del self._named[key]
         for chat, has_answers in named.chats.items():
             if has_answers:
-                self._loader.when_written(chat, partial(try_to_save, chat))
+                self._loader.save(chat)
 
     def take_waiting(self) -> list[Job]:
         """All jobs that have not begun, for when the engine has stopped."""

@@ -24,10 +24,10 @@ from tokendance.server.chat_prompt import encode_chat, standing_of, texts_of
 from tokendance.server.chat_wanted import wanted_of
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError
-from tokendance.server.grammar_constraint import AnswerConstraint, GrammarConstraint
+from tokendance.server.grammar_constraint import AnswerConstraint
 from tokendance.server.jobs import Delta
 from tokendance.server.protocol import ChatRequest
-from tokendance.server.respond import Answer, PromptEndpoint, finish_reason, header_value
+from tokendance.server.respond import LEAST_LOGPROB, Answer, PromptEndpoint, finish_reason
 from tokendance.server.responses import (
     AnswerMessage,
     CalledFunction,
@@ -68,12 +68,7 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
         if body.logprobs:
             context.token_bytes(0)  # reads the tokenizer, once
         # First, since tools that are refused here would take long to list in the prompt.
-        behind: GrammarConstraint | None = None
-        if self._wanted is not None:
-            fitted = context.grammars.answer(self._wanted, context.tools, self.tenant)
-            behind = fitted.constraint
-            if fitted.unheld:
-                self.headers["X-TokenDance-Not-Held"] = header_value("; ".join(fitted.unheld))
+        behind = None if self._wanted is None else self.constrain(self._wanted)
         prompt = encode_chat(body, self.encoder, context.tools, context.max_characters)
         self._standing = standing_of(body, prompt, self.encoder)
         constraint: AnswerConstraint | None = behind
@@ -99,15 +94,21 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
             if calls:
                 message.content = text or None
                 message.tool_calls = [_called(call) for call in calls]
-            choices.append(
-                ChatChoice(
-                    index=index,
-                    message=message,
-                    logprobs=self._logprobs(output.token_ids, answer.logprobs),
-                    finish_reason=growing.finish_reason(output),
-                )
+            choice = ChatChoice(
+                index=index,
+                message=message,
+                logprobs=self._logprobs(output.token_ids, answer.logprobs),
+                finish_reason=growing.finish_reason(output),
             )
-        return ChatAnswer(**self.head, object="chat.completion", choices=choices, usage=usage)
+            if self.body.return_token_ids:
+                choice.token_ids = list(output.token_ids)
+            choices.append(choice)
+        document = ChatAnswer(**self.head, object="chat.completion", choices=choices, usage=usage)
+        if self.body.prompt_logprobs is not None:
+            document.prompt_logprobs = self.prompt_logprobs()
+        if self.body.return_token_ids:
+            document.prompt_token_ids = self.prompt_ids()
+        return document
 
     def chunks(self, delta: Delta) -> Sequence[BaseModel]:
         """The role first, then text and calls as they grow, and at last the finish reason."""
@@ -118,23 +119,28 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
             fields = {"finish_reason": None, **fields}
             choices.append(ChatChunkChoice(index=index, delta=delta, **fields))
 
-        if index not in self._growing:
+        is_first = index not in self._growing
+        if is_first:
             self._growing[index] = self._begin_answer()
             add(ChatDelta(role="assistant", content=""))
         growing = self._growing[index]
         deltas = growing.deltas(growing.add(delta.text))
-        if delta.logprobs:
+        ids = {"token_ids": list(delta.token_ids)} if self.body.return_token_ids else {}
+        if delta.logprobs or (ids and delta.token_ids):
             # They go with the text, though it may be held back.
             logprobs = self._logprobs(delta.token_ids, delta.logprobs)
             first = deltas.pop(0) if deltas and not deltas[0].tool_calls else ChatDelta(content="")
-            add(first, logprobs=logprobs)
+            add(first, **({} if logprobs is None else {"logprobs": logprobs}), **ids)
         if delta.output is not None:
             deltas += growing.deltas(growing.finish(delta.output))
         for one in deltas:
             add(one)
         if delta.output is not None:
             add(ChatDelta(), finish_reason=growing.finish_reason(delta.output))
-        return [self._chunk([choice]) for choice in choices]
+        chunks = [self._chunk([choice]) for choice in choices]
+        if is_first and self.body.return_token_ids:
+            chunks[0].prompt_token_ids = self.prompt_ids()
+        return chunks
 
     def count_thoughts(self, outputs: Sequence[Output]) -> int | None:
         """Tokens of the answers that are thoughts, if the model thinks."""
@@ -169,7 +175,7 @@ class ChatEndpoint(PromptEndpoint[ChatRequest]):
             text = self.context.token_text(token)
             return {
                 "token": text,
-                "logprob": max(logprob, -9999.0),
+                "logprob": max(logprob, LEAST_LOGPROB),
                 "bytes": list(self.context.token_bytes(token)),
             }
 

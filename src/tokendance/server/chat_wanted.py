@@ -1,10 +1,22 @@
 """What a chat request wants of its answer: calls of tools, JSON of a schema, or any text."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
-from tokendance.server.answer_grammar import FORMAT_PARAM, Calls, NamedSchema, Wanted
+from tokendance.server.answer_grammar import FORMAT_PARAM, Calls, NamedSchema, Pattern, Wanted
 from tokendance.server.errors import bad_request
-from tokendance.server.protocol import AllowedTools, ChatRequest, NamedTool, ResponseFormat, Tool
+from tokendance.server.protocol import (
+    AllowedTools,
+    ChatRequest,
+    CompletionRequest,
+    NamedTool,
+    PromptRequest,
+    ResponseFormat,
+    Tool,
+)
+
+_STRUCTURED = "structured_outputs"
 
 
 def wanted_of(body: ChatRequest) -> Wanted | None:
@@ -16,7 +28,7 @@ def wanted_of(body: ChatRequest) -> Wanted | None:
     Raises:
         ApiError: for a tool that is missing, or a format without its schema.
     """
-    answer = None if body.response_format is None else _format_schema(body.response_format)
+    answer = _answer_of(body)
     choice = body.tool_choice
     tools = body.tools or []
     if isinstance(choice, NamedTool):
@@ -36,6 +48,39 @@ def wanted_of(body: ChatRequest) -> Wanted | None:
         several=body.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
         answer=answer,
     )
+
+
+def wanted_text(body: CompletionRequest) -> Wanted | None:
+    """What a continuation has to look like; None for any text."""
+    answer = _answer_of(body)
+    return None if answer is None else Wanted(answer=answer)
+
+
+def _answer_of(body: PromptRequest) -> NamedSchema | Pattern | None:
+    """What is no call has to look like so; raises ApiError where two things are asked for."""
+    answer = None if body.response_format is None else _format_schema(body.response_format)
+    outputs = body.structured_outputs
+    if outputs is None:
+        return answer
+    asked = outputs.model_dump(by_alias=True, exclude_none=True)
+    if answer is not None or len(asked) != 1:
+        message = "An answer looks like one thing: give one of json, regex, choice, json_object."
+        raise bad_request(message, _STRUCTURED)
+    if outputs.choice is not None:
+        if not all(outputs.choice):
+            raise bad_request("A choice is an empty text.", _STRUCTURED)
+        return Pattern.of_choice(outputs.choice, _STRUCTURED)
+    if outputs.regex is not None:
+        return Pattern.of_regex(outputs.regex, _STRUCTURED)
+    schema: Any = outputs.json_ if outputs.json_ is not None else {"type": "object"}
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            schema = None
+    if not isinstance(schema, dict):
+        raise bad_request("The schema is no JSON object.", _STRUCTURED)
+    return NamedSchema("structured_outputs", schema, strict=False, param=_STRUCTURED)
 
 
 def _tool(named: NamedTool, tools: Sequence[Tool]) -> Tool:

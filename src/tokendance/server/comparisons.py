@@ -1,25 +1,28 @@
-"""Prompts that are being compared before they run: many at a time on a thread, few at once.
+"""Prompts that are being compared before they run, on threads of their own.
 
-Comparing some hundred thousand tokens takes a second, in which others' requests go on. A thread of
-its own does it, in the order in which rounds have begun, since what is remembered of earlier ones
-belongs to it meanwhile:
+Comparing some hundred thousand tokens takes a second, in which others' requests go on; and a short
+prompt may have to be compared with long ones of before. So the engine's thread does none of it. It
+waits a little for what was just begun, which is enough for most, and goes on with a pass:
 
-    add -> [ 4000 tokens: at once        ] -> done
-    add -> [ 200,000 tokens: on a thread ] -> done, some ticks later
-    add -> [ any: behind them            ]
+    tenant A   [ round 1 ][ round 2 ]        one after the other, since what is remembered of
+    tenant B   [ round ]                     earlier rounds belongs to the comparison meanwhile
+
+Tenants take turns at the threads, so who asks for little does not wait for all that another asks.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from tokendance.rounds.discovery import DiscoveryResult
 from tokendance.rounds.segments import Salt
 from tokendance.server.jobs import Job
 
-# As many are compared in some 10 ms.
-_FEW_TOKENS = 4096
+# Most are done in it, and then run in the next pass.
+_WAIT_S = 0.005
+_NUM_THREADS = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -30,43 +33,45 @@ class Comparison:
         salt: of the tenant.
         num_cached: the jobs, and how many tokens at the beginning of each prompt have KV.
         unmarked: those whose prompts are compared.
-        num_tokens: of these prompts.
         compare: does it.
+        found: what it has found; None if nothing was compared.
     """
 
     salt: Salt
     num_cached: Mapping[Job, int]
     unmarked: Sequence[Job]
-    num_tokens: int
     compare: Callable[[], DiscoveryResult | None]
-    _found: Future[DiscoveryResult | None] = field(default_factory=Future)
-
-    @property
-    def result(self) -> DiscoveryResult | None:
-        """What was found, once it is done; None if nothing was compared."""
-        return self._found.result()
+    found: Future[DiscoveryResult | None] = field(default_factory=Future)
 
     @property
     def is_done(self) -> bool:
         """Whether all is found."""
-        return self._found.done()
+        return self.found.done()
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Call something when all is found, on any thread; at once if it is."""
+        self.found.add_done_callback(lambda _: call())
 
     def run(self) -> None:
         """Compare the prompts."""
         try:
-            self._found.set_result(self.compare())
+            self.found.set_result(self.compare())
         except BaseException as error:
-            self._found.set_exception(error)
+            self.found.set_exception(error)
 
 
 class Comparisons:
-    """All that are under way, in the order in which they were added."""
+    """All that are under way, those of each tenant in the order in which they were added.
 
-    def __init__(self, few_tokens: int = _FEW_TOKENS) -> None:
-        """Begin without any; `few_tokens` are compared at once."""
-        self._few_tokens = few_tokens
-        self._under_way: deque[Comparison] = deque()
-        self._thread: ThreadPoolExecutor | None = None  # started when there is much to compare
+    Its methods are called on one thread.
+    """
+
+    def __init__(self, wait_s: float = _WAIT_S) -> None:
+        """Begin without any; `wait` takes no longer than `wait_s`."""
+        self._wait_s = wait_s
+        self._under_way: dict[Salt, deque[Comparison]] = {}
+        self._new: list[Comparison] = []  # for which nobody has waited yet
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "discovery")
 
     def __bool__(self) -> bool:
         """Whether any is under way."""
@@ -74,25 +79,39 @@ class Comparisons:
 
     def __contains__(self, job: Job) -> bool:
         """Whether a job's prompt is being compared."""
-        return any(job in one.num_cached for one in self._under_way)
+        return any(job in one.num_cached for queue in self._under_way.values() for one in queue)
 
     def add(self, comparison: Comparison) -> None:
-        """Do it now if it is small and alone, else on the thread."""
-        if not self._under_way and comparison.num_tokens <= self._few_tokens:
-            comparison.run()
+        """Begin it when those of its tenant are done that were added before."""
+        queue = self._under_way.setdefault(comparison.salt, deque())
+        queue.append(comparison)
+        if not comparison.unmarked:
+            comparison.run()  # there is nothing to do
+            return
+        self._new.append(comparison)
+        if len(queue) == 1:
+            self._begin(comparison)
         else:
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, "discovery")
-            self._thread.submit(comparison.run)
-        self._under_way.append(comparison)
+            queue[-2].when_done(lambda: self._begin(comparison))
+
+    def _begin(self, comparison: Comparison) -> None:
+        with contextlib.suppress(RuntimeError):  # it was closed meanwhile
+            self._threads.submit(comparison.run)
+
+    def wait(self) -> None:
+        """Wait for those that were added since the last time, for a moment."""
+        wait([one.found for one in self._new], self._wait_s)
+        self._new.clear()
 
     def done(self) -> Iterator[Comparison]:
-        """Take out those that are done; none before one that was added earlier."""
-        while self._under_way and self._under_way[0].is_done:
-            yield self._under_way.popleft()
+        """Take out those that are done; none before one of its tenant that was added earlier."""
+        for salt, queue in list(self._under_way.items()):
+            while queue and queue[0].is_done:
+                yield queue.popleft()
+            if not queue:
+                del self._under_way[salt]
 
     def close(self) -> None:
         """Compare no more."""
         self._under_way.clear()
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)

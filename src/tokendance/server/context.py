@@ -1,6 +1,5 @@
 """What all routes share."""
 
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from tokendance.server.engine_thread import EngineThread
 from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.hosts import Hosts
+from tokendance.server.ids import new_id
 from tokendance.server.metrics import Metrics
 from tokendance.server.responses_api.kept import KeptAnswers
 from tokendance.server.sessions import Sessions
@@ -109,18 +109,24 @@ class ServerContext:
     def head(self, kind: str) -> dict[str, Any]:
         """The first fields of every answer; `kind` begins its id."""
         return {
-            "id": f"{kind}-{secrets.token_hex(12)}",
+            "id": f"{kind}-{new_id()}",
             "created": int(time.time()),
             "model": self.model_name,
         }
 
-    def encoder(self, tenant: str) -> PromptEncoder:
-        """The encoder of a tenant; its salt keeps hashes apart from those of other tenants."""
+    def encoder(self, tenant: str, cache_salt: str | None = None) -> PromptEncoder:
+        """The encoder of a tenant; its salt keeps hashes apart from those of other tenants.
+
+        What a tenant's requests share they share with those that name the same `cache_salt`.
+        """
         model = self.llm.model
         if tenant not in self._encoders:
             salt = make_salt(model.name, str(model.dtype), tenant)
             self._encoders[tenant] = self.llm.encoder.with_salt(salt)
-        return self._encoders[tenant]
+        encoder = self._encoders[tenant]
+        if not cache_salt:
+            return encoder
+        return encoder.with_salt(make_salt(encoder.salt.hex(), cache_salt))
 
     async def in_thread(self, tenant: str, work: Callable[[], Result]) -> Result:
         """Do a tenant's work on one of its few threads, so that it cannot take all of them."""

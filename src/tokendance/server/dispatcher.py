@@ -79,6 +79,10 @@ class Dispatcher:
             refusal="A server runs this LLM. Send it your requests, or make another LLM for them."
         )
 
+    def check_process(self) -> None:
+        """Raise UsageError in a process that was forked since the LLM was made."""
+        self._turns.check_process()
+
     # -- jobs come and go -----------------------------------------------------------------------
 
     def begin(self, jobs: Sequence[Job], round_id: RoundId | None = None) -> None:
@@ -100,7 +104,6 @@ class Dispatcher:
             # Tokens at the beginning of each prompt whose KV is there already.
             num_cached = {job: self._engine.num_cached(job.request.prompt) for job in of_tenant}
             self._compared.add(self._discover(salt, num_cached))
-        self._add_compared()
 
     def _discover(self, salt: Salt, num_cached: Mapping[Job, int]) -> Comparison:
         """Find what prompts share; not where the client has marked it."""
@@ -113,15 +116,16 @@ class Dispatcher:
         def compare() -> DiscoveryResult | None:
             return self._discoveries.segment(salt, prompts, now, lengths) if prompts else None
 
-        return Comparison(salt, num_cached, unmarked, sum(map(len, prompts)), compare)
+        return Comparison(salt, num_cached, unmarked, compare)
 
     def _add_compared(self) -> None:
         """Let the jobs run whose prompts have been compared, cut into segments."""
         for one in self._compared.done():
-            shared = one.result
+            shared = one.found.result()
             if shared is not None:
                 self._engine.recall(shared.earlier, one.salt)
                 for job, prompt in zip(one.unmarked, shared.prompts, strict=True):
+                    prompt.keep_hashes(job.request.prompt.prefix_hashes)
                     job.request.prompt = prompt
             requests = []
             for job, num_cached in one.num_cached.items():
@@ -164,6 +168,7 @@ class Dispatcher:
             self.loader.stop()
             for job in self._live.values():
                 self._abort(job, "The server is stopping.")
+        self._compared.wait()
         self._add_compared()
         self._engine.tick(now)
         self.loader.go_on()

@@ -11,7 +11,8 @@ import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,8 +109,9 @@ class EmbeddingThread:
         """Take vectors of a request's next texts."""
         request.vectors.append(vectors)
         request.num_done += len(vectors)
-        if _is_done(request) and request.future.set_running_or_notify_cancel():
-            request.future.set_result(np.concatenate(request.vectors))
+        if _is_done(request):
+            with suppress(InvalidStateError):  # nobody waits any more, or it was told why not
+                request.future.set_result(np.concatenate(request.vectors))
 
     def _drop(self, request: _Request) -> None:
         with self._changed:
@@ -125,6 +127,8 @@ def _choose(queue: deque[_Request]) -> list[tuple[_Request, Sequence[Sequence[in
     chosen: list[tuple[_Request, Sequence[Sequence[int]]]] = []
     count, longest = 0, 0
     for request in queue:
+        if request.future.done():
+            continue  # nobody waits for it
         texts = []
         for text in request.texts[request.num_done :]:
             longest = max(longest, len(text))
@@ -140,7 +144,7 @@ def _choose(queue: deque[_Request]) -> list[tuple[_Request, Sequence[Sequence[in
 
 
 def _fail(request: _Request, error: Exception) -> None:
-    if request.future.set_running_or_notify_cancel():
+    with suppress(InvalidStateError):
         request.future.set_exception(error)
 
 

@@ -13,6 +13,7 @@ Public methods may be called on any thread; jobs' listeners are called on the en
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -24,7 +25,7 @@ from tokendance.errors import AbortedError, TokenDanceError
 from tokendance.server.dispatcher import Dispatcher, refuse
 from tokendance.server.errors import as_api_error
 from tokendance.server.jobs import Job
-from tokendance.server.loading import try_to_save
+from tokendance.server.loading import Saved
 from tokendance.server.pauses import EngineWatch
 from tokendance.session import Session
 
@@ -51,12 +52,18 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._gate = threading.Lock()
         self._is_closed = False  # the inbox, which is not read any more
+        self._process = os.getpid()
         self.failure: BaseException | None = None
 
     # -- from any thread ----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread.
+
+        Raises:
+            UsageError: in a process that was forked since the LLM was made.
+        """
+        self._dispatcher.check_process()
         self._thread.start()
 
     @property
@@ -85,12 +92,12 @@ class EngineThread:
             self._dispatcher.arrivals.add(jobs, time.perf_counter())
 
         if not self._put(take):
-            refuse(jobs)
+            refuse(jobs, self._why_closed)
 
     def submit_round(self, jobs: Sequence[Job]) -> None:
         """Submit all jobs of a round, which begins at once."""
         if not self._put(lambda: self._dispatcher.begin(jobs)):
-            refuse(jobs)
+            refuse(jobs, self._why_closed)
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Abort the jobs of one request, but for those that are done."""
@@ -113,7 +120,7 @@ class EngineThread:
                 future.set_exception(error)
 
         if not self._put(run):
-            raise as_api_error(AbortedError("The engine has stopped."))
+            raise as_api_error(AbortedError(self._why_closed))
         return await asyncio.wrap_future(future)
 
     async def restore(self, session: Session) -> None:
@@ -135,13 +142,8 @@ class EngineThread:
         Raises:
             ApiError: 503 if the thread has ended.
         """
-        saved: Future[TokenDanceError | None] = Future()
-
-        def save() -> None:
-            if saved.set_running_or_notify_cancel():  # else the caller was cancelled
-                saved.set_result(try_to_save(session))
-
-        await self.call(lambda: self._dispatcher.loader.when_written(session, save))
+        saved: Saved = Future()
+        await self.call(lambda: self._dispatcher.loader.save(session, saved))
         return await asyncio.wrap_future(saved)
 
     def stop(self, drain_s: float) -> None:
@@ -159,10 +161,26 @@ class EngineThread:
 
     def _put(self, command: Callable[[], None]) -> bool:
         """Put a command into the inbox; return whether it will be run."""
+        if self._is_forked:
+            return False  # also, a thread that is not here may hold the gate
         with self._gate:
             if not self._is_closed:
                 self._inbox.put(command)
             return not self._is_closed
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether the engine's thread is in another process, of which this one was forked."""
+        return os.getpid() != self._process
+
+    @property
+    def _why_closed(self) -> str:
+        if self._is_forked:
+            return (
+                f"The engine runs in process {self._process}, from which this one was forked. "
+                "Make the LLM and its application in each process."
+            )
+        return "The engine has stopped."
 
     # -- the thread ---------------------------------------------------------------------------
 

@@ -20,12 +20,14 @@ from tokendance.server.answer_grammar import (
     FORMAT_PARAM,
     Calls,
     NamedSchema,
+    Pattern,
     Wanted,
     answer_grammar,
     coerce_one_of,
     json_schema_of,
 )
 from tokendance.server.call_parser import CallParser
+from tokendance.server.closing import ClosingTokens
 from tokendance.server.errors import ApiError, bad_request
 from tokendance.server.grammar_check import GrammarChecker
 from tokendance.server.grammar_constraint import (
@@ -40,6 +42,8 @@ from tokendance.server.schema_limits import SchemaTooLargeError, check_schemas
 from tokendance.server.settings import ServerSettings
 from tokendance.server.tool_format import ToolFormat
 
+# Characters of a regular expression, or of all choices.
+_MAX_PATTERN = 20_000
 # A text by which to check that llguidance reads a tokenizer correctly.
 _SAMPLE = '{"name": "a b", "list": [1, 2]}'
 
@@ -93,18 +97,23 @@ class Grammars:
                 or that is none.
         """
         self._check_limits(wanted.tools, "tools")
-        self._check_limits([wanted.answer] if wanted.answer is not None else (), FORMAT_PARAM)
+        if isinstance(wanted.answer, Pattern):
+            _check_length(wanted.answer)
+        else:
+            self._check_limits([wanted.answer] if wanted.answer is not None else (), FORMAT_PARAM)
         unheld: list[str] = []
         tools = {tool.name: self._fit(tool, unheld) for tool in wanted.tools}
-        answer = None
-        if wanted.answer is not None:
+        answer: dict[str, Any] | Pattern | None = None
+        if isinstance(wanted.answer, Pattern):
+            answer = wanted.answer
+        elif wanted.answer is not None:
             answer = self._fit(wanted.answer, unheld)
         param = wanted.answer.param if wanted.answer is not None and not tools else "tools"
 
         def attempt() -> GrammarConstraint:
             lark = answer_grammar(wanted, tools, answer, tool_format)
             parser = partial(CallParser, tool_format, list(tools))
-            is_json = answer is not None or wanted.calls is Calls.REQUIRED
+            is_json = isinstance(answer, dict) or wanted.calls is Calls.REQUIRED
 
             def watch() -> AnswerWatch:
                 return AnswerWatch(parser() if tools else None, is_json=is_json)
@@ -203,6 +212,7 @@ class Grammars:
                     only_end,
                     digits=np.isin(firsts, list(b"0123456789")),
                     blanks=np.isin(firsts, list(b" \t\n\r\\")),
+                    closing=ClosingTokens.of(texts),
                 )
             return self._known_vocabulary
 
@@ -238,6 +248,15 @@ class Grammars:
             "n_vocab": max(model.shape.vocab_size, len(tokenizer)),
             "eos_token": sorted(model.stop_ids),
         }
+
+
+def _check_length(pattern: Pattern) -> None:
+    if len(pattern.rule) > _MAX_PATTERN:
+        raise bad_request(
+            f"What the answer shall look like has {len(pattern.rule)} characters, and at most "
+            f"{_MAX_PATTERN} are taken. Simplify it.",
+            pattern.param,
+        )
 
 
 def _is_unreadable(reason: str) -> bool:

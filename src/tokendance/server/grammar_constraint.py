@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tokendance.engine.constraint import Constraint
 from tokendance.server.call_parser import CallParser
+from tokendance.server.closing import Closer, ClosingTokens, count_closing
 from tokendance.server.grammar_process import error_of
 from tokendance.server.json_scanner import JsonScanner
 
@@ -36,12 +37,20 @@ class Vocabulary:
         only_end: forbids all tokens but those that end an answer: bool (vocabulary,).
         digits: tokens that begin with a digit, likewise.
         blanks: tokens that begin with a blank, or with a backslash, which may write one.
+        closing: what ends answers.
     """
 
     texts: Sequence[bytes]
     only_end: Mask
     digits: Mask
     blanks: Mask
+    closing: ClosingTokens
+
+    def only(self, token: int) -> Mask:
+        """Forbids all tokens but one."""
+        mask = np.ones_like(self.only_end)
+        mask[token] = False
+        return mask
 
     def spell(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -51,8 +60,8 @@ class Vocabulary:
 class AnswerConstraint(Constraint, Protocol):
     """What one answer has to look like, and other answers to the same request."""
 
-    def copy(self) -> "AnswerConstraint":
-        """One for another answer; while this one is at its beginning."""
+    def copy(self, max_tokens: int | None = None) -> "AnswerConstraint":
+        """One for another answer of at most so many tokens; while this one is at its beginning."""
         ...
 
 
@@ -80,13 +89,20 @@ class AnswerWatch:
                 self._scanner.add(character)
 
     @property
+    def scanner(self) -> JsonScanner | None:
+        """Where the answer stands in JSON; None where it is none."""
+        if self._scanner is not None or self._parser is None:
+            return self._scanner
+        return self._parser.scanner
+
+    @property
     def must_end(self) -> bool:
         """Whether the answer has said all, since it repeats itself."""
         return self._parser is not None and self._parser.num_repeated > 0
 
     def forbids(self, vocabulary: Vocabulary) -> Mask | None:
         """Tokens that may not come next, if any other may."""
-        scanner = self._scanner or (self._parser.scanner if self._parser is not None else None)
+        scanner = self.scanner
         if scanner is None:
             return None
         most = _MAX_EXPONENT_DIGITS if scanner.in_exponent else _MAX_DIGITS
@@ -108,6 +124,7 @@ class GrammarConstraint:
         vocabulary: Vocabulary,
         first: Mask,
         watch: Callable[[], AnswerWatch],
+        max_tokens: int | None = None,
     ) -> None:
         """Begin an answer.
 
@@ -116,12 +133,14 @@ class GrammarConstraint:
             vocabulary: of the model.
             first: what may not come first. No mask is changed.
             watch: begins to follow an answer.
+            max_tokens: that the answer may have; it is closed before they are used up.
         """
         self.vocabulary = vocabulary
         self._matcher = matcher
         self._first = first
         self._begin_watch = watch
-        self._watch = watch()
+        self._max_tokens = max_tokens
+        self._watch, self._closer = watch(), self._begin_closer()
         self._forbidden: Mask | None = first
         self._accepted: list[int] = []  # and not told to the matcher
 
@@ -138,10 +157,20 @@ class GrammarConstraint:
             if not self._matcher.is_stopped():
                 self._matcher.consume_token(token)
                 self._watch.add(self.vocabulary.spell(token))
+            if self._closer is not None:
+                self._closer.accept(token)
         self._accepted.clear()
         if self._watch.must_end and self.failure() is None:
             self._forbidden = self.vocabulary.only_end
             return
+        if self._closer is not None and self.failure() is None:
+            if not self._closer.look(self._matcher, self._watch.scanner):
+                return  # there is more to find out, at the next turn
+            if (path := self._closer.path) is not None:
+                self._forbidden = (
+                    self.vocabulary.only(path[0]) if path else self.vocabulary.only_end
+                )
+                return
         forbidden = mask_of(self._matcher, self.vocabulary.only_end)
         if (more := self._watch.forbids(self.vocabulary)) is not None:
             with_more = forbidden | more
@@ -150,8 +179,8 @@ class GrammarConstraint:
 
     def forbidden(self) -> Mask:
         """Tokens that may not come next: bool (vocabulary,)."""
-        self.prepare()
-        assert self._forbidden is not None
+        while self._forbidden is None:
+            self.prepare()
         return self._forbidden
 
     def failure(self) -> str | None:
@@ -163,15 +192,31 @@ class GrammarConstraint:
         self._accepted.append(token)
         self._forbidden = None
 
-    def copy(self) -> "GrammarConstraint":
-        """One for another answer; while this one is at its beginning."""
+    def copy(self, max_tokens: int | None = None) -> "GrammarConstraint":
+        """One for another answer of at most so many tokens; while this one is at its beginning."""
         matcher = self._matcher.deep_copy()
-        return GrammarConstraint(matcher, self.vocabulary, self._first, self._begin_watch)
+        return GrammarConstraint(
+            matcher, self.vocabulary, self._first, self._begin_watch, max_tokens
+        )
+
+    def count_closing(self) -> int | None:
+        """Tokens that are enough for an answer; None if that is not known; at its beginning."""
+        return count_closing(self.vocabulary.closing, self._matcher, self._watch.scanner)
+
+    def limit(self, max_tokens: int | None) -> None:
+        """Let the answer have so many tokens; while it is at its beginning."""
+        self._max_tokens = max_tokens
+        self._closer = self._begin_closer()
+
+    def _begin_closer(self) -> Closer | None:
+        if self._max_tokens is None:
+            return None
+        return Closer(self.vocabulary.closing, self._max_tokens)
 
     def restart(self) -> None:
         """Go back to the beginning."""
         self._matcher.reset()
-        self._watch = self._begin_watch()
+        self._watch, self._closer = self._begin_watch(), self._begin_closer()
         self._accepted.clear()
         self._forbidden = self._first
 

@@ -31,6 +31,7 @@ _PATHS = (
     ("POST /v1/embeddings", "makes vectors of texts"),
     ("POST /tokenize, /detokenize", "tokens of a text, and back"),
     ("GET /v1/models", "what is served"),
+    ("GET /dashboard", "draws the rounds of agents while they happen"),
     ("GET /metrics, /health, /ready, /version", "for operators"),
 )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tokenizers.decoders import DecodeStream
 
 from tokendance.engine.request import Request
+from tokendance.engine.stops import find_stop
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.segments import Salt
@@ -109,7 +110,10 @@ class Listener:
 
     async def deltas(self, jobs: Mapping[int, Job], tokenizer: object) -> AsyncIterator[Delta]:
         """New text and tokens of the jobs' answers, until all are done."""
-        streams = {i: TextStream(tokenizer, job.request.params.stop) for i, job in jobs.items()}
+        streams = {
+            i: TextStream(tokenizer, job.request.params.stop, job.request.params.min_tokens)
+            for i, job in jobs.items()
+        }
         async for index, event in self._until_done(len(jobs)):
             if isinstance(event, NewTokens):
                 text = streams[index].add(event.token_ids)
@@ -121,13 +125,21 @@ class Listener:
 class TextStream:
     """Decodes an answer token by token, and holds back what may be the beginning of a stop text."""
 
-    def __init__(self, tokenizer: object, stop: Sequence[str]) -> None:
-        """Begin an answer; `tokenizer` is a fast one of transformers, `stop` are stop texts."""
+    def __init__(self, tokenizer: object, stop: Sequence[str], num_free: int = 0) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: a fast one of transformers.
+            stop: texts that end the answer.
+            num_free: of so many first tokens they do not.
+        """
         self._backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop
         self._keep = max((len(text) for text in stop), default=1) - 1
         self._text = ""
+        self._num_free = num_free  # tokens that are left of them
+        self._free_text = 0  # characters of them
         self._num_sent = 0
         self._has_failed = False
 
@@ -138,11 +150,16 @@ class TextStream:
         try:
             for token in token_ids:
                 self._text += self._decoder.step(self._backend, token) or ""
+                if self._num_free > 0:
+                    self._num_free -= 1
+                    self._free_text = len(self._text)
         except Exception:  # bytes that begin no character: `finish` supplies the rest
             self._has_failed = True
             return ""
-        stops = [start for start in map(self._text.find, self._stop) if start >= 0]
-        certain = min([len(self._text) - self._keep, *stops])
+        found = find_stop(self._text, self._stop, self._free_text)
+        certain = len(self._text) - self._keep
+        if found is not None:
+            certain = min(certain, found[0])
         return self._send(self._text[: max(self._num_sent, certain)])
 
     def finish(self, text: str) -> str:

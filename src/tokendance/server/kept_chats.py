@@ -8,7 +8,8 @@ from tokendance.disk.records import SessionKey
 from tokendance.engine.request import Request
 from tokendance.rounds.segments import EncodedPrompt, Salt
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
-from tokendance.tier.loader import Restoring
+from tokendance.tier.loader import Restored
+from tokendance.tier.steps import Steps
 from tokendance.tier.tier import DiskTier
 
 _MAX_AGENTS = 512
@@ -28,10 +29,12 @@ class KeptChat:
         # By agent, least recent first: its last prompt, and that with the answer to it.
         self._spoken: dict[str, tuple[EncodedPrompt, SpokenCache]] = {}
 
-    def restoring(self) -> Restoring | None:
-        """Load KV that is not in memory, in steps; None if nothing is stored."""
-        stored = self._tier.disk.session(self.key)
-        return self._tier.restoring(stored, self._salt) if stored is not None else None
+    def restoring(self) -> Steps[Restored | None]:
+        """Load KV that is not in memory; None if nothing is stored."""
+        stored = yield from self._tier.job(lambda: self._tier.disk.session(self.key))
+        if stored is None:
+            return None
+        return (yield from self._tier.restoring(stored, self._salt))
 
     def note(self, request: Request) -> None:
         """Remember prompt and answer of a request that has no error."""
@@ -45,18 +48,18 @@ class KeptChat:
         """See `DiskTier.go_on_writing`."""
         return self._tier.go_on_writing(self.key)
 
-    def save(self) -> None:
+    def saving(self) -> Steps[None]:
         """Save it to disk, with agents stored earlier that have not spoken since the server began.
 
         Raises:
             StoreError: if the disk cannot be written; what was stored before still is.
         """
+        stored = yield from self._tier.job(lambda: self._tier.disk.session(self.key))
         shared = {
             segment.hash: segment.token_ids
             for prompt, _ in self._spoken.values()
             for _, segment in prompt.shared_segments()
         }
-        stored = self._tier.disk.session(self.key)
         caches = {
             agent: SpokenCache(record.token_ids, record.num_prompt)
             for agent, record in (stored.caches.items() if stored is not None else ())
@@ -71,4 +74,4 @@ class KeptChat:
             shared_segments=list(shared.values()),
             salt=self._salt,
         )
-        self._tier.save(snapshot, stored)
+        yield from self._tier.saving(snapshot, stored)

@@ -7,12 +7,12 @@ path, how the request ended, how long it took, and how many tokens were computed
 import json
 import logging
 import re
-import secrets
 import time
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokendance.server.ids import new_id
 from tokendance.server.settings import LogFormat
 
 log = logging.getLogger("tokendance.server.requests")
@@ -67,7 +67,7 @@ class RequestLog:
             return
         request_id = dict(scope["headers"]).get(_ID_HEADER, b"").decode("latin-1")
         if not re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII):
-            request_id = f"req-{secrets.token_hex(12)}"
+            request_id = f"req-{new_id()}"
         state: dict[str, Any] = scope.setdefault("state", {})
         started_s = time.perf_counter()
         status = 499  # if no answer is sent: the client has disconnected

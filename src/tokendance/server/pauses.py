@@ -18,7 +18,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 # The longest is that of the window that goes on, and of the one before.
 _WINDOW_S = 60.0
 # A loop that was held up for less than this may not show it.
-_EVERY_S = 0.02
+_EVERY_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)

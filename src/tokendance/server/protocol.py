@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from tokendance.rounds.prompts import Ending
 from tokendance.server.messages import Lenient, Message, TextPart, check_kinds
-from tokendance.server.unsupported import leave_out_neutral
+from tokendance.server.unsupported import leave_out_neutral, read_guided
 
 # Pydantic lists all errors of a body, though the client is told the first only. So that there are
 # never a million, lists fail at their first error, and objects have no more fields than this.
@@ -215,6 +215,7 @@ class Sampling(_Body):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop_token_ids: Annotated[TokenList, Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
     round: RoundField | None = None
     private: Private | None = None
     reuse: Reuse | None = None
@@ -232,7 +233,7 @@ class Sampling(_Body):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_neutral(cls, body: Any) -> Any:
-        return leave_out_neutral(body, cls.model_fields)
+        return leave_out_neutral(body, known=cls.model_fields.keys())
 
     @property
     def max_tokens_asked(self) -> int | None:
@@ -240,14 +241,37 @@ class Sampling(_Body):
         return self.max_tokens
 
 
-class ChatRequest(Sampling):
+class StructuredOutputs(_Body):
+    """What an answer has to look like, as vLLM's clients say it: one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True, min_length=1)] | None = None
+    json_object: bool | None = None
+
+
+class PromptRequest(Sampling):
+    """What requests with a prompt say besides."""
+
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_guided(cls, body: Any) -> Any:
+        return read_guided(body)
+
+
+class ChatRequest(PromptRequest):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -264,7 +288,8 @@ class ChatRequest(Sampling):
     @property
     def max_tokens_asked(self) -> int | None:
         """Most tokens of the answer, if the client has said it."""
-        return self.max_completion_tokens or self.max_tokens
+        asked = self.max_completion_tokens
+        return self.max_tokens if asked is None else asked
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -285,7 +310,7 @@ class ChatRequest(Sampling):
         return bool(self.tools) and self.tool_choice != "none"
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(PromptRequest):
     """Body of /v1/completions."""
 
     prompt: (
@@ -294,7 +319,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(fail_fast=True, max_length=1024)]
         | Annotated[list[TokenList], Field(fail_fast=True, max_length=1024)]
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
     best_of: int | None = None
 
 
@@ -354,6 +381,7 @@ class RoundRequest(_Body):
         stream: whether answers come one by one.
         session: whose next round it is; see `server/sessions.py`.
         private: of all its agents; an agent may also have it alone.
+        cache_salt: nothing is shared with what has another, or none.
         ttl_s: seconds for which a session is sure to be kept after its last round.
         share_reasoning: whether what is thought stays in the answers' text, and others hear it.
     """
@@ -364,5 +392,6 @@ class RoundRequest(_Body):
     stream: bool | None = None
     session: Name | None = None
     private: Private | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
     ttl_s: Annotated[float, Field(gt=0)] | None = None
     share_reasoning: bool | None = None

@@ -19,13 +19,15 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from tokendance.disk.records import SessionKey
+from tokendance.engine.request import ANONYMOUS
 from tokendance.errors import TokenDanceError
 from tokendance.executor.step import TokenLogprobs
 from tokendance.outputs import Output
 from tokendance.rounds.segments import EncodedPrompt
+from tokendance.server.answer_grammar import Wanted
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error, bad_request
-from tokendance.server.grammar_constraint import AnswerConstraint
+from tokendance.server.grammar_constraint import AnswerConstraint, GrammarConstraint
 from tokendance.server.jobs import Delta, Job, Listener, RoundKey
 from tokendance.server.protocol import (
     ChatRequest,
@@ -33,7 +35,14 @@ from tokendance.server.protocol import (
     RoundRequest,
     Sampling,
 )
-from tokendance.server.responses import AnswerTokens, CachedTokens, FinishReason, Usage, dump
+from tokendance.server.responses import (
+    AnswerTokens,
+    CachedTokens,
+    FinishReason,
+    PromptLogprobs,
+    Usage,
+    dump,
+)
 from tokendance.server.sampling import sampling_params
 from tokendance.store.entries import RoundId
 
@@ -42,6 +51,7 @@ Body = TypeVar("Body", ChatRequest, CompletionRequest, RoundRequest)
 PromptBody = TypeVar("PromptBody", ChatRequest, CompletionRequest)
 
 _MAX_HEADER = 1000
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _NO_ROUND = RoundId(-1)  # until the dispatcher has found the round
 
 
@@ -69,7 +79,7 @@ class Endpoint(ABC, Generic[Body]):
         self.context = context
         self.tenant = tenant
         self.body: Body = body
-        self.encoder = context.encoder(tenant)
+        self.encoder = context.encoder(tenant, body.cache_salt)
         self.head = context.head(self.kind)
         self.headers: dict[str, str] = {}
         self.jobs: dict[int, Job] = {}
@@ -111,7 +121,7 @@ class Endpoint(ABC, Generic[Body]):
         body: Sampling,
         prompts: Sequence[EncodedPrompt],
         *,
-        agent: str = "the client",
+        agent: str = ANONYMOUS,
         first: int = 0,
         constraint: AnswerConstraint | None = None,
         marked: bool = False,
@@ -158,8 +168,10 @@ class Endpoint(ABC, Generic[Body]):
                 raise bad_request(message, self.prompt_field, "context_length_exceeded")
             if body.max_tokens_asked is not None and request.max_new_tokens < params.max_tokens:
                 self.headers["X-TokenDance-Max-Tokens"] = str(request.max_new_tokens)
-            request.constraint = constraint.copy() if constraint is not None else None
+            if constraint is not None:
+                request.constraint = constraint.copy(request.max_new_tokens)
             request.session = session
+            request.tenant = self.context.encoder(self.tenant).salt
             self.jobs[index] = Job(request, self.listener.of(index), key, size, marked)
 
 
@@ -185,6 +197,40 @@ class PromptEndpoint(Endpoint[PromptBody]):
     @abstractmethod
     def usage_chunk(self, usage: Usage) -> BaseModel:
         """The last event of a stream, if the client asks for the usage."""
+
+    def constrain(self, wanted: Wanted) -> GrammarConstraint:
+        """Hold answers to what is wanted; a header names what cannot be held."""
+        context = self.context
+        fitted = context.grammars.answer(wanted, context.tools, self.tenant)
+        if fitted.unheld:
+            self.headers["X-TokenDance-Not-Held"] = header_value("; ".join(fitted.unheld))
+        return fitted.constraint
+
+    def prompt_ids(self, index: int = 0) -> list[int]:
+        """Tokens of the prompt of an answer."""
+        ids: list[int] = self.jobs[index].request.prompt.token_ids.tolist()
+        return ids
+
+    def prompt_logprobs(self, index: int = 0) -> PromptLogprobs:
+        """What the prompt of an answer was scored with; it is done."""
+        spell = self.context.token_text
+
+        def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
+            return {
+                "logprob": max(logprob, LEAST_LOGPROB),
+                "rank": rank,
+                "decoded_token": spell(token),
+            }
+
+        found: PromptLogprobs = [None]
+        scores = self.jobs[index].request.prompt_logprobs
+        for token, score in zip(self.prompt_ids(index)[1:], scores, strict=True):
+            top = {
+                str(one): entry(one, logprob, rank)
+                for rank, (one, logprob) in enumerate(score.top, 1)
+            }
+            found.append({str(token): entry(token, score.logprob, score.rank)} | top)
+        return found
 
     def check_choices(self, num_prompts: int) -> None:
         """Raise ApiError for more answers than one request may have."""

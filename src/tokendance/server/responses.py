@@ -73,6 +73,10 @@ class AnswerMessage(BaseModel):
     tool_calls: list[CalledTool] = []
 
 
+# For each token of a prompt but the first, which has null: by token id, what is said of it.
+PromptLogprobs = list[dict[str, dict[str, Any]] | None]
+
+
 class ChatChoice(BaseModel):
     """One of the answers to a conversation."""
 
@@ -80,6 +84,7 @@ class ChatChoice(BaseModel):
     message: AnswerMessage
     logprobs: dict[str, Any] | None
     finish_reason: Literal[FinishReason, "tool_calls"]
+    token_ids: list[int] | None = None
 
 
 class ChatAnswer(_Document):
@@ -88,6 +93,8 @@ class ChatAnswer(_Document):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class MoreArguments(BaseModel):
@@ -122,6 +129,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     finish_reason: Literal[FinishReason, "tool_calls"] | None
     logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(_Document):
@@ -130,6 +138,7 @@ class ChatChunk(_Document):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class TextChoice(BaseModel):
@@ -139,6 +148,9 @@ class TextChoice(BaseModel):
     text: str
     logprobs: dict[str, Any] | None
     finish_reason: FinishReason
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class TextAnswer(_Document):
@@ -156,6 +168,8 @@ class TextChunkChoice(BaseModel):
     text: str
     logprobs: dict[str, Any] | None
     finish_reason: FinishReason | None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class TextChunk(_Document):

@@ -2,7 +2,7 @@
 
 from tokendance.params import SamplingParams
 from tokendance.server.errors import bad_request
-from tokendance.server.protocol import ChatRequest, CompletionRequest, Sampling
+from tokendance.server.protocol import ChatRequest, CompletionRequest, PromptRequest, Sampling
 from tokendance.server.settings import ServerSettings
 
 
@@ -15,6 +15,9 @@ def sampling_params(
         ApiError: naming the field.
     """
     top_logprobs = None
+    prompt_logprobs = body.prompt_logprobs if isinstance(body, PromptRequest) else None
+    if prompt_logprobs is not None and body.stream:
+        raise bad_request("prompt_logprobs goes without stream.", "prompt_logprobs")
     if isinstance(body, ChatRequest):
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs goes with logprobs: true.", "top_logprobs")
@@ -23,13 +26,17 @@ def sampling_params(
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is not supported. Use n.", "best_of")
         top_logprobs = body.logprobs
+        if body.echo and body.logprobs is not None:
+            prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
     stop = (body.stop,) if body.stop and isinstance(body.stop, str) else tuple(body.stop or ())
     if any(not text for text in stop):
         raise bad_request("A stop text is empty.", "stop")
     ends = tuple(body.stop_token_ids or ())
     if any(not 0 <= token < vocab_size for token in ends):
         raise bad_request("stop_token_ids has what is no token id.", "stop_token_ids")
-    max_tokens = body.max_tokens_asked or settings.default_max_tokens
+    max_tokens = body.max_tokens_asked
+    if max_tokens is None:
+        max_tokens = settings.default_max_tokens
     if body.max_tokens_asked is not None and (body.min_tokens or 0) > max_tokens:
         raise bad_request("min_tokens is more than max_tokens.", "min_tokens")
     return SamplingParams(
@@ -45,8 +52,10 @@ def sampling_params(
         min_tokens=min(body.min_tokens or 0, max_tokens),
         stop=stop,
         stop_token_ids=ends,
+        include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
         logit_bias=_logit_bias(body, vocab_size),
     )
 

@@ -13,7 +13,7 @@ store, a round is on disk when its answer has been sent without a `warning`, and
 continued after a restart.
 
 If a chat request names a session, the client keeps the messages, and the server their KV
-(`kept_chats.py`). The store is read and written on the engine's thread (`loading.py`).
+(`kept_chats.py`). The store is read and written between the engine's passes (`loading.py`).
 """
 
 import asyncio
@@ -80,7 +80,9 @@ class Sessions:
             ApiError: 409 while another round of it is under way.
         """
         assert body.session is not None
-        key = SessionKey(tenant, body.session)
+        # What was read with one salt is another session than what is read with another.
+        owner = f"{tenant}/{encoder.salt.hex()}" if body.cache_salt else tenant
+        key = SessionKey(owner, body.session)
         opened = self._opened(tenant, key)
         if opened.lock.locked():
             message = f"A round of the session {body.session!r} is under way. Wait for its end."
@@ -114,7 +116,7 @@ class Sessions:
         llm = self._llm
         conversation = Conversation(encoder, llm.model.shape.max_context)
         session = Session(conversation, llm.run_round, key=key, tier=llm.tier)
-        await self._engine_thread.call(session.load)
+        await asyncio.to_thread(session.load)  # it waits for the disk
         return session
 
     def _opened(self, tenant: str, key: SessionKey) -> _Open:

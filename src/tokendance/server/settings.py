@@ -45,7 +45,12 @@ class ServerSettings:
             give it once per origin. * is all.
         open_metrics: show /metrics without a key, to whoever scrapes it. Otherwise, where there are
             keys, all paths but /, /health and /ready need one.
-        window_ms: requests that arrive within so many milliseconds of each other make a round.
+        dashboard: show at /dashboard who shares what, while it happens. Where there are keys, a
+            browser asks for one (any user name, the key as the password), and each sees its own
+            rounds.
+        dashboard_text: show there the texts of prompts and answers, too.
+        window_ms: requests that arrive within so many milliseconds of each other make a round; more
+            for clients that were seen to take longer, within the next. 0 waits for nobody.
         window_share: share of a lone request's time that it may wait for others at most.
         round_wait: a round with an id starts so many seconds after its last request, if it is not
             full.
@@ -117,6 +122,8 @@ class ServerSettings:
         tuple[str, ...], _each("--cors-origin", "TOKENDANCE_CORS_ORIGINS", "ORIGIN")
     ] = ()
     open_metrics: bool = False
+    dashboard: bool = True
+    dashboard_text: bool = False
     window_ms: float = 4.0
     window_share: float = 0.05
     round_wait: float = 0.2

@@ -1,7 +1,8 @@
 """What an answer has to look like whose model thinks first: anything, then what was asked for.
 
 Whether it thinks is up to the model, unless the chat template has begun the thoughts already. They
-end with their mark, and no answer ends before it does.
+end with their mark, and no answer ends before it does. Where what follows would not have room any
+more, the mark has to come.
 """
 
 import codecs
@@ -20,18 +21,29 @@ _MAX_BLANKS = 2
 class ThinkingConstraint:
     """A constraint that begins behind thoughts; see `engine.constraint.Constraint`."""
 
-    def __init__(self, behind: GrammarConstraint, marks: ThoughtMarks, standing: Standing) -> None:
+    def __init__(
+        self,
+        behind: GrammarConstraint,
+        marks: ThoughtMarks,
+        standing: Standing,
+        max_tokens: int | None = None,
+        reserve: int | None = None,
+    ) -> None:
         """Begin an answer.
 
         Args:
             behind: what follows thoughts; of nobody else, at its beginning.
             marks: of thoughts.
             standing: where the answer begins.
+            max_tokens: that the answer may have, with its thoughts.
+            reserve: tokens that what follows is to have; found out if left out.
         """
         self._behind = behind
         self._vocabulary = behind.vocabulary
         self._marks = marks
         self._standing = standing
+        self._max_tokens = max_tokens
+        self._reserve = behind.count_closing() if reserve is None else reserve
         self._begin()
 
     def _begin(self) -> None:
@@ -40,6 +52,7 @@ class ThinkingConstraint:
         # Whether the text so far may be the beginning of what was asked for.
         self._may_say = self._standing is Standing.BEFORE
         self._num_blanks = 0
+        self._num_tokens = 0  # before what was asked for
         self._accepted: list[int] = []  # and not looked at yet
         self._forbidden: Mask | None = None
 
@@ -59,8 +72,8 @@ class ThinkingConstraint:
 
     def forbidden(self) -> Mask:
         """Tokens that may not come next: bool (vocabulary,)."""
-        self.prepare()
-        assert self._forbidden is not None
+        while self._forbidden is None:
+            self.prepare()
         return self._forbidden
 
     def accept(self, token: int) -> None:
@@ -72,9 +85,10 @@ class ThinkingConstraint:
         """Why the grammar has failed, if it has."""
         return self._behind.failure()
 
-    def copy(self) -> "ThinkingConstraint":
-        """One for another answer; while this one is at its beginning."""
-        return ThinkingConstraint(self._behind.copy(), self._marks, self._standing)
+    def copy(self, max_tokens: int | None = None) -> "ThinkingConstraint":
+        """One for another answer of at most so many tokens; while this one is at its beginning."""
+        behind = self._behind.copy(max_tokens)
+        return ThinkingConstraint(behind, self._marks, self._standing, max_tokens, self._reserve)
 
     def restart(self) -> None:
         """Go back to the beginning."""
@@ -86,6 +100,7 @@ class ThinkingConstraint:
         if was is Standing.BEHIND:
             self._behind.accept(token)
             return
+        self._num_tokens += 1
         if was is Standing.BEFORE and self._may_say:
             self._may_say = not self._behind.forbidden()[token]
             if self._may_say:
@@ -98,13 +113,29 @@ class ThinkingConstraint:
             self._behind.accept(token)
         elif was is Standing.BETWEEN:
             self._num_blanks += 1
+        if standing is Standing.BETWEEN and self._max_tokens is not None:
+            self._behind.limit(self._max_tokens - self._num_tokens)
 
-    def _find_forbidden(self) -> Mask:
+    @property
+    def _has_to_end(self) -> bool:
+        """Whether thoughts have to, so that there is room for what follows."""
+        if self._max_tokens is None or self._reserve is None:
+            return False
+        mark = len(self._marks.end) - len(self._parser.held)  # in as many tokens at most
+        return self._max_tokens - self._num_tokens <= self._reserve + mark + _MAX_BLANKS
+
+    def _find_forbidden(self) -> Mask | None:
+        """Tokens that may not come next; None if there is more to find out, at the next turn."""
+        self._behind.prepare()
+        if not self._behind.is_ready:
+            return None
         vocabulary, marks, held = self._vocabulary, self._marks, self._parser.held.lstrip()
         match self._parser.standing:
             case Standing.BEFORE:
                 begins = _goes_on(vocabulary, marks.begin, held)
                 return self._behind.forbidden() & ~begins if self._may_say else ~begins
+            case Standing.INSIDE if self._has_to_end:
+                return ~_goes_on(vocabulary, marks.end, held)
             case Standing.INSIDE:
                 return ~vocabulary.only_end | _goes_beyond(vocabulary, marks.end, held)
             case Standing.BETWEEN if self._num_blanks < _MAX_BLANKS:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 # For all that begin in one turn of the loop, but for the last of them.
-STEP_S = 0.02
+STEP_S = 0.01
 
 
 class Turnstile:

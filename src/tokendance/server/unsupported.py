@@ -18,7 +18,10 @@ _FIELDS: Fields = {
     "early_stopping": ((False,), _LEAVE_OUT),
     "use_beam_search": ((False,), _LEAVE_OUT),
     "include_stop_str_in_output": ((False,), "Add the stop text to the answer yourself."),
-    "skip_special_tokens": ((True,), "Answers have none of them."),
+    "skip_special_tokens": (
+        (True,),
+        "Answers have none of them; return_token_ids: true shows all tokens.",
+    ),
     "spaces_between_special_tokens": ((True, False), _LEAVE_OUT),
     "detokenize": ((True,), _LEAVE_OUT),
     "add_generation_prompt": ((True,), _LEAVE_OUT),
@@ -26,9 +29,9 @@ _FIELDS: Fields = {
     "add_special_tokens": ((True, False), _LEAVE_OUT),
     "echo": ((False,), "Put the prompt before the answer yourself."),
     "suffix": (("",), _LEAVE_OUT),
-    "prompt_logprobs": ((), _LEAVE_OUT),
+    "prompt_logprobs": ((), "Ask for one prompt at a time."),
     "truncate_prompt_tokens": ((), "Shorten the prompt yourself."),
-    "return_token_ids": ((False,), _LEAVE_OUT),
+    "return_token_ids": ((False,), "Ask for one prompt at a time."),
     "return_tokens_as_token_ids": ((False,), _LEAVE_OUT),
     "bad_words": (([],), "Use logit_bias."),
     "allowed_token_ids": (([],), "Use logit_bias."),
@@ -36,12 +39,12 @@ _FIELDS: Fields = {
     "logit_processors": (([],), _LEAVE_OUT),
     "structured_outputs": (({},), _FORMAT),
     "guided_json": (({},), _FORMAT),
-    "guided_regex": (("",), "Send a schema with a pattern as response_format."),
-    "guided_choice": (([],), "Send a schema with an enum as response_format."),
+    "guided_regex": (("",), _FORMAT),
+    "guided_choice": (([],), _FORMAT),
     "guided_grammar": (("",), _FORMAT),
     "guided_decoding_backend": ((), _LEAVE_OUT),
     "guided_whitespace_pattern": ((), _LEAVE_OUT),
-    "cache_salt": (("",), "Give each tenant a key of its own (--api-key): they share no KV."),
+    "cache_salt": (("",), "It goes with the round, not with an agent."),
     "documents": (([],), "Put them into a message."),
     "chat_template": ((), "Start the server with another template."),
     "functions": (([],), "Send the same as tools."),
@@ -72,3 +75,22 @@ def leave_out_neutral(body: Any, known: Collection[str], fields: Fields = _FIELD
             found = {"field": name, "advice": advice}
             raise PydanticCustomError("unsupported", "{field} is not supported. {advice}", found)
     return {key: value for key, value in body.items() if key not in unsupported}
+
+
+# As vLLM's clients have said it before, and how they say it now.
+_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}
+
+
+def read_guided(body: Any) -> Any:
+    """Read `guided_json` and its like as `structured_outputs`; empty ones say nothing."""
+    if not isinstance(body, dict):
+        return body
+    known = {"structured_outputs", *_GUIDED}
+    wanted = {new: body[old] for old, new in _GUIDED.items() if body.get(old)}
+    outputs = body.get("structured_outputs")
+    if isinstance(outputs, dict):  # what is false or null says nothing
+        outputs = {key: value for key, value in outputs.items() if value not in (None, False)}
+    rest = {key: value for key, value in body.items() if key not in known}
+    if outputs and wanted:
+        raise PydanticCustomError("structured", "Give either guided fields or structured_outputs")
+    return {**rest, "structured_outputs": outputs or wanted} if outputs or wanted else rest

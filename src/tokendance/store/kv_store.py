@@ -15,7 +15,8 @@ are touched from its end to its beginning, so the end of a prompt goes before it
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -49,7 +50,8 @@ class KVStore:
         slot_stamp: int64, which `take_slots` the slot was taken with; another number tells that
             what a slot held is gone.
         num_evicted: entries that have given way so far.
-        loading: pages that whoever fills them from elsewhere holds, from one step to another.
+        in_transit: pages that whoever moves KV from elsewhere, or to there, holds from one step to
+            another.
     """
 
     def __init__(self, pool: PagePool, max_reuse_rounds: int) -> None:
@@ -61,7 +63,7 @@ class KVStore:
         num_slots = pool.num_pages * pool.page_size
         self.slot_ready = np.zeros(num_slots, np.bool_)
         self.slot_stamp = np.zeros(num_slots, np.int64)
-        self.loading: dict[object, list[PageIds]] = {}
+        self.in_transit: dict[object, list[PageIds]] = {}
         self.num_evicted = 0
         self._num_taken = 0
         self._max_reuse_rounds = max_reuse_rounds
@@ -224,6 +226,21 @@ class KVStore:
 
     # -- making room ---------------------------------------------------------------------------
 
+    @contextmanager
+    def holding(self) -> Iterator[list[PageIds]]:
+        """Hold pages that are in transit: those that are put into the list, each with a reference.
+
+        They are let go at the end.
+        """
+        holder, held = object(), list[PageIds]()
+        self.in_transit[holder] = held
+        try:
+            yield held
+        finally:
+            del self.in_transit[holder]
+            for pages in held:
+                self.pool.release(pages, Holder.REQUEST)
+
     def can_make_room(self, count: int, keep: PageIds) -> bool:
         """Say whether `count` pages could be free, with `keep` left alone. Changes nothing."""
         pool = self.pool
@@ -303,7 +320,7 @@ class KVStore:
     def check_integrity(self, request_pages: Iterable[PageIds]) -> None:
         """Assert that counts, indexes and the pages of each request that runs agree."""
         expected = np.zeros((len(Holder), self.pool.num_pages), np.int32)
-        for pages in itertools.chain(request_pages, *self.loading.values()):
+        for pages in itertools.chain(request_pages, *self.in_transit.values()):
             expected[Holder.REQUEST][pages] += 1
         for entry in self.order:
             expected[Holder.INDEX][entry.pages] += 1

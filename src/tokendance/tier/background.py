@@ -8,7 +8,7 @@ store.
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from tokendance.rounds.segments import PrefixHashes
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.kv_store import KVStore
 from tokendance.tier.caches import SpokenCache
-from tokendance.tier.levels import Levels
+from tokendance.tier.levels import Levels, Written
 
 log = logging.getLogger("tokendance.store")
 
@@ -30,8 +30,6 @@ log = logging.getLogger("tokendance.store")
 _MAX_UNDER_WAY = 2
 # Longer than the time between a round's last token and its save.
 _ABANDONED_S = 10.0
-
-_Job = Future[tuple[FileId, WrittenFile]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,17 +50,17 @@ class _Round:
     round_id: RoundId
     seen_s: float  # when a request of it was last seen
     left: list[_Group]  # that are not being written yet
-    begun: list[tuple[_Group, _Job]] = field(default_factory=list)
+    begun: list[tuple[_Group, Written]] = field(default_factory=list)
     num_bytes: int = 0  # at most, of what is begun
+    making_room: Future[bool] | None = None  # before any of it is written
     is_awaited: bool = False  # by somebody who saves the session when all of it is written
 
 
 class BackgroundWriter:
-    """Writes files on a thread of its own; all methods are called on the engine's."""
+    """Writes files on another thread; all methods are called on the engine's."""
 
     def __init__(self, levels: Levels) -> None:
         self._levels = levels
-        self._thread = ThreadPoolExecutor(1, "store")
         self._rounds: dict[SessionKey, _Round] = {}
 
     @property
@@ -82,6 +80,8 @@ class BackgroundWriter:
             if request.session is not None:
                 rounds.setdefault(request.session, []).append(request)
         self._drop_abandoned(now, rounds)
+        if self._levels.turn.is_taken:
+            return  # whoever is saved has been promised the room
         for key, together in rounds.items():
             if not all(request.is_decoding or request.finish_reason for request in together):
                 continue
@@ -136,10 +136,14 @@ class BackgroundWriter:
         for slots in levels.unwritten([cache[~is_planned[cache]] for cache in caches], (), ()):
             round_.left.append(_Group(slots, stamps[slots]))
         num_bytes = sum(len(group.slots) for group in round_.left) * levels.row_bytes
-        levels.disk.make_room(num_bytes + self.num_bytes, key)
+        num_bytes += self.num_bytes
+        if levels.disk.num_bytes + num_bytes > levels.disk.budget:
+            round_.making_room = levels.threads.index.submit(levels.disk.make_room, num_bytes, key)
 
     def _write_next(self, key: SessionKey) -> None:
         """Begin to write the next group of a session's round, if the thread is free for it."""
+        if not self._has_made_room(self._rounds[key]):
+            return
         jobs = [job for round_ in self._rounds.values() for _, job in round_.begun]
         if sum(not job.done() for job in jobs) >= _MAX_UNDER_WAY:
             return
@@ -155,14 +159,26 @@ class BackgroundWriter:
         if rows is None or file_bytes(rows) > room:
             round_.left.clear()  # what is begun may still be collected
             return
-        round_.begun.append((round_.left.pop(0), self._thread.submit(levels.disk.write, rows)))
+        job = levels.threads.writer.submit(levels.disk.write, rows)
+        round_.begun.append((round_.left.pop(0), job))
         round_.num_bytes += file_bytes(rows)
+
+    def _has_made_room(self, round_: _Round) -> bool:
+        """Whether others' KV has given way, as far as it can; raise why it could not."""
+        if (job := round_.making_room) is None:
+            return True
+        if job.done():
+            round_.making_room = None
+            job.result()
+        return job.done()
 
     def go_on(self, key: SessionKey) -> bool:
         """See `DiskTier.go_on_writing`."""
         if (round_ := self._rounds.get(key)) is None:
             return False
         round_.is_awaited = True
+        if self._levels.turn.is_taken:
+            return True
         try:
             self._write_next(key)
         except StoreError:  # whoever saves the session is told
@@ -199,17 +215,9 @@ class BackgroundWriter:
         """Remove what a session's round has written; what is being written, when it is there."""
         if key in self._rounds:
             for _, job in self._rounds.pop(key).begun:
-                if not job.cancel():
-                    job.add_done_callback(self._discard)
-
-    def _discard(self, job: _Job) -> None:
-        if job.exception() is None:
-            self._levels.disk.discard([job.result()[1]])
+                self._levels.discard_written(job)
 
     def close(self) -> None:
-        """Remove what nobody has collected, and end the thread."""
-        try:
-            for key in list(self._rounds):
-                self._drop(key)
-        finally:
-            self._thread.shutdown()
+        """Remove what nobody has collected."""
+        for key in list(self._rounds):
+            self._drop(key)

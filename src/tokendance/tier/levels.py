@@ -1,6 +1,8 @@
 """Memory and disk, between which KV moves, and what is known of both."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +10,18 @@ import numpy as np
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import FileId
 from tokendance.disk.store import DiskStore
+from tokendance.errors import StoreError
 from tokendance.executor.step import RowMemory
-from tokendance.rounds.segments import PrefixHashes
+from tokendance.rounds.segments import PrefixHashes, Salt
 from tokendance.store.entries import Slots, StoredPage
 from tokendance.store.eviction import EvictionOrder
 from tokendance.store.kv_store import KVStore, slots_of
 from tokendance.tier.slot_files import SlotFiles
+from tokendance.tier.steps import Result, Steps, awaited
+
+NUM_READERS = 2
+Written = Future[tuple[FileId, WrittenFile]]
+"""A file that is being written."""
 
 # Assumed until files have been read here.
 _FIRST_BYTES_PER_S = 500e6
@@ -47,6 +55,54 @@ class ReadCost:
             order.disk_cost = self._bytes_per_token / self._bytes_per_s / compute_s
 
 
+class Threads:
+    """Where a tier's jobs run.
+
+    Attributes:
+        index: the one thread that uses the index; a change takes some 50 ms.
+        writer: writes files.
+        readers: read files.
+    """
+
+    def __init__(self) -> None:
+        """Begin; each thread is started when it is needed."""
+        self.index = ThreadPoolExecutor(1, "store-index")
+        self.writer = ThreadPoolExecutor(1, "store")
+        self.readers = ThreadPoolExecutor(NUM_READERS, "store-reader")
+
+    def close(self) -> None:
+        """Wait for what they have begun to do; take no other job."""
+        for threads in (self.readers, self.writer, self.index):
+            threads.shutdown(cancel_futures=threads is self.readers)
+
+
+class Turn:
+    """Saves take turns: what one has found in the index has to be there until it commits."""
+
+    def __init__(self) -> None:
+        self._under_way: Future[None] | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a session is being saved."""
+        return self._under_way is not None
+
+    def free(self) -> Steps[None]:
+        """Wait until no session is being saved."""
+        while self._under_way is not None:
+            yield from awaited(self._under_way)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the turn, which is free, for as long as a session is being saved."""
+        under_way = self._under_way = Future[None]()
+        try:
+            yield
+        finally:
+            self._under_way = None
+            under_way.set_result(None)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Levels:
     """What saving and loading work on."""
@@ -57,6 +113,30 @@ class Levels:
     files: SlotFiles  # what of memory is on disk
     cost: ReadCost  # of reading files
     row_bytes: int  # of a token in a file that is not compressed
+    num_kept: Callable[[Salt], int]  # pages that a tenant's KV must not take when it is read
+    threads: Threads  # of the disk
+    turn: Turn  # of saves
+
+    def on_index(self, work: Callable[[], Result]) -> Steps[Result]:
+        """Have something done that uses the index, on its thread; what it raises is raised here.
+
+        Raises:
+            StoreError: if the store is closed.
+        """
+        try:
+            job = self.threads.index.submit(work)
+        except RuntimeError as error:
+            raise StoreError("The store is closed. Open it again.") from error
+        return (yield from awaited(job))
+
+    def discard_written(self, job: Written) -> None:
+        """Remove a file that nobody will name, when it is there."""
+        if not job.cancel():
+            job.add_done_callback(self._discard)
+
+    def _discard(self, job: Written) -> None:
+        if job.exception() is None:
+            self.disk.discard([job.result()[1]])
 
     def match_computed(self, text: PrefixHashes) -> tuple[list[StoredPage], Slots]:
         """What memory has of a text, up to the first token whose KV is still to be computed."""

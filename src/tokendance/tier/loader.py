@@ -2,26 +2,25 @@
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from tokendance.disk.kv_file import WrittenFile
 from tokendance.disk.records import Extents, FileId, SegmentRecord, StoredSession
-from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError
 from tokendance.rounds.segments import PrefixHashes, Salt, SegmentHash, hash_segment
 from tokendance.store.entries import RoundId, Slots
 from tokendance.store.kv_rows import KVRows
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder, PageIds
-from tokendance.tier.levels import Levels
+from tokendance.tier.levels import NUM_READERS, Levels
+from tokendance.tier.steps import Steps, awaited
 
 log = logging.getLogger("tokendance.store")
-
-_NUM_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,11 @@ class Restored:
 
 # A file's rows, and the seconds that reading them took.
 _Read = Future[tuple[KVRows, float]]
-Restoring = Generator[_Read, None, Restored]
-"""A session that is being read: it yields a file, and is to go on when that file is there."""
 
 
-def restoring(levels: Levels, session: StoredSession, salt: Salt, *, always: bool) -> Restoring:
+def restoring(
+    levels: Levels, session: StoredSession, salt: Salt, *, always: bool
+) -> Steps[Restored]:
     """Read files into memory, and publish what they hold as if it had been computed.
 
     See `DiskTier.restoring`.
@@ -57,36 +56,27 @@ def restoring(levels: Levels, session: StoredSession, salt: Salt, *, always: boo
     num_rows = num_bytes = 0
     seconds = 0.0
     damaged: list[FileId] = []
-    reader = object()
-    with ThreadPoolExecutor(_NUM_THREADS, "store") as threads:
-        held = levels.store.loading.setdefault(reader, [])
-        try:
-            for file, reading in _read_ahead(levels.disk, missing, threads):
-                yield reading
-                while not reading.done():
-                    yield reading
-                try:
-                    rows, read_s = reading.result()
-                except CorruptFileError as error:
-                    log.warning("%s", error)
-                    problems.append(str(error))
-                    damaged.append(file)
-                    continue
-                start = time.perf_counter()
-                pages = _load(levels, file, rows)
-                if pages is None:
-                    break
-                held.append(pages)
-                seconds += read_s / _NUM_THREADS + time.perf_counter() - start
-                num_rows += len(rows)
-                num_bytes += missing[file].num_bytes
-            num_lacking = _publish(levels, session, salt)
-        finally:
-            del levels.store.loading[reader]
-            for pages in held:
-                levels.store.pool.release(pages, Holder.REQUEST)
+    with levels.store.holding() as held:
+        for file, job in _read_ahead(levels, missing):
+            try:
+                rows, read_s = yield from awaited(job)
+            except CorruptFileError as error:
+                log.warning("%s", error)
+                problems.append(str(error))
+                damaged.append(file)
+                continue
+            start = time.perf_counter()
+            pages = _load(levels, file, rows, salt)
+            if pages is None:
+                break
+            held.append(pages)
+            seconds += read_s / NUM_READERS + time.perf_counter() - start
+            num_rows += len(rows)
+            num_bytes += missing[file].num_bytes
+        num_lacking = _publish(levels, session, salt)
     for file in damaged:
-        levels.disk.forget_file(file)
+        yield from levels.turn.free()
+        yield from levels.on_index(partial(levels.disk.forget_file, file))
     if num_bytes:
         levels.cost.note_read(num_bytes, seconds)
     return Restored(num_rows, num_bytes, num_lacking, tuple(problems))
@@ -108,26 +98,31 @@ def _missing(levels: Levels, session: StoredSession, salt: Salt) -> list[FileId]
 
 
 def _read_ahead(
-    disk: DiskStore, files: Mapping[FileId, WrittenFile], threads: ThreadPoolExecutor
+    levels: Levels, files: Mapping[FileId, WrittenFile]
 ) -> Iterator[tuple[FileId, _Read]]:
     """Read files in their order, a few ahead of whoever takes them."""
 
     def read(file: WrittenFile) -> tuple[KVRows, float]:
         start = time.perf_counter()
-        return disk.read(file), time.perf_counter() - start
+        return levels.disk.read(file), time.perf_counter() - start
 
     waiting: list[tuple[FileId, _Read]] = []
     for file, written in files.items():
-        waiting.append((file, threads.submit(read, written)))
-        if len(waiting) > _NUM_THREADS:
+        waiting.append((file, levels.threads.readers.submit(read, written)))
+        if len(waiting) > NUM_READERS:
             yield waiting.pop(0)
     yield from waiting
 
 
-def _load(levels: Levels, file: FileId, rows: KVRows) -> PageIds | None:
-    """Put a file's rows into memory; return the pages, held, or None if there is no room."""
+def _load(levels: Levels, file: FileId, rows: KVRows, salt: Salt) -> PageIds | None:
+    """Put a file's rows into memory; return the pages, held, or None if there is no room.
+
+    What is kept for other tenants is left alone: these pages are held until all is read.
+    """
     store = levels.store
-    if not store.make_room(store.num_pages([len(rows)])):
+    num_pages = store.num_pages([len(rows)])
+    num_left = store.pool.num_pages - store.pool.num_held(Holder.REQUEST) - levels.num_kept(salt)
+    if num_pages > num_left or not store.make_room(num_pages):
         return None
     (slots,), pages = store.take_slots([len(rows)])
     try:

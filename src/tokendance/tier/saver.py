@@ -7,67 +7,118 @@ import numpy as np
 
 from tokendance.disk.kv_file import WrittenFile, file_bytes
 from tokendance.disk.records import CacheRecord, FileId, SegmentRecord, SessionKey, StoredSession
+from tokendance.disk.store import DiskStore
 from tokendance.errors import CorruptFileError
 from tokendance.rounds.segments import PrefixHashes, TokenIds, hash_segment
-from tokendance.store.entries import Slots, StoredPage, StoredSegment, exact_length
+from tokendance.store.entries import (
+    Slots,
+    StoredPage,
+    StoredSegment,
+    exact_length,
+    pages_of,
+)
 from tokendance.store.kv_store import KVStore
+from tokendance.store.pages import Holder, PageIds
 from tokendance.tier.background import BackgroundWriter
 from tokendance.tier.caches import SessionSnapshot, SpokenCache
 from tokendance.tier.levels import Levels
 from tokendance.tier.slot_files import SlotFiles
+from tokendance.tier.steps import Steps, awaited
 
 # Of a file's rows: where fewer are needed, they are written anew, and the file goes.
 _LEAST_SHARE = 0.5
 
 
-def save(
+def saving(
     levels: Levels,
     background: BackgroundWriter,
     snapshot: SessionSnapshot,
     stored: StoredSession | None,
-) -> None:
-    """Write what is not on disk yet, and refer to what is; see `DiskTier.save`."""
-    key, files = snapshot.key, levels.files
-    in_memory = {
-        agent: levels.match_computed(PrefixHashes(cache.token_ids, snapshot.salt))
-        for agent, cache in snapshot.caches.items()
-    }
-    if stored is None:
-        with contextlib.suppress(CorruptFileError):
-            stored = levels.disk.session(key)
-    evicted = _evicted(snapshot, stored, in_memory) if stored is not None else {}
-    for agent in evicted:
-        del in_memory[agent]
-    caches = [slots for _, slots in in_memory.values()]
-    segments = _choose_segments(levels.store, snapshot, caches)
-    written: dict[FileId, WrittenFile] = {}
-    for file, written_file, slots in background.collect(key):
-        written[file] = written_file
-        files.note(file, slots)
-    try:
-        old_files = {FileId(file) for record in evicted.values() for file in record.extents[:, 0]}
-        segment_slots = [copy.slots for _, copy in segments]
-        _write(levels, key, caches, segment_slots, old_files, written, background.num_bytes)
-        records = evicted | {
-            agent: _record(files, snapshot.caches[agent], slots, exact_length(pages))
-            for agent, (pages, slots) in in_memory.items()
+) -> Steps[None]:
+    """Write what is not on disk yet, and refer to what is; see `DiskTier.saving`.
+
+    What is in memory of the session is held until all of it is on disk.
+    """
+    yield from levels.turn.free()
+    with levels.turn.taken(), levels.store.holding() as held:
+        if stored is None:
+            stored = yield from levels.on_index(lambda: _stored(levels.disk, snapshot.key))
+        in_memory = {
+            agent: levels.match_computed(PrefixHashes(cache.token_ids, snapshot.salt))
+            for agent, cache in snapshot.caches.items()
         }
-        levels.disk.commit(
-            key,
+        evicted = _evicted(snapshot, stored, in_memory) if stored is not None else {}
+        for agent in evicted:
+            del in_memory[agent]
+        caches = [slots for _, slots in in_memory.values()]
+        segments = _choose_segments(levels.store, snapshot, caches)
+        _hold(levels.store, [*caches, *(copy.slots for _, copy in segments)], held)
+        written: dict[FileId, WrittenFile] = {}
+        for file, written_file, slots in background.collect(snapshot.key):
+            written[file] = written_file
+            levels.files.note(file, slots)
+        try:
+            yield from _save(levels, background, snapshot, evicted, in_memory, segments, written)
+        except GeneratorExit:  # whoever saves has given up; what is being named may stay
+            levels.files.forget(written)
+            with contextlib.suppress(RuntimeError):  # closed; they go when it is opened again
+                levels.threads.index.submit(levels.disk.discard_unnamed, written)
+            raise
+        except BaseException:
+            levels.files.forget(written)
+            yield from levels.on_index(lambda: levels.disk.discard_unnamed(written))
+            raise
+        for pages, _ in in_memory.values():
+            levels.files.mark_on_disk(pages)
+    levels.cost.tell(levels.store.order)
+
+
+def _stored(disk: DiskStore, key: SessionKey) -> StoredSession | None:
+    with contextlib.suppress(CorruptFileError):
+        return disk.session(key)
+    return None
+
+
+def _hold(store: KVStore, caches: Sequence[Slots], held: list[PageIds]) -> None:
+    """Keep what some slots hold from being evicted."""
+    pages = pages_of(np.concatenate([np.empty(0, np.int32), *caches]), store.page_size)
+    store.pool.retain(pages, Holder.REQUEST)
+    held.append(pages)
+
+
+def _save(
+    levels: Levels,
+    background: BackgroundWriter,
+    snapshot: SessionSnapshot,
+    evicted: dict[str, CacheRecord],
+    in_memory: Mapping[str, tuple[Sequence[StoredPage], Slots]],
+    segments: Sequence[tuple[TokenIds, StoredSegment]],
+    written: dict[FileId, WrittenFile],
+) -> Steps[None]:
+    """Write files, which are added to `written`, and name them."""
+    files = levels.files
+    caches = [slots for _, slots in in_memory.values()]
+    old_files = {FileId(file) for record in evicted.values() for file in record.extents[:, 0]}
+    segment_slots = [copy.slots for _, copy in segments]
+    yield from _write(
+        levels, snapshot.key, caches, segment_slots, old_files, written, background.num_bytes
+    )
+    records = evicted | {
+        agent: _record(files, snapshot.caches[agent], slots, exact_length(pages))
+        for agent, (pages, slots) in in_memory.items()
+    }
+    in_segments = _segment_records(files, segments)
+    yield from levels.on_index(
+        lambda: levels.disk.commit(
+            snapshot.key,
             round_number=snapshot.round,
             state=snapshot.state,
             caches={agent: records[agent] for agent in snapshot.caches},
-            segments=_segment_records(files, segments),
+            segments=in_segments,
             files=written,
             ttl_s=snapshot.ttl_s,
         )
-    except BaseException:
-        files.forget(written)
-        levels.disk.discard_unnamed(written)
-        raise
-    for pages, _ in in_memory.values():
-        files.mark_on_disk(pages)
-    levels.cost.tell(levels.store.order)
+    )
 
 
 def _evicted(
@@ -121,7 +172,7 @@ def _write(
     old_files: Collection[FileId],
     written: dict[FileId, WrittenFile],
     background_bytes: int,
-) -> None:
+) -> Steps[None]:
     """Write what is not on disk, as far as the budget has room for it, and add it to `written`.
 
     All that is `written` has no name in the index yet, like the `background_bytes` of other
@@ -130,16 +181,25 @@ def _write(
     disk = levels.disk
     new_bytes = sum(map(len, levels.unwritten(caches, segments, written))) * levels.row_bytes
     unnamed_bytes = background_bytes + sum(file.num_bytes for file in written.values())
-    disk.make_room(new_bytes + unnamed_bytes, key)
+
+    def make_room() -> set[FileId]:
+        disk.make_room(new_bytes + unnamed_bytes, key)
+        return disk.index.own_files(key)
+
+    own_files = yield from levels.on_index(make_room)
     room = disk.budget - disk.num_bytes - unnamed_bytes
-    own_files = disk.index.own_files(key).difference(old_files)
-    _forget_sparse(levels, own_files, [*caches, *segments], room - new_bytes)
+    _forget_sparse(levels, own_files.difference(old_files), [*caches, *segments], room - new_bytes)
     # Asked anew: the files that made room may have held something of it.
     for slots in levels.unwritten(caches, segments, written):
         rows = levels.memory.read_kv(slots)
         if file_bytes(rows) > room:
             continue  # and is computed again
-        file, written_file = disk.write(rows)
+        job = levels.threads.writer.submit(disk.write, rows)
+        try:
+            file, written_file = yield from awaited(job)
+        except BaseException:
+            levels.discard_written(job)
+            raise
         written[file] = written_file
         room -= written_file.num_bytes
         levels.files.note(file, slots)

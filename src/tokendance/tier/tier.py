@@ -1,7 +1,6 @@
 """The tier as sessions and the engine's loop see it."""
 
 from collections.abc import Callable, Collection
-from concurrent.futures import wait
 
 from tokendance.disk.records import SessionKey, StoredSession
 from tokendance.disk.store import DiskStore
@@ -11,10 +10,11 @@ from tokendance.rounds.segments import Salt
 from tokendance.store.kv_store import KVStore
 from tokendance.tier.background import BackgroundWriter
 from tokendance.tier.caches import SessionSnapshot
-from tokendance.tier.levels import Levels, ReadCost
-from tokendance.tier.loader import Restored, Restoring, restoring
-from tokendance.tier.saver import save
+from tokendance.tier.levels import Levels, ReadCost, Threads, Turn
+from tokendance.tier.loader import Restored, restoring
+from tokendance.tier.saver import saving
 from tokendance.tier.slot_files import SlotFiles
+from tokendance.tier.steps import Result, Steps, finish
 
 _POSITION_BYTES = 4  # which a file has for each row, besides its KV
 
@@ -23,11 +23,11 @@ class DiskTier:
     """Moves KV of sessions between memory and a disk store.
 
     It hangs on the engine's loop, which calls `after_step` and `due_s`. Every method is called on
-    the engine's thread, between two steps.
+    the engine's thread, between two steps, and so are the steps that some of them return
+    (`tier/steps.py`).
 
     Attributes:
         disk: the store.
-        bytes_on_disk: of KV, when it was last looked at; may be read on any thread.
         is_closed: whether `close` was called; all that reads or writes fails then.
     """
 
@@ -39,50 +39,67 @@ class DiskTier:
         *,
         bytes_per_token: int,
         seconds_per_token: Callable[[], float | None],
+        num_kept: Callable[[Salt], int] = lambda _: 0,
     ) -> None:
         """Write what is computed to `disk`, which `close` closes.
 
-        A token's KV takes `bytes_per_token` in memory, and computing it `seconds_per_token` now;
-        None while nobody knows.
+        Args:
+            store: index of the KV in memory.
+            memory: that KV.
+            disk: store on disk.
+            bytes_per_token: of KV in memory.
+            seconds_per_token: that computing takes now; None while nobody knows.
+            num_kept: pages that are kept for others when KV of a tenant is read.
         """
         self.disk = disk
-        self.bytes_on_disk = disk.num_bytes
         self.is_closed = False
         cost = ReadCost(bytes_per_token, seconds_per_token)
         row_bytes = bytes_per_token + _POSITION_BYTES
-        self._levels = Levels(store, memory, disk, SlotFiles(store), cost, row_bytes)
+        files = SlotFiles(store)
+        self._levels = Levels(
+            store, memory, disk, files, cost, row_bytes, num_kept, Threads(), Turn()
+        )
         self._background = BackgroundWriter(self._levels)
 
+    @property
+    def bytes_on_disk(self) -> int:
+        """Of KV; may be read on any thread."""
+        return self.disk.num_bytes
+
+    def job(self, work: Callable[[], Result]) -> Steps[Result]:
+        """Have something done that reads or changes the store's index, on the thread for that.
+
+        Raises:
+            StoreError: if the store is closed.
+        """
+        return self._levels.on_index(work)
+
     def save(self, snapshot: SessionSnapshot, stored: StoredSession | None = None) -> None:
+        """Do what `saving` does, and wait for the disk."""
+        finish(self.saving(snapshot, stored))
+
+    def saving(self, snapshot: SessionSnapshot, stored: StoredSession | None = None) -> Steps[None]:
         """Make a session durable as it is now; KV that does not fit the budget is left out.
 
-        What is on disk of it is read here, unless the caller has just read it (`stored`).
+        It is on disk when the last step is done. What is on disk of it is read here, unless the
+        caller has just read it (`stored`).
 
         Raises:
             StoreError: if the disk cannot be written; what was durable before still is.
         """
-        save(self._levels, self._background, snapshot, stored)
-        self.bytes_on_disk = self.disk.num_bytes
+        return saving(self._levels, self._background, snapshot, stored)
 
     def restore(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restored:
+        """Do what `restoring` does, and wait for the disk."""
+        return finish(self.restoring(session, salt, always=always))
+
+    def restoring(
+        self, session: StoredSession, salt: Salt, *, always: bool = False
+    ) -> Steps[Restored]:
         """Read what memory lacks of a session's KV, as far as there is room, and if it pays.
 
         With `always` it is read even if computing it would be quicker. A file that is damaged is
         taken out of the store, and what it held is computed again.
-        """
-        steps = self.restoring(session, salt, always=always)
-        while True:
-            try:
-                wait([next(steps)])
-            except StopIteration as end:
-                restored: Restored = end.value
-                return restored
-
-    def restoring(self, session: StoredSession, salt: Salt, *, always: bool = False) -> Restoring:
-        """Do what `restore` does, in steps between which the engine may go on.
-
-        Yields:
-            A file that is being read: a step before it is there does nothing.
         """
         return restoring(self._levels, session, salt, always=always)
 
@@ -121,4 +138,5 @@ class DiskTier:
         try:
             self._background.close()
         finally:
+            self._levels.threads.close()
             self.disk.close()

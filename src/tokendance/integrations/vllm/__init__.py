@@ -19,11 +19,19 @@ CUDA_WORKER = "tokendance.integrations.vllm.gpu_worker.RoundWorker"
 
 
 def register() -> None:
-    """Put our scheduler, worker and attention where vLLM looks for its own, if asked to."""
+    """Put our scheduler, worker and attention where vLLM looks for its own, if asked to.
+
+    Raises:
+        ConfigError: for a version of vLLM that was not tested.
+    """
     if os.environ.get("TOKENDANCE") != "1":
         return
+    import vllm
     from vllm.platforms import current_platform
 
+    from tokendance.integrations.vllm.support import check_version
+
+    check_version(vllm.__version__)
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         log.warning("TokenDance inside vLLM serves CPUs and NVIDIA GPUs: vLLM runs as it is.")
         return
@@ -45,12 +53,11 @@ def register() -> None:
 
 def _configure(vllm_config: Any) -> None:
     """Choose our scheduler, worker and attention for a configuration that can be served."""
-    import vllm
     from vllm.platforms import current_platform
 
     from tokendance.integrations.vllm.support import why_not
 
-    if (reason := why_not(vllm_config, vllm.__version__, current_platform)) is not None:
+    if (reason := why_not(vllm_config, current_platform)) is not None:
         log.warning("vLLM runs without TokenDance: %s.", reason)
         return
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER

@@ -44,6 +44,10 @@ class RoundModelRunner(CPUModelRunner):  # type: ignore[misc]
             contexts.begin(new.req_id, getattr(new, "tokendance_reads", None))
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             contexts.restart(request_id)
+        for request_id, token_ids in getattr(scheduler_output, "tokendance_whole", {}).items():
+            contexts.begin(request_id, None)
+            state = self.requests[request_id]
+            state.prompt_token_ids, state.num_prompt_tokens = token_ids, len(token_ids)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import prometheus_client
-import vllm
 import vllm.v1.engine as engine
 from vllm.platforms import current_platform
 from vllm.v1.metrics import loggers
@@ -77,7 +76,7 @@ class RoundLogger(loggers.AggregateStatLoggerBase):  # type: ignore[misc]
         is_plain = gauge(
             "tokendance:plain_vllm", "1 if vLLM runs without TokenDance, and why.", ["reason"]
         )
-        reason = why_not(vllm_config, vllm.__version__, current_platform)
+        reason = why_not(vllm_config, current_platform)
         is_plain.labels(reason or "").set(int(reason is not None))
         for index in map(str, engine_indexes):  # so that they are shown from the beginning
             for counter in self._counters.values():

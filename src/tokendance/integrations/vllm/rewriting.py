@@ -1,4 +1,4 @@
-"""Makes a mirror of a vLLM request: its prompt becomes its own tokens."""
+"""Makes a mirror of a vLLM request: its prompt becomes its own tokens. And back again."""
 
 import hashlib
 import secrets
@@ -21,22 +21,44 @@ def rewrite(request: Any, member: Member, *, max_model_len: int, tokens_per_hash
         tokens_per_hash: of vLLM's prefix cache.
     """
     own = [request.prompt_token_ids[position] for position in member.own.tolist()]
-    request.prompt_token_ids = own
-    request._all_token_ids[:] = own
-    request.num_prompt_tokens = len(own)
+    _replace_prompt(request, own)
     request.max_tokens = min(request.max_tokens, max_model_len - len(member.token_ids))
     if request._block_hasher is None:
         return
     first_read = int(np.argmax(member.reads != NO_SLOT))
     request.block_hashes = request.block_hashes[: first_read // tokens_per_hash]
-    request._block_hasher = _Nonce(tokens_per_hash)
+    request._block_hasher = _Nonce(tokens_per_hash, request._block_hasher)
     request.update_block_hashes()
 
 
-class _Nonce:
-    """A hasher of blocks whose hashes nobody else has."""
+def restore(request: Any, member: Member) -> None:
+    """Give a mirror all its tokens back: whatever it has said, it is computed as a plain request.
 
-    def __init__(self, tokens_per_hash: int) -> None:
+    vLLM must not take any of its KV for computed after that.
+    """
+    _replace_prompt(request, member.token_ids.tolist())
+    request.max_tokens = member.max_new_tokens
+    if request._block_hasher is not None:
+        request._block_hasher = request._block_hasher.exact
+        request.block_hashes = []
+        request.update_block_hashes()
+
+
+def _replace_prompt(request: Any, token_ids: list[int]) -> None:
+    request._all_token_ids[: request.num_prompt_tokens] = token_ids
+    request.prompt_token_ids = token_ids
+    request.num_prompt_tokens = len(token_ids)
+
+
+class _Nonce:
+    """A hasher of blocks whose hashes nobody else has.
+
+    Attributes:
+        exact: the hasher that it stands for.
+    """
+
+    def __init__(self, tokens_per_hash: int, exact: Any) -> None:
+        self.exact = exact
         self._nonce = secrets.token_bytes(32)
         self._tokens_per_hash = tokens_per_hash
 

@@ -203,17 +203,20 @@ class Rounds:
         ]
 
     def _discover(self, salt: Salt, members: Sequence[Member], now: float) -> list[EncodedPrompt]:
-        num_known = [
-            len(self._store.match_slots(PrefixHashes(member.token_ids, salt))) for member in members
-        ]
+        hashes = [PrefixHashes(member.token_ids, salt) for member in members]
+        num_known = [len(self._store.match_slots(text)) for text in hashes]
         for member, num in zip(members, num_known, strict=True):
             member.in_round = num > 0
         texts = [member.token_ids for member in members]
         found = self._discoveries.segment(salt, texts, now, num_known)
         if found is None:
-            return [build_prompt([(text, False)], salt) for text in texts]
-        self._store.recall(found.earlier, salt)
-        return found.prompts
+            prompts = [build_prompt([(text, False)], salt) for text in texts]
+        else:
+            self._store.recall(found.earlier, salt)
+            prompts = found.prompts
+        for prompt, known in zip(prompts, hashes, strict=True):
+            prompt.keep_hashes(known)
+        return prompts
 
     # -- starting -----------------------------------------------------------------------------
 
@@ -333,6 +336,17 @@ class Rounds:
             self._store.publish_prefix(text, slots, member.plan.num_exact)
         self._store.pool.release(member.held, Holder.REQUEST)
         self._keep_within_budget()
+
+    def let_go(self) -> None:
+        """Let all members go that have started, and keep nothing of what they compute.
+
+        Whoever waits for one of them computes in its place.
+        """
+        for member in self._live.values():
+            if not member.is_published:
+                self._end_computing(member)
+            self._store.pool.release(member.held, Holder.REQUEST)
+        self._live.clear()
 
     def _end_computing(self, member: Member) -> None:
         self._computing.subtract(member.owned)

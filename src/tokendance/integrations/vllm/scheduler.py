@@ -34,7 +34,7 @@ from tokendance.integrations.vllm.figures import Figures
 from tokendance.integrations.vllm.hints import read_hints
 from tokendance.integrations.vllm.metrics import RoundStats
 from tokendance.integrations.vllm.pages import BlockPages
-from tokendance.integrations.vllm.rewriting import rewrite
+from tokendance.integrations.vllm.rewriting import restore, rewrite
 from tokendance.integrations.vllm.rounds import Member, Rounds
 from tokendance.integrations.vllm.settings import Settings
 from tokendance.rounds.segments import make_salt
@@ -65,6 +65,7 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
         )
         self._requests: dict[str, Request] = {}  # that have not started
         self._members: dict[str, Member] = {}  # that have
+        self._whole: set[str] = set()  # mirrors until they are computed whole, which workers hear
         self._gauges = Figures()
         self._gauges_s = 0.0  # when they were counted
         (group,) = self.kv_cache_config.kv_cache_groups
@@ -124,9 +125,17 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Start what can start, schedule a step, and tell the workers what new mirrors read."""
-        self._start_members()
+        if self.pause_state == PauseState.UNPAUSED:
+            self._start_members()
         output = super().schedule(*args, **kwargs)
+        if self._whole:
+            resumed = self._whole & output.scheduled_cached_reqs.resumed_req_ids
+            output.tokendance_whole = {
+                request_id: self.requests[request_id].prompt_token_ids for request_id in resumed
+            }
+            self._whole -= resumed
         for new in output.scheduled_new_reqs:
+            self._whole.discard(new.req_id)
             member = self._members.get(new.req_id)
             if member is None:
                 continue
@@ -162,6 +171,7 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
     # -- requests go --------------------------------------------------------------------------
 
     def _free_blocks(self, request: Request) -> None:
+        self._whole.discard(request.request_id)
         if self._members.pop(request.request_id, None) is not None:
             answer = list(request.output_token_ids)
             # The last token of an answer is not read any more, so it has no KV.
@@ -191,6 +201,10 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
         return gone + finished
 
     # -- what others ask ----------------------------------------------------------------------
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether it runs or waits, for vLLM or for its round. Asked since vLLM 0.33."""
+        return request_id in self._requests or request_id in self.requests
 
     def get_num_unfinished_requests(self) -> int:
         """See vLLM's; with those that wait for their round, unless all have to wait."""
@@ -235,10 +249,25 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
             retained_pages=max(0, num_used - len(readers)),
         )
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Forget all KV."""
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Forget all KV; with `reset_running_requests` also of those that run."""
+        if reset_running_requests:
+            self._compute_whole()
         self._rounds.forget()
-        return bool(super().reset_prefix_cache(*args, **kwargs))
+        return bool(super().reset_prefix_cache(reset_running_requests, *args, **kwargs))
+
+    def _compute_whole(self) -> None:
+        """Let all members go on as plain requests: the KV that they read is going to be lost."""
+        self._rounds.let_go()
+        for request_id, member in self._members.items():
+            if member.is_mirror:
+                request = self.requests[request_id]
+                restore(request, member)
+                if request.status != RequestStatus.WAITING:  # workers know it
+                    self._whole.add(request_id)
+        self._members.clear()
 
 
 class RoundScheduler(_RoundsMixin, VLLMScheduler):  # type: ignore[misc]

@@ -18,7 +18,8 @@ class Settings:
     Attributes:
         correction: which tokens of a reused segment each mirror computes afresh: edges:3+1,
             first:4, epic, none or all.
-        window_ms: requests that arrive within so many milliseconds of each other make a round.
+        window_ms: requests that arrive within so many milliseconds of each other make a round; more
+            for clients that were seen to take longer, within the next. 0 waits for nobody.
         window_share: share of a lone request's time that it may wait for others at most.
         round_wait_s: a round with a name starts so many seconds after its last request, if it is
             not full.

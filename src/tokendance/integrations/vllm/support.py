@@ -1,10 +1,15 @@
-"""Which of vLLM's configurations TokenDance serves. All others run as plain vLLM, and say why."""
+"""Which of vLLM's versions and configurations TokenDance serves.
+
+A version that was not tested is refused. A configuration that does not fit runs as plain vLLM, and
+says why.
+"""
 
 import os
 from typing import Any
 
 import torch
 
+from tokendance.errors import ConfigError
 from tokendance.integrations.vllm import CUDA_WORKER
 
 TESTED_VERSIONS = ("0.32.",)
@@ -12,18 +17,28 @@ ANY_VERSION = "TOKENDANCE_ANY_VERSION"
 _ROPE_TYPES = ("default", "llama3")
 
 
-def why_not(config: Any, version: str, platform: Any = None) -> str | None:
+def check_version(version: str) -> None:
+    """Refuse versions of vLLM that were not tested, unless the user wants to try.
+
+    Raises:
+        ConfigError: for such a version.
+    """
+    if version.startswith(TESTED_VERSIONS) or os.environ.get(ANY_VERSION) == "1":
+        return
+    tested = " and ".join(name + "x" for name in TESTED_VERSIONS)
+    raise ConfigError(
+        f"TokenDance was tested inside vLLM {tested}, and this is {version}. "
+        f"Set {ANY_VERSION}=1 to try it, or start vLLM without TOKENDANCE=1."
+    )
+
+
+def why_not(config: Any, platform: Any = None) -> str | None:
     """Why a configuration runs as plain vLLM, as the end of a sentence; None if it is served.
 
     Args:
         config: a `vllm.config.VllmConfig`, complete.
-        version: of vLLM.
         platform: `vllm.platforms.current_platform`; None for a CPU.
     """
-    is_tested = version.startswith(TESTED_VERSIONS)
-    if not is_tested and os.environ.get(ANY_VERSION) != "1":
-        tested = " and ".join(name + "x" for name in TESTED_VERSIONS)
-        return f"it was tested with vLLM {tested}, not with {version}; {ANY_VERSION}=1 tries it"
     model, parallel = config.model_config, config.parallel_config
     if model is None or model.runner_type != "generate":
         return "the model does not generate"
@@ -35,10 +50,15 @@ def why_not(config: Any, version: str, platform: Any = None) -> str | None:
         "the model has layers of several kinds": model.is_hybrid or len(layers) > 1,
         "the model has attention windows": bool(getattr(text, "sliding_window", None)),
         "the model reads more than text": model.is_multimodal_model,
+        "the model does not rotate its keys (RoPE)": not rope,
         "the model rotates in another way": rope.get("rope_type", "default") not in _ROPE_TYPES,
+        "the model writes by diffusion": config.diffusion_config is not None,
         "the model caps its logits": bool(getattr(text, "attn_logit_softcapping", None)),
         "KV has a dtype of its own": config.cache_config.cache_dtype != "auto",
         "KV goes elsewhere": config.kv_transfer_config is not None,
+        "others are told of KV (KV events)": (
+            config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events
+        ),
         "KV of one context is on several devices": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),

@@ -1,0 +1,1 @@
+"""Runs to look at: recorded from an engine's events, kept as a document, shown in a page."""

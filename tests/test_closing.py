@@ -1,0 +1,249 @@
+"""Answers that have to look like something are whole before their tokens are used up."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving import chat, serving
+from test_answer_grammar import MARKED, Choose, answer_format, at_random, preferring, tool
+from tokendance import LLM
+from tokendance.models.loader import LoadedModel, load_model
+from tokendance.models.thoughts import Standing, ThoughtMarks
+from tokendance.options import EngineOptions
+from tokendance.server import closing
+from tokendance.server.answer_grammar import Calls, Pattern, Wanted
+from tokendance.server.call_parser import CallParser, join
+from tokendance.server.closing import Closer
+from tokendance.server.grammar import Grammars
+from tokendance.server.grammar_constraint import AnswerConstraint
+from tokendance.server.settings import ServerSettings
+from tokendance.server.thinking_constraint import ThinkingConstraint
+
+
+class Person(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    age: int
+    notes: list[str]
+    height: float | None = None
+
+
+class Tree(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    children: list["Tree"] = []
+    word: str = Field(min_length=2)
+
+
+class People(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    people: list[Person]
+
+
+MODELS: list[type[BaseModel]] = [Person, Tree, People]
+SCHEMAS: list[dict[str, Any]] = [
+    {},
+    {"type": "number"},
+    {"type": "string"},
+    {"type": "array", "items": {"type": "string"}},
+    {"$ref": "#/$defs/L", "$defs": {"L": {"type": "array", "items": {"$ref": "#/$defs/L"}}}},
+    {"type": "object"},
+    {"type": "object", "additionalProperties": {"type": "array"}},
+    *(model.model_json_schema() for model in MODELS),
+]
+
+
+@pytest.fixture(scope="module")
+def grammars(fake: LoadedModel) -> Iterator[Grammars]:
+    made = Grammars(fake, ServerSettings())
+    yield made
+    made.close()
+
+
+def answered(fake: LoadedModel, constraint: AnswerConstraint, choose: Choose, most: int) -> str:
+    """The answer that is chosen token by token, which has to end within `most` tokens."""
+    texts = [fake.tokenizer.decode([token]) for token in range(fake.shape.vocab_size)]
+    tokens: list[int] = []
+    while True:
+        allowed = np.flatnonzero(~constraint.forbidden()).tolist()
+        assert allowed, fake.tokenizer.decode(tokens)
+        token = choose(allowed, "".join(texts[one] for one in tokens).encode())
+        if token in fake.stop_ids:
+            return str(fake.tokenizer.decode(tokens))
+        constraint.accept(token)
+        assert constraint.failure() is None
+        tokens.append(token)
+        assert len(tokens) < most, fake.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+@pytest.mark.parametrize("liked", ["[", "{", "a", '"', "9", None])
+def test_whatever_it_likes_it_ends_in_time(
+    fake: LoadedModel, grammars: Grammars, number: int, liked: str | None
+) -> None:
+    schema = SCHEMAS[number]
+    wanted = Wanted(answer=answer_format(schema))
+    constraint = grammars.answer(wanted, MARKED).constraint
+    choices = [preferring(fake, liked)] if liked else [at_random(seed) for seed in range(3)]
+    for most in (90, 121, 300):
+        for choose in choices:
+            text = answered(fake, constraint.copy(most), choose, most)
+            found = json.loads(text)
+            for model in MODELS:
+                if schema == model.model_json_schema():
+                    model.model_validate(found)
+    if liked == "a" and schema == {"type": "string"}:
+        assert len(text) > 300 - 20  # and not long before
+
+
+def test_calls_end_in_time(fake: LoadedModel, grammars: Grammars) -> None:
+    wanted = Wanted((tool("f", {"type": "object", "properties": {"a": {"type": "string"}}}),),
+                    Calls.REQUIRED)  # fmt: skip
+    constraint = grammars.answer(wanted, MARKED).constraint
+    for liked in ("a", '"', "{", "<"):
+        text = answered(fake, constraint.copy(150), preferring(fake, liked), 150)
+        parser = CallParser(MARKED, ["f"])
+        content, calls = join([*parser.add(text), *parser.finish(is_cut=False)])
+        assert not content.strip()
+        assert calls
+        for call in calls:
+            assert isinstance(json.loads(call.arguments), dict)
+
+
+def test_a_regular_expression_ends_in_time(fake: LoadedModel, grammars: Grammars) -> None:
+    wanted = Wanted(answer=Pattern.of_regex("(a+,)+;", "structured_outputs"))
+    constraint = grammars.answer(wanted, MARKED).constraint
+    assert answered(fake, constraint.copy(50), preferring(fake, "a"), 50).endswith("a,;")
+
+
+def test_what_comes_behind_thoughts_has_what_they_leave(
+    fake: LoadedModel, grammars: Grammars
+) -> None:
+    constraint = grammars.answer(
+        Wanted(answer=answer_format({"type": "string"})), MARKED
+    ).constraint
+    marks = ThoughtMarks("<think>", "</think>")
+    begin = "<think>Hm.</think>"
+    for most in (40, 60):
+        thinking = ThinkingConstraint(constraint.copy(), marks, Standing.BEFORE).copy(most)
+
+        def choose(allowed: Any, so_far: bytes) -> int:
+            rest = begin[len(so_far) :] or "a"
+            (token,) = fake.tokenizer(rest[0]).input_ids
+            return token if token in allowed else int(allowed[0])
+
+        text = answered(fake, thinking, choose, most)
+        assert text.startswith(begin)
+        assert set(json.loads(text.removeprefix(begin))) <= set("a")
+        assert len(text) > most - 20
+
+
+def test_thoughts_leave_room(fake: LoadedModel, grammars: Grammars) -> None:
+    """A model that would think for ever is stopped, so that it answers."""
+    schema = {"type": "array", "items": {"enum": ["yes"]}, "minItems": 2}
+    constraint = grammars.answer(Wanted(answer=answer_format(schema)), MARKED).constraint
+    for begun in (Standing.BEFORE, Standing.INSIDE):
+        thinking = ThinkingConstraint(constraint, ThoughtMarks("<think>", "</think>"), begun)
+        begin = "<think>" if begun is Standing.BEFORE else ""
+        for most in (60, 150):
+            choose = following_with(fake, begin, "a</b")
+            text = answered(fake, thinking.copy(most), choose, most)
+            thought, mark, said = text.removeprefix(begin).partition("</think>")
+            assert mark
+            assert len(thought) > most - 60
+            assert set(json.loads(said)) == {"yes"}
+
+
+def following_with(fake: LoadedModel, begin: str, liked: str) -> Choose:
+    """Say a text, then some characters by turns; something else where they are forbidden."""
+
+    def choose(allowed: Any, so_far: bytes) -> int:
+        place = len(so_far) - len(begin)
+        wanted = begin[len(so_far)] if place < 0 else liked[place % len(liked)]
+        (token,) = fake.tokenizer(wanted).input_ids
+        return token if token in allowed else int(allowed[0])
+
+    return choose
+
+
+def test_what_cannot_be_closed_runs_on(fake: LoadedModel, grammars: Grammars) -> None:
+    long = answer_format({"type": "string", "minLength": 2000})
+    constraint = grammars.answer(Wanted(answer=long), MARKED).constraint.copy(50)
+    for _ in range(50):
+        token = int(np.flatnonzero(~constraint.forbidden())[0])
+        assert token not in fake.stop_ids
+        constraint.accept(token)
+
+
+def test_ends_are_looked_for_now_and_then(
+    fake: LoadedModel, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+    search = closing._Search
+
+    def count(*arguments: Any) -> Any:
+        searches.append(arguments)
+        return search(*arguments)
+
+    monkeypatch.setattr(closing, "_Search", count)
+    constraint = grammars.answer(Wanted(answer=answer_format(SCHEMAS[3])), MARKED).constraint
+    answered(fake, constraint.copy(2000), at_random(1), 2000)
+    assert 1 <= len(searches) < 60
+
+
+def test_others_have_their_turn_while_an_end_is_looked_for(
+    fake: LoadedModel, grammars: Grammars
+) -> None:
+    """However slow it is, the end is the same."""
+    constraint = grammars.answer(Wanted(answer=answer_format(Person.model_json_schema())), MARKED)
+    paths = []
+    for seconds in (0.0, 0.004, 1.0):
+        held = constraint.constraint.copy(60)
+        now = 0.0
+
+        def clock(step: float = seconds) -> float:
+            nonlocal now
+            now += step
+            return now
+
+        held._closer = Closer(held.vocabulary.closing, 60, clock)
+        held._max_tokens = 60
+        held.forbidden()
+        (token,) = fake.tokenizer("{").input_ids
+        held.accept(token)
+        turns = 0
+        while not held.is_ready:
+            held.prepare()
+            turns += 1
+        assert held._closer is not None
+        paths.append(held._closer.path or held._closer._look_at)
+        assert (turns > 3) == (seconds > 0.001), turns
+    assert paths[0] == paths[1] == paths[2]
+
+
+@pytest.fixture(scope="module")
+def client(model_folder: Callable[..., Path]) -> Iterator[httpx.Client]:
+    model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
+    with serving(LLM.from_loaded(model, EngineOptions(kv_budget=2**24))) as (client, _):
+        yield client
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_answers_of_a_model_end_and_parse(client: httpx.Client, temperature: float) -> None:
+    for number, schema in enumerate(SCHEMAS):
+        wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        for most in (100, 160):
+            fields = {"max_tokens": most, "temperature": temperature, "seed": number}
+            document = chat(client, response_format=wanted, **fields).json()
+            (choice,) = document["choices"]
+            assert choice["finish_reason"] == "stop"
+            json.loads(choice["message"]["content"])
+            assert document["usage"]["completion_tokens"] < most
