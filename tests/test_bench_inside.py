@@ -204,10 +204,8 @@ def test_capacity_is_the_largest_round_in_time(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     round_s = 2 * (TAGGED_S + 31 * INSIDE_STEP_S)  # of two agents
-    monkeypatch.setattr(
-        "tokendance.bench.suites.inside.capacity.largest_round",
-        lambda _, **__: (1.6 * round_s, 4, 400),
-    )
+    module = "tokendance.bench.suites.inside.capacity"
+    monkeypatch.setattr(f"{module}.OBJECTIVE_S", 1.6 * round_s)
     headline = run("capacity", model, capsys)["headline"]
     assert headline["agents_inside"] == 3
     assert headline["agents_plain"] == 1

@@ -32,7 +32,6 @@ from tokendance.build import make_planner
 from tokendance.engine.allocator import Allocator
 from tokendance.executor.kv_pool import KVPool
 from tokendance.llm import LLM
-from tokendance.models.loader import LoadedModel
 from tokendance.options import ReuseMode
 from tokendance.store.entries import RoundId
 from tokendance.store.kv_store import KVStore
@@ -104,7 +103,14 @@ def _bisect(fits: Callable[[int], bool], good: int, bad: int) -> int:
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     model = load(settings)
-    objective_s, limit, longest = largest_round(model, tiny=settings.tiny)
+    objective_s, limit, longest = 5.0, 4, 400
+    if not settings.tiny:
+        # A prompt has its private part, what everybody said, the task, and the answer.
+        fitting = (model.shape.max_context - 1200) // 110
+        if fitting < 2:
+            raise context_too_short(model)
+        objective_s, limit = 15.0, min(60, fitting)
+        longest = 1200 + 110 * limit
     room = limit * longest
     engines = make_engines(model, settings.engine, MODES, room, KVPool(model, room))
     encoder = engines["prefix"]
@@ -157,22 +163,6 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         "ratio_by_memory": _over(in_memory["collective"], in_memory["prefix"]),
     }
     return SuiteResult("capacity", settings.model, table.rows, headline, notes)
-
-
-def largest_round(model: LoadedModel, *, tiny: bool) -> tuple[float, int, int]:
-    """The objective in seconds, the most agents that are tried, and room for one's context.
-
-    Raises:
-        ConfigError: if the model's context holds no round.
-    """
-    if tiny:
-        return 5.0, 4, 400
-    # A prompt has its private part, what everybody said, the task, and the answer.
-    fitting = (model.shape.max_context - 1200) // 110
-    if fitting < 2:
-        raise context_too_short(model)
-    limit = min(60, fitting)
-    return 15.0, limit, 1200 + 110 * limit
 
 
 def _seconds(llm: LLM, workload: RoundWorkload) -> float:
