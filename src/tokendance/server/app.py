@@ -117,7 +117,7 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 404:
         answer.message = _not_found(request.url.path, request.app)
     elif answer.status == 405:
-        allowed = answer.headers.get("allow", "another method")
+        allowed = answer.headers.get("Allow", "another method")
         answer.message = f"{request.method} is not answered here. Send {allowed}."
     return JSONResponse(answer.body(), answer.status, answer.headers)
 

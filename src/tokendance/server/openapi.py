@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 _ERRORS = {
     400: "The request cannot be answered as it is; `param` names the field.",
     401: "The API key is missing or wrong.",
-    404: "There is no such model.",
+    404: "There is no such model, or no such answer.",
     408: "The body took too long to arrive.",
     409: "A round of the session is under way.",
     413: "The body is too large, or the conversation has too many messages.",
