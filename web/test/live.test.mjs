@@ -25,11 +25,8 @@ test("a run that goes on is followed", async () => {
     await page.waitForSelector("text=No round has begun yet");
     for (const number of [1, 2]) {
       const told = await ask();
-      await page.waitForFunction(
-        (wanted) => document.querySelectorAll("tbody tr").length === wanted,
-        number,
-      );
-      await page.waitForFunction(() => !document.querySelector(".rounds em"));
+      await page.waitForSelector(`tbody tr:nth-child(${number})`);
+      await page.locator(".rounds em").waitFor({ state: "detached" });
       assert.match(await page.locator(".rounds label span").innerText(), new RegExp(`Round ${number} of ${number}`));
       const prompt = told.agents.reduce((sum, agent) => sum + agent.usage.prompt_tokens, 0);
       const shown = await page.locator("tr.now td").nth(1).innerText();

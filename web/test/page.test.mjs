@@ -87,7 +87,7 @@ quiet("what is pointed at is told, and what it says stays text", async () => {
   for (const [row, agent] of round.agents.entries())
     for (const part of agent.parts.keys()) {
       await point(round, row, part);
-      await page.waitForFunction((name) => document.querySelector(".details h3")?.innerText.includes(name), agent.agent);
+      await page.locator(".details h3", { hasText: `prompt of ${agent.agent}` }).waitFor();
       const [start, segment] = agent.parts[part];
       const stop = agent.parts[part + 1]?.[0] ?? agent.prompt;
       assert.equal(number(await detail("Tokens")), stop - start);
