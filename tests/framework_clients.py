@@ -73,7 +73,7 @@ def run_client(url: str, client: str, way: str, agents: int, rounds: int) -> lis
 def run(script: Path, *arguments: str) -> str:
     """Run a client; return what it has written."""
     ended = subprocess.run(
-        [PYTHON, script, *arguments],
+        [PYTHON_OPENAI_3 if script.stem in _WITH_OPENAI_3 else PYTHON, script, *arguments],
         # Nothing but the URL leads to the server.
         env={name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ},
         capture_output=True,
