@@ -288,7 +288,8 @@ def test_each_option_is_in_the_help_with_its_text_and_default(
     for field in dataclasses.fields(options):
         text = texts[field.name]
         assert text, f"{field.name} has no help"
-        if field.name in ("trace", "engine"):  # an argument, and what has a panel of its own
+        # An argument, what has a panel of its own, and what bench calls --engine vllm.
+        if field.name in ("trace", "engine", "inside"):
             continue
         is_repeated = field.name in ("api_keys", "allowed_hosts", "cors_origins")
         name = field.name.removesuffix("s") if is_repeated else field.name
@@ -305,7 +306,7 @@ def test_commands_that_run_a_model_take_what_makes_sense_there(tokendance: Run) 
     for command in ("bench", "calibrate"):
         shown = help_of(command, tokendance).keys()
         assert common <= shown
-        assert not {"--reuse", "--kv-budget", "--store", "--engine"} & shown
+        assert not {"--reuse", "--kv-budget", "--store"} & shown
     assert "--dtype" in shown
     for suite in SUITES:
         assert f"{suite}:" in tokendance("bench", "--help").stdout

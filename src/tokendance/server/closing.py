@@ -177,19 +177,19 @@ class _Search:
         self._most = most
 
     def go_on(self, clock: Callable[[], float], until_s: float) -> bool:
-        """Look for a while; return whether it is done."""
+        """Look for a while, for a token at least; return whether it is done."""
         assert self.path is not None
         while not (self._matcher.is_accepting() or self._matcher.is_stopped()):
             if len(self.path) >= self._most or self._matcher.is_error():
                 self.path = None
                 return True
-            if clock() > until_s:
-                return False
             for token in self._matcher.compute_ff_tokens() or [self._next()]:
                 self.path.append(token)
                 self._matcher.consume_token(token)
                 for character in self._decoder.decode(self._tokens.texts[token]):
                     self._scanner.add(character)
+            if clock() > until_s:  # behind a step, so that each turn comes nearer to the end
+                return False
         if self._matcher.is_error() or len(self.path) > self._most:
             self.path = None
         return True
