@@ -75,7 +75,8 @@ def response(rng: random.Random) -> Body:
     for message in messages:
         if not isinstance(message["content"], str):
             message["content"] = [{"type": "input_text", "text": "and now?"}]
-    found["input"] = messages if rng.random() < 0.7 else messages[-1]["content"]
+    last = messages[-1]["content"]
+    found["input"] = last if isinstance(last, str) and rng.random() < 0.3 else messages
     if "tools" in body:
         found["tools"] = [{"type": "function", **tool["function"]} for tool in TOOLS]
         found["input"] = [
