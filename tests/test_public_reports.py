@@ -132,7 +132,9 @@ def test_log_probabilities_have_all_bytes(client: httpx.Client) -> None:
         bias = {str(token): 6.0 for token in range(190, 259)}  # bytes that begin or go on
         whole = chat(client, logprobs=True, logit_bias=bias, **fields).json()["choices"][0]
         data = bytes(byte for entry in whole["logprobs"]["content"] for byte in entry["bytes"])
-        assert data.decode(errors="replace") == whole["message"]["content"]
+        # Tokenizers differ in how many marks they set for bytes that are no character.
+        text = data.decode(errors="ignore")
+        assert text == whole["message"]["content"].replace("\ufffd", "")
 
 
 def test_the_same_body_has_the_same_answer(client: httpx.Client) -> None:
