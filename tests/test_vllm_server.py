@@ -203,7 +203,7 @@ WHOLE = [(NUM_SAID, "length")] * NUM_AGENTS
     ("calls", "outcome"),
     [
         (["/reset_prefix_cache?reset_running_requests=true"], "computed anew"),
-        (["/pause?mode=keep", "/resume"], "computed anew"),
+        (["/pause?mode=keep", "/resume"], "answered"),
         (["/pause?mode=wait", "/resume"], "answered"),
         (["/pause?mode=abort", "/resume"], "aborted"),
         (["/sleep?level=0&mode=keep", "/wake_up?tags=scheduling"], "answered"),

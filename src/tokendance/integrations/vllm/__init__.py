@@ -8,11 +8,13 @@ processes. Without TOKENDANCE=1 it does nothing.
 """
 
 import logging
+import multiprocessing
 import os
 from typing import Any
 
 log = logging.getLogger("vllm.tokendance")  # below vllm's, so that it is shown as vllm's are
 
+_SAID: set[str] = set()
 SCHEDULER = "tokendance.integrations.vllm.scheduler.make_scheduler"
 CPU_WORKER = "tokendance.integrations.vllm.cpu_worker.RoundWorker"
 CUDA_WORKER = "tokendance.integrations.vllm.gpu_worker.RoundWorker"
@@ -58,7 +60,7 @@ def _configure(vllm_config: Any) -> None:
     from tokendance.integrations.vllm.support import why_not
 
     if (reason := why_not(vllm_config, current_platform)) is not None:
-        log.warning("vLLM runs without TokenDance: %s.", reason)
+        _say_once(f"vLLM runs without TokenDance: {reason}.")
         return
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     if current_platform.is_cuda():
@@ -66,6 +68,13 @@ def _configure(vllm_config: Any) -> None:
         _choose_attention(vllm_config)
     else:
         vllm_config.parallel_config.worker_cls = CPU_WORKER
+
+
+def _say_once(text: str) -> None:
+    """Warn, in the process that the user has started; vLLM checks a configuration in each."""
+    if multiprocessing.parent_process() is None and text not in _SAID:
+        _SAID.add(text)
+        log.warning(text)
 
 
 def _choose_attention(vllm_config: Any) -> None:
