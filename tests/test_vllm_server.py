@@ -64,7 +64,7 @@ def _usage(text: str) -> dict[str, Any]:
 FLAGS = {
     "served-model-name": "m",
     "dtype": "float32",
-    "max-model-len": 512,
+    "max-model-len": 2048,
     "block-size": PAGE,
     "kv-cache-memory-bytes": 2**24,
     "max-num-batched-tokens": 512,
@@ -74,7 +74,7 @@ FLAGS = {
 @contextlib.contextmanager
 def serve(folder: Path, *more: str) -> Iterator[Server]:
     """Serve a tiny model."""
-    save_model(folder, "llama", hidden_size=128)
+    save_model(folder, "llama", hidden_size=128, max_position_embeddings=2048)
     arguments = [f"--{name}={value}" for name, value in FLAGS.items()]
     arguments += ["--skip-tokenizer-init", "--enable-prompt-tokens-details", *more]
     with vllm_server(folder, folder, *arguments) as http:
@@ -195,7 +195,7 @@ class Streams:
         ]
 
 
-NUM_SAID = 200
+NUM_SAID = 800  # long enough for others to come in between
 WHOLE = [(NUM_SAID, "length")] * NUM_AGENTS
 
 
