@@ -6,6 +6,7 @@ speak only.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import pytest
@@ -96,7 +97,9 @@ def test_everybody_calls_hears_all_and_answers(
     first, second = played.asked
     prompts = [model.tokenizer.decode(request.prompt) for request in second]
     for text in played.said[0].values():
-        assert sum(text.strip() in prompt for prompt in prompts) >= AGENTS
+        # By its words: clients may quote it, or cut it after a while.
+        words = re.findall("[A-Za-z]{3,}", text)[:6]
+        assert sum(all(word in prompt for word in words) for prompt in prompts) >= AGENTS
     calls = [model.tokenizer.decode(one.answer).count(CALL) for one in (*first, *second)]
     assert sum(calls) > 0 or case[0] in SILENT
 

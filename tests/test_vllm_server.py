@@ -244,7 +244,7 @@ def test_whoever_pauses_or_resets_harms_nobody(
     assert least == 0
     # A little less where a block has an edge more, of one of the long answers.
     assert min(mirrors) >= 0.8 * REUSED
-    # vLLM tells some of what it has counted with a later step; one that comes may be preempted, too.
+    # vLLM tells some of what it has counted with a later step; who comes may be preempted, too.
     preempted = server.metric(preemptions) - before
     assert preempted <= (2 * NUM_AGENTS if outcome == "computed anew" else 0)
     assert server.http.post("/reset_prefix_cache").json() == {"success": True}
