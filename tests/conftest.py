@@ -29,6 +29,8 @@ if folder := os.environ.get("TOKENDANCE_NATIVE"):
     loader.exec_module(sys.modules[loader.name])
 
 if TYPE_CHECKING:
+    import httpx
+
     from tokendance import LLM
     from tokendance.executor.step import Executor
     from tokendance.models.loader import LoadedModel
@@ -81,6 +83,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return folders[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def client(model_folder: Callable[..., Path]) -> Iterator[httpx.Client]:
+    """A client of a server whose tiny model reads longer prompts."""
+    from serving import serving
+    from tokendance import LLM
+    from tokendance.models.loader import load_model
+    from tokendance.options import EngineOptions
+
+    model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
+    with serving(LLM.from_loaded(model, EngineOptions(kv_budget=2**24))) as (found, _):
+        yield found
 
 
 @pytest.fixture(scope="session")

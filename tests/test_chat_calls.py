@@ -2,17 +2,12 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from serving import HELLO, chat, events, serving
-from tokendance import LLM
-from tokendance.models.loader import load_model
-from tokendance.options import EngineOptions
+from serving import HELLO, chat, events
 
 PARAMETERS: dict[str, Any] = {
     "type": "object",
@@ -34,13 +29,6 @@ HEARD: list[dict[str, Any]] = [
         {"id": "1", "type": "function", "function": {"name": "walk", "arguments": "{}"}}]},
     {"role": "tool", "tool_call_id": "1", "content": "walked"},
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def client(model_folder: Callable[..., Path]) -> Iterator[httpx.Client]:
-    model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
-    with serving(LLM.from_loaded(model, EngineOptions(kv_budget=2**24))) as (client, _):
-        yield client
 
 
 def ask(client: httpx.Client, messages: Any = HELLO, **fields: Any) -> dict[str, Any]:

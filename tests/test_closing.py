@@ -1,8 +1,7 @@
 """Answers that have to look like something are whole before their tokens are used up."""
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,12 +9,10 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving import chat, serving
+from serving import chat
 from test_answer_grammar import MARKED, Choose, answer_format, at_random, preferring, tool
-from tokendance import LLM
-from tokendance.models.loader import LoadedModel, load_model
+from tokendance.models.loader import LoadedModel
 from tokendance.models.thoughts import Standing, ThoughtMarks
-from tokendance.options import EngineOptions
 from tokendance.server import closing
 from tokendance.server.answer_grammar import Calls, Pattern, Wanted
 from tokendance.server.call_parser import CallParser, join
@@ -227,13 +224,6 @@ def test_others_have_their_turn_while_an_end_is_looked_for(
         paths.append(held._closer.path or held._closer._look_at)
         assert (turns > 3) == (seconds > 0.001), turns
     assert paths[0] == paths[1] == paths[2]
-
-
-@pytest.fixture(scope="module")
-def client(model_folder: Callable[..., Path]) -> Iterator[httpx.Client]:
-    model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
-    with serving(LLM.from_loaded(model, EngineOptions(kv_budget=2**24))) as (client, _):
-        yield client
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -20,7 +19,7 @@ from test_thoughts import ANSWER, SAID
 from tiny_models import SPECIALS, VOCAB
 from tokendance import LLM
 from tokendance.errors import AbortedError
-from tokendance.models.loader import LoadedModel, load_model
+from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
 from tokendance.server.protocol import ChatMessage
 from tokendance.server.responses_api.kept import KeptAnswer, KeptAnswers
@@ -50,13 +49,6 @@ HEARD_IN_CHAT: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "1", "content": "walked"},
     {"role": "tool", "tool_call_id": "2", "content": "stayed"},
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def client(model_folder: Callable[..., Path]) -> Iterator[httpx.Client]:
-    model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
-    with serving(LLM.from_loaded(model, EngineOptions(kv_budget=2**24))) as (client, _):
-        yield client
 
 
 def without_model(fake: LoadedModel) -> LLM:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -30,6 +31,20 @@ def end(process: subprocess.Popen[bytes], grace_s: float = END_S) -> None:
     process.wait()
 
 
+def _start(
+    command: Sequence[str | Path], variables: Mapping[str, str], errors: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start a command that one talks to, as the leader of a session, so that `end` ends it."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=variables,
+        start_new_session=True,
+    )
+
+
 def run(
     command: Sequence[str | Path], said: str, variables: Mapping[str, str], timeout_s: float = 600
 ) -> str:
@@ -42,14 +57,7 @@ def run(
         timeout_s: seconds after which it is killed.
     """
     with tempfile.TemporaryFile() as errors:
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=variables,
-            start_new_session=True,
-        ) as process:
+        with _start(command, variables, errors) as process:
             try:
                 printed, _ = process.communicate(said.encode(), timeout_s)
             finally:
@@ -70,17 +78,7 @@ def talk(
         variables: its environment.
         timeout_s: seconds after which it is killed.
     """
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=variables,
-            start_new_session=True,
-        ) as process,
-    ):
+    with tempfile.TemporaryFile() as errors, _start(command, variables, errors) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         said, answers = process.stdin, process.stdout

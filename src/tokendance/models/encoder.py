@@ -74,6 +74,7 @@ class PromptEncoder:
 
     def with_salt(self, salt: Salt) -> "PromptEncoder":
         """The same encoder for prompts that share nothing with those of other salts."""
+        _ = self.drops_thoughts  # so that each salt need not find out what the template does
         other = copy.copy(self)
         other._salt = salt
         return other

@@ -23,8 +23,7 @@ from tokendance.rounds.prompts import strip_separator
 from tokendance.server.chat_prompt import check_length
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import bad_request
-from tokendance.server.protocol import TokenList
-from tokendance.server.protocol import _Body as Body
+from tokendance.server.protocol import Body, TokenList
 from tokendance.server.unsupported import Fields, leave_out_neutral
 
 _LEAVE_OUT = "Leave it out."

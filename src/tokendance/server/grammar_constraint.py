@@ -6,6 +6,7 @@ repeats the one before it is the last.
 """
 
 import codecs
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,6 +66,35 @@ class AnswerConstraint(Constraint, Protocol):
         ...
 
 
+class LazyConstraint(ABC):
+    """Finds out what may come next when somebody asks; `prepare` is left to each kind."""
+
+    def __init__(self, first: Mask | None = None) -> None:
+        """Begin an answer, of which is known what may not come first, or not."""
+        self._forbidden = first
+        self._accepted: list[int] = []  # since `prepare` has looked
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `forbidden` answers at once."""
+        return self._forbidden is not None
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Find out what may come next, or a part of it."""
+
+    def forbidden(self) -> Mask:
+        """Tokens that may not come next: bool (vocabulary,)."""
+        while self._forbidden is None:
+            self.prepare()
+        return self._forbidden
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that was chosen."""
+        self._accepted.append(token)
+        self._forbidden = None
+
+
 class AnswerWatch:
     """Follows the text of one answer, to say what would let it run on."""
 
@@ -111,7 +141,7 @@ class AnswerWatch:
         return vocabulary.blanks if scanner.num_blanks >= _MAX_BLANKS else None
 
 
-class GrammarConstraint:
+class GrammarConstraint(LazyConstraint):
     """The state of a grammar within one answer; see `engine.constraint.Constraint`.
 
     Attributes:
@@ -135,19 +165,13 @@ class GrammarConstraint:
             watch: begins to follow an answer.
             max_tokens: that the answer may have; it is closed before they are used up.
         """
+        super().__init__(first)
         self.vocabulary = vocabulary
         self._matcher = matcher
         self._first = first
         self._begin_watch = watch
         self._max_tokens = max_tokens
         self._watch, self._closer = watch(), self._begin_closer()
-        self._forbidden: Mask | None = first
-        self._accepted: list[int] = []  # and not told to the matcher
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `forbidden` answers at once."""
-        return self._forbidden is not None
 
     def prepare(self) -> None:
         """Find out what may come next, most often in 0.1 ms."""
@@ -177,20 +201,9 @@ class GrammarConstraint:
             forbidden = forbidden if with_more.all() else with_more
         self._forbidden = forbidden
 
-    def forbidden(self) -> Mask:
-        """Tokens that may not come next: bool (vocabulary,)."""
-        while self._forbidden is None:
-            self.prepare()
-        return self._forbidden
-
     def failure(self) -> str | None:
         """Why the grammar has failed, if it has."""
         return error_of(self._matcher)
-
-    def accept(self, token: int) -> None:
-        """Go on with a token that was chosen."""
-        self._accepted.append(token)
-        self._forbidden = None
 
     def copy(self, max_tokens: int | None = None) -> "GrammarConstraint":
         """One for another answer of at most so many tokens; while this one is at its beginning."""

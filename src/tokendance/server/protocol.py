@@ -66,7 +66,9 @@ Biases = Annotated[dict[str, float], Field(max_length=1024), _at_most(1024)]
 Blocks = Annotated[dict[str, str], Field(max_length=4096), _at_most(4096)]
 
 
-class _Body(Lenient):
+class Body(Lenient):
+    """A body, or an object in one, that refuses fields which it does not know."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -178,7 +180,7 @@ class StreamOptions(Lenient):
     include_usage: bool | None = None
 
 
-class RoundField(_Body):
+class RoundField(Body):
     """The round that a request belongs to.
 
     Attributes:
@@ -194,7 +196,7 @@ class RoundField(_Body):
     session: Name | None = None
 
 
-class Sampling(_Body):
+class Sampling(Body):
     """What requests of all kinds say of how tokens are chosen."""
 
     model: str
@@ -241,7 +243,7 @@ class Sampling(_Body):
         return self.max_tokens
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(Body):
     """What an answer has to look like, as vLLM's clients say it: one of these."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
@@ -325,14 +327,14 @@ class CompletionRequest(PromptRequest):
     best_of: int | None = None
 
 
-class BlockRef(_Body):
+class BlockRef(Body):
     """A shared block of a round, by its id."""
 
     type: Literal["block"] = "block"
     id: str
 
 
-class SharedText(_Body):
+class SharedText(Body):
     """Text that others of the round may have, too."""
 
     type: Literal["shared"]
@@ -371,7 +373,7 @@ class RoundAgent(Sampling):
     ) = None
 
 
-class RoundRequest(_Body):
+class RoundRequest(Body):
     """Body of /v1/rounds: all agents of a round, and the blocks that they share.
 
     Attributes:

@@ -12,13 +12,18 @@ from functools import lru_cache
 import numpy as np
 
 from tokendance.models.thoughts import Standing, ThoughtMarks, ThoughtParser
-from tokendance.server.grammar_constraint import GrammarConstraint, Mask, Vocabulary
+from tokendance.server.grammar_constraint import (
+    GrammarConstraint,
+    LazyConstraint,
+    Mask,
+    Vocabulary,
+)
 
 # Tokens of blanks between thoughts and what follows. Models write some there, and grammars do not.
 _MAX_BLANKS = 2
 
 
-class ThinkingConstraint:
+class ThinkingConstraint(LazyConstraint):
     """A constraint that begins behind thoughts; see `engine.constraint.Constraint`."""
 
     def __init__(
@@ -38,6 +43,7 @@ class ThinkingConstraint:
             max_tokens: that the answer may have, with its thoughts.
             reserve: tokens that what follows is to have; found out if left out.
         """
+        super().__init__()
         self._behind = behind
         self._vocabulary = behind.vocabulary
         self._marks = marks
@@ -53,13 +59,6 @@ class ThinkingConstraint:
         self._may_say = self._standing is Standing.BEFORE
         self._num_blanks = 0
         self._num_tokens = 0  # before what was asked for
-        self._accepted: list[int] = []  # and not looked at yet
-        self._forbidden: Mask | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `forbidden` answers at once."""
-        return self._forbidden is not None
 
     def prepare(self) -> None:
         """Find out what may come next."""
@@ -69,17 +68,6 @@ class ThinkingConstraint:
             self._step(token)
         self._accepted.clear()
         self._forbidden = self._find_forbidden()
-
-    def forbidden(self) -> Mask:
-        """Tokens that may not come next: bool (vocabulary,)."""
-        while self._forbidden is None:
-            self.prepare()
-        return self._forbidden
-
-    def accept(self, token: int) -> None:
-        """Go on with a token that was chosen."""
-        self._accepted.append(token)
-        self._forbidden = None
 
     def failure(self) -> str | None:
         """Why the grammar has failed, if it has."""
@@ -93,6 +81,8 @@ class ThinkingConstraint:
     def restart(self) -> None:
         """Go back to the beginning."""
         self._behind.restart()
+        self._accepted.clear()
+        self._forbidden = None
         self._begin()
 
     def _step(self, token: int) -> None:

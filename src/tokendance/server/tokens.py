@@ -11,8 +11,14 @@ from tokendance.rounds.segments import TokenIds
 from tokendance.server.chat_prompt import check_length, encode_chat
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import bad_request
-from tokendance.server.protocol import ChatMessage, ChatRequest, TemplateOptions, TokenList, Tool
-from tokendance.server.protocol import _Body as Body
+from tokendance.server.protocol import (
+    Body,
+    ChatMessage,
+    ChatRequest,
+    TemplateOptions,
+    TokenList,
+    Tool,
+)
 from tokendance.server.unsupported import leave_out_neutral
 
 
