@@ -97,13 +97,13 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
             )
         if settings.against is not None:
             raise ConfigError("--engine vllm measures against plain vLLM: leave out --against.")
-        if find_vllm() is None:
-            raise BaselineError(f"--engine vllm: vLLM is not installed. {HOW_TO_INSTALL}")
         if replace(engine, threads=None) != type(engine)():
             raise ConfigError(
                 "vLLM runs with settings of its own. Of the engine's options --engine vllm takes"
                 " --threads only."
             )
+        if find_vllm() is None:
+            raise BaselineError(f"--engine vllm: vLLM is not installed. {HOW_TO_INSTALL}")
     if suite == "attention" and replace(engine, threads=None) != type(engine)():
         raise ConfigError(
             "`bench attention` measures every backend by itself, on the CPU. Of the engine's "
