@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokendance.collector.estimate import PrefixEstimate
+from tokendance.commands.bars import Bars
 from tokendance.commands.report import (
     DoneRound,
     document,
@@ -55,7 +56,9 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
     """
     trace = _first_agents(read_trace(settings.trace or example_trace()), settings.agents)
     _check_settings(settings, options, trace)
-    with console.status(f"Loading {escape(settings.model)} ..."):
+    console.soft_wrap = not console.is_terminal  # whoever reads a pipe breaks lines by itself
+    loading = console.status(f"Loading {escape(settings.model)} ...")
+    with nullcontext() if settings.quiet else loading:
         llm = LLM(settings.model, options)
     with closing(llm), _watched(llm, settings, console) as after_round:
         _play(llm, trace, settings, console, after_round)
@@ -63,19 +66,24 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
 
 @contextmanager
 def _watched(llm: LLM, settings: RunSettings, console: Console) -> Iterator[Callable[[], None]]:
-    """Record, show and write a run as the settings say.
+    """Record, draw, show and write a run as the settings say.
 
     Yields:
         What is to be called after each round.
     """
-    if settings.record is None and not settings.view:
+    if settings.quiet and settings.record is None and not settings.view:
         yield lambda: None
         return
-    recording = Recording(llm)
+    recording, bars = Recording(llm), Bars(console)
+
+    def draw() -> None:
+        with recording.recorder.reading() as recorded:
+            bars.print_last(recorded)
+
     live = shown_live(recording, console, with_text=settings.record_text)
     with live if settings.view else nullcontext():
         try:
-            yield recording.recorder.digest
+            yield recording.recorder.digest if settings.quiet else draw
         finally:
             # Whatever became of it: a run that was broken off is worth a look, too.
             if settings.record is not None and recording.has_rounds:
@@ -211,7 +219,7 @@ def _live(
             agent.name: _params(settings, limit, number, index)
             for index, agent in enumerate(session.agents)
         }
-        with _progress(console, f"Round {number}", len(params)) as report:
+        with _progress(settings, console, f"Round {number}", len(params)) as report:
             try:
                 result = session.run(task, params, report)
             except NotStoredError as error:
@@ -237,7 +245,7 @@ def _replay(
             limit = settings.max_tokens or len(answer)
             prompts.append(_recorded_prompt(trace, recorded, request))
             params.append(_params(settings, limit, recorded.number, index, forced=answer))
-        with _progress(console, f"Round {recorded.number}", len(prompts)) as report:
+        with _progress(settings, console, f"Round {recorded.number}", len(prompts)) as report:
             result = llm.run_round(prompts, params, report)
         yield recorded.number, result
 
@@ -269,17 +277,23 @@ def _params(
 
 
 @contextmanager
-def _progress(console: Console, title: str, agents: int) -> Iterator[ReportProgress]:
-    """A progress bar while a round runs; on a plain stream, one line when it begins."""
-    console.rule(f"{title}, {agents} agents")
+def _progress(
+    settings: RunSettings, console: Console, title: str, agents: int
+) -> Iterator[ReportProgress]:
+    """A heading, and a progress bar while a round runs on a terminal."""
+    heading = f"{title}, {agents} agents"
+    if console.is_terminal:
+        console.rule(heading)
+    else:
+        console.print(heading)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    is_plain = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=is_plain) as bar:
+    is_off = settings.quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_off) as bar:
         task = bar.add_task(f"{title}: prefill", total=agents)
         yield lambda phase, agents_done: bar.update(
             task, description=f"{title}: {phase}", completed=agents_done
