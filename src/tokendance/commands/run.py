@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -39,11 +40,16 @@ from tokendance.units import format_bytes
 from tokendance.view.document import RECORD_ADVICE
 from tokendance.view.recording import Recording
 
-FIRST_TASK = "In one sentence, what will you do tomorrow?"
-NEXT_TASK = (
-    "You have heard what everybody wants to do. "
-    "In one sentence, what will you do now, and whom do you need?"
+# A small model says something sensible to a plain question, begins as it is told, and repeats less
+# of what it has heard if each round asks for something else (docs/log.md).
+_HOW = "Answer in one short sentence. Begin with the words: "
+TASKS = (
+    f"There is a picnic on Sunday. What food will you bring? {_HOW}I will bring",
+    f"It may rain on Sunday. What will you wear? {_HOW}I will wear",
+    f"Which game will you play at the picnic? {_HOW}I will play",
+    f"The picnic is over. What will you tell your friends about it? {_HOW}I will tell them",
 )
+_TALK = {"top_p": 0.9, "frequency_penalty": 0.3}  # the latter against words in a loop
 _JSON_ADVICE = "Give --json another path."
 
 
@@ -212,11 +218,13 @@ def _live(
             if person.name not in here:
                 session.join(Agent(person.name, person.system))
     limit = settings.max_tokens or LIVE_MAX_TOKENS
+    # In the next line a small model speaks for others. Thoughts have lines, too.
+    stop = ("\n",) if llm.encoder.thought_marks is None else ()
     first = session.round + 1
     for number in range(first, first + (settings.rounds or LIVE_ROUNDS)):
-        task = FIRST_TASK if number == 1 else NEXT_TASK
+        task = TASKS[(number - 1) % len(TASKS)]
         params = {
-            agent.name: _params(settings, limit, number, index)
+            agent.name: replace(_params(settings, limit, number, index), **_TALK, stop=stop)
             for index, agent in enumerate(session.agents)
         }
         with _progress(settings, console, f"Round {number}", len(params)) as report:
