@@ -23,7 +23,9 @@ def system(name: str) -> str:
             f"You are {name}. You want a park without cars, and you like quiet streets and trees."
         )
     if name in AGAINST:
-        return f"You are {name}. You need your car to get to work, and you want to park near your shop."
+        return (
+            f"You are {name}. You need your car to get to work, and to bring things to your shop."
+        )
     return f"You are {name}, a fair judge. You listen to both sides."
 
 

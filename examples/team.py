@@ -40,14 +40,21 @@ def ask(messages: list[Any], **fields: Any) -> dict[str, Any]:
 def look_up(name: str) -> tuple[list[Any], str]:
     """Let somebody call a tool; return the messages so far, and what was found."""
     tool, findings = TEAM[name]
-    parameters = {"type": "object", "properties": {"day": {"enum": DAYS}}, "required": ["day"]}
+    parameters = {
+        "type": "object",
+        "properties": {"day": {"enum": DAYS}},
+        "required": ["day"],
+        "additionalProperties": False,
+    }
     messages = [
         {"role": "system", "content": f"You are {name}. You look at the {tool} for your friends."},
         {"role": "user", "content": "We want to go to the lake. Look up one of the days."},
     ]
     function = {"name": tool, "parameters": parameters}
     tools = [{"type": "function", "function": function}]
-    said = ask(messages, tools=tools, tool_choice="required")["choices"][0]["message"]
+    said = ask(messages, tools=tools, tool_choice="required", max_tokens=200)["choices"][0][
+        "message"
+    ]
     call = said["tool_calls"][0]
     day = json.loads(call["function"]["arguments"])["day"]
     found = f"{name} has looked at the {tool} of {day}: {findings[DAYS.index(day)]}"
