@@ -14,63 +14,54 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-DAYS = ("Saturday", "Sunday")
-# Who, the tool, and what it finds for each of the days.
+# Who, the tool, and what it finds for each day.
 TEAM = {
-    "Ann": (
-        "forecast",
-        ("It rains all day, with a cold wind from the north.", "It is sunny and warm."),
-    ),
-    "Bo": ("timetable", ("A train goes to the lake every hour.", "The only train goes at nine.")),
-    "Cy": ("prices", ("The boats cost nine euros.", "The boats cost twelve euros, with lunch.")),
+    "Ann": ("forecast", {"Saturday": "It rains all day.", "Sunday": "It is sunny and warm."}),
+    "Bo": ("timetable", {"Saturday": "A train every hour.", "Sunday": "One train, at nine."}),
+    "Cy": ("prices", {"Saturday": "A boat is 9 euros.", "Sunday": "A boat is 12 euros."}),
 }
 
 
-def ask(messages: list[Any], **fields: Any) -> dict[str, Any]:
-    """What the server answers."""
-    body = {"model": MODEL, "messages": messages, "max_tokens": 40, "temperature": 0, **fields}
+def ask(name: str, question: str, **fields: Any) -> dict[str, Any]:
+    """What the server answers somebody."""
+    messages = [
+        {"role": "system", "content": f"You are {name}. You plan a trip to the lake with friends."},
+        {"role": "user", "content": question},
+    ]
+    body = {"model": MODEL, "messages": messages, "max_tokens": 100, "temperature": 0.6, **fields}
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(
-        f"{URL}/v1/chat/completions", json.dumps(body).encode(), headers
-    )
+    url = f"{URL}/v1/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)  # type: ignore[no-any-return]
 
 
-def look_up(name: str) -> tuple[list[Any], str]:
-    """Let somebody call a tool; return the messages so far, and what was found."""
+def look_up(name: str) -> str:
+    """Let somebody call the tool, and return what it finds."""
     tool, findings = TEAM[name]
     parameters = {
         "type": "object",
-        "properties": {"day": {"enum": DAYS}},
+        "properties": {"day": {"enum": list(findings)}},
         "required": ["day"],
         "additionalProperties": False,
     }
-    messages = [
-        {"role": "system", "content": f"You are {name}. You look at the {tool} for your friends."},
-        {"role": "user", "content": "We want to go to the lake. Look up one of the days."},
-    ]
-    function = {"name": tool, "parameters": parameters}
-    tools = [{"type": "function", "function": function}]
-    said = ask(messages, tools=tools, tool_choice="required", max_tokens=200)["choices"][0][
-        "message"
-    ]
-    call = said["tool_calls"][0]
-    day = json.loads(call["function"]["arguments"])["day"]
-    found = f"{name} has looked at the {tool} of {day}: {findings[DAYS.index(day)]}"
-    return [*messages, said, {"role": "tool", "tool_call_id": call["id"], "content": found}], found
+    tools = [{"type": "function", "function": {"name": tool, "parameters": parameters}}]
+    answer = ask(name, f"Look at the {tool}.", tools=tools, tool_choice="required")
+    call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
+    day = json.loads(call["arguments"])["day"]
+    return f"{name} has looked at the {tool} of {day}: {findings[day]}"
 
 
 def main() -> None:
     """Two rounds: tools, and a decision."""
     with ThreadPoolExecutor() as together:
-        histories, found = zip(*together.map(look_up, TEAM), strict=True)
-        print("\n".join(found))
-        question = "\n".join(found) + "\nWhen shall we go? Answer in one short sentence."
-        asked = [[*history, {"role": "user", "content": question}] for history in histories]
-        for name, answer in zip(TEAM, together.map(ask, asked), strict=True):
-            usage = answer["usage"]
+        found = "\n".join(together.map(look_up, TEAM))
+        print(found)
+        question = f"{found}\nWhat will you bring? Begin with the words: I will bring"
+        answers = together.map(lambda name: ask(name, question), TEAM)
+        for name, answer in zip(TEAM, answers, strict=True):
             print(f"{name}: {answer['choices'][0]['message']['content'].strip()}")
+            usage = answer["usage"]
             cached = usage["prompt_tokens_details"]["cached_tokens"]
             print(f"    {cached} of {usage['prompt_tokens']} tokens were there already")
 

@@ -49,7 +49,6 @@ TASKS = (
     f"Which game will you play at the picnic? {_HOW}I will play",
     f"The picnic is over. What will you tell your friends about it? {_HOW}I will tell them",
 )
-_TALK = {"top_p": 0.9, "frequency_penalty": 0.3}  # the latter against words in a loop
 _JSON_ADVICE = "Give --json another path."
 
 
@@ -224,7 +223,12 @@ def _live(
     for number in range(first, first + (settings.rounds or LIVE_ROUNDS)):
         task = TASKS[(number - 1) % len(TASKS)]
         params = {
-            agent.name: replace(_params(settings, limit, number, index), **_TALK, stop=stop)
+            agent.name: replace(
+                _params(settings, limit, number, index),
+                top_p=0.9,
+                frequency_penalty=0.3,  # against words in a loop
+                stop=stop,
+            )
             for index, agent in enumerate(session.agents)
         }
         with _progress(settings, console, f"Round {number}", len(params)) as report:
