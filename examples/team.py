@@ -20,6 +20,7 @@ TEAM = {
     "Bo": ("timetable", {"Saturday": "A train every hour.", "Sunday": "One train, at nine."}),
     "Cy": ("prices", {"Saturday": "A boat is 9 euros.", "Sunday": "A boat is 12 euros."}),
 }
+HOW = "Answer in one short sentence. Begin with the words: I will bring"
 
 
 def ask(name: str, question: str, **fields: Any) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def ask(name: str, question: str, **fields: Any) -> dict[str, Any]:
         {"role": "system", "content": f"You are {name}. You plan a trip to the lake with friends."},
         {"role": "user", "content": question},
     ]
-    body = {"model": MODEL, "messages": messages, "max_tokens": 100, "temperature": 0.6, **fields}
+    body = {"model": MODEL, "messages": messages, "max_tokens": 100, "seed": 2, **fields}
     headers = {"Content-Type": "application/json"}
     url = f"{URL}/v1/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -57,8 +58,9 @@ def main() -> None:
     with ThreadPoolExecutor() as together:
         found = "\n".join(together.map(look_up, TEAM))
         print(found)
-        question = f"{found}\nWhat will you bring? Begin with the words: I will bring"
-        answers = together.map(lambda name: ask(name, question), TEAM)
+        question = f"{found}\nWhat food will you bring? {HOW}"
+        talk = {"temperature": 0.6, "top_p": 0.9, "stop": "\n"}
+        answers = together.map(lambda name: ask(name, question, **talk), TEAM)
         for name, answer in zip(TEAM, answers, strict=True):
             print(f"{name}: {answer['choices'][0]['message']['content'].strip()}")
             usage = answer["usage"]
