@@ -155,7 +155,7 @@ def test_live_answers_are_one_line_but_for_thoughts(
 
     asked: list[tuple[str, Any]] = []
 
-    def ended(self: Session, task: str, params: Any, *_: Any) -> Any:
+    def ended(_: Session, task: str, params: Any, *__: Any) -> Any:
         asked.append((task, params))
         raise KeyboardInterrupt
 

@@ -70,8 +70,8 @@ class Bars:
         for name, agent, figure in zip(names, shown, figures, strict=True):
             line = Text(set_cell_size(name, name_width) + " ", no_wrap=True, overflow="crop")
             cells = list(self._cells(agent, scale))
-            for glyph, style in cells:
-                line.append(glyph, style)
+            for style, alike in itertools.groupby(cells, key=lambda cell: cell[1]):
+                line.append("".join(glyph for glyph, _ in alike), style)
             line.append(
                 " " * (bar_width - len(cells)) + figure.rjust(figure_width if figure else 0)
             )
