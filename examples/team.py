@@ -26,7 +26,7 @@ HOW = "Answer in one short sentence. Begin with the words: I will bring"
 def ask(name: str, question: str, **fields: Any) -> dict[str, Any]:
     """What the server answers somebody."""
     messages = [
-        {"role": "system", "content": f"You are {name}. You plan a trip to the lake with friends."},
+        {"role": "system", "content": f"You are {name}, and you like picnics."},
         {"role": "user", "content": question},
     ]
     body = {"model": MODEL, "messages": messages, "max_tokens": 100, "seed": 2, **fields}
@@ -58,7 +58,7 @@ def main() -> None:
     with ThreadPoolExecutor() as together:
         found = "\n".join(together.map(look_up, TEAM))
         print(found)
-        question = f"{found}\nWhat food will you bring? {HOW}"
+        question = f"{found}\nThere is a picnic at the lake. What food will you bring? {HOW}"
         talk = {"temperature": 0.6, "top_p": 0.9, "stop": "\n"}
         answers = together.map(lambda name: ask(name, question, **talk), TEAM)
         for name, answer in zip(TEAM, answers, strict=True):
