@@ -145,6 +145,32 @@ def test_live_rounds(tokendance: Run, tmp_path: Path, model: str) -> None:
     assert generated == sum(one["generated_tokens"] for one in document["rounds"])
 
 
+@pytest.mark.parametrize(("marks", "stop"), [(None, ("\n",)), (object(), ())])
+def test_live_answers_are_one_line_but_for_thoughts(
+    tokendance: Run, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch,
+    marks: object, stop: tuple[str, ...],
+) -> None:  # fmt: skip
+    from tokendance.models.encoder import PromptEncoder
+    from tokendance.session import Session
+
+    asked: list[tuple[str, Any]] = []
+
+    def ended(_: Session, task: str, params: Any, *__: Any) -> Any:
+        asked.append((task, params))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "run", ended)
+    monkeypatch.setattr(PromptEncoder, "thought_marks", marks)
+    trace = write_trace(tmp_path / "t.jsonl", *AGENTS)
+    done = tokendance("run", trace, "--model", model, "--temperature", "0.5")
+    assert done.returncode == 130
+    ((task, params),) = asked
+    assert "one short sentence" in task
+    assert {one.stop for one in params.values()} == {stop}
+    assert {one.temperature for one in params.values()} == {0.5}
+    assert len({one.seed for one in params.values()}) == 2
+
+
 def test_recorded_rounds_are_replayed(tokendance: Run, tmp_path: Path, model: str) -> None:
     trace = write_trace(tmp_path / "t.jsonl", {"type": "meta"}, *AGENTS, ROUND)
     out = tmp_path / "out.json"

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokendance.collector.estimate import PrefixEstimate
+from tokendance.commands.bars import Bars
 from tokendance.commands.report import (
     DoneRound,
     document,
@@ -38,10 +40,14 @@ from tokendance.units import format_bytes
 from tokendance.view.document import RECORD_ADVICE
 from tokendance.view.recording import Recording
 
-FIRST_TASK = "In one sentence, what will you do tomorrow?"
-NEXT_TASK = (
-    "You have heard what everybody wants to do. "
-    "In one sentence, what will you do now, and whom do you need?"
+# A small model says something sensible to a plain question, begins as it is told, and repeats less
+# of what it has heard if each round asks for something else (docs/log.md).
+_HOW = "Answer in one short sentence. Begin with the words: "
+TASKS = (
+    f"There is a picnic on Sunday. What food will you bring? {_HOW}I will bring",
+    f"It may rain on Sunday. What will you wear? {_HOW}I will wear",
+    f"Which game will you play at the picnic? {_HOW}I will play",
+    f"The picnic is over. What will you tell your friends about it? {_HOW}I will tell them",
 )
 _JSON_ADVICE = "Give --json another path."
 
@@ -55,7 +61,9 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
     """
     trace = _first_agents(read_trace(settings.trace or example_trace()), settings.agents)
     _check_settings(settings, options, trace)
-    with console.status(f"Loading {escape(settings.model)} ..."):
+    console.soft_wrap = not console.is_terminal  # whoever reads a pipe breaks lines by itself
+    loading = console.status(f"Loading {escape(settings.model)} ...")
+    with nullcontext() if settings.quiet else loading:
         llm = LLM(settings.model, options)
     with closing(llm), _watched(llm, settings, console) as after_round:
         _play(llm, trace, settings, console, after_round)
@@ -63,19 +71,24 @@ def run_trace(settings: RunSettings, options: EngineOptions, console: Console) -
 
 @contextmanager
 def _watched(llm: LLM, settings: RunSettings, console: Console) -> Iterator[Callable[[], None]]:
-    """Record, show and write a run as the settings say.
+    """Record, draw, show and write a run as the settings say.
 
     Yields:
         What is to be called after each round.
     """
-    if settings.record is None and not settings.view:
+    if settings.quiet and settings.record is None and not settings.view:
         yield lambda: None
         return
-    recording = Recording(llm)
+    recording, bars = Recording(llm), Bars(console)
+
+    def draw() -> None:
+        with recording.recorder.reading() as recorded:
+            bars.print_last(recorded)
+
     live = shown_live(recording, console, with_text=settings.record_text)
     with live if settings.view else nullcontext():
         try:
-            yield recording.recorder.digest
+            yield recording.recorder.digest if settings.quiet else draw
         finally:
             # Whatever became of it: a run that was broken off is worth a look, too.
             if settings.record is not None and recording.has_rounds:
@@ -204,14 +217,21 @@ def _live(
             if person.name not in here:
                 session.join(Agent(person.name, person.system))
     limit = settings.max_tokens or LIVE_MAX_TOKENS
+    # In the next line a small model speaks for others. Thoughts have lines, too.
+    stop = ("\n",) if llm.encoder.thought_marks is None else ()
     first = session.round + 1
     for number in range(first, first + (settings.rounds or LIVE_ROUNDS)):
-        task = FIRST_TASK if number == 1 else NEXT_TASK
+        task = TASKS[(number - 1) % len(TASKS)]
         params = {
-            agent.name: _params(settings, limit, number, index)
+            agent.name: replace(
+                _params(settings, limit, number, index),
+                top_p=0.9,
+                frequency_penalty=0.3,  # against words in a loop
+                stop=stop,
+            )
             for index, agent in enumerate(session.agents)
         }
-        with _progress(console, f"Round {number}", len(params)) as report:
+        with _progress(settings, console, f"Round {number}", len(params)) as report:
             try:
                 result = session.run(task, params, report)
             except NotStoredError as error:
@@ -237,7 +257,7 @@ def _replay(
             limit = settings.max_tokens or len(answer)
             prompts.append(_recorded_prompt(trace, recorded, request))
             params.append(_params(settings, limit, recorded.number, index, forced=answer))
-        with _progress(console, f"Round {recorded.number}", len(prompts)) as report:
+        with _progress(settings, console, f"Round {recorded.number}", len(prompts)) as report:
             result = llm.run_round(prompts, params, report)
         yield recorded.number, result
 
@@ -269,17 +289,23 @@ def _params(
 
 
 @contextmanager
-def _progress(console: Console, title: str, agents: int) -> Iterator[ReportProgress]:
-    """A progress bar while a round runs; on a plain stream, one line when it begins."""
-    console.rule(f"{title}, {agents} agents")
+def _progress(
+    settings: RunSettings, console: Console, title: str, agents: int
+) -> Iterator[ReportProgress]:
+    """A heading, and a progress bar while a round runs on a terminal."""
+    heading = f"{title}, {agents} agents"
+    if console.is_terminal:
+        console.rule(heading)
+    else:
+        console.print(heading)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    is_plain = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=is_plain) as bar:
+    is_off = settings.quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_off) as bar:
         task = bar.add_task(f"{title}: prefill", total=agents)
         yield lambda phase, agents_done: bar.update(
             task, description=f"{title}: {phase}", completed=agents_done

@@ -29,6 +29,8 @@ class RunSettings:
             and in which memory.
         record_text: whether the texts of prompts and answers are in it.
         view: show the run in a browser of this machine while it goes on, and until Ctrl-C.
+        quiet: leave out progress, and the bars of what each agent computed and read. Bars are in
+            letters where there is no colour, and where the output is no terminal.
     """
 
     trace: Path | None = None
@@ -44,6 +46,7 @@ class RunSettings:
     record: Path | None = None
     record_text: bool = True
     view: bool = False
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, 1, "agents", "rounds", "max_tokens")
