@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from tokendance.server.shortest import Endings, Short, join, pattern_cost, shortest_of
 from tokendance.server.tool_format import ToolFormat
 
 # Whitespace in its usual places only: a small model may write whitespace for ever.
@@ -172,6 +173,31 @@ def answer_grammar(
         rules.append("words: /[ \\n]{0,4}[^{ \\n](.|\\n)*/")
         start = "call | words |"
     return "\n".join(["%llguidance {}", f"start: {start}", *rules, ""])
+
+
+def find_endings(
+    wanted: Wanted,
+    tools: Mapping[str, Mapping[str, Any]],
+    answer: Mapping[str, Any] | Pattern | None,
+    tool_format: ToolFormat,
+) -> Endings:
+    """How an answer may be closed; the arguments are those of `answer_grammar`."""
+    endings = Endings()
+    if isinstance(answer, Pattern):
+        endings.has_patterns = True
+        endings.choices.add(Short("", pattern_cost(answer.rule), is_whole=False))
+    elif answer is not None:
+        shortest_of(answer, endings)
+    for name, schema in tools.items():
+        arguments = shortest_of(schema, endings)
+        head = tool_format.head(name)
+        if arguments is None:
+            endings.is_endless = True
+        else:
+            call = join([tool_format.begin, head, arguments, "}", tool_format.end])
+            endings.values |= {call, join([head, arguments, "}", tool_format.end])}
+            endings.choices.add(join(["\n", call]))
+    return endings
 
 
 def _quoted(text: str) -> str:
