@@ -24,6 +24,7 @@ from tokendance.server import closing
 from tokendance.server.answer_grammar import Calls, Pattern, Wanted
 from tokendance.server.call_parser import CallParser, join
 from tokendance.server.closing import Closer
+from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.grammar_constraint import AnswerConstraint
 from tokendance.server.settings import ServerSettings
@@ -210,9 +211,7 @@ def test_ends_are_looked_for_now_and_then(
     assert 1 <= len(searches) < 60
 
 
-def test_others_have_their_turn_while_an_end_is_looked_for(
-    fake: LoadedModel, grammars: Grammars
-) -> None:
+def test_others_have_their_turn_while_an_end_is_looked_for(grammars: Grammars) -> None:
     """However slow it is, the end is the same."""
     constraint = grammars.answer(Wanted(answer=answer_format(Person.model_json_schema())), MARKED)
     paths = []
@@ -321,9 +320,7 @@ def with_large_tokens(fake: LoadedModel) -> LoadedModel:
 
 @settings(max_examples=examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_any_schema_ends_from_its_shortest_answer_on(
-    large: Grammars, seed: int
-) -> None:
+def test_any_schema_ends_from_its_shortest_answer_on(large: Grammars, seed: int) -> None:
     """Whatever comes: tokens that begin much, and recursion through whatever is hard to end."""
     chooser = random.Random(seed)
     defs = {name: random_schema(chooser, 3) for name in "RST"}
@@ -334,7 +331,10 @@ def test_any_schema_ends_from_its_shortest_answer_on(
     if lengths["R"] > 400:
         return
     least = int(lengths["R"])
-    constraint = large.answer(Wanted(answer=answer_format(schema)), MARKED).constraint
+    try:
+        constraint = large.answer(Wanted(answer=answer_format(schema)), MARKED).constraint
+    except ApiError:  # of alternatives that refer to each other, and say nothing else
+        return
     for more in (1, 2, 5, 13, 30, 80):
         liked = chooser.choice([*LARGE, *LARGE, "[", "{", ",", '"', "a", ""])
         choose = preferring(large._model, liked) if liked else at_random(chooser.randrange(999))

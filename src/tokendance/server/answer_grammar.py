@@ -176,12 +176,11 @@ def answer_grammar(
 
 
 def find_endings(
-    wanted: Wanted,
     tools: Mapping[str, Mapping[str, Any]],
     answer: Mapping[str, Any] | Pattern | None,
     tool_format: ToolFormat,
 ) -> Endings:
-    """How an answer may be closed; the arguments are those of `answer_grammar`."""
+    """How an answer may be closed; the arguments are as `answer_grammar` has them."""
     endings = Endings()
     if isinstance(answer, Pattern):
         endings.has_patterns = True

@@ -20,7 +20,6 @@ import codecs
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import llguidance
@@ -120,11 +119,15 @@ class Ends:
 
     @cached_property
     def _values(self) -> list[str]:
-        return _texts(self._endings.values)
+        return _texts(self._endings.values)[:_MOST_TRIED]
 
     @cached_property
-    def _tried(self) -> list[str]:
-        return [*self._values, *_texts(self._endings.members)][:_MOST_TRIED]
+    def _rests(self) -> list[str]:
+        return _texts(self._endings.rests)[:_MOST_TRIED]
+
+    @cached_property
+    def _members(self) -> list[str]:
+        return _texts(self._endings.members)[:_MOST_TRIED]
 
     def write(self, text: str) -> tuple[int, ...]:
         """A text in tokens."""
@@ -145,11 +148,20 @@ class Ends:
 
     def go_on(self, tail: str, *, in_string: bool) -> Iterator[tuple[int, ...]]:
         """Ways to go on behind a text, the best first; the grammar may not allow them."""
-        if not in_string:
-            for text in self._tried:
-                yield self.write(text)
+        tokens = self.tokens
         begun = tail[tail.rfind('"') :] if in_string else ""
-        for text in self._tried if begun else ():
+        for token in () if in_string else tokens.closing:
+            yield (token,)
+        yield from self._write_rest(self._rests, begun)
+        yield from self._write_rest(self._values, begun)
+        for token in tokens.in_strings[:1] if in_string else ():
+            yield (token,)
+        yield from self._write_rest(self._members, begun)
+        for token in tokens.in_strings if in_string else tokens.elsewhere:
+            yield (token,)
+
+    def _write_rest(self, texts: Sequence[str], begun: str) -> Iterator[tuple[int, ...]]:
+        for text in texts:
             if text.startswith(begun) and len(text) > len(begun):
                 yield self.write(text[len(begun) :])
 
@@ -315,14 +327,10 @@ class _Search:
     def _next(self) -> Sequence[int]:
         """The next tokens, of those that may come."""
         allowed = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)
-        tokens, in_string = self._ends.tokens, self._scanner.in_string
-        for token in tokens.in_strings[:1] if in_string else tokens.closing:
-            if allowed[token]:
-                return [token]
-        for way in self._ends.go_on(self._tail, in_string=in_string):
-            if allowed[way[0]] and self._matcher.validate_tokens(list(way)) == len(way):
+        for way in self._ends.go_on(self._tail, in_string=self._scanner.in_string):
+            is_allowed = bool(allowed[way[0]])
+            if is_allowed and len(way) > 1:
+                is_allowed = self._matcher.validate_tokens(list(way)) == len(way)
+            if is_allowed:
                 return way
-        for token in tokens.in_strings if in_string else tokens.elsewhere:
-            if allowed[token]:
-                return [token]
         return [int(allowed.argmax())]

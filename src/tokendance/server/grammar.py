@@ -120,7 +120,7 @@ class Grammars:
             def watch() -> AnswerWatch:
                 return AnswerWatch(parser() if tools else None, is_json=is_json)
 
-            endings = find_endings(wanted, tools, answer, tool_format)
+            endings = find_endings(tools, answer, tool_format)
             is_text = bool(tools) and wanted.calls is Calls.ALLOWED and answer is None
             return self._constraint(lark, param, tenant, watch, endings, is_text=is_text)
 

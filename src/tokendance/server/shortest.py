@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokendance.server.schema_limits import DATA, DEFINITIONS, PROPERTIES, names_in, resolve
+from tokendance.server.schema_limits import DATA, PROPERTIES, names_in, resolve
 
 Schema = Mapping[str, Any]
 
@@ -59,7 +59,8 @@ class Endings:
     """What answers may be ended with, and by how much an end may grow.
 
     Attributes:
-        values: whole values, and ends of objects behind a member, each as short as it can be.
+        values: whole values, each as short as it can be.
+        rests: ends of objects from a member on, likewise.
         members: a name and its value.
         choices: what one choice may begin, in place of something shorter.
         has_patterns: whether a text has to match something.
@@ -67,6 +68,7 @@ class Endings:
     """
 
     values: set[Short] = field(default_factory=set)
+    rests: set[Short] = field(default_factory=set)
     members: set[Short] = field(default_factory=set)
     choices: set[Short] = field(default_factory=set)
     has_patterns: bool = False
@@ -103,17 +105,35 @@ class _Shortening:
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._names = names_in(root)
-        self._nodes = list(_all_schemas(root))[::-1]  # inner ones first
+        self._nodes = list(self._reached())[::-1]  # inner ones first
         self._best: dict[int, Short] = {}
         self._num_looks = 0
 
     def result(self, endings: Endings) -> Short | None:
         for _ in range(_MOST_ROUNDS):
-            if not any([self._improve(node) for node in self._nodes]):
+            if sum(map(self._improve, self._nodes)) == 0:
                 break
         for node in self._nodes:
             self._note(node, endings)
         return self._of(self._root)
+
+    def _reached(self) -> Iterator[Schema]:
+        """The schema and all that it is made of, outer ones first."""
+        left: list[Any] = [self._root]
+        found: set[int] = set()
+        while left:
+            one = left.pop()
+            if isinstance(one, list):
+                left.extend(one)
+            elif isinstance(one, dict) and id(one) not in found:
+                found.add(id(one))
+                yield one
+                left.append(resolve(one.get("$ref"), self._root, self._names))
+                for key, value in one.items():
+                    if key in PROPERTIES and isinstance(value, dict):
+                        left.extend(value.values())
+                    elif key in _SAYING - DATA:
+                        left.append(value)
 
     def _improve(self, node: Schema) -> bool:
         """Look for a shorter text of a schema, by those that are known; whether there is one."""
@@ -137,8 +157,9 @@ class _Shortening:
         if says == ["$ref"] and isinstance(node["$ref"], str):
             target = resolve(node["$ref"], self._root, self._names)
             return [] if target is None else [target]
-        return _list(node, says[0]) if says in (["anyOf"], ["oneOf"], ["allOf"]) and (
-            says != ["allOf"] or len(_list(node, "allOf")) == 1) else None
+        if says in (["anyOf"], ["oneOf"]) or (says == ["allOf"] and len(_list(node, "allOf")) == 1):
+            return _list(node, says[0])
+        return None
 
     def _of(self, schema: Any) -> Short | None:
         if isinstance(schema, dict):
@@ -269,9 +290,9 @@ class _Shortening:
         for begun in range(len(members or ())):
             assert members is not None
             rest = [*_with_commas(members[begun:]), "}"]
-            endings.values.add(join(rest))
+            endings.rests.add(join(rest))
             if begun:
-                endings.values.add(join([", ", *rest]))
+                endings.rests.add(join([", ", *rest]))
 
     def _choose(self, value: Short | None, name: str, endings: Endings) -> None:
         """Note that a value may be begun which need not be."""
@@ -343,14 +364,18 @@ def pattern_cost(pattern: str) -> int:
 
 
 def _number(parts: Sequence[Schema]) -> Short:
-    limits = {key: value for part in parts for key in _LIMITS
-              if isinstance(value := part.get(key), int | float) and math.isfinite(value)}  # fmt: skip
+    limits: dict[str, float] = {
+        key: value
+        for part in parts
+        for key in _LIMITS
+        if isinstance(value := part.get(key), int | float) and math.isfinite(value)
+    }
     if not limits:
         return Short.of("0")
     least = max(limits.get("minimum", -math.inf), limits.get("exclusiveMinimum", -math.inf))
     most = min(limits.get("maximum", math.inf), limits.get("exclusiveMaximum", math.inf))
     step = limits.get("multipleOf") or 1
-    tried = [0]
+    tried: list[float] = [0]
     if math.isfinite(least):
         tried += [(math.ceil(least / step) + more) * step for more in (0, 1)]
     if math.isfinite(most):
@@ -398,19 +423,3 @@ def _list(schema: Schema, key: str) -> list[Any]:
 def _int(schema: Schema, key: str) -> int:
     value = schema.get(key)
     return int(value) if isinstance(value, int | float) and 0 <= value < 1e9 else 0
-
-
-def _all_schemas(root: Schema) -> Iterator[Schema]:
-    """A schema and all that are in it, outer ones first."""
-    left: list[Any] = [root]
-    while left:
-        one = left.pop()
-        if isinstance(one, list):
-            left.extend(one)
-        elif isinstance(one, dict):
-            yield one
-            for key, value in one.items():
-                if key in PROPERTIES | DEFINITIONS and isinstance(value, dict):
-                    left.extend(value.values())
-                elif key not in DATA and key != "x-guidance":
-                    left.append(value)
