@@ -370,8 +370,8 @@ def test_items_that_are_remembered_can_be_referred_to(client: httpx.Client) -> N
     # What was referred to is there as long as an answer that has it is.
     assert client.delete(f"/v1/responses/{first['id']}").status_code == 200
     assert answer(client, [references[1], question])["output"]
-    for one in (by_id, whole):
-        assert client.delete(f"/v1/responses/{one['id']}").status_code == 200
+    for document in (by_id, whole):
+        assert client.delete(f"/v1/responses/{document['id']}").status_code == 200
     for one in (ids[-1], "msg_unknown"):
         error = error_of(respond(client, [{"type": "item_reference", "id": one}]), 404)
         assert (error["param"], error["code"]) == ("input", "item_not_found")
