@@ -55,21 +55,24 @@ class Pattern:
     Attributes:
         rule: in the language of llguidance's grammars.
         param: the field of the request that has it.
+        cost: bytes that are enough to end it, wherever it stands.
     """
 
     rule: str
     param: str
+    cost: int
 
     @staticmethod
     def of_choice(choices: Sequence[str], param: str) -> "Pattern":
         """One of some texts."""
-        return Pattern(" | ".join(map(json.dumps, choices)), param)
+        longest = max(len(choice.encode(errors="surrogatepass")) for choice in choices)
+        return Pattern(" | ".join(map(json.dumps, choices)), param, longest)
 
     @staticmethod
     def of_regex(regex: str, param: str) -> "Pattern":
         """A text that a regular expression describes."""
         escaped = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", regex, flags=re.DOTALL)
-        return Pattern("/" + escaped.replace("\n", r"\n") + "/", param)
+        return Pattern("/" + escaped.replace("\n", r"\n") + "/", param, pattern_cost(regex))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,7 @@ def find_endings(
     endings = Endings()
     if isinstance(answer, Pattern):
         endings.has_patterns = True
-        endings.choices.add(Short("", pattern_cost(answer.rule), is_whole=False))
+        endings.choices.add(Short("", answer.cost, is_whole=False))
     elif answer is not None:
         shortest_of(answer, endings)
     for name, schema in tools.items():

@@ -45,6 +45,8 @@ _ENDLESS = 2**40
 # Ends that are tried in one place, and ways to write them that are remembered.
 _MOST_TRIED = 512
 _MOST_WRITTEN = 4096
+# Of a name, and of a text behind it that has begun.
+_QUOTES = 3
 # Characters of an answer by which to know what it is about to say.
 TAIL = 256
 # Seconds in which an end is looked for before others have their turn.
@@ -152,7 +154,12 @@ class Ends:
         begun = tail[tail.rfind('"') :] if in_string else ""
         for token in () if in_string else tokens.closing:
             yield (token,)
-        yield from self._write_rest(self._rests, begun)
+        # An object's end may have begun with the name of the value that comes.
+        quotes = [place for place, character in enumerate(tail) if character == '"']
+        for quote in quotes[-_QUOTES:]:
+            yield from self._write_rest(self._rests, tail[quote:])
+        if not in_string:
+            yield from self._write_rest(self._rests, "")
         yield from self._write_rest(self._values, begun)
         for token in tokens.in_strings[:1] if in_string else ():
             yield (token,)

@@ -8,6 +8,7 @@ than is read here; then a text is not what it allows, which whoever uses it find
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +28,17 @@ _SAYING = {
 _MOST_ALTERNATIVES = 256
 # Rounds over all parts of a schema: one is enough for each level that a text goes down.
 _MOST_ROUNDS = 128
-# Bytes of a text that is worth to be known, of a number with limits, and of a text with a format.
-_MOST_TEXT = 16_384
+# Characters of a text that are worth to be known; bytes of a number with limits, and of a text with
+# a format.
+_MOST_TEXT = 1024
 _LIMITED_NUMBER = 24
 _FORMATTED = 48
+_MOST_PATTERN = 10**6
+# Parts of a regular expression: an escape, a class, a group's beginning, a repetition, all else.
+_PARTS = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?(?::|P?<\w+>))?|\{(?P<least>\d+)(?:,\d*)?\}|.",
+    re.DOTALL,
+)
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
@@ -219,6 +227,9 @@ class _Shortening:
             if one is None:
                 return None
             items.append(one)
+        if least > len(items) > 0:
+            more = join([items[-1], ", "]).cost * (least - len(items))
+            items.append(Short("", more, is_whole=False))
         return join(["[", *_with_commas(items), "]"])
 
     def _members(self, parts: Sequence[Schema]) -> list[Short | str] | None:
@@ -354,13 +365,26 @@ def _string(parts: Sequence[Schema]) -> Short:
 
 
 def pattern_cost(pattern: str) -> int:
-    """Bytes that are enough for a text that matches: as often as its largest repetitions say."""
-    cost = 4 * len(pattern) + 2
-    for repeats in pattern.split("{")[1:]:
-        digits = repeats.partition("}")[0].partition(",")[0]
-        if digits.isdecimal():
-            cost = min(cost * max(1, int(digits[:6])), 10**6)
-    return cost
+    """Bytes that are enough to end a text that matches, wherever in the pattern it stands.
+
+    Each part counts as often as it has to come at least, and all alternatives of a part do.
+    """
+    may_be_long = not pattern.isascii() or any(one in pattern for one in ("\\u", "\\x", "\\p"))
+    unit = 6 if may_be_long else 2  # of a character, as JSON may have it
+    totals, last = [0], 0  # of the groups that are open, and of the last part
+    for match in _PARTS.finditer(pattern):
+        part = match[0]
+        if part[0] == "(":
+            totals.append(0)
+            continue
+        if part == ")":
+            last = totals.pop() if len(totals) > 1 else 0
+        elif match["least"]:
+            last *= int(match["least"][:6]) - 1
+        else:
+            last = 0 if part in "^$|*+?" else unit
+        totals[-1] = min(totals[-1] + max(0, last), _MOST_PATTERN)
+    return sum(totals) + 2
 
 
 def _number(parts: Sequence[Schema]) -> Short:
