@@ -45,6 +45,7 @@ HEADLINES: dict[str, set[str]] = {
         "speedup_vs_dense_restore", "speedup_vs_fused_restore", "speedup_vs_dense_from_disk",
         "speedup_vs_computing_again", "next_round_vs_computing_again",
     },
+    "view": {"times_unrecorded", "share_of_round"},
     "serve": {"round_speed", "lone_latency", "burst_answered"},
     "capacity": {
         "agents_vllm", "agents_prefix", "agents_pic", "agents_collective", "ratio_vs_vllm",

@@ -169,7 +169,8 @@ def bench(
             "capacity: most agents in a time or a memory. "
             "fidelity: how near the answers are to full computation. "
             "leak: what an agent can learn of another's private text. "
-            "serve: what HTTP and finding shared text cost. all: everything, with a report."
+            "serve: what HTTP and finding shared text cost. "
+            "view: what recording rounds costs. all: everything, with a report."
         ),
     ],
     /,

@@ -17,6 +17,7 @@ SuiteName = Literal[
     "fidelity",
     "leak",
     "serve",
+    "view",
 ]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")  # with a place for vLLM
@@ -32,8 +33,8 @@ class BenchSettings:
         model: an alias, a folder, or a Hugging Face hub id.
         size: full is what docs/benchmarks.md shows; tiny runs every line in seconds, and its
             figures mean nothing.
-        repeats: counted runs of each kind in prefill and plain; in fidelity, workloads of other
-            seeds; in leak, times 28 trials of each kind.
+        repeats: counted runs of each kind in prefill, plain and view; in fidelity, workloads of
+            other seeds; in leak, times 28 trials of each kind.
         seed: of texts, lengths and orders.
         source: of private texts and what agents say, in prefill, capacity and fidelity: town, the
             example, or a trace with personas.
