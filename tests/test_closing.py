@@ -1,14 +1,21 @@
 """Answers that have to look like something are whole before their tokens are used up."""
 
+import copy
 import json
+import math
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
+from conftest import examples
 from serving import chat
 from test_answer_grammar import MARKED, Choose, answer_format, at_random, preferring, tool
 from tokendance.models.loader import LoadedModel
@@ -17,9 +24,11 @@ from tokendance.server import closing
 from tokendance.server.answer_grammar import Calls, Pattern, Wanted
 from tokendance.server.call_parser import CallParser, join
 from tokendance.server.closing import Closer
+from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.grammar_constraint import AnswerConstraint
 from tokendance.server.settings import ServerSettings
+from tokendance.server.shortest import pattern_cost
 from tokendance.server.thinking_constraint import ThinkingConstraint
 
 
@@ -61,6 +70,13 @@ SCHEMAS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def grammars(fake: LoadedModel) -> Iterator[Grammars]:
     made = Grammars(fake, ServerSettings())
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def large(fake: LoadedModel) -> Iterator[Grammars]:
+    made = Grammars(with_large_tokens(fake), ServerSettings())
     yield made
     made.close()
 
@@ -196,9 +212,7 @@ def test_ends_are_looked_for_now_and_then(
     assert 1 <= len(searches) < 60
 
 
-def test_others_have_their_turn_while_an_end_is_looked_for(
-    fake: LoadedModel, grammars: Grammars
-) -> None:
+def test_others_have_their_turn_while_an_end_is_looked_for(grammars: Grammars) -> None:
     """However slow it is, the end is the same."""
     constraint = grammars.answer(Wanted(answer=answer_format(Person.model_json_schema())), MARKED)
     paths = []
@@ -211,19 +225,225 @@ def test_others_have_their_turn_while_an_end_is_looked_for(
             now += step
             return now
 
-        held._closer = Closer(held.vocabulary.closing, 60, clock)
-        held._max_tokens = 60
-        held.forbidden()
-        (token,) = fake.tokenizer("{").input_ids
-        held.accept(token)
+        held._closer = Closer(held._ends, 60, clock)
         turns = 0
         while not held.is_ready:
             held.prepare()
             turns += 1
         assert held._closer is not None
-        paths.append(held._closer.path or held._closer._look_at)
-        assert (turns > 3) == (seconds > 0.001), turns
+        paths.append(held._closer.path)
+        assert (turns > 1) == (seconds > 0.001), turns
     assert paths[0] == paths[1] == paths[2]
+
+
+def random_schema(chooser: random.Random, level: int) -> dict[str, Any]:
+    """A schema that may refer to R, S and T, and so to itself."""
+    kinds = ["string", "number", "boolean", "null", "enum", "ref"]
+    kind = chooser.choice(kinds + 2 * ["array", "object", "any", "ref"] if level else kinds)
+
+    def inner() -> dict[str, Any]:
+        return random_schema(chooser, level - 1)
+
+    match kind:
+        case "enum":
+            return {"enum": chooser.sample(["a", "abc", "b" * 30, 7, None], chooser.randint(1, 4))}
+        case "ref":
+            return {"$ref": f"#/$defs/{chooser.choice('RST')}"}
+        case "array":
+            least = chooser.randint(0, 2)
+            return {"type": "array", "items": inner(), "minItems": least}
+        case "any":
+            return {"anyOf": [inner() for _ in range(chooser.randint(1, 3))]}
+        case "object":
+            names = chooser.sample(["a", "ab", "c", "a_long_name"], chooser.randint(0, 4))
+            required = [name for name in names if chooser.random() < 0.5]
+            members = {name: inner() for name in names}
+            return {"type": "object", "properties": members, "required": required,
+                    "additionalProperties": False}  # fmt: skip
+    return {"type": kind}
+
+
+def fits(value: Any, schema: dict[str, Any], defs: dict[str, Any], seen: str = "") -> bool:
+    """Whether a value is as a random schema says, of which so many definitions were followed."""
+    if "$ref" in schema:
+        name = schema["$ref"][-1]
+        return name not in seen and fits(value, defs[name], defs, seen + name)
+    if "enum" in schema:
+        return value in schema["enum"]
+    if "anyOf" in schema:
+        return any(fits(value, one, defs, seen) for one in schema["anyOf"])
+    match schema["type"]:
+        case "array":
+            long_enough = isinstance(value, list) and len(value) >= schema["minItems"]
+            return long_enough and all(fits(one, schema["items"], defs) for one in value)
+        case "object":
+            members = schema["properties"]
+            return (
+                isinstance(value, dict)
+                and set(schema["required"]) <= set(value) <= set(members)
+                and all(fits(one, members[name], defs) for name, one in value.items())
+            )
+    types = {"string": str, "number": int | float, "boolean": bool, "null": type(None)}
+    is_bool = isinstance(value, bool)
+    return isinstance(value, types[schema["type"]]) and is_bool == (schema["type"] == "boolean")
+
+
+def shortest(schema: dict[str, Any], lengths: dict[str, float]) -> float:
+    """Characters of the shortest JSON of a random schema, if those of R, S and T are as long."""
+    if "$ref" in schema:
+        return lengths[schema["$ref"][-1]]
+    if "enum" in schema:
+        return min(len(json.dumps(value)) for value in schema["enum"])
+    if "anyOf" in schema:
+        return min(shortest(one, lengths) for one in schema["anyOf"])
+    match schema["type"]:
+        case "array":
+            items = [shortest(schema["items"], lengths)] * schema["minItems"]
+        case "object":
+            items = [
+                len(name) + 4 + shortest(schema["properties"][name], lengths)
+                for name in schema["required"]
+            ]
+        case kind:
+            return {"string": 2, "number": 1, "boolean": 4, "null": 4}[kind]
+    return 2 + sum(items) + 2 * max(0, len(items) - 1)
+
+
+KEYWORDS: list[dict[str, Any]] = [
+    {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{3,10}-[0-9]{4}$"}},
+    {"type": "array", "items": {"type": "string", "format": "uuid"}},
+    {"type": "array", "items": {"type": "integer", "minimum": 1000000, "maximum": 1000050}},
+    {
+        "type": "object",
+        "properties": {"a": {"type": "string", "minLength": 20}, "b": {"$ref": "#"}},
+        "required": ["a"],
+    },
+    {"type": "array", "prefixItems": [{"type": "string"}, {"$ref": "#"}], "minItems": 1},
+    {
+        "allOf": [
+            {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]},
+            {
+                "type": "object",
+                "properties": {"y": {"type": "array", "items": {"$ref": "#"}}},
+                "required": ["y"],
+            },
+        ]
+    },
+    {
+        "type": "object",
+        "additionalProperties": {"$ref": "#/$defs/P"},
+        "$defs": {
+            "P": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "minLength": 5},
+                    "kids": {"type": "array", "items": {"$ref": "#/$defs/P"}},
+                },
+                "required": ["name", "kids"],
+            }
+        },
+    },
+    {
+        "type": "object",
+        "patternProperties": {"^k[0-9]+$": {"$ref": "#"}},
+        "additionalProperties": False,
+    },
+    {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"op": {"const": "add"}, "l": {"$ref": "#"}, "r": {"$ref": "#"}},
+                "required": ["op", "l", "r"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {"op": {"const": "num"}, "v": {"type": "number"}},
+                "required": ["op", "v"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+    {"type": ["object", "null"], "properties": {"next": {"$ref": "#"}}, "required": ["next"]},
+    {"type": "number"},
+    {"type": "string", "minLength": 300},
+    {"enum": ["é\u2028", "日本語"]},
+]
+
+
+LARGE = ("[[[[", '{"a": {"a": {', '"}, {"', '": [', ', "a_long', "[0, [", '{"ab": [[')
+
+
+def with_large_tokens(fake: LoadedModel) -> LoadedModel:
+    """A model whose vocabulary has tokens that begin much at once."""
+    tokenizer = copy.deepcopy(fake.tokenizer)
+    tokenizer.add_tokens(list(LARGE))
+    return replace(fake, tokenizer=tokenizer)
+
+
+@settings(max_examples=examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_any_schema_ends_from_its_shortest_answer_on(large: Grammars, seed: int) -> None:
+    """Whatever comes: tokens that begin much, and recursion through whatever is hard to end."""
+    chooser = random.Random(seed)
+    defs = {name: random_schema(chooser, 3) for name in "RST"}
+    lengths = dict.fromkeys(defs, math.inf)
+    for _ in range(10):
+        lengths = {name: shortest(one, lengths) for name, one in defs.items()}
+    schema = {"$ref": "#/$defs/R", "$defs": defs}
+    if lengths["R"] > 400:
+        return
+    least = int(lengths["R"])
+    try:
+        constraint = large.answer(Wanted(answer=answer_format(schema)), MARKED).constraint
+    except ApiError:  # of alternatives that refer to each other, and say nothing else
+        return
+    for more in (1, 2, 5, 13, 30, 80):
+        liked = chooser.choice([*LARGE, *LARGE, "[", "{", ",", '"', "a", ""])
+        choose = preferring(large._model, liked) if liked else at_random(chooser.randrange(999))
+        text = answered(large._model, constraint.copy(least + more), choose, least + more)
+        assert fits(json.loads(text), defs["R"], defs), (text, schema)
+
+
+@pytest.mark.parametrize("schema", [*KEYWORDS, *SCHEMAS])
+def test_it_ends_from_its_shortest_answer_on(large: Grammars, schema: dict[str, Any]) -> None:
+    """Also where keywords bound texts and numbers, and where only a name tells what has no end."""
+    model = large._model
+    constraint = large.answer(Wanted(answer=answer_format(schema)), MARKED).constraint
+    count = constraint.count_closing()
+    assert count is not None
+    least = count - closing._SPARE - closing._END
+    for more in (1, 3, 13, 40):
+        for number, liked in enumerate([*LARGE, "[", "{", ",", '"', "a", "9", "\\", None]):
+            choose = preferring(model, liked) if liked else at_random(number)
+            most = least + more
+            json.loads(answered(model, constraint.copy(most), choose, most))
+
+
+def test_required_calls_end_from_the_shortest_on(large: Grammars) -> None:
+    wanted = Wanted((tool("f", KEYWORDS[8]), tool("long_name", KEYWORDS[0])), Calls.REQUIRED)
+    model = large._model
+    constraint = large.answer(wanted, MARKED).constraint
+    shortest_call = MARKED.write("f", {"op": "num", "v": 0})
+    for more in (1, 3, 13, 80):
+        for liked in (*LARGE, "<", '"', None):
+            choose = preferring(model, liked) if liked else at_random(more)
+            most = len(shortest_call) + more
+            text = answered(model, constraint.copy(most), choose, most)
+            parser = CallParser(MARKED, ["f", "long_name"])
+            content, calls = join([*parser.add(text), *parser.finish(is_cut=False)])
+            assert not content.strip()
+            assert all(isinstance(json.loads(call.arguments), dict | list) for call in calls)
+            assert calls
+
+
+@pytest.mark.parametrize(
+    ("pattern", "least", "most"),
+    [("^[a-z]{3,10}-[0-9]{4}$", 8, 40), ("(?:a{3}b){2}", 8, 40), ("[\\]]{5}", 5, 30), ("x*", 0, 4),
+     ("(a|bcd){2,}", 2, 40), ("\\\\d{2}", 2, 30), ("a{1000}b{1000}", 2000, 5000)],
+)  # fmt: skip
+def test_what_a_pattern_may_take(pattern: str, least: int, most: int) -> None:
+    assert least + 2 <= pattern_cost(pattern) <= most + 2
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

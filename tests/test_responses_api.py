@@ -21,7 +21,9 @@ from tokendance import LLM
 from tokendance.errors import AbortedError
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions
-from tokendance.server.protocol import ChatMessage
+from tokendance.server.errors import ApiError
+from tokendance.server.protocol import ChatMessage, ChatRequest
+from tokendance.server.responses_api.bodies import ResponsesRequest
 from tokendance.server.responses_api.kept import KeptAnswer, KeptAnswers
 from tokendance.server.settings import ServerSettings
 
@@ -329,7 +331,9 @@ def with_item(**item: Any) -> dict[str, Any]:
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format", "a schema"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "strict": True, "schema": {
             "type": "string", "format": "path"}}}}, "text.format", "path"),
-        (with_item(type="item_reference", id="msg_1"), "input.1", "Send the item itself"),
+        (with_item(role="user", content=[{"text": "a"}]), "input.1.content", "without a type"),
+        ({"text": FORMAT, "response_format": {"type": "json_object"}}, "text.format", "either"),
+        ({"continue_final_message": True}, "input", "assistant"),
         (with_item(type="computer_call"), "input.1", "'computer_call', which is not supported"),
         (with_item(role="user", content=[{"type": "input_image", "image_url": "a"}]),
          "input.1.content", "'input_image', and this model reads text only"),
@@ -346,6 +350,119 @@ def test_refusals_say_what_to_do(
     error = error_of(respond(client, **{"said": "hello", **rename(fields)}))
     assert error["param"] == param
     assert text in error["message"]
+
+
+def test_items_that_are_remembered_can_be_referred_to(client: httpx.Client) -> None:
+    first = answer(client, HEARD)
+    listed = client.get(f"/v1/responses/{first['id']}/input_items?order=asc").json()
+    ids = [item["id"] for item in [*listed["data"], *first["output"]]]
+    assert len(set(ids)) == len(HEARD) + 1
+    assert {"rs_1", "msg_1", "fc_1"} <= set(ids)  # those that they came with
+    question = {"role": "user", "content": "and then?"}
+    references = [{"type": "item_reference", "id": one} for one in ids]
+    references[0] = {"id": ids[0]}  # as OpenAI's may be
+    by_id = answer(client, [*references, question])
+    whole = answer(client, [*HEARD, *first["output"], question])
+    after = answer(client, [question], previous_response_id=first["id"])
+    assert by_id["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
+    assert by_id["usage"]["input_tokens"] == after["usage"]["input_tokens"]
+    assert text_of(by_id) == text_of(whole)
+    # What was referred to is there as long as an answer that has it is.
+    assert client.delete(f"/v1/responses/{first['id']}").status_code == 200
+    assert answer(client, [references[1], question])["output"]
+    for document in (by_id, whole):
+        assert client.delete(f"/v1/responses/{document['id']}").status_code == 200
+    for one in (ids[-1], "msg_unknown"):
+        error = error_of(respond(client, [{"type": "item_reference", "id": one}]), 404)
+        assert (error["param"], error["code"]) == ("input", "item_not_found")
+        assert one in error["message"]
+
+
+def test_items_of_other_tenants_are_not_found() -> None:
+    kept = KeptAnswers(ServerSettings())
+    item = {"id": "msg_1", "type": "message", "role": "user", "content": []}
+    for number, tenant in enumerate(("a", "a", "b")):
+        document = {"output": [{**item, "id": f"out_{number}"}]}
+        answered = KeptAnswer(document, [], None, 1, [{**item, "content": [number]}])
+        kept.keep(tenant, f"resp_{number}", answered)
+    assert kept.item("a", "msg_1")["content"] == [1]  # the last of that id
+    assert kept.item("b", "msg_1")["content"] == [2]
+    assert kept.item("a", "out_0")["id"] == "out_0"
+    kept.forget("a", "resp_1")
+    for tenant, item_id in (("a", "msg_1"), ("a", "out_1"), ("a", "out_2"), ("c", "msg_1")):
+        with pytest.raises(ApiError, match="not found"):
+            kept.item(tenant, item_id)
+
+
+def test_items_of_an_input_are_listed_in_pages(fake_client: httpx.Client) -> None:
+    said = [{"role": "user", "content": f"part {number}"} for number in range(25)]
+    said[3]["role"] = "assistant"
+    found = answer(fake_client, said)
+    url = f"/v1/responses/{found['id']}/input_items"
+    whole = fake_client.get(url, params={"order": "asc", "limit": 100}).json()
+    assert (whole["object"], whole["has_more"]) == ("list", False)
+    texts = [item["content"][0]["text"] for item in whole["data"]]
+    assert texts == [item["content"] for item in said]
+    kinds = [item["content"][0]["type"] for item in whole["data"]]
+    assert [kind == "output_text" for kind in kinds] == [number == 3 for number in range(25)]
+    assert all(item["status"] == "completed" for item in whole["data"])
+    first = fake_client.get(url).json()  # twenty, the last first
+    assert first["data"] == whole["data"][:4:-1]
+    assert (first["first_id"], first["last_id"]) == (
+        whole["data"][-1]["id"],
+        whole["data"][5]["id"],
+    )
+    assert first["has_more"]
+    rest = fake_client.get(url, params={"after": first["last_id"]}).json()
+    assert (rest["data"], rest["has_more"]) == (whole["data"][4::-1], False)
+    none = fake_client.get(url, params={"after": rest["last_id"]}).json()
+    assert none == {
+        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False,
+    }  # fmt: skip
+    assert error_of(fake_client.get(url, params={"after": "x"}))["param"] == "after"
+    assert fake_client.get(url, params={"limit": 0}).status_code == 400
+    assert error_of(fake_client.get("/v1/responses/x/input_items"), 404)
+    text = answer(fake_client, "hello")
+    (item,) = fake_client.get(f"/v1/responses/{text['id']}/input_items").json()["data"]
+    assert item["content"] == [{"type": "input_text", "text": "hello"}]
+
+
+def test_fields_of_chat_mean_the_same(client: httpx.Client) -> None:
+    """All that chat knows is taken, as it is there."""
+    left_out = {"model", "messages", "stream", "max_tokens"}
+    taken = ResponsesRequest.model_fields.keys() | left_out
+    assert ChatRequest.model_fields.keys() <= taken
+    said = [{"role": "user", "content": "hello there"}]
+    unfinished = [*said, {"role": "assistant", "content": "so"}]
+    cases: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
+        (said, {"min_p": 0.3, "top_k": 5, "seed": 3, "temperature": 1.5}),
+        (said, {"repetition_penalty": 1.9, "frequency_penalty": 1.0, "presence_penalty": -1.0}),
+        (said, {"logit_bias": {"70": 100.0}, "stop": ["CC"], "include_stop_str_in_output": True}),
+        (said, {"min_tokens": 8, "stop_token_ids": [70], "ignore_eos": True}),
+        (said, {"structured_outputs": {"choice": ["yes", "no"]}}),
+        (said, {"guided_regex": "[ab]{3}"}),
+        (said, {"response_format": {"type": "json_object"}, "max_completion_tokens": 40}),
+        (said, {"cache_salt": "s", "private": "isolated", "reuse": "exact"}),
+        (said, {"modalities": ["text"], "reasoning_effort": "low", "verbosity": "low"}),
+        (said, {"add_generation_prompt": False}),
+        (unfinished, {"continue_final_message": True}),
+    ]
+    for messages, fields in cases:
+        there = chat(client, messages, **{"temperature": 0, "max_tokens": 8, **fields}).json()
+        here = answer(client, messages, **fields)
+        assert text_of(here) == there["choices"][0]["message"]["content"], fields
+        assert here["usage"]["input_tokens"] == there["usage"]["prompt_tokens"]
+    shown = {"return_token_ids": True, "prompt_logprobs": 1}
+    there = chat(client, said, temperature=0, max_tokens=8, **shown).json()
+    scores = there["prompt_logprobs"]
+    for here in (
+        answer(client, said, **shown),
+        stream(respond(client, said, stream=True, return_token_ids=True))[-1]["response"],
+    ):
+        assert here["prompt_token_ids"] == there["prompt_token_ids"]
+        assert here["token_ids"] == there["choices"][0]["token_ids"]
+        assert len(here.get("prompt_logprobs", scores)) == len(scores)
+    assert "prompt_logprobs" not in here
 
 
 def rename(fields: dict[str, Any]) -> dict[str, Any]:
@@ -484,7 +601,7 @@ def test_tenants_share_no_answers(fake: LoadedModel) -> None:
 
 def kept(*, num_bytes: int = 10, previous_id: str | None = None, text: str = "") -> KeptAnswer:
     return KeptAnswer(
-        {"id": text}, [ChatMessage(role="user", content=text)], previous_id, num_bytes
+        {"id": text, "output": []}, [ChatMessage(role="user", content=text)], previous_id, num_bytes
     )
 
 

@@ -1,7 +1,9 @@
 """How tokens are drawn: the distribution, and the same tokens as by the plain way."""
 
 import itertools
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,12 +12,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from conftest import examples
 from tokendance import LLM, SamplingParams
 from tokendance.engine.penalties import SeenTokens
 from tokendance.engine.stops import text_up_to_stop
-from tokendance.executor.sampler import sample
+from tokendance.executor.sampler import _penalize, sample
 from tokendance.executor.step import Penalties, SamplingRow
 
 
@@ -230,6 +233,38 @@ def test_an_answer_that_begins_anew_is_counted_anew() -> None:
     again = seen.penalties([7])
     assert (again.tokens.tolist(), again.counts.tolist()) == ([7], [1.0])
     assert SeenTokens.of(SamplingParams(), np.array([1], np.int32)) is None
+
+
+def test_what_was_counted_is_not_counted_or_listed_again() -> None:
+    """However long the prompt and the answer are; and no step changes when the answer grows."""
+    prompt, answer = np.arange(500, dtype=np.int32), [number % 700 for number in range(3000)]
+    seen = SeenTokens.of(SamplingParams(repetition_penalty=1.1), prompt)
+    assert seen is not None
+    steps = [(end, seen.penalties(answer[:end])) for end in range(0, len(answer), 50)]
+    pairs = itertools.pairwise(step.tokens for _, step in steps)
+    num_listed_anew = sum(not np.shares_memory(one, other) for one, other in pairs)
+    assert num_listed_anew == 1  # where room was made for twice as many
+    for end, step in steps:
+        counts = Counter(answer[:end])
+        expected = {token: counts[token] for token in {*prompt.tolist(), *answer[:end]}}
+        assert dict(zip(step.tokens.tolist(), step.counts.tolist(), strict=True)) == expected
+
+
+def test_only_rows_with_penalties_are_touched() -> None:
+    logits = torch.randn(32, 1000)
+    penalties = Penalties(np.array([5, 7]), np.array([0.0, 2.0], np.float32), 2.0, 0.5, 0.25)
+    rows = [SamplingRow(penalties=penalties if row == 3 else None) for row in range(32)]
+    expected = logits.clone()
+    for token, taken in ((5, 0.0), (7, 1.0)):
+        value = expected[3, token]
+        expected[3, token] = (value / 2 if value > 0 else value * 2) - taken
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        _penalize(logits, rows)
+    assert torch.equal(logits, expected)
+    sizes = [math.prod(shape) for event in profiled.events() or () for shape in event.input_shapes]
+    assert set(sizes) <= {0, 1, 2, logits.numel()}  # two tokens; the logits are looked up alone
+    taking = {event.name for event in profiled.events() or () if [32, 1000] in event.input_shapes}
+    assert taking <= {"aten::take", "aten::put_"}
 
 
 def test_only_what_is_likely_enough() -> None:

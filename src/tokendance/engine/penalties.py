@@ -16,9 +16,15 @@ class SeenTokens:
 
     def __init__(self, params: SamplingParams, prompt: TokenIds) -> None:
         self._params = params
-        self._prompt = np.unique(prompt).tolist() if params.repetition_penalty != 1 else []
-        self._counts: dict[int, int] = {}
-        self._num_counted = 0
+        repeated = prompt if params.repetition_penalty != 1 else prompt[:0]
+        self._prompt = np.unique(repeated).astype(np.int64)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._num_counted = 0  # of the answer
+        # Each token once, and how often the answer has it; there is room behind those that are in.
+        self._tokens, self._counts = self._prompt, np.zeros(len(self._prompt), np.float32)
+        self._places = {token: place for place, token in enumerate(self._prompt.tolist())}
 
     @classmethod
     def of(cls, params: SamplingParams, prompt: TokenIds) -> "SeenTokens | None":
@@ -29,19 +35,29 @@ class SeenTokens:
 
     def penalties(self, generated: Sequence[int]) -> Penalties:
         """Penalties of the token after an answer so far, which has grown or begun anew."""
-        if len(generated) < self._num_counted or not self._counts:
-            self._counts = dict.fromkeys(self._prompt, 0)
-            self._num_counted = 0
+        if len(generated) < self._num_counted:
+            self._begin()
         for token in generated[self._num_counted :]:
-            self._counts[token] = self._counts.get(token, 0) + 1
+            place = self._places.setdefault(token, len(self._places))
+            if place == len(self._tokens):
+                self._grow()
+            self._tokens[place] = token
+            self._counts[place] += 1
         self._num_counted = len(generated)
+        size = len(self._places)
         return Penalties(
-            np.fromiter(self._counts, np.int64, len(self._counts)),
-            np.fromiter(self._counts.values(), np.float32, len(self._counts)),
+            self._tokens[:size],  # what is in it does not change, and counts do
+            self._counts[:size].copy(),
             self._params.repetition_penalty,
             self._params.presence_penalty,
             self._params.frequency_penalty,
         )
+
+    def _grow(self) -> None:
+        """Make room for as many tokens again, in other memory."""
+        more = max(64, len(self._tokens))
+        self._tokens = np.concatenate([self._tokens, np.zeros(more, np.int64)])
+        self._counts = np.concatenate([self._counts, np.zeros(more, np.float32)])
 
 
 def with_bias(bias: Bias | None, tokens: IntArray, value: float) -> Bias:

@@ -77,26 +77,31 @@ def _restrict(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Take penalties from the logits of tokens that were there before, of all rows at once."""
+    """Take penalties from the logits of tokens that were there before, in place.
+
+    It takes time for each such token, and none for rows without penalties.
+    """
     penalized = [(row, one.penalties) for row, one in enumerate(rows) if one.penalties is not None]
     if not penalized:
         return
-    device = logits.device
-    lengths = torch.tensor([len(one.tokens) for _, one in penalized])
+    device, width = logits.device, logits.shape[-1]
+    places = np.concatenate([row * width + one.tokens for row, one in penalized])  # in all logits
+    where = torch.from_numpy(places).to(device)
+    lengths = [len(one.tokens) for _, one in penalized]
 
     def of_each(values: Sequence[float]) -> Tensor:
         """A value of each row, repeated for its tokens."""
-        return torch.tensor(values).repeat_interleave(lengths).to(device)
+        return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths)).to(device)
 
-    row_of = of_each([row for row, _ in penalized])
-    token_of = torch.cat([torch.from_numpy(one.tokens) for _, one in penalized]).to(device)
-    counts = torch.cat([torch.from_numpy(one.counts) for _, one in penalized]).to(device)
-    repetition = of_each([one.repetition for _, one in penalized])
-    values = logits[row_of, token_of]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= of_each([one.frequency for _, one in penalized]) * counts
-    values -= of_each([one.presence for _, one in penalized]) * (counts > 0)
-    logits[row_of, token_of] = values
+    values = logits.take(where)
+    if any(one.repetition != 1 for _, one in penalized):
+        repetition = of_each([one.repetition for _, one in penalized])
+        values = torch.where(values > 0, values / repetition, values * repetition)
+    if any(one.frequency != 0 or one.presence != 0 for _, one in penalized):
+        counts = torch.from_numpy(np.concatenate([one.counts for _, one in penalized])).to(device)
+        values -= of_each([one.frequency for _, one in penalized]) * counts
+        values -= of_each([one.presence for _, one in penalized]) * (counts > 0)
+    logits.put_(where, values)
 
 
 def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from tokendance.server.shortest import Endings, Short, join, pattern_cost, shortest_of
 from tokendance.server.tool_format import ToolFormat
 
 # Whitespace in its usual places only: a small model may write whitespace for ever.
@@ -54,21 +55,24 @@ class Pattern:
     Attributes:
         rule: in the language of llguidance's grammars.
         param: the field of the request that has it.
+        cost: bytes that are enough to end it, wherever it stands.
     """
 
     rule: str
     param: str
+    cost: int
 
     @staticmethod
     def of_choice(choices: Sequence[str], param: str) -> "Pattern":
         """One of some texts."""
-        return Pattern(" | ".join(map(json.dumps, choices)), param)
+        longest = max(len(choice.encode(errors="surrogatepass")) for choice in choices)
+        return Pattern(" | ".join(map(json.dumps, choices)), param, longest)
 
     @staticmethod
     def of_regex(regex: str, param: str) -> "Pattern":
         """A text that a regular expression describes."""
         escaped = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", regex, flags=re.DOTALL)
-        return Pattern("/" + escaped.replace("\n", r"\n") + "/", param)
+        return Pattern("/" + escaped.replace("\n", r"\n") + "/", param, pattern_cost(regex))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,30 @@ def answer_grammar(
         rules.append("words: /[ \\n]{0,4}[^{ \\n](.|\\n)*/")
         start = "call | words |"
     return "\n".join(["%llguidance {}", f"start: {start}", *rules, ""])
+
+
+def find_endings(
+    tools: Mapping[str, Mapping[str, Any]],
+    answer: Mapping[str, Any] | Pattern | None,
+    tool_format: ToolFormat,
+) -> Endings:
+    """How an answer may be closed; the arguments are as `answer_grammar` has them."""
+    endings = Endings()
+    if isinstance(answer, Pattern):
+        endings.has_patterns = True
+        endings.choices.add(Short("", answer.cost, is_whole=False))
+    elif answer is not None:
+        shortest_of(answer, endings)
+    for name, schema in tools.items():
+        arguments = shortest_of(schema, endings)
+        head = tool_format.head(name)
+        if arguments is None:
+            endings.is_endless = True
+        else:
+            call = join([tool_format.begin, head, arguments, "}", tool_format.end])
+            endings.values |= {call, join([head, arguments, "}", tool_format.end])}
+            endings.choices.add(join(["\n", call]))
+    return endings
 
 
 def _quoted(text: str) -> str:

@@ -4,10 +4,10 @@ import asyncio
 import difflib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
@@ -44,6 +44,7 @@ from tokendance.server.responses import (
 )
 from tokendance.server.responses_api.bodies import ResponsesRequest
 from tokendance.server.responses_api.endpoint import ResponsesEndpoint
+from tokendance.server.responses_api.items import ItemList, page
 from tokendance.server.responses_api.output import Deleted, ResponsesAnswer
 from tokendance.server.rounds import LoneRound, SessionRound
 from tokendance.server.settings import ServerSettings
@@ -145,6 +146,17 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
     async def kept_response(response_id: str, tenant: Tenant) -> JSONResponse:
         """An answer that is remembered."""
         return JSONResponse(context.kept_answers.get(tenant, response_id).document)
+
+    @app.get("/v1/responses/{response_id}/input_items", response_model=ItemList)
+    async def input_items(
+        response_id: str,
+        tenant: Tenant,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+    ) -> ItemList:
+        """What was new in the request of an answer that is remembered."""
+        return page(context.kept_answers.get(tenant, response_id).input_items, limit, order, after)
 
     @app.delete("/v1/responses/{response_id}", response_model=Deleted)
     async def forget_response(response_id: str, tenant: Tenant) -> Deleted:

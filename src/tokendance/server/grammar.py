@@ -24,10 +24,11 @@ from tokendance.server.answer_grammar import (
     Wanted,
     answer_grammar,
     coerce_one_of,
+    find_endings,
     json_schema_of,
 )
 from tokendance.server.call_parser import CallParser
-from tokendance.server.closing import ClosingTokens
+from tokendance.server.closing import ClosingTokens, Ends
 from tokendance.server.errors import ApiError, bad_request
 from tokendance.server.grammar_check import GrammarChecker
 from tokendance.server.grammar_constraint import (
@@ -40,6 +41,7 @@ from tokendance.server.grammar_process import make_matcher, make_tokenizer, on_s
 from tokendance.server.schema_fit import fit_schema
 from tokendance.server.schema_limits import SchemaTooLargeError, check_schemas
 from tokendance.server.settings import ServerSettings
+from tokendance.server.shortest import Endings
 from tokendance.server.tool_format import ToolFormat
 
 # Characters of a regular expression, or of all choices.
@@ -118,7 +120,9 @@ class Grammars:
             def watch() -> AnswerWatch:
                 return AnswerWatch(parser() if tools else None, is_json=is_json)
 
-            return self._constraint(lark, param, tenant, watch)
+            endings = find_endings(tools, answer, tool_format)
+            is_text = bool(tools) and wanted.calls is Calls.ALLOWED and answer is None
+            return self._constraint(lark, param, tenant, watch, endings, is_text=is_text)
 
         try:
             return Fitted(attempt(), tuple(unheld))
@@ -158,7 +162,14 @@ class Grammars:
             raise bad_request(str(error), param) from error
 
     def _constraint(
-        self, grammar: str, param: str, tenant: str, watch: Callable[[], AnswerWatch]
+        self,
+        grammar: str,
+        param: str,
+        tenant: str,
+        watch: Callable[[], AnswerWatch],
+        endings: Endings,
+        *,
+        is_text: bool,
     ) -> GrammarConstraint:
         try:
             tokenizer = self._tokenizer()
@@ -167,7 +178,8 @@ class Grammars:
             raise bad_request(message, param) from error
         reason = self.checker.error_of(grammar, tenant)
         if reason is None:
-            constraint = self._compile(tokenizer, grammar, watch)
+            ends = Ends(self._vocabulary(tokenizer).closing, endings, is_text=is_text)
+            constraint = self._compile(tokenizer, grammar, watch, ends)
             reason = constraint.failure()
         if reason is not None:
             message = f"What the answer shall look like cannot be followed: {reason} Simplify it."
@@ -180,13 +192,14 @@ class Grammars:
         tokenizer: "llguidance.LLTokenizer",
         grammar: str,
         watch: Callable[[], AnswerWatch],
+        ends: Ends,
     ) -> GrammarConstraint:
         vocabulary = self._vocabulary(tokenizer)
 
         def work() -> GrammarConstraint:
             matcher = make_matcher(tokenizer, grammar)
             first = mask_of(matcher, vocabulary.only_end)
-            return GrammarConstraint(matcher, vocabulary, first, watch)
+            return GrammarConstraint(matcher, vocabulary, first, watch, ends)
 
         return on_stack(self.checker.stack_bytes, work)
 
@@ -212,7 +225,7 @@ class Grammars:
                     only_end,
                     digits=np.isin(firsts, list(b"0123456789")),
                     blanks=np.isin(firsts, list(b" \t\n\r\\")),
-                    closing=ClosingTokens.of(texts),
+                    closing=ClosingTokens(texts, tokenizer.greedy_tokenize),
                 )
             return self._known_vocabulary
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tokendance.engine.constraint import Constraint
 from tokendance.server.call_parser import CallParser
-from tokendance.server.closing import Closer, ClosingTokens, count_closing
+from tokendance.server.closing import TAIL, Closer, ClosingTokens, Ends, count_closing
 from tokendance.server.grammar_process import error_of
 from tokendance.server.json_scanner import JsonScanner
 
@@ -46,12 +46,6 @@ class Vocabulary:
     digits: Mask
     blanks: Mask
     closing: ClosingTokens
-
-    def only(self, token: int) -> Mask:
-        """Forbids all tokens but one."""
-        mask = np.ones_like(self.only_end)
-        mask[token] = False
-        return mask
 
     def spell(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -96,7 +90,11 @@ class LazyConstraint(ABC):
 
 
 class AnswerWatch:
-    """Follows the text of one answer, to say what would let it run on."""
+    """Follows the text of one answer, to say what would let it run on.
+
+    Attributes:
+        tail: its last characters.
+    """
 
     def __init__(self, parser: CallParser | None, *, is_json: bool) -> None:
         """Begin an answer.
@@ -105,6 +103,7 @@ class AnswerWatch:
             parser: of its calls, if it may call.
             is_json: whether all of it is JSON, marks of calls aside; else its calls are.
         """
+        self.tail = ""
         self._parser = parser
         self._scanner = JsonScanner() if is_json else None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -112,6 +111,7 @@ class AnswerWatch:
     def add(self, data: bytes) -> None:
         """Go on by a token."""
         text = self._decoder.decode(data)
+        self.tail = (self.tail + text)[-TAIL:]
         if self._parser is not None:
             self._parser.add(text)
         if self._scanner is not None:
@@ -154,6 +154,7 @@ class GrammarConstraint(LazyConstraint):
         vocabulary: Vocabulary,
         first: Mask,
         watch: Callable[[], AnswerWatch],
+        ends: Ends,
         max_tokens: int | None = None,
     ) -> None:
         """Begin an answer.
@@ -163,13 +164,15 @@ class GrammarConstraint(LazyConstraint):
             vocabulary: of the model.
             first: what may not come first. No mask is changed.
             watch: begins to follow an answer.
+            ends: how it may be closed.
             max_tokens: that the answer may have; it is closed before they are used up.
         """
-        super().__init__(first)
+        super().__init__(first if max_tokens is None else None)
         self.vocabulary = vocabulary
         self._matcher = matcher
         self._first = first
         self._begin_watch = watch
+        self._ends = ends
         self._max_tokens = max_tokens
         self._watch, self._closer = watch(), self._begin_closer()
 
@@ -187,18 +190,16 @@ class GrammarConstraint(LazyConstraint):
         if self._watch.must_end and self.failure() is None:
             self._forbidden = self.vocabulary.only_end
             return
-        if self._closer is not None and self.failure() is None:
-            if not self._closer.look(self._matcher, self._watch.scanner):
-                return  # there is more to find out, at the next turn
-            if (path := self._closer.path) is not None:
-                self._forbidden = (
-                    self.vocabulary.only(path[0]) if path else self.vocabulary.only_end
-                )
-                return
+        closer = self._closer if self.failure() is None else None
+        scanner, tail = self._watch.scanner, self._watch.tail
+        if closer is not None and not closer.look(self._matcher, scanner, tail):
+            return  # there is more to find out, at the next turn
         forbidden = mask_of(self._matcher, self.vocabulary.only_end)
         if (more := self._watch.forbids(self.vocabulary)) is not None:
             with_more = forbidden | more
             forbidden = forbidden if with_more.all() else with_more
+        if closer is not None:
+            forbidden = closer.limit(forbidden, scanner, self.vocabulary.only_end)
         self._forbidden = forbidden
 
     def failure(self) -> str | None:
@@ -208,30 +209,30 @@ class GrammarConstraint(LazyConstraint):
     def copy(self, max_tokens: int | None = None) -> "GrammarConstraint":
         """One for another answer of at most so many tokens; while this one is at its beginning."""
         matcher = self._matcher.deep_copy()
-        return GrammarConstraint(
-            matcher, self.vocabulary, self._first, self._begin_watch, max_tokens
-        )
+        begin = self._first, self._begin_watch, self._ends
+        return GrammarConstraint(matcher, self.vocabulary, *begin, max_tokens)
 
     def count_closing(self) -> int | None:
         """Tokens that are enough for an answer; None if that is not known; at its beginning."""
-        return count_closing(self.vocabulary.closing, self._matcher, self._watch.scanner)
+        return count_closing(self._ends, self._matcher, self._watch.scanner)
 
     def limit(self, max_tokens: int | None) -> None:
         """Let the answer have so many tokens; while it is at its beginning."""
         self._max_tokens = max_tokens
         self._closer = self._begin_closer()
+        self._forbidden = None
 
     def _begin_closer(self) -> Closer | None:
         if self._max_tokens is None:
             return None
-        return Closer(self.vocabulary.closing, self._max_tokens)
+        return Closer(self._ends, self._max_tokens)
 
     def restart(self) -> None:
         """Go back to the beginning."""
         self._matcher.reset()
         self._watch, self._closer = self._begin_watch(), self._begin_closer()
         self._accepted.clear()
-        self._forbidden = self._first
+        self._forbidden = self._first if self._max_tokens is None else None
 
 
 def mask_of(matcher: "llguidance.LLMatcher", only_end: Mask) -> Mask:

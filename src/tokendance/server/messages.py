@@ -7,7 +7,6 @@ from pydantic_core import PydanticCustomError
 
 Speaker = Annotated[str, Field(max_length=256)]
 MessageRole = Literal["system", "developer", "user", "assistant", "tool", "function"]
-_TEXTS = ("text", "refusal")
 _THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
 
 
@@ -34,14 +33,22 @@ def _kind_of(part: Any) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def check_kinds(content: Any) -> Any:
-    """Say which kinds of parts are not read."""
-    for part in content if isinstance(content, list) else ():
-        kind = _kind_of(part)
-        if kind is not None and kind not in _TEXTS:
-            message = f"It has a part of type {kind[:40]!r}, and this model reads text only"
-            raise PydanticCustomError("unsupported_part", "{text}", {"text": message})
-    return content
+def only_parts(*kinds: str) -> BeforeValidator:
+    """Say which parts of a content are not read: those of other kinds, and those of none."""
+
+    def check(content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            kind = _kind_of(part)
+            if isinstance(part, dict) and kind not in kinds:
+                has = "without a type" if kind is None else f"of type {kind[:40]!r}"
+                message = f"It has a part {has}, and this model reads text only ({kinds[0]})"
+                raise PydanticCustomError("unsupported_part", "{text}", {"text": message})
+        return content
+
+    return BeforeValidator(check)
+
+
+TEXT_PARTS = only_parts("text", "refusal")
 
 
 def _only_text(value: Any) -> Any:

@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from tokendance.rounds.prompts import Ending
-from tokendance.server.messages import Lenient, Message, TextPart, check_kinds
+from tokendance.server.messages import TEXT_PARTS, Lenient, Message, TextPart
 from tokendance.server.unsupported import leave_out_neutral, read_guided
 
 # Pydantic lists all errors of a body, though the client is told the first only. So that there are
@@ -97,7 +97,7 @@ class ChatMessage(Message):
 
     content: Annotated[
         str | Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)] | None,
-        BeforeValidator(check_kinds),
+        TEXT_PARTS,
     ] = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=1024)] | None = None
     tool_call_id: str | None = None

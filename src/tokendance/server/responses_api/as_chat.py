@@ -29,6 +29,7 @@ from tokendance.server.responses_api.bodies import (
     InputMessage,
     InputReasoning,
     Item,
+    ReadItem,
     ResponsesRequest,
     TextFormat,
     ToolChoice,
@@ -43,6 +44,7 @@ _SAME = (ResponsesRequest.model_fields.keys() & ChatRequest.model_fields.keys())
     "stream_options",
     "store",
     "metadata",
+    "logprobs",
 }
 # How fields of a chat request are called here, for errors that name them.
 _NAMES = {
@@ -73,6 +75,8 @@ def as_chat(body: ResponsesRequest, messages: Sequence[ChatMessage]) -> ChatRequ
     if body.wants_logprobs:
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     if body.text is not None and body.text.format is not None:
+        if body.response_format is not None:
+            raise bad_request("Give either text.format or response_format.", "text.format")
         fields["response_format"] = _format(body.text.format)
     if body.tools is not None:
         fields["tools"] = [_tool(tool) for tool in body.tools]
@@ -88,7 +92,7 @@ def items_of(body: ResponsesRequest) -> list[Item]:
     return body.input or []
 
 
-def messages_of(items: Iterable[Item]) -> list[ChatMessage]:
+def messages_of(items: Iterable[ReadItem]) -> list[ChatMessage]:
     """Items as messages; calls go with what was said before them, as they do in one answer.
 
     Fields of items have been checked, so messages are made without that: there may be thousands.

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from tokendance.server.messages import Lenient, Speaker
-from tokendance.server.protocol import Name, Sampling, TemplateOptions
+from tokendance.server.messages import Lenient, Speaker, only_parts
+from tokendance.server.protocol import Name, PromptRequest, TemplateOptions
 from tokendance.server.unsupported import Fields, leave_out_neutral
 
 LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
-_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 _NO_TOOLS = "This server runs no tools of its own. Give it as a function that you run."
 _FIELDS: Fields = {
     "background": ((False,), "Wait for the answer, or stream it."),
@@ -35,19 +35,15 @@ def _kind_of(value: Any, default: str = "") -> str:
     return default if kind is None else str(kind)[:40]
 
 
-def _check_parts(content: Any) -> Any:
-    """Refuse parts that are no text, by their kind."""
-    for part in content if isinstance(content, list) else ():
-        if isinstance(part, dict) and _kind_of(part) not in _TEXTS:
-            _refuse(f"It has a part of type {_kind_of(part)!r}, and this model reads text only")
-    return content
+def _kind_of_item(item: Any) -> str:
+    """The kind of an item; without one it is a message, or an id alone, which refers to an item."""
+    is_id = isinstance(item, dict) and "id" in item and not {"role", "content"} & item.keys()
+    return _kind_of(item, "item_reference" if is_id else "message")
 
 
 def _check_item(item: Any) -> Any:
     """Refuse items that are not read, by their kind."""
-    kind = _kind_of(item, "message")
-    if isinstance(item, dict) and kind == "item_reference":
-        _refuse("It is an item_reference. Send the item itself, or use previous_response_id")
+    kind = _kind_of_item(item)
     if isinstance(item, dict) and kind not in _ITEMS:
         _refuse(f"It is an item of type {kind!r}, which is not supported. {_NO_TOOLS[:-1]}")
     return item
@@ -77,12 +73,22 @@ Parts = Annotated[list[TextPart], Field(fail_fast=True, max_length=4096)]
 Content = Annotated[
     Annotated[str, Tag("a text")] | Annotated[Parts, Tag("a list")],
     Discriminator(_text_or_list),
-    BeforeValidator(_check_parts),
+    only_parts(*_TEXTS),
 ]
 
 
-class InputMessage(Lenient):
-    """What somebody has said. Unknown fields are ignored, here and below: clients send some."""
+def _usable_id(value: Any) -> Any:
+    return value if isinstance(value, str) and 0 < len(value) <= 256 else None
+
+
+class _Item(Lenient):
+    """An item. Unknown fields are ignored: clients send some."""
+
+    id: Annotated[str | None, BeforeValidator(_usable_id)] = None
+
+
+class InputMessage(_Item):
+    """What somebody has said."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -90,7 +96,7 @@ class InputMessage(Lenient):
     name: Speaker | None = None
 
 
-class InputCall(Lenient):
+class InputCall(_Item):
     """A call in an earlier answer."""
 
     type: Literal["function_call"]
@@ -99,7 +105,7 @@ class InputCall(Lenient):
     arguments: str = "{}"
 
 
-class InputCallOutput(Lenient):
+class InputCallOutput(_Item):
     """What a called function has answered."""
 
     type: Literal["function_call_output"]
@@ -107,7 +113,7 @@ class InputCallOutput(Lenient):
     output: Content = ""
 
 
-class InputReasoning(Lenient):
+class InputReasoning(_Item):
     """What a model has thought before it answered."""
 
     type: Literal["reasoning"]
@@ -115,12 +121,22 @@ class InputReasoning(Lenient):
     summary: Parts | None = None
 
 
+class ItemReference(Lenient):
+    """An item that is remembered, of an earlier input or answer."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: Name
+
+
+# What is read of an input, once references are followed.
+ReadItem = InputMessage | InputCall | InputCallOutput | InputReasoning
 Item = Annotated[
     Annotated[InputMessage, Tag("a message")]
     | Annotated[InputCall, Tag("a function_call")]
     | Annotated[InputCallOutput, Tag("a function_call_output")]
-    | Annotated[InputReasoning, Tag("a reasoning")],
-    Discriminator(lambda item: f"a {_kind_of(item, 'message')}"),
+    | Annotated[InputReasoning, Tag("a reasoning")]
+    | Annotated[ItemReference, Tag("a item_reference")],
+    Discriminator(lambda item: f"a {_kind_of_item(item)}"),
     BeforeValidator(_check_item),
 ]
 Input = Annotated[
@@ -192,7 +208,7 @@ class Reasoning(Lenient):
     summary: Annotated[str, Field(max_length=64)] | None = None
 
 
-class ResponsesRequest(Sampling):
+class ResponsesRequest(PromptRequest):
     """Body of /v1/responses."""
 
     input: Input | None = None
@@ -200,6 +216,8 @@ class ResponsesRequest(Sampling):
     previous_response_id: Name | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     text: TextConfig | None = None
     tools: (
@@ -214,6 +232,8 @@ class ResponsesRequest(Sampling):
     include: Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     share_reasoning: bool | None = None
     metadata: (
         Annotated[
@@ -230,6 +250,9 @@ class ResponsesRequest(Sampling):
     max_tool_calls: int | None = None
     truncation: Literal["auto", "disabled"] | None = None
     prompt_cache_options: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -239,7 +262,8 @@ class ResponsesRequest(Sampling):
     @property
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities of the answer's tokens are asked for."""
-        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+        asked = bool(self.logprobs) or bool(self.top_logprobs)
+        return asked or LOGPROBS in (self.include or ())
 
 
 def text_of(content: str | list[TextPart] | None) -> list[str]:

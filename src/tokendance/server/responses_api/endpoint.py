@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from tokendance.errors import TokenDanceError
+from tokendance.outputs import Output
 from tokendance.server.chat import ChatEndpoint
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError, as_api_error
@@ -26,11 +27,14 @@ from tokendance.server.responses_api.as_chat import (
 )
 from tokendance.server.responses_api.bodies import (
     Item,
+    ItemReference,
+    ReadItem,
     Reasoning,
     ResponsesRequest,
     TextFormat,
 )
-from tokendance.server.responses_api.kept import KeptAnswer
+from tokendance.server.responses_api.items import documents_of
+from tokendance.server.responses_api.kept import KeptAnswer, KeptAnswers
 from tokendance.server.responses_api.output import (
     GrowingOutput,
     ResponsesAnswer,
@@ -59,7 +63,8 @@ class ResponsesEndpoint(ChatEndpoint):
         if len(items) > (most := context.settings.max_messages):
             message = f"There are {len(items)} items, and at most {most} are taken."
             raise ApiError(413, message, param="input")
-        self._new = messages_of(items)
+        self._items = [_read(item, context.kept_answers, tenant) for item in items]
+        self._new = messages_of(self._items)
         earlier = context.kept_answers.messages(tenant, asked.previous_response_id)
         with _names_of_here():
             super().__init__(context, tenant, as_chat(asked, [*earlier, *self._new]))
@@ -101,6 +106,7 @@ class ResponsesEndpoint(ChatEndpoint):
             outputs = [delta.output]
             usage = usage_of(outputs, 1, self.count_thoughts(outputs))
             self._answer = self._document(status, usage)
+            self._add_tokens(delta.output)
             self._keep()
             events.append(self._output.event(status, response=self._answer))
         return events
@@ -156,16 +162,40 @@ class ResponsesEndpoint(ChatEndpoint):
             background=False,
         )
 
+    def _add_tokens(self, output: Output) -> None:
+        """Add to the document what was asked of tokens, as the answer of a chat has it."""
+        if self.body.prompt_logprobs is not None:
+            self._answer.prompt_logprobs = self.prompt_logprobs()
+        if self.body.return_token_ids:
+            self._answer.prompt_token_ids = self.prompt_ids()
+            self._answer.token_ids = list(output.token_ids)
+
     def _keep(self) -> None:
         """Remember the answer, unless the client has said not to."""
         if self._asked.store is False:
             return
         document = dump(self._answer)
-        said = messages_of(_ITEMS.validate_python(document["output"]))
+        said = messages_of(_read_all(document["output"]))
+        items = documents_of(self._items)
         num_bytes = _OVERHEAD + len(json.dumps(document)) + sum(map(_size, self._new))
-        previous_id = self._asked.previous_response_id
-        answer = KeptAnswer(document, [*self._new, *said], previous_id, num_bytes)
+        num_bytes += len(json.dumps(items))
+        messages, previous_id = [*self._new, *said], self._asked.previous_response_id
+        answer = KeptAnswer(document, messages, previous_id, num_bytes, items)
         self.context.kept_answers.keep(self.tenant, self._id, answer)
+
+
+def _read(item: Item, kept: KeptAnswers, tenant: str) -> ReadItem:
+    """An item, or that which it refers to."""
+    if not isinstance(item, ItemReference):
+        return item
+    (found,) = _read_all([kept.item(tenant, item.id)])
+    return found
+
+
+def _read_all(documents: Sequence[dict[str, Any]]) -> list[ReadItem]:
+    """Items that are remembered, of which none is a reference."""
+    items = _ITEMS.validate_python(documents)
+    return [item for item in items if not isinstance(item, ItemReference)]
 
 
 def _size(message: ChatMessage) -> int:

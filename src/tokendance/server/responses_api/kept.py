@@ -24,18 +24,33 @@ class KeptAnswer:
         messages: what was new: those of the request, and the answer.
         previous_id: of the answer that it goes on from.
         num_bytes: that it counts for.
+        input_items: of the request, as documents.
     """
 
     document: dict[str, Any]
     messages: Sequence[ChatMessage]
     previous_id: str | None
     num_bytes: int
+    input_items: Sequence[dict[str, Any]] = ()
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """Of the request, and of the answer."""
+        return [*self.input_items, *self.document["output"]]
 
 
 class _Tenant:
     def __init__(self) -> None:
         self.answers: OrderedDict[str, KeptAnswer] = OrderedDict()  # the least recently used first
         self.num_bytes = 0
+        self.where: dict[str, str] = {}  # for each item, the last answer that has it
+
+    def forget(self, answer_id: str) -> None:
+        answer = self.answers.pop(answer_id)
+        self.num_bytes -= answer.num_bytes
+        for item in answer.items:
+            if self.where.get(item["id"]) == answer_id:
+                del self.where[item["id"]]
 
 
 class KeptAnswers:
@@ -56,6 +71,19 @@ class KeptAnswers:
             raise ApiError(404, _not_found(answer_id), param="response_id")
         self._use(tenant, answer_id)
         return answers[answer_id]
+
+    def item(self, tenant: str, item_id: str) -> dict[str, Any]:
+        """An item of a tenant's, of which the answer counts as used.
+
+        Raises:
+            ApiError: 404 as `get` does.
+        """
+        where = self._tenants[tenant].where if tenant in self._tenants else {}
+        if item_id not in where:
+            message = f"Item with id {item_id[:64]!r} not found. {_WHY} Send the item itself."
+            raise ApiError(404, message, param="input", code="item_not_found")
+        items = self.get(tenant, where[item_id]).items
+        return next(item for item in items if item["id"] == item_id)
 
     def messages(self, tenant: str, answer_id: str | None) -> list[ChatMessage]:
         """All that was said up to an answer and with it; nothing if there is no id.
@@ -85,18 +113,18 @@ class KeptAnswers:
         kept, settings = self._tenants[tenant], self._settings
         kept.answers[answer_id] = answer
         kept.num_bytes += answer.num_bytes
+        kept.where |= dict.fromkeys((item["id"] for item in answer.items), answer_id)
         self._use(tenant, answer_id)
         while (
             len(kept.answers) > settings.max_responses
             or kept.num_bytes > settings.max_responses_bytes
         ):
-            kept.num_bytes -= kept.answers.popitem(last=False)[1].num_bytes
+            kept.forget(next(iter(kept.answers)))
 
     def forget(self, tenant: str, answer_id: str) -> None:
         """Forget an answer; raises ApiError as `get` does."""
         self.get(tenant, answer_id)
-        kept = self._tenants[tenant]
-        kept.num_bytes -= kept.answers.pop(answer_id).num_bytes
+        self._tenants[tenant].forget(answer_id)
 
     def _use(self, tenant: str, answer_id: str | None) -> None:
         """Put an answer behind all others, and behind it those that it goes on from."""
@@ -106,9 +134,13 @@ class KeptAnswers:
             answer_id = answers[answer_id].previous_id
 
 
+_WHY = (
+    "It was made with store: false, was deleted, is another key's, or made room for later ones "
+    "(--max-responses, --max-responses-size)."
+)
+
+
 def _not_found(answer_id: str) -> str:
     return (
-        f"Previous response with id {answer_id[:64]!r} not found. It was made with store: false, "
-        "was deleted, is another key's, or made room for later ones (--max-responses, "
-        "--max-responses-size). Send all items as input."
+        f"Previous response with id {answer_id[:64]!r} not found. {_WHY} Send all items as input."
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from tokendance.server.call_parser import Arguments, CallBegins, Piece, Text, Thought
-from tokendance.server.responses import Usage
+from tokendance.server.responses import PromptLogprobs, Usage
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -148,6 +148,9 @@ class ResponsesAnswer(BaseModel):
     top_p: float
     truncation: str
     background: bool
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class Deleted(BaseModel):
