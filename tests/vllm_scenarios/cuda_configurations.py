@@ -48,6 +48,7 @@ def chosen(
 ) -> dict[str, Any]:
     stand_ins.capability = capability
     said.lines.clear()
+    plugin._SAID.clear()  # a process has one configuration otherwise
     os.environ.update(environment)
     config = EngineArgs(model=model, skip_tokenizer_init=True, **engine).create_engine_config()
     for name in environment:
