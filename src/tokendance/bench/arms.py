@@ -227,10 +227,20 @@ def vllm_round(
     `tagged`: TokenDance inside is told the blocks.
     """
     encoded = workload.encoded(llm)
-    vllm.reset()
-    vllm.run([prompt.segments[0].token_ids.tolist() for prompt in encoded], 1)
+    warm_vllm(vllm, encoded)
     blocks = [places_of_blocks(prompt) for prompt in encoded] if tagged else None
     return vllm.run([prompt.token_ids.tolist() for prompt in encoded], num_tokens, blocks=blocks)
+
+
+def warm_vllm(vllm: VLLM, prompts: Sequence[EncodedPrompt]) -> None:
+    """Leave vLLM with the first segment of each prompt in its prefix cache, and nothing else.
+
+    As in `RoundWorkload.warm` each is computed by itself: that no block is shared is said, or what
+    these texts have in common would be read from one of them.
+    """
+    vllm.reset()
+    beginnings = [prompt.segments[0].token_ids.tolist() for prompt in prompts]
+    vllm.run(beginnings, 1, blocks=[[] for _ in beginnings])
 
 
 def places_of_blocks(prompt: EncodedPrompt) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tokendance.bench.arms import DTYPES, load, make_engine, places_of_blocks
+from tokendance.bench.arms import DTYPES, load, make_engine, places_of_blocks, warm_vllm
 from tokendance.bench.inside import INSIDE, PLAIN, TAGGED, started_pair
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
@@ -99,7 +99,6 @@ def _measure(
     """Figures of one round, by engine; all are made to say what plain vLLM answers."""
     encoded = workload.encoded(ours)
     ids = [prompt.token_ids.tolist() for prompt in encoded]
-    beginnings = [prompt.segments[0].token_ids.tolist() for prompt in encoded]
     engines[PLAIN].reset()
     answers = engines[PLAIN].run(ids, num_tokens).token_ids
     places = [places_of_blocks(prompt) for prompt in encoded]
@@ -110,8 +109,7 @@ def _measure(
         (INSIDE, engines[INSIDE], None),
         (TAGGED, engines[INSIDE], places),
     ):
-        vllm.reset()
-        vllm.run(beginnings, 1)
+        warm_vllm(vllm, encoded)
         result, logprobs = vllm.score(ids, answers, blocks=blocks)
         if name == PLAIN:
             expected = logprobs
@@ -119,7 +117,7 @@ def _measure(
         mirrors = [
             index
             for index, cached in enumerate(result.cached_tokens)
-            if cached > len(beginnings[index])
+            if cached > len(encoded[index].segments[0])
         ]
         figures[name] = _figures(expected, logprobs, mirrors)
     tagged = workload.prompts()
