@@ -106,6 +106,18 @@ def test_whose_gaps_fit_the_bound_has_whole_rounds(apart: list[float], num_round
     ]
 
 
+def test_who_waits_for_an_answer_before_asking_again_waits_for_nobody() -> None:
+    """Answers that come within the longest wait: the gaps are the server's own time."""
+    window, pace = make_window(), ArrivalPace()
+    for number in range(10):
+        now = 1.0 + 0.01 * number
+        window.add(number, now, pace)
+        assert window.due_s() == pytest.approx(now + window.gap_s)
+        assert window.take(now + window.gap_s) == [number]
+        pace.note_done()
+    assert pace.gap_s == 0
+
+
 def test_paces_are_each_clients_own_and_bounded() -> None:
     paces = ArrivalPaces()
     for now in (1.0, 1.02):

@@ -6,7 +6,8 @@ longer than a share of the time that a single request takes, which is measured. 
 arrives later begins a round of its own, and still reuses what the earlier round has computed.
 
 Some clients take tens of milliseconds between the requests of a round. So the gap is learned for
-each client, from those of its requests that come within the longest wait of each other:
+each client, from those of its requests that come within the longest wait of each other, and while
+another is open: whoever waits for an answer before asking again has no others to wait for.
 
     arrivals    |  |      |    |                              |    |  |
     gaps         ..  .....  ...   (longer than the longest     ....  ..
@@ -56,14 +57,20 @@ class ArrivalPace:
     """
 
     gap_s: float = 0.0
-    _last_s: float | None = None
+    _last_s: float = 0.0
+    _num_open: int = 0  # requests that have come and are not done
 
     def note(self, now: float, longest_s: float) -> None:
         """Learn from an arrival; one later than `longest_s` after the last begins a round."""
         last_s, self._last_s = self._last_s, now
-        if last_s is not None and 0 < now - last_s <= longest_s:
+        num_open, self._num_open = self._num_open, self._num_open + 1
+        if num_open > 0 and 0 < now - last_s <= longest_s:
             new_s = now - last_s
             self.gap_s = max(new_s, self.gap_s + _SHRINKING * (new_s - self.gap_s))
+
+    def note_done(self) -> None:
+        """Note that a request that came is answered, or gone."""
+        self._num_open = max(0, self._num_open - 1)
 
     @property
     def wait_s(self) -> float:

@@ -1,5 +1,6 @@
 """How the attention layers of a vLLM model rotate, and which windows they have."""
 
+import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
@@ -21,6 +22,12 @@ def find_layer_kinds(model: nn.Module) -> dict[str, LayerKind]:
             continue
         layout = RopeLayout.HALVES if rotary.is_neox_style else RopeLayout.INTERLEAVED
         rope = Rope(rotary._compute_inv_freq(rotary.base).float().cpu(), layout)
+        # One object for all layers that rotate alike: its tables are made once a step.
+        known = (kind.rope for kind in kinds.values() if _are_equal(kind.rope, rope))
         window = getattr(attention, "sliding_window", None)
-        kinds[attention.layer_name] = LayerKind(rope, window)
+        kinds[attention.layer_name] = LayerKind(next(known, rope), window)
     return kinds
+
+
+def _are_equal(one: Rope, other: Rope) -> bool:
+    return one.layout is other.layout and torch.equal(one.inv_freq, other.inv_freq)

@@ -144,6 +144,7 @@ class Rounds:
 
     def remove(self, request_id: str) -> Member | None:
         """Take out a member that has not started; None if there is none of that id."""
+        self._arrivals.note_done(request_id)
         for member in self._waiting:
             if member.request_id == request_id:
                 self._waiting.remove(member)
@@ -323,6 +324,7 @@ class Rounds:
         member = self._live.pop(request_id, None)
         if member is None:
             return
+        self._arrivals.note_done(request_id)
         if not member.is_published:
             self._end_computing(member)
         self._discoveries.note_output(member.key.salt, member.token_ids, as_token_ids(answer))
@@ -343,6 +345,7 @@ class Rounds:
         Whoever waits for one of them computes in its place.
         """
         for member in self._live.values():
+            self._arrivals.note_done(member.request_id)
             if not member.is_published:
                 self._end_computing(member)
             self._store.pool.release(member.held, Holder.REQUEST)
