@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from conftest import examples
 from tokendance.attention.interface import PackedBatch, PackedRequest
 from tokendance.attention.plan import Plan, ReadGroup, make_plan
 
@@ -143,3 +146,28 @@ def test_a_long_context_of_few_rows_is_cut_at_fixed_positions() -> None:
         for _, ranges in groups_of(plan)
     ]
     assert positions == [[(0, 1024)], [(1024, 1250), (1250, 2048)], [(2048, 2500)]]
+
+
+@settings(max_examples=examples(100))
+@given(st.permutations(range(80)), st.integers(1, 70), st.integers(1, 10), st.integers(1, 5))
+def test_who_runs_alone_and_reads_nothing_of_others_has_the_same_plan(
+    pages: list[int], num_done: int, num_new: int, page_size: int
+) -> None:
+    """It is made without looking for other readers."""
+    slots = np.array([page * page_size + at for page in pages for at in range(page_size)], np.int32)
+    slot_position = np.zeros(len(slots), np.int32)
+    slot_position[slots] = np.arange(len(slots))
+    positions = np.arange(num_done, num_done + num_new)
+    general, alone = (
+        make_plan(
+            PackedBatch(
+                [PackedRequest(0, positions, slots, reads_others=reads_others)], slot_position
+            ),
+            [7],
+        )
+        for reads_others in (True, False)
+    )
+    for name in Plan.__slots__:
+        if name != "key_begin":
+            np.testing.assert_array_equal(getattr(alone, name), getattr(general, name), name)
+    np.testing.assert_array_equal(alone.key_begin[7], general.key_begin[7])

@@ -109,14 +109,19 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
 
     `windows` are those of the model's layers that have one, in tokens.
     """
-    entries = _cut_at_each_other(_readings(batch))
+    entries = _readings(batch)
+    if len(batch.requests) == 1 and not batch.requests[0].reads_others:
+        # It reads each slot once, and nobody else does. To find that out is a third of a plan.
+        by_readers: list[IntArray] = [np.arange(len(entries.begin))[:, None]]
+    else:
+        entries = _cut_at_each_other(entries)
+        by_readers = _group_by_readers(entries)
     offsets, rotations = _number_offsets(entries.offset)
     num_rows = np.array([len(request.positions) for request in batch.requests])
     first_rows = np.array([request.first_row for request in batch.requests])
     positions = np.concatenate([request.positions for request in batch.requests]).astype(np.int64)
 
     # One line per slot range: the entry of the first of its readers stands for it.
-    by_readers = _group_by_readers(entries)
     readers = np.repeat(np.arange(len(by_readers)), [len(ranges) for ranges in by_readers])
     num_readers = np.array([ranges.shape[1] for ranges in by_readers])[readers]
     by_range = np.concatenate([ranges.ravel() for ranges in by_readers])

@@ -230,8 +230,8 @@ class SharedInPlaceImpl(AttentionImpl):  # type: ignore[misc]
         attn_metadata.backend.attend(
             self.index,
             query.view(n, heads, -1, size).permute(1, 2, 0, 3),
-            key.view(n, heads, size).transpose(0, 1),
-            value.view(n, heads, size).transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
             *self._memory,
             self.scale,
             output.view(n, -1, size),
