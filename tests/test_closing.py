@@ -28,7 +28,8 @@ from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.grammar_constraint import AnswerConstraint
 from tokendance.server.settings import ServerSettings
-from tokendance.server.shortest import pattern_cost
+from tokendance.server.short_texts import pattern_cost
+from tokendance.server.shortest import Endings, shortest_of
 from tokendance.server.thinking_constraint import ThinkingConstraint
 
 
@@ -457,3 +458,40 @@ def test_answers_of_a_model_end_and_parse(client: httpx.Client, temperature: flo
             assert choice["finish_reason"] == "stop"
             json.loads(choice["message"]["content"])
             assert document["usage"]["completion_tokens"] < most
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.sampled_from(["string", "object", "#", "a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["properties", "anyOf", "allOf", "items", "a"]), inner)
+    ),
+    max_leaves=10,
+)
+KEYS = [
+    "$ref", "$defs", "allOf", "anyOf", "type", "enum", "const", "properties", "required", "pattern",
+    "additionalProperties", "patternProperties", "items", "prefixItems", "minItems", "minLength",
+    "minimum", "multipleOf", "format",
+]  # fmt: skip
+
+
+@settings(max_examples=examples(300))
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=5))
+def test_what_is_no_schema_is_somebody_elses_to_refuse(schema: dict[str, Any]) -> None:
+    shortest_of(schema, Endings())
+
+
+def test_a_thousand_members_are_no_work() -> None:
+    """Ends of an object are known as far as they are short; longer ones are members in a row."""
+    names = [f"name{number}" for number in range(1000)]
+    properties = {name: {"type": "string"} for name in names}
+    endings = Endings()
+    shortest = shortest_of({"type": "object", "properties": properties, "required": names}, endings)
+    assert shortest is not None
+    assert shortest.cost == len(json.dumps(dict.fromkeys(names, "")))
+    assert not shortest.is_whole
+    assert len(endings.members) == 1000
+    assert 0 < sum(len(one.text) for one in endings.rests) < 100_000

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.attention.interface import IntArray, PackedBatch
+from tokendance.attention.interface import IntArray, PackedBatch, PackedRequest
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -109,19 +109,17 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
 
     `windows` are those of the model's layers that have one, in tokens.
     """
-    entries = _readings(batch)
+    readings = _readings(batch)
     if len(batch.requests) == 1 and not batch.requests[0].reads_others:
-        # It reads each slot once, and nobody else does. To find that out is a third of a plan.
-        by_readers: list[IntArray] = [np.arange(len(entries.begin))[:, None]]
-    else:
-        entries = _cut_at_each_other(entries)
-        by_readers = _group_by_readers(entries)
+        return _plan_alone(batch.requests[0], readings, batch.slot_position, windows)
+    entries = _cut_at_each_other(readings)
     offsets, rotations = _number_offsets(entries.offset)
     num_rows = np.array([len(request.positions) for request in batch.requests])
     first_rows = np.array([request.first_row for request in batch.requests])
     positions = np.concatenate([request.positions for request in batch.requests]).astype(np.int64)
 
     # One line per slot range: the entry of the first of its readers stands for it.
+    by_readers = _group_by_readers(entries)
     readers = np.repeat(np.arange(len(by_readers)), [len(ranges) for ranges in by_readers])
     num_readers = np.array([ranges.shape[1] for ranges in by_readers])[readers]
     by_range = np.concatenate([ranges.ravel() for ranges in by_readers])
@@ -167,6 +165,41 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
         rotations=rotations[entry].astype(np.int32),
         key_end=num_keys_until(at),
         key_begin={window: num_keys_until(at - window) for window in windows},
+    )
+
+
+def _plan_alone(
+    request: PackedRequest, readings: "_Readings", slot_position: IntArray, windows: Iterable[int]
+) -> Plan:
+    """The same plan in a third of the time, for who runs alone and reads nothing of others.
+
+    It reads each slot once, where it stood when it was written, and no reader has to be found.
+    """
+    assert not readings.offset.any()
+    num_rows = len(request.positions)
+    positions = request.positions.astype(np.int64)
+    first = slot_position[readings.begin].astype(np.int64)
+    order = np.argsort(first)
+    first = first[order]
+    begin, end = (slots[order].astype(np.int64) for slots in (readings.begin, readings.end))
+    is_cut = np.diff(first // _SPAN) != 0 if num_rows < _FEW_ROWS else np.zeros(0, bool)
+    range_indptr = np.concatenate(([0], np.flatnonzero(is_cut) + 1, [len(order)]))
+    num_groups = len(range_indptr) - 1
+
+    def num_keys_until(at: IntArray) -> Int32Array:
+        counts = np.clip(at + 1 - first[:, None], 0, (end - begin)[:, None])
+        return np.asarray(counts, np.int32).ravel()
+
+    return Plan(
+        offsets=np.zeros(1, np.int64),
+        row_indptr=num_rows * np.arange(num_groups + 1),
+        range_indptr=range_indptr,
+        rows=np.tile(np.arange(request.first_row, request.first_row + num_rows), num_groups),
+        slot_begin=begin,
+        slot_end=end,
+        rotations=np.zeros(len(order) * num_rows, np.int32),
+        key_end=num_keys_until(positions),
+        key_begin={window: num_keys_until(positions - window) for window in windows},
     )
 
 

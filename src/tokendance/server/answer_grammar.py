@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from tokendance.server.shortest import Endings, Short, join, pattern_cost, shortest_of
+from tokendance.server.short_texts import Short, join, pattern_cost
+from tokendance.server.shortest import Endings, shortest_of
 from tokendance.server.tool_format import ToolFormat
 
 # Whitespace in its usual places only: a small model may write whitespace for ever.

@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.server.json_scanner import JsonScanner
-from tokendance.server.shortest import Endings, Short
+from tokendance.server.short_texts import Short
+from tokendance.server.shortest import Endings
 
 Mask = npt.NDArray[np.bool_]
 Choices = npt.NDArray[np.int64]

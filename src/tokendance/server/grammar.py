@@ -120,7 +120,7 @@ class Grammars:
             def watch() -> AnswerWatch:
                 return AnswerWatch(parser() if tools else None, is_json=is_json)
 
-            endings = find_endings(tools, answer, tool_format)
+            endings = partial(find_endings, tools, answer, tool_format)
             is_text = bool(tools) and wanted.calls is Calls.ALLOWED and answer is None
             return self._constraint(lark, param, tenant, watch, endings, is_text=is_text)
 
@@ -167,7 +167,7 @@ class Grammars:
         param: str,
         tenant: str,
         watch: Callable[[], AnswerWatch],
-        endings: Endings,
+        endings: Callable[[], Endings],
         *,
         is_text: bool,
     ) -> GrammarConstraint:
@@ -178,7 +178,7 @@ class Grammars:
             raise bad_request(message, param) from error
         reason = self.checker.error_of(grammar, tenant)
         if reason is None:
-            ends = Ends(self._vocabulary(tokenizer).closing, endings, is_text=is_text)
+            ends = Ends(self._vocabulary(tokenizer).closing, endings(), is_text=is_text)
             constraint = self._compile(tokenizer, grammar, watch, ends)
             reason = constraint.failure()
         if reason is not None:

@@ -8,12 +8,12 @@ than is read here; then a text is not what it allows, which whoever uses it find
 import itertools
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokendance.server.schema_limits import DATA, PROPERTIES, names_in, resolve
+from tokendance.server.short_texts import MOST_TEXT, Short, join, pattern_cost
 
 Schema = Mapping[str, Any]
 
@@ -28,38 +28,10 @@ _SAYING = {
 _MOST_ALTERNATIVES = 256
 # Rounds over all parts of a schema: one is enough for each level that a text goes down.
 _MOST_ROUNDS = 128
-# Characters of a text that are worth to be known; bytes of a number with limits, and of a text with
-# a format.
-_MOST_TEXT = 1024
+# Bytes of a number with limits, and of a text with a format.
 _LIMITED_NUMBER = 24
 _FORMATTED = 48
-_MOST_PATTERN = 10**6
-# Parts of a regular expression: an escape, a class, a group's beginning, a repetition, all else.
-_PARTS = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?(?::|P?<\w+>))?|\{(?P<least>\d+)(?:,\d*)?\}|.",
-    re.DOTALL,
-)
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-
-
-@dataclass(frozen=True, slots=True)
-class Short:
-    """A short text that something allows.
-
-    Attributes:
-        text: as far as it is known.
-        cost: bytes of all of it, at most.
-        is_whole: whether all of it is known.
-    """
-
-    text: str
-    cost: int
-    is_whole: bool = True
-
-    @staticmethod
-    def of(text: str) -> "Short":
-        """A text that is known."""
-        return Short(text, len(text.encode()))
 
 
 @dataclass(slots=True)
@@ -83,22 +55,6 @@ class Endings:
     is_endless: bool = False
 
 
-def join(parts: Iterable[Short | str]) -> Short:
-    """Texts in a row; what follows one that is not known is not known, either."""
-    text: list[str] = []
-    cost, is_whole = 0, True
-    for part in parts:
-        one = Short.of(part) if isinstance(part, str) else part
-        cost += one.cost
-        if is_whole:
-            text.append(one.text)
-            is_whole = one.is_whole
-    joined = "".join(text)
-    if len(joined) > _MOST_TEXT:
-        return Short(joined[:_MOST_TEXT], cost, is_whole=False)
-    return Short(joined, cost, is_whole)
-
-
 def shortest_of(schema: Schema, endings: Endings) -> Short | None:
     """The shortest text of a schema; None if it has none. Adds what ends its parts.
 
@@ -115,6 +71,7 @@ class _Shortening:
         self._names = names_in(root)
         self._nodes = list(self._reached())[::-1]  # inner ones first
         self._best: dict[int, Short] = {}
+        self._ways: dict[int, list[list[Schema]]] = {}
         self._num_looks = 0
 
     def result(self, endings: Endings) -> Short | None:
@@ -176,8 +133,10 @@ class _Shortening:
 
     def _alternatives(self, schema: Schema) -> list[list[Schema]]:
         """Ways to fit a schema: each of them is schemas that all have to be fitted."""
-        self._num_looks = 0
-        return self._expand(schema, ())
+        if id(schema) not in self._ways:
+            self._num_looks = 0
+            self._ways[id(schema)] = self._expand(schema, ())
+        return self._ways[id(schema)]
 
     def _expand(self, schema: Any, above: tuple[int, ...]) -> list[list[Schema]]:
         """Ways to fit a schema; none that refers to one of those above it, by their ids."""
@@ -222,7 +181,7 @@ class _Shortening:
     def _array(self, parts: Sequence[Schema]) -> Short | None:
         least = max((_int(part, "minItems") for part in parts), default=0)
         items: list[Short | str] = []
-        for number in range(min(least, _MOST_TEXT)):
+        for number in range(min(least, MOST_TEXT)):
             one = self._of(_item(parts, number))
             if one is None:
                 return None
@@ -234,15 +193,15 @@ class _Shortening:
 
     def _members(self, parts: Sequence[Schema]) -> list[Short | str] | None:
         """The members that an object has to have, in order; None if one of them has no end."""
-        required = {name for part in parts for name in _list(part, "required")}
+        required = _required(parts)
         listed = _properties(parts)
         members: list[Short | str] = []
-        for name in [*listed, *sorted(required - set(listed), key=str)]:
+        for name in [*listed, *sorted(required - set(listed))]:
             if name in required:
                 value = self._of(listed.get(name, _additional(parts)))
                 if value is None:
                     return None
-                members.append(_member(str(name), value))
+                members.append(_member(name, value))
         return members
 
     def _note(self, node: Schema, endings: Endings) -> None:
@@ -281,7 +240,7 @@ class _Shortening:
 
     def _note_members(self, parts: Sequence[Schema], endings: Endings) -> None:
         listed = _properties(parts)
-        required = {name for part in parts for name in _list(part, "required")}
+        required = _required(parts)
         for name, schema in listed.items():
             value = self._of(schema)
             if value is not None:
@@ -297,13 +256,15 @@ class _Shortening:
             endings.is_endless |= value is None and schema is not False
         if _additional(parts) is not False:
             self._choose(self._of(_additional(parts)), "", endings)
-        members = self._members(parts)
-        for begun in range(len(members or ())):
-            assert members is not None
-            rest = [*_with_commas(members[begun:]), "}"]
-            endings.rests.add(join(rest))
+        members = self._members(parts) or []
+        rest = Short.of("}")
+        for begun in range(len(members) - 1, -1, -1):
+            rest = join([members[begun], ", " if begun < len(members) - 1 else "", rest])
+            if not rest.is_whole:
+                break  # it is ended member by member
+            endings.rests.add(rest)
             if begun:
-                endings.rests.add(join([", ", *rest]))
+                endings.rests.add(join([", ", rest]))
 
     def _choose(self, value: Short | None, name: str, endings: Endings) -> None:
         """Note that a value may be begun which need not be."""
@@ -348,7 +309,9 @@ def _types(parts: Sequence[Schema]) -> list[str]:
     for part in parts:
         if (named := part.get("type")) is not None:
             listed = named if isinstance(named, list) else [named]
-            kinds &= {"number" if one == "integer" else one for one in listed}
+            kinds &= {
+                "number" if one == "integer" else one for one in listed if isinstance(one, str)
+            }
     return [kind for kind in _TYPES if kind in kinds]
 
 
@@ -359,32 +322,9 @@ def _string(parts: Sequence[Schema]) -> Short:
         return Short('"', least + sum(map(pattern_cost, patterns)), is_whole=False)
     if any("format" in part for part in parts):
         return Short('"', least + _FORMATTED, is_whole=False)
-    if least > _MOST_TEXT:
+    if least > MOST_TEXT:
         return Short('"', least + 2, is_whole=False)
     return Short.of(f'"{"a" * least}"')
-
-
-def pattern_cost(pattern: str) -> int:
-    """Bytes that are enough to end a text that matches, wherever in the pattern it stands.
-
-    Each part counts as often as it has to come at least, and all alternatives of a part do.
-    """
-    may_be_long = not pattern.isascii() or any(one in pattern for one in ("\\u", "\\x", "\\p"))
-    unit = 6 if may_be_long else 2  # of a character, as JSON may have it
-    totals, last = [0], 0  # of the groups that are open, and of the last part
-    for match in _PARTS.finditer(pattern):
-        part = match[0]
-        if part[0] == "(":
-            totals.append(0)
-            continue
-        if part == ")":
-            last = totals.pop() if len(totals) > 1 else 0
-        elif match["least"]:
-            last *= int(match["least"][:6]) - 1
-        else:
-            last = 0 if part in "^$|*+?" else unit
-        totals[-1] = min(totals[-1] + max(0, last), _MOST_PATTERN)
-    return sum(totals) + 2
 
 
 def _number(parts: Sequence[Schema]) -> Short:
@@ -426,6 +366,10 @@ def _properties(parts: Sequence[Schema]) -> dict[str, Any]:
         for name, schema in _dict(part, "properties").items():
             found.setdefault(name, schema)
     return found
+
+
+def _required(parts: Sequence[Schema]) -> set[str]:
+    return {one for part in parts for one in _list(part, "required") if isinstance(one, str)}
 
 
 def _additional(parts: Sequence[Schema]) -> Any:

@@ -65,8 +65,9 @@ class RoundModelRunner(CPUModelRunner):  # type: ignore[misc]
         )
         # ... and they are true when it rotates. Drafts may reach beyond the context's end, which
         # vLLM counts from the own tokens; nobody takes them.
-        positions = np.minimum(taken.positions, self.max_model_len - 1)
-        self.positions[torch.from_numpy(taken.rows)] = torch.from_numpy(positions)
+        if len(taken.rows):
+            positions = np.minimum(taken.positions, self.max_model_len - 1)
+            self.positions[torch.from_numpy(taken.rows)] = torch.from_numpy(positions)
         step.current = taken.batch
         return result
 
