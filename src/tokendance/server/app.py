@@ -34,6 +34,7 @@ from tokendance.server.protocol import ChatRequest, CompletionRequest, RoundRequ
 from tokendance.server.respond import respond, unless_gone
 from tokendance.server.responses import (
     ChatAnswer,
+    JSONAnswer,
     ModelCard,
     ModelList,
     RoundAnswer,
@@ -113,14 +114,14 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
     return app
 
 
-async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONAnswer:
     answer = as_api_error(error)
     if isinstance(error, HTTPException) and error.status_code == 404:
         answer.message = _not_found(request.url.path, request.app)
     elif answer.status == 405:
         allowed = answer.headers.get("Allow", "another method")
         answer.message = f"{request.method} is not answered here. Send {allowed}."
-    return JSONResponse(answer.body(), answer.status, answer.headers)
+    return JSONAnswer(answer.body(), answer.status, answer.headers)
 
 
 def _not_found(path: str, app: FastAPI) -> str:
@@ -143,9 +144,9 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
         return await respond(ResponsesEndpoint(context, tenant, body), request)
 
     @app.get("/v1/responses/{response_id}", response_model=ResponsesAnswer)
-    async def kept_response(response_id: str, tenant: Tenant) -> JSONResponse:
+    async def kept_response(response_id: str, tenant: Tenant) -> JSONAnswer:
         """An answer that is remembered."""
-        return JSONResponse(context.kept_answers.get(tenant, response_id).document)
+        return JSONAnswer(context.kept_answers.get(tenant, response_id).document)
 
     @app.get("/v1/responses/{response_id}/input_items", response_model=ItemList)
     async def input_items(
@@ -154,9 +155,10 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
-    ) -> ItemList:
+    ) -> JSONAnswer:
         """What was new in the request of an answer that is remembered."""
-        return page(context.kept_answers.get(tenant, response_id).input_items, limit, order, after)
+        items = context.kept_answers.get(tenant, response_id).input_items
+        return JSONAnswer(dump(page(items, limit, order, after)))
 
     @app.delete("/v1/responses/{response_id}", response_model=Deleted)
     async def forget_response(response_id: str, tenant: Tenant) -> Deleted:

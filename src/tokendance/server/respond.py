@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
@@ -39,6 +39,7 @@ from tokendance.server.responses import (
     AnswerTokens,
     CachedTokens,
     FinishReason,
+    JSONAnswer,
     PromptLogprobs,
     Usage,
     dump,
@@ -309,7 +310,7 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         if endpoint.body.stream:
             return ReleasingStream(endpoint.events(), endpoint.headers, stack.pop_all())
         answer = dump(await unless_gone(request, endpoint.whole()))
-        return JSONResponse(answer, headers=endpoint.headers)
+        return JSONAnswer(answer, headers=endpoint.headers)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
