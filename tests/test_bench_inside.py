@@ -152,10 +152,11 @@ def test_rounds_are_timed_with_private_parts_cached_and_nothing_else(
     assert headline["blocks_inside_3"] == 0.5
     for engine in FakeVLLM.started:
         while engine.asked:
-            (reset, (_, private, one, untagged), (_, prompts, *_)) = engine.asked[:3]
+            (reset, (_, private, one, blocks), (_, prompts, *_)) = engine.asked[:3]
             del engine.asked[:3]
             assert reset == ("reset",)
-            assert (one, untagged) == (1, None)
+            # That nothing is shared is said: what system prompts have in common would be.
+            assert (one, blocks) == (1, [[] for _ in private])
             for beginning, prompt in zip(private, prompts, strict=True):
                 assert prompt[: len(beginning)] == beginning
                 assert len(prompt) > len(beginning)
@@ -165,7 +166,8 @@ def test_who_names_blocks_names_what_all_read(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("prefill", model, capsys)
-    tagged = [asked for asked in FakeVLLM.started[0].asked if asked[-1] not in ("reset", None)]
+    asked = [one for one in FakeVLLM.started[0].asked if one[0] == "run"][1::2]  # warmed before
+    tagged = [one for one in asked if one[-1] is not None]
     assert len(tagged) == 2 * (1 + 2 + 1)  # for both sizes: warm-up, counted, blocks
     for _, prompts, _, blocks in tagged:
         texts = [

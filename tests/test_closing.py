@@ -28,7 +28,7 @@ from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.grammar_constraint import AnswerConstraint
 from tokendance.server.settings import ServerSettings
-from tokendance.server.short_texts import pattern_cost
+from tokendance.server.short_texts import Short, pattern_cost
 from tokendance.server.shortest import Endings, shortest_of
 from tokendance.server.thinking_constraint import ThinkingConstraint
 
@@ -495,3 +495,39 @@ def test_a_thousand_members_are_no_work() -> None:
     assert not shortest.is_whole
     assert len(endings.members) == 1000
     assert 0 < sum(len(one.text) for one in endings.rests) < 100_000
+
+
+def test_what_no_grammar_takes_is_not_measured(client: httpx.Client) -> None:
+    """A million brackets would take hours, in the event loop."""
+    asked = chat(client, guided_regex="[" * 1_000_000)
+    assert asked.status_code == 400
+    assert "characters" in asked.json()["error"]["message"]
+    asked = chat(client, guided_regex="[" * 10_000)
+    assert asked.status_code == 400
+
+
+def test_lists_of_a_thousand_millions_are_no_work(fake: LoadedModel, grammars: Grammars) -> None:
+    """Their end is longer than any number that an array holds."""
+    inner: dict[str, Any] = {"type": "null"}
+    for _ in range(3):
+        inner = {"type": "array", "items": inner, "minItems": 999_999_999}
+    schema = {"type": "object", "properties": {"a": inner}}
+    constraint = grammars.answer(Wanted(answer=answer_format(schema)), MARKED).constraint
+    assert answered(fake, constraint.copy(30), preferring(fake, "{"), 30) == "{}"
+
+
+def test_who_may_not_begin_keeps_nobody_from_the_rest() -> None:
+    endings = Endings()
+    words = {"type": "object", "properties": {"a": {"type": "string"}}}
+    assert shortest_of({"anyOf": [False, words]}, endings) == Short.of("{}")
+    assert not endings.is_endless
+
+
+@pytest.mark.parametrize("count", [1, 3, 2000])
+def test_items_that_are_alike_are_counted(count: int) -> None:
+    schema = {"type": "array", "items": {"type": "null"}, "minItems": count}
+    shortest = shortest_of(schema, Endings())
+    assert shortest is not None
+    assert shortest.cost == len(json.dumps([None] * count))
+    assert shortest.is_whole == (count < 100)
+    assert json.dumps([None] * count).startswith(shortest.text)

@@ -83,7 +83,7 @@ def test_thirty_tools_with_long_texts(client: httpx.Client) -> None:
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("where", ["content", "name", "tool", "stop", "prompt", "metadata"])
+@pytest.mark.parametrize("where", ["content", "name", "tool", "stop", "prompt", "schema"])
 def test_a_lone_surrogate_is_refused_or_taken(client: httpx.Client, where: str) -> None:
     """JSON can spell half a character; no answer is an error of the server."""
     half = "\\ud800"
@@ -96,15 +96,16 @@ def test_a_lone_surrogate_is_refused_or_taken(client: httpx.Client, where: str) 
         "stop": '{"model": "tiny", "messages": [{"role": "user", "content": "a"}], '
         f'"stop": ["{half}"]',
         "prompt": f'{{"model": "tiny", "prompt": "a{half}"',
-        "metadata": f'{{"model": "tiny", "input": "a", "metadata": {{"b": "{half}"}}',
+        "schema": '{"model": "tiny", "input": "a", "tool_choice": "none", "tools": [{"type": '
+        f'"function", "name": "f", "parameters": {{"description": "{half}"}}}}]',
     }[where]
-    paths = {"prompt": "/v1/completions", "metadata": "/v1/responses"}
+    paths = {"prompt": "/v1/completions", "schema": "/v1/responses"}
     path = paths.get(where, "/v1/chat/completions")
     headers = {"content-type": "application/json"}
     response = client.post(path, content=f'{body}, "max_tokens": 4}}', headers=headers)
     assert response.status_code in (200, 400), response.text
-    if where == "metadata":
-        assert response.json()["metadata"] == {"b": "\ud800"}
+    if where == "schema":
+        assert response.json()["tools"][0]["parameters"] == {"description": "\ud800"}
     if where in ("content", "name", "prompt"):
         assert response.status_code == 400
         message = response.json()["error"]["message"]

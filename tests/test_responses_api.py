@@ -378,6 +378,19 @@ def test_items_that_are_remembered_can_be_referred_to(client: httpx.Client) -> N
         assert one in error["message"]
 
 
+def test_what_is_referred_to_counts_as_sent(client: httpx.Client) -> None:
+    """A few bytes must not stand for gigabytes."""
+    thought = {"type": "reasoning_text", "text": "x" * 50_000}
+    question = {"role": "user", "content": "And now?"}
+    first = {"type": "reasoning", "summary": [], "content": [thought]}
+    kept = client.get(f"/v1/responses/{answer(client, [first, question])['id']}/input_items").json()
+    (item,) = [one for one in kept["data"] if one["type"] == "reasoning"]
+    again = [{"id": item["id"]}] * 200
+    error = error_of(respond(client, [*again, question]), 413)
+    assert "Refer to fewer" in error["message"]
+    assert answer(client, [*again[:3], question])["output"]
+
+
 def test_items_of_other_tenants_are_not_found() -> None:
     kept = KeptAnswers(ServerSettings())
     item = {"id": "msg_1", "type": "message", "role": "user", "content": []}
@@ -385,13 +398,13 @@ def test_items_of_other_tenants_are_not_found() -> None:
         document = {"output": [{**item, "id": f"out_{number}"}]}
         answered = KeptAnswer(document, [], None, 1, [{**item, "content": [number]}])
         kept.keep(tenant, f"resp_{number}", answered)
-    assert kept.item("a", "msg_1")["content"] == [1]  # the last of that id
-    assert kept.item("b", "msg_1")["content"] == [2]
-    assert kept.item("a", "out_0")["id"] == "out_0"
+    assert kept.items("a", ["msg_1"])["msg_1"]["content"] == [1]  # the last of that id
+    assert kept.items("b", ["msg_1"])["msg_1"]["content"] == [2]
+    assert kept.items("a", ["out_0"])["out_0"]["id"] == "out_0"
     kept.forget("a", "resp_1")
     for tenant, item_id in (("a", "msg_1"), ("a", "out_1"), ("a", "out_2"), ("c", "msg_1")):
         with pytest.raises(ApiError, match="not found"):
-            kept.item(tenant, item_id)
+            kept.items(tenant, [item_id])[item_id]
 
 
 def test_items_of_an_input_are_listed_in_pages(fake_client: httpx.Client) -> None:

@@ -18,6 +18,8 @@ from tokendance.server.tool_format import ToolFormat
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 FORMAT_PARAM = "response_format.json_schema"
+# Characters of a regular expression, or of all choices.
+MAX_PATTERN = 20_000
 
 
 class Calls(Enum):
@@ -56,24 +58,32 @@ class Pattern:
     Attributes:
         rule: in the language of llguidance's grammars.
         param: the field of the request that has it.
-        cost: bytes that are enough to end it, wherever it stands.
+        regex: what it has to match; None if it is one of some texts.
+        longest: bytes of the longest of these.
     """
 
     rule: str
     param: str
-    cost: int
+    regex: str | None = None
+    longest: int = 0
 
     @staticmethod
     def of_choice(choices: Sequence[str], param: str) -> "Pattern":
         """One of some texts."""
         longest = max(len(choice.encode(errors="surrogatepass")) for choice in choices)
-        return Pattern(" | ".join(map(json.dumps, choices)), param, longest)
+        return Pattern(" | ".join(map(json.dumps, choices)), param, longest=longest)
 
     @staticmethod
     def of_regex(regex: str, param: str) -> "Pattern":
-        """A text that a regular expression describes."""
+        """A text that a regular expression describes; one that is far too long is cut."""
+        regex = regex[: MAX_PATTERN + 1]
         escaped = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", regex, flags=re.DOTALL)
-        return Pattern("/" + escaped.replace("\n", r"\n") + "/", param, pattern_cost(regex))
+        return Pattern("/" + escaped.replace("\n", r"\n") + "/", param, regex)
+
+    @property
+    def cost(self) -> int:
+        """Bytes that are enough to end it, wherever it stands; of one that a grammar has taken."""
+        return self.longest if self.regex is None else pattern_cost(self.regex)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +199,8 @@ def find_endings(
     if isinstance(answer, Pattern):
         endings.has_patterns = True
         endings.choices.add(Short("", answer.cost, is_whole=False))
-    elif answer is not None:
-        shortest_of(answer, endings)
+    elif answer is not None and shortest_of(answer, endings) is None:
+        endings.is_endless = True
     for name, schema in tools.items():
         arguments = shortest_of(schema, endings)
         head = tool_format.head(name)

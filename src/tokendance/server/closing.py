@@ -114,7 +114,7 @@ class Ends:
         self._endings = endings
         self._written: dict[str, tuple[int, ...]] = {}
         growth = max((self._count(one) for one in endings.choices), default=0)
-        self.growth = _ENDLESS if endings.is_endless else growth
+        self.growth = _ENDLESS if endings.is_endless else min(growth, _ENDLESS)
 
     def _count(self, one: Short) -> int:
         """Tokens for a short text, which may come in pieces."""

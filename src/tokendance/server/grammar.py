@@ -18,6 +18,7 @@ import numpy as np
 from tokendance.models.loader import LoadedModel
 from tokendance.server.answer_grammar import (
     FORMAT_PARAM,
+    MAX_PATTERN,
     Calls,
     NamedSchema,
     Pattern,
@@ -44,8 +45,6 @@ from tokendance.server.settings import ServerSettings
 from tokendance.server.shortest import Endings
 from tokendance.server.tool_format import ToolFormat
 
-# Characters of a regular expression, or of all choices.
-_MAX_PATTERN = 20_000
 # A text by which to check that llguidance reads a tokenizer correctly.
 _SAMPLE = '{"name": "a b", "list": [1, 2]}'
 
@@ -264,10 +263,9 @@ class Grammars:
 
 
 def _check_length(pattern: Pattern) -> None:
-    if len(pattern.rule) > _MAX_PATTERN:
+    if len(pattern.rule) > MAX_PATTERN:
         raise bad_request(
-            f"What the answer shall look like has {len(pattern.rule)} characters, and at most "
-            f"{_MAX_PATTERN} are taken. Simplify it.",
+            f"What the answer shall look like has more than {MAX_PATTERN} characters. Simplify it.",
             pattern.param,
         )
 

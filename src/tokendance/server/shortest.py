@@ -8,6 +8,7 @@ than is read here; then a text is not what it allows, which whoever uses it find
 import itertools
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ _SAYING = {
 _MOST_ALTERNATIVES = 256
 # Rounds over all parts of a schema: one is enough for each level that a text goes down.
 _MOST_ROUNDS = 128
+# Seconds for a schema; what is not known by then is taken to have no end.
+_MOST_S = 0.2
 # Bytes of a number with limits, and of a text with a format.
 _LIMITED_NUMBER = 24
 _FORMATTED = 48
@@ -75,10 +78,20 @@ class _Shortening:
         self._num_looks = 0
 
     def result(self, endings: Endings) -> Short | None:
+        until_s = time.monotonic() + _MOST_S
         for _ in range(_MOST_ROUNDS):
-            if sum(map(self._improve, self._nodes)) == 0:
+            is_better = False
+            for node in self._nodes:
+                if time.monotonic() > until_s:
+                    endings.is_endless = True
+                    return self._of(self._root)
+                is_better |= self._improve(node)
+            if not is_better:
                 break
         for node in self._nodes:
+            if time.monotonic() > until_s:
+                endings.is_endless = True
+                break
             self._note(node, endings)
         return self._of(self._root)
 
@@ -123,7 +136,7 @@ class _Shortening:
             target = resolve(node["$ref"], self._root, self._names)
             return [] if target is None else [target]
         if says in (["anyOf"], ["oneOf"]) or (says == ["allOf"] and len(_list(node, "allOf")) == 1):
-            return _list(node, says[0])
+            return [one for one in _list(node, says[0]) if one is not False]
         return None
 
     def _of(self, schema: Any) -> Short | None:
@@ -180,15 +193,15 @@ class _Shortening:
 
     def _array(self, parts: Sequence[Schema]) -> Short | None:
         least = max((_int(part, "minItems") for part in parts), default=0)
-        items: list[Short | str] = []
-        for number in range(min(least, MOST_TEXT)):
+        listed = max((len(_list(part, "prefixItems")) for part in parts), default=0)
+        items: list[Short] = []
+        for number in range(min(least, listed + 1)):  # all behind those that are listed are alike
             one = self._of(_item(parts, number))
             if one is None:
                 return None
             items.append(one)
-        if least > len(items) > 0:
-            more = join([items[-1], ", "]).cost * (least - len(items))
-            items.append(Short("", more, is_whole=False))
+        if least > len(items):
+            items.append(_repeated(items[-1], least - len(items)))
         return join(["[", *_with_commas(items), "]"])
 
     def _members(self, parts: Sequence[Schema]) -> list[Short | str] | None:
@@ -284,6 +297,14 @@ def _member(name: str, value: Short) -> Short:
 
 def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _repeated(one: Short, count: int) -> Short:
+    """A text so many times, with commas between."""
+    num_known = min(count, MOST_TEXT // (len(one.text) + 2) + 1) if one.is_whole else 1
+    cost = count * one.cost + (count - 1) * 2
+    text = ", ".join([one.text] * num_known)
+    return Short(text, cost, is_whole=one.is_whole and num_known == count)
 
 
 def _with_commas(members: Sequence[Short | str]) -> Iterator[Short | str]:

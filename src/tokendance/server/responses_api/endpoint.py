@@ -34,7 +34,7 @@ from tokendance.server.responses_api.bodies import (
     TextFormat,
 )
 from tokendance.server.responses_api.items import documents_of
-from tokendance.server.responses_api.kept import KeptAnswer, KeptAnswers
+from tokendance.server.responses_api.kept import KeptAnswer
 from tokendance.server.responses_api.output import (
     GrowingOutput,
     ResponsesAnswer,
@@ -63,7 +63,7 @@ class ResponsesEndpoint(ChatEndpoint):
         if len(items) > (most := context.settings.max_messages):
             message = f"There are {len(items)} items, and at most {most} are taken."
             raise ApiError(413, message, param="input")
-        self._items = [_read(item, context.kept_answers, tenant) for item in items]
+        self._items = _read(items, context, tenant)
         self._new = messages_of(self._items)
         earlier = context.kept_answers.messages(tenant, asked.previous_response_id)
         with _names_of_here():
@@ -184,12 +184,30 @@ class ResponsesEndpoint(ChatEndpoint):
         self.context.kept_answers.keep(self.tenant, self._id, answer)
 
 
-def _read(item: Item, kept: KeptAnswers, tenant: str) -> ReadItem:
-    """An item, or that which it refers to."""
-    if not isinstance(item, ItemReference):
-        return item
-    (found,) = _read_all([kept.item(tenant, item.id)])
-    return found
+def _read(items: Sequence[Item], context: ServerContext, tenant: str) -> list[ReadItem]:
+    """Items, with those that they refer to in place of references."""
+    ids = [item.id for item in items if isinstance(item, ItemReference)]
+    documents = context.kept_answers.items(tenant, dict.fromkeys(ids))
+    # A few bytes may refer to much, again and again: all of it is taken to have been sent.
+    lengths = {item_id: _length(document) for item_id, document in documents.items()}
+    length, most = sum(lengths[item_id] for item_id in ids), context.settings.max_body_bytes
+    if length > most:
+        message = (
+            f"The items that are referred to have {length} characters, and a request has at most "
+            f"{most} bytes. Refer to fewer."
+        )
+        raise ApiError(413, message, param="input")
+    found = dict(zip(documents, _read_all(list(documents.values())), strict=True))
+    return [found[item.id] if isinstance(item, ItemReference) else item for item in items]
+
+
+def _length(value: Any) -> int:
+    """Characters of all texts in a document."""
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    if isinstance(value, list):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, str) else 1
 
 
 def _read_all(documents: Sequence[dict[str, Any]]) -> list[ReadItem]:

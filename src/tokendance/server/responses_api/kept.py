@@ -6,13 +6,16 @@ those are never forgotten earlier.
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokendance.server.errors import ApiError
 from tokendance.server.protocol import ChatMessage
 from tokendance.server.settings import ServerSettings
+
+# Different items that a request may refer to.
+_MOST_REFERENCES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +75,26 @@ class KeptAnswers:
         self._use(tenant, answer_id)
         return answers[answer_id]
 
-    def item(self, tenant: str, item_id: str) -> dict[str, Any]:
-        """An item of a tenant's, of which the answer counts as used.
+    def items(self, tenant: str, item_ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Items of a tenant's by their ids, of which the answers count as used.
 
         Raises:
-            ApiError: 404 as `get` does.
+            ApiError: 404 as `get` does; 413 if there are too many.
         """
+        if len(item_ids) > _MOST_REFERENCES:
+            message = f"There are references to {len(item_ids)} items, and at most " + (
+                f"{_MOST_REFERENCES} are taken. Send the items themselves."
+            )
+            raise ApiError(413, message, param="input")
         where = self._tenants[tenant].where if tenant in self._tenants else {}
-        if item_id not in where:
-            message = f"Item with id {item_id[:64]!r} not found. {_WHY} Send the item itself."
-            raise ApiError(404, message, param="input", code="item_not_found")
-        items = self.get(tenant, where[item_id]).items
-        return next(item for item in items if item["id"] == item_id)
+        found: dict[str, dict[str, Any]] = {}
+        for item_id in item_ids:
+            if item_id not in where:
+                message = f"Item with id {item_id[:64]!r} not found. {_WHY} Send the item itself."
+                raise ApiError(404, message, param="input", code="item_not_found")
+            if item_id not in found:
+                found |= {item["id"]: item for item in self.get(tenant, where[item_id]).items}
+        return {item_id: found[item_id] for item_id in item_ids}
 
     def messages(self, tenant: str, answer_id: str | None) -> list[ChatMessage]:
         """All that was said up to an answer and with it; nothing if there is no id.
