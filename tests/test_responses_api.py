@@ -402,6 +402,8 @@ def test_items_of_other_tenants_are_not_found() -> None:
     assert kept.items("b", ["msg_1"])["msg_1"]["content"] == [2]
     assert kept.items("a", ["out_0"])["out_0"]["id"] == "out_0"
     kept.forget("a", "resp_1")
+    assert kept.items("a", ["msg_1"])["msg_1"]["content"] == [0]  # another has it, too
+    kept.forget("a", "resp_0")
     for tenant, item_id in (("a", "msg_1"), ("a", "out_1"), ("a", "out_2"), ("c", "msg_1")):
         with pytest.raises(ApiError, match="not found"):
             kept.items(tenant, [item_id])[item_id]

@@ -46,14 +46,15 @@ class _Tenant:
     def __init__(self) -> None:
         self.answers: OrderedDict[str, KeptAnswer] = OrderedDict()  # the least recently used first
         self.num_bytes = 0
-        self.where: dict[str, str] = {}  # for each item, the last answer that has it
+        self.where: dict[str, list[str]] = {}  # for each item, the answers that have it
 
     def forget(self, answer_id: str) -> None:
         answer = self.answers.pop(answer_id)
         self.num_bytes -= answer.num_bytes
-        for item in answer.items:
-            if self.where.get(item["id"]) == answer_id:
-                del self.where[item["id"]]
+        for item_id in {item["id"] for item in answer.items}:
+            self.where[item_id].remove(answer_id)
+            if not self.where[item_id]:
+                del self.where[item_id]
 
 
 class KeptAnswers:
@@ -93,7 +94,7 @@ class KeptAnswers:
                 message = f"Item with id {item_id[:64]!r} not found. {_WHY} Send the item itself."
                 raise ApiError(404, message, param="input", code="item_not_found")
             if item_id not in found:
-                found |= {item["id"]: item for item in self.get(tenant, where[item_id]).items}
+                found |= {item["id"]: item for item in self.get(tenant, where[item_id][-1]).items}
         return {item_id: found[item_id] for item_id in item_ids}
 
     def messages(self, tenant: str, answer_id: str | None) -> list[ChatMessage]:
@@ -124,7 +125,8 @@ class KeptAnswers:
         kept, settings = self._tenants[tenant], self._settings
         kept.answers[answer_id] = answer
         kept.num_bytes += answer.num_bytes
-        kept.where |= dict.fromkeys((item["id"] for item in answer.items), answer_id)
+        for item_id in {item["id"] for item in answer.items}:
+            kept.where.setdefault(item_id, []).append(answer_id)
         self._use(tenant, answer_id)
         while (
             len(kept.answers) > settings.max_responses
