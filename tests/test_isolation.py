@@ -134,6 +134,9 @@ def test_a_reader_has_to_have_read_what_stood_before() -> None:
     assert reused(3, 4) == []
     assert reused(3, 2, 3) == [2, 3]
     assert reused(4, 3, 2) == [2]
+    # Whoever lacks one of them lacks it, however often it has read others.
+    assert reused(3, 3, 3, 3, 3) == []
+    assert reused(2, 2, 2, 2, 4) == [2, 2, 2, 2]
     store.pool.release(pages, Holder.REQUEST)
 
 

@@ -32,6 +32,7 @@ class _Reader:
 
     def __init__(self, segments: Sequence[tuple[int, Segment]]) -> None:
         """Take all shared segments of a prompt."""
+        self._nowhere = len(segments)  # behind all places, of which a segment may have several
         self._places: dict[SegmentHash, int] = {}
         for place, (_, segment) in enumerate(segments):
             self._places.setdefault(segment.hash, place)
@@ -43,7 +44,7 @@ class _Reader:
             return True
         read_at = self._read_at.get(id(source.context))
         if read_at is None:
-            places = (self._places.get(segment, len(self._places)) for segment in source.context)
+            places = (self._places.get(segment, self._nowhere) for segment in source.context)
             read_at = self._read_at[id(source.context)] = list(itertools.accumulate(places, max))
         return read_at[source.num_behind - 1] < place
 
