@@ -234,8 +234,9 @@ def test_whoever_pauses_or_resets_harms_nobody(
         assert coming.ends() == WHOLE
     ends = running.ends()
     if outcome == "aborted":
-        assert {why for _, why in ends} == {"abort"}
-        assert all(count < NUM_SAID for count, _ in ends)
+        # Engine and server are two processes: on a busy machine some are done when they are heard.
+        assert {why for _, why in ends} <= {"abort", "length"}
+        assert all((why == "abort") == (count < NUM_SAID) for count, why in ends)
     else:
         assert ends == WHOLE
     usages = server.post_round(Round(42), vllm_xargs=NAMED)
