@@ -197,6 +197,8 @@ class Streams:
 
 NUM_SAID = 800  # long enough for others to come in between
 WHOLE = [(NUM_SAID, "length")] * NUM_AGENTS
+# The engine is ahead of the server that tells of it, on a busy machine by hundreds of tokens.
+NUM_ABORTED = 1500
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,8 @@ def test_whoever_pauses_or_resets_harms_nobody(
     body = {"max_tokens": NUM_SAID, "ignore_eos": True, "return_token_ids": True}
     preemptions = 'vllm:num_preemptions_total{engine="0",model_name="m"}'
     before = server.metric(preemptions)
-    running = Streams(server.http, agents, vllm_xargs=NAMED, **body)
+    num_asked = NUM_ABORTED if outcome == "aborted" else NUM_SAID
+    running = Streams(server.http, agents, vllm_xargs=NAMED, **{**body, "max_tokens": num_asked})
     running.wait_until_all_have_begun()
     first, *others = calls
     said = server.http.post(first, json={})
@@ -234,9 +237,8 @@ def test_whoever_pauses_or_resets_harms_nobody(
         assert coming.ends() == WHOLE
     ends = running.ends()
     if outcome == "aborted":
-        # Engine and server are two processes: on a busy machine some are done when they are heard.
-        assert {why for _, why in ends} <= {"abort", "length"}
-        assert all((why == "abort") == (count < NUM_SAID) for count, why in ends)
+        assert {why for _, why in ends} == {"abort"}
+        assert all(count < NUM_ABORTED for count, _ in ends)
     else:
         assert ends == WHOLE
     usages = server.post_round(Round(42), vllm_xargs=NAMED)

@@ -83,6 +83,17 @@ class ArrivalPaces:
 
     def __init__(self) -> None:
         self._paces: OrderedDict[Hashable, ArrivalPace] = OrderedDict()
+        self._open: dict[Hashable, ArrivalPace] = {}  # of requests that are not done
+
+    def begin(self, request: Hashable, client: Hashable) -> ArrivalPace:
+        """The pace of a client, for a request that has come; `end` follows."""
+        pace = self._open[request] = self.of(client)
+        return pace
+
+    def end(self, request: Hashable) -> None:
+        """Note that a request is answered, or gone; nothing happens if it is not open."""
+        if (pace := self._open.pop(request, None)) is not None:
+            pace.note_done()
 
     def of(self, client: Hashable) -> ArrivalPace:
         """The pace of a client, new or old."""

@@ -8,12 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tokendance.rounds.arrival_window import (
-    ArrivalPace,
-    ArrivalPaces,
-    ArrivalWindow,
-    named_round_due_s,
-)
+from tokendance.rounds.arrival_window import ArrivalPaces, ArrivalWindow, named_round_due_s
 from tokendance.server.jobs import Job, RoundKey
 from tokendance.server.kept_chats import KeptChat
 from tokendance.server.loading import Loader
@@ -64,7 +59,6 @@ class Arrivals:
             settings.window_ms / 1000, settings.window_share
         )
         self._paces = ArrivalPaces()
-        self._paced: dict[Job, ArrivalPace] = {}  # of open jobs of rounds without a name
         self._loader = loader
         self._round_wait_s = settings.round_wait
         self._named: dict[RoundKey | None, NamedRound] = {}  # None is never in it
@@ -83,8 +77,7 @@ class Arrivals:
         key = jobs[0].key
         if key is None:
             for job in jobs:
-                pace = self._paced[job] = self._paces.of(job.request.prompt.salt)
-                self.window.add(job, now, pace)
+                self.window.add(job, now, self._paces.begin(job, job.request.prompt.salt))
             return
         named = self._named.setdefault(key, NamedRound([], now, now))
         if not named.waiting:
@@ -97,10 +90,6 @@ class Arrivals:
         if chat is not None and chat not in named.chats:  # loaded once for the whole round
             named.chats[chat] = False
             self._loader.begin(chat)
-
-    def _note_gone(self, job: Job) -> None:
-        if (pace := self._paced.pop(job, None)) is not None:
-            pace.note_done()
 
     def due_s(self) -> float | None:
         """When the next round begins if no other request arrives; None if no job waits."""
@@ -135,7 +124,7 @@ class Arrivals:
         if named is None:
             gone = [job for job in jobs if self.window.remove(job)]
             for job in gone:
-                self._note_gone(job)
+                self._paces.end(job)
             return gone
         removed = [job for job in jobs if job in named.waiting]
         if removed:
@@ -146,7 +135,7 @@ class Arrivals:
 
     def note_done(self, job: Job, *, has_answer: bool) -> None:
         """Note that a job that had begun is done; a named round may end with it."""
-        self._note_gone(job)
+        self._paces.end(job)
         if (named := self._named.get(job.key)) is None:
             return
         named.num_live -= 1

@@ -21,6 +21,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from operator import attrgetter
 
 import llguidance
 import numpy as np
@@ -175,7 +176,7 @@ class Ends:
 
 
 def _texts(found: set[Short]) -> list[str]:
-    ordered = sorted(found, key=lambda one: (one.cost, not one.is_whole, one.text))
+    ordered = sorted(found, key=attrgetter("order"))
     return list(dict.fromkeys(one.text for one in ordered if one.text))
 
 

@@ -28,6 +28,11 @@ class Short:
     cost: int
     is_whole: bool = True
 
+    @property
+    def order(self) -> tuple[int, bool, str]:
+        """By which the shortest come first, and those that are known before others."""
+        return self.cost, not self.is_whole, self.text
+
     @staticmethod
     def of(text: str) -> "Short":
         """A text that is known."""

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from tokendance.server.schema_limits import DATA, PROPERTIES, names_in, resolve
@@ -34,6 +35,7 @@ _MOST_S = 0.2
 # Bytes of a number with limits, and of a text with a format.
 _LIMITED_NUMBER = 24
 _FORMATTED = 48
+_ORDER = attrgetter("order")
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
@@ -79,19 +81,18 @@ class _Shortening:
 
     def result(self, endings: Endings) -> Short | None:
         until_s = time.monotonic() + _MOST_S
-        for _ in range(_MOST_ROUNDS):
-            is_better = False
+
+        def nodes() -> Iterator[Schema]:
             for node in self._nodes:
                 if time.monotonic() > until_s:
                     endings.is_endless = True
-                    return self._of(self._root)
-                is_better |= self._improve(node)
-            if not is_better:
+                    return
+                yield node
+
+        for _ in range(_MOST_ROUNDS):
+            if sum(map(self._improve, nodes())) == 0:
                 break
-        for node in self._nodes:
-            if time.monotonic() > until_s:
-                endings.is_endless = True
-                break
+        for node in nodes():
             self._note(node, endings)
         return self._of(self._root)
 
@@ -115,7 +116,7 @@ class _Shortening:
 
     def _improve(self, node: Schema) -> bool:
         """Look for a shorter text of a schema, by those that are known; whether there is one."""
-        found = min(self._shortest(node), key=_cost, default=None)
+        found = min(self._shortest(node), key=_ORDER, default=None)
         known = self._best.get(id(node))
         if found is None or (known is not None and known.cost <= found.cost):
             return False
@@ -174,7 +175,7 @@ class _Shortening:
         """The shortest text of each type that schemas allow together; those that have one."""
         values = _values(parts)
         if values is not None:
-            return [min(values, key=_cost)] if values else []
+            return [min(values, key=_ORDER)] if values else []
         found = [self._kind(kind, parts) for kind in _types(parts)]
         return [one for one in found if one is not None]
 
@@ -193,9 +194,8 @@ class _Shortening:
 
     def _array(self, parts: Sequence[Schema]) -> Short | None:
         least = max((_int(part, "minItems") for part in parts), default=0)
-        listed = max((len(_list(part, "prefixItems")) for part in parts), default=0)
         items: list[Short] = []
-        for number in range(min(least, listed + 1)):  # all behind those that are listed are alike
+        for number in range(min(least, _num_items(parts))):
             one = self._of(_item(parts, number))
             if one is None:
                 return None
@@ -246,8 +246,7 @@ class _Shortening:
                 self._note_members(parts, endings)
 
     def _note_items(self, parts: Sequence[Schema], endings: Endings) -> None:
-        listed = max((len(_list(part, "prefixItems")) for part in parts), default=0)
-        for number in range(listed + 1):
+        for number in range(_num_items(parts)):
             if _item(parts, number) is not False:
                 self._choose(self._of(_item(parts, number)), "", endings)
 
@@ -285,10 +284,6 @@ class _Shortening:
             endings.is_endless = True
         else:
             endings.choices.add(join([", ", _member(name, value)]))
-
-
-def _cost(one: Short) -> tuple[int, bool, str]:
-    return one.cost, not one.is_whole, one.text
 
 
 def _member(name: str, value: Short) -> Short:
@@ -370,6 +365,11 @@ def _number(parts: Sequence[Schema]) -> Short:
         if above and number <= most and number != limits.get("exclusiveMaximum"):
             return Short.of(_dump(number))
     return Short("", _LIMITED_NUMBER, is_whole=False)
+
+
+def _num_items(parts: Sequence[Schema]) -> int:
+    """Items of a list that have a schema of their own; all behind them are like the last."""
+    return 1 + max((len(_list(part, "prefixItems")) for part in parts), default=0)
 
 
 def _item(parts: Sequence[Schema], number: int) -> Any:

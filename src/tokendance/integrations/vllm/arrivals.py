@@ -79,7 +79,6 @@ class Arrivals(Generic[Item]):
         self._window_share = window_share
         self._round_wait_s = round_wait_s
         self._paces = ArrivalPaces()
-        self._paced: dict[str, ArrivalPace] = {}  # of members of rounds without a name, until done
         self._open: dict[RoundKey, ArrivalWindow[Item] | _NamedRound[Item]] = {}  # none is empty
 
     def __len__(self) -> int:
@@ -94,15 +93,14 @@ class Arrivals(Generic[Item]):
                 if key.name is None
                 else _NamedRound(self._round_wait_s)
             )
-        pace = self._paces.of((key.salt, key.session))
-        if key.name is None:
-            self._paced[item.request_id] = pace
+        client = key.salt, key.session
+        is_named = key.name is not None
+        pace = self._paces.of(client) if is_named else self._paces.begin(item.request_id, client)
         self._open[key].add(item, now, pace)
 
     def note_done(self, request_id: str) -> None:
         """Note that a member has its answer, or is gone."""
-        if (pace := self._paced.pop(request_id, None)) is not None:
-            pace.note_done()
+        self._paces.end(request_id)
 
     def remove(self, request_id: str) -> Item | None:
         """Take out the member of that id; None if there is none."""

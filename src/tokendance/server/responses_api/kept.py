@@ -83,8 +83,9 @@ class KeptAnswers:
             ApiError: 404 as `get` does; 413 if there are too many.
         """
         if len(item_ids) > _MOST_REFERENCES:
-            message = f"There are references to {len(item_ids)} items, and at most " + (
-                f"{_MOST_REFERENCES} are taken. Send the items themselves."
+            message = (
+                f"There are references to {len(item_ids)} items, and at most {_MOST_REFERENCES} "
+                "are taken. Send the items themselves."
             )
             raise ApiError(413, message, param="input")
         where = self._tenants[tenant].where if tenant in self._tenants else {}
