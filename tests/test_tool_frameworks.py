@@ -108,10 +108,19 @@ def test_everybody_calls_hears_all_and_answers(
 def test_what_can_be_reused_is_reused(
     case: Case, town_of: Callable[[Case], Town], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the second round most of it: docs/clients.md has what is to be expected."""
+    """In the second round most of it: docs/clients.md has what is to be expected.
+
+    Answers are drawn. A model that calls a tool ten times in the same words leaves pieces that are
+    too short to share, so a town by itself may stay far below what all towns have.
+    """
     reused, could, prompts = count_tokens(town_of(case).asked)
     with capsys.disabled():
         requests = [len(asked) for asked in town_of(case).asked]
         shares = f"{reused[1] / could[1]:.2f} of the oracle's, {reused[1] / prompts[1]:.2f} of all"
         print(f"\n{'-'.join(case)}: {shares}, requests {requests} ", end="")
-    assert reused[1] >= 0.7 * could[1]
+    assert reused[1] >= 0.5 * could[1]
+
+
+def test_all_towns_together_reuse_four_fifths(town_of: Callable[[Case], Town]) -> None:
+    towns = [count_tokens(town_of(case).asked) for case in CASES]
+    assert sum(reused[1] for reused, _, _ in towns) >= 0.8 * sum(could[1] for _, could, _ in towns)
