@@ -70,7 +70,7 @@ class Tensor {
         const auto shape = nb::cast<nb::tuple>(tensor.attr("shape"));
         const auto strides = nb::cast<nb::tuple>(tensor.attr("stride")());
         ndim_ = shape.size();
-        require(ndim_ <= kMaxDimensions, "tensors have four dimensions at most");
+        require(ndim_ <= kMaxDimensions, "tensors have three dimensions at most");
         for (size_t i = 0; i < ndim_; ++i) {
             shape_[i] = nb::cast<int64_t>(shape[i]);
             strides_[i] = nb::cast<int64_t>(strides[i]);
@@ -84,7 +84,7 @@ class Tensor {
     int64_t stride(size_t i) const { return strides_[i]; }
 
   private:
-    static constexpr size_t kMaxDimensions = 4;
+    static constexpr size_t kMaxDimensions = 3;
     void* data_;
     nb::object dtype_;
     size_t ndim_;
@@ -287,12 +287,13 @@ class Step {
         const auto has_stride = [](const Tensor& t, int dimension, int64_t stride) {
             return t.shape(dimension) <= 1 || t.stride(dimension) == stride;
         };
-        require(query.ndim() == 4 && query.stride(3) == 1,
-                "the query has four dimensions, the last contiguous");
-        l.kv_heads = query.shape(0);
-        l.group = query.shape(1);
-        l.rows = query.shape(2);
-        l.size = query.shape(3);
+        require(query.ndim() == 3 && query.stride(2) == 1,
+                "the query has three dimensions, the last contiguous");
+        l.kv_heads = keys.shape(0);
+        l.group = l.kv_heads > 0 ? query.shape(1) / l.kv_heads : 0;
+        l.rows = query.shape(0);
+        l.size = query.shape(2);
+        require(l.kv_heads * l.group == query.shape(1), "query heads are a multiple of key heads");
         require(l.kv_heads > 0 && l.group > 0 && l.group <= kMaxGroup, "unusual numbers of heads");
         require(l.size % 16 == 0 && l.size > 0 && l.size <= 256,
                 "the head size must be a multiple of 16, up to 256");
@@ -300,8 +301,8 @@ class Step {
         const auto is = [](const Tensor& t, int64_t a, int64_t b, int64_t c) {
             return t.shape(0) == a && t.shape(1) == b && t.shape(2) == c;
         };
-        require(is(key, l.kv_heads, l.rows, l.size) && is(value, l.kv_heads, l.rows, l.size),
-                "new keys and values are (KVH, T, D)");
+        require(is(key, l.rows, l.kv_heads, l.size) && is(value, l.rows, l.kv_heads, l.size),
+                "new keys and values are (T, KVH, D)");
         const int64_t slots = keys.shape(1);
         require(slots >= num_slots_ && is(keys, l.kv_heads, slots, l.size) &&
                     is(values, l.kv_heads, slots, l.size) &&
@@ -312,15 +313,15 @@ class Step {
                     has_stride(output, 0, l.kv_heads * l.group * l.size),
                 "the output is (T, H, D), contiguous");
         l.query = query.data();
-        l.query_head_stride = query.stride(0);
+        l.query_head_stride = l.group * query.stride(1);
         l.query_group_stride = query.stride(1);
-        l.query_row_stride = query.stride(2);
+        l.query_row_stride = query.stride(0);
         l.key = key.data();
-        l.key_head_stride = key.stride(0);
-        l.key_row_stride = key.stride(1);
+        l.key_head_stride = key.stride(1);
+        l.key_row_stride = key.stride(0);
         l.value = value.data();
-        l.value_head_stride = value.stride(0);
-        l.value_row_stride = value.stride(1);
+        l.value_head_stride = value.stride(1);
+        l.value_row_stride = value.stride(0);
         l.keys = keys.data();
         l.values = values.data();
         l.memory_head_stride = keys.stride(0);

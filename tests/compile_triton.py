@@ -163,7 +163,7 @@ def usages(case: Case, capability: int) -> list[Usage]:
     with compiling_only() as compiled:
         backend.read(
             0,
-            heads(num_rows, case.kv_heads, case.group).permute(1, 2, 0, 3),
+            heads(num_rows, case.kv_heads * case.group),
             memory,
             memory,
             case.head_dim**-0.5,

@@ -161,14 +161,14 @@ class TritonInPages:
         scale: float,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        kv_heads, group, rows, size = query.shape
+        (rows, _, size), kv_heads = query.shape, len(keys)
         slots = torch.cat((keys, values), dim=-1)
-        slots[:, self._write.to(slots.device)] = torch.cat((key, value), dim=-1)
+        slots[:, self._write.to(slots.device)] = torch.cat((key, value), dim=-1).transpose(0, 1)
         pages = slots.view(kv_heads, -1, self._page_size, 2 * size).transpose(0, 1)
         memory = pages.permute(self._order).contiguous()
         memory = memory.permute([self._order.index(axis) for axis in range(4)]).transpose(0, 1)
         # vLLM has more rows than the step, for graphs of fixed sizes.
-        output = query.new_full((rows + 3, kv_heads * group, size), 7.0)
+        output = query.new_full((rows + 3, *query.shape[1:]), 7.0)
         self._backend.read(layer, query, memory[..., :size], memory[..., size:], scale, output)
         assert (output[rows:] == 7.0).all(), "rows that only fill a graph were written"
         return output[:rows]
@@ -193,8 +193,8 @@ def run(
         return torch.randn(*dims, generator=generator).to(device, dtype)
 
     # Rows apart, as a model's projection leaves them.
-    query = random(rows, kv_heads, group, size).permute(1, 2, 0, 3) * size_of_scores
-    key, value = (random(rows, kv_heads, size).transpose(0, 1) for _ in range(2))
+    query = random(rows, kv_heads * group, size) * size_of_scores
+    key, value = (random(rows, kv_heads, size) for _ in range(2))
     keys, values = random(kv_heads, slots, size), random(kv_heads, slots, size)
     if tokens_outermost:  # a slot's keys and values side by side, as in vLLM's pages
         memory = torch.cat((keys, values), -1).transpose(0, 1).contiguous().transpose(0, 1)
@@ -405,7 +405,7 @@ def test_numbers_that_are_none_reach_those_who_read_them_only(backend: str) -> N
     attention = BACKENDS[backend]([LayerKind(rope_of(16))], 32, CPU, torch.float32)
     attention.prepare(batch)
     torch.manual_seed(0)
-    query, key = torch.randn(1, 2, 2, 32), torch.randn(1, 2, 32)
+    query, key = torch.randn(2, 2, 32), torch.randn(2, 1, 32)
     keys = torch.randn(1, len(batch.slot_position), 32)
     keys[:, batch.requests[1].slots[0]] = float("nan")
     result = attention.attend(0, query, key, key, keys, torch.randn_like(keys), 0.2)
@@ -456,7 +456,7 @@ def test_one_step_may_be_run_by_two_threads() -> None:
 
     def attend(group: int) -> torch.Tensor:
         random = torch.Generator().manual_seed(group)
-        rows = [(2, group, batch.num_rows, 32), *[(2, batch.num_rows, 32)] * 2]
+        rows = [(batch.num_rows, 2 * group, 32), *[(batch.num_rows, 2, 32)] * 2]
         shapes = [*rows, (2, slots, 32), (2, slots, 32)]
         query, *others = (torch.randn(*shape, generator=random) for shape in shapes)
         return attention.attend(0, query, *others, 0.2)  # type: ignore[call-arg, arg-type]
@@ -499,7 +499,7 @@ def test_how_memory_is_divided_changes_no_bit() -> None:
             slot_position,
         )
         torch.manual_seed(0)
-        query, key = torch.randn(2, 2, new, 32), torch.randn(2, new, 32)
+        query, key = torch.randn(new, 4, 32), torch.randn(new, 2, 32)
         by_position = torch.randn(2, length, 32)
         keys = torch.empty_like(by_position)
         keys[:, slots] = by_position
@@ -534,7 +534,7 @@ def test_the_kernel_refuses_what_would_read_or_write_elsewhere() -> None:
     with pytest.raises(ValueError, match="more keys"):
         make(*good, shorts([5]))
     step = make(*good, shorts([4]))
-    query, new, memory = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(1, 8, 16)
+    query, new, memory = torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.zeros(1, 8, 16)
     table = np.zeros((1, 8), np.float32)
     rest = (torch.zeros(1, 1, 16), None, table, table, False, 1.0, 1)
     step.attend(query, new, new, memory, memory, *rest)

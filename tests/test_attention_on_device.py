@@ -140,11 +140,13 @@ def test_numbers_that_are_none_reach_those_who_read_them_only(backend: str) -> N
         return torch.randn(heads.kv_heads, *shape, heads.head_dim).to(DEVICE, heads.dtype)
 
     key, keys, values = (
-        random(2),
+        random(2).transpose(0, 1),
         random(len(batch.slot_position)),
         random(len(batch.slot_position)),
     )
     keys[:, batch.requests[1].slots[0]] = float("nan")
-    result = attention.attend(0, random(heads.group, 2), key, key, keys, values, 0.1)
+    result = attention.attend(
+        0, random(heads.group, 2).flatten(0, 1).transpose(0, 1), key, key, keys, values, 0.1
+    )
     assert result[0].isfinite().all()
     assert result[1].isnan().all()

@@ -149,7 +149,7 @@ def test_a_long_context_of_few_rows_is_cut_at_fixed_positions() -> None:
 
 
 @settings(max_examples=examples(100))
-@given(st.permutations(range(80)), st.integers(1, 70), st.integers(1, 10), st.integers(1, 5))
+@given(st.permutations(range(80)), st.integers(1, 2400), st.integers(1, 80), st.integers(31, 40))
 def test_who_runs_alone_and_reads_nothing_of_others_has_the_same_plan(
     pages: list[int], num_done: int, num_new: int, page_size: int
 ) -> None:

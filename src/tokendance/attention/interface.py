@@ -1,14 +1,15 @@
 """The interface of attention over shared KV, and the legend of its shapes.
 
     T   rows of the packed batch: one new token each, of any request
-    H   query heads        KVH  key/value heads        G = H / KVH  queries per key head
+    H   query heads        KVH  key/value heads        G = H / KVH  queries per key head: query head
+                                                       h reads key head h // G
     D   head size          S    slots of KV memory     L  layers
     R   rows of a read group, stacked    n   keys that they read
 
-    query          (KVH, G, T, D)
-    new key/value  (KVH, T, D)
+    query          (T, H, D), as a model's projection leaves it
+    new key/value  (T, KVH, D), likewise
     memory         (KVH, S, D) per layer, keys and values apart; heads or slots may be outermost
-    output         (T, H, D), where H runs over KVH, then G
+    output         (T, H, D)
 
 A key is stored once, rotated to the position at which its owner has it (`slot_position`). A
 request that has the same token at position p reads it with offset d = p - slot_position, by
@@ -145,9 +146,9 @@ class Backend(Protocol):
 
         Args:
             layer: index of the layer.
-            query: (KVH, G, T, D), rotated to each row's position.
-            key: (KVH, T, D), rotated likewise.
-            value: (KVH, T, D).
+            query: (T, H, D), rotated to each row's position.
+            key: (T, KVH, D), rotated likewise.
+            value: (T, KVH, D).
             keys: (KVH, S, D), the layer's memory; written at `write_slots`.
             values: (KVH, S, D), likewise.
             scale: of the scores.

@@ -40,6 +40,7 @@ class NativeBackend:
         assert can_serve(head_dim, device, dtype)
         self.kernel = kernel or _native.kernels()[0]
         self._layers = layers
+        self._windows = windows_of(layers)
         self._step: _native.Step | None = None
         self._key_begin: dict[int, Int32Array] = {}
         self._offsets = np.zeros(1, np.int64)
@@ -47,7 +48,7 @@ class NativeBackend:
 
     def prepare(self, batch: PackedBatch) -> None:
         """Plan the step; what layers have in common is made by the first of them."""
-        plan = make_plan(batch, windows_of(self._layers))
+        plan = make_plan(batch, self._windows)
         self._key_begin = plan.key_begin
         self._offsets, self._tables = -plan.offsets, {}
         self._step = _native.Step(
@@ -79,8 +80,7 @@ class NativeBackend:
         kind = self._layers[layer]
         cos, sin = self._tables_of(kind.rope)
         if output is None:
-            kv_heads, group, rows, size = query.shape
-            output = query.new_empty(rows, kv_heads * group, size)
+            output = query.new_empty(query.shape)
         self._step.attend(
             query,
             key,

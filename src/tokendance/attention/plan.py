@@ -109,10 +109,9 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
 
     `windows` are those of the model's layers that have one, in tokens.
     """
-    readings = _readings(batch)
     if len(batch.requests) == 1 and not batch.requests[0].reads_others:
-        return _plan_alone(batch.requests[0], readings, batch.slot_position, windows)
-    entries = _cut_at_each_other(readings)
+        return _plan_alone(batch.requests[0], windows)
+    entries = _cut_at_each_other(_readings(batch))
     offsets, rotations = _number_offsets(entries.offset)
     num_rows = np.array([len(request.positions) for request in batch.requests])
     first_rows = np.array([request.first_row for request in batch.requests])
@@ -168,27 +167,27 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
     )
 
 
-def _plan_alone(
-    request: PackedRequest, readings: "_Readings", slot_position: IntArray, windows: Iterable[int]
-) -> Plan:
-    """The same plan in a third of the time, for who runs alone and reads nothing of others.
+def _plan_alone(request: PackedRequest, windows: Iterable[int]) -> Plan:
+    """The same plan in a sixth of the time, for who runs alone and reads nothing of others.
 
-    It reads each slot once, where it stood when it was written, and no reader has to be found.
+    It reads each slot once, where it stood when it was written, so a range begins where slots are
+    not consecutive, and no reader has to be found.
     """
-    assert not readings.offset.any()
-    num_rows = len(request.positions)
+    num_rows, num_keys = len(request.positions), int(request.positions[-1]) + 1
+    slots = request.slots[:num_keys]
     positions = request.positions.astype(np.int64)
-    first = slot_position[readings.begin].astype(np.int64)
-    order = np.argsort(first)
-    first = first[order]
-    begin, end = (slots[order].astype(np.int64) for slots in (readings.begin, readings.end))
-    is_cut = np.diff(first // _SPAN) != 0 if num_rows < _FEW_ROWS else np.zeros(0, bool)
-    range_indptr = np.concatenate(([0], np.flatnonzero(is_cut) + 1, [len(order)]))
+    spans = np.arange(0, num_keys, _SPAN)
+    jumps = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
+    first = np.union1d(spans, jumps) if len(jumps) else spans  # position of each range's first key
+    lengths = np.diff(first, append=num_keys)
+    begin = slots[first].astype(np.int64)
+    is_few = num_rows < _FEW_ROWS
+    range_indptr = np.append(np.searchsorted(first, spans) if is_few else 0, len(first))
     num_groups = len(range_indptr) - 1
 
     def num_keys_until(at: IntArray) -> Int32Array:
-        counts = np.clip(at + 1 - first[:, None], 0, (end - begin)[:, None])
-        return np.asarray(counts, np.int32).ravel()
+        counts = np.clip(at + 1 - first[:, None], 0, lengths[:, None])
+        return counts.astype(np.int32).ravel()
 
     return Plan(
         offsets=np.zeros(1, np.int64),
@@ -196,8 +195,8 @@ def _plan_alone(
         range_indptr=range_indptr,
         rows=np.tile(np.arange(request.first_row, request.first_row + num_rows), num_groups),
         slot_begin=begin,
-        slot_end=end,
-        rotations=np.zeros(len(order) * num_rows, np.int32),
+        slot_end=begin + lengths,
+        rotations=np.zeros(len(first) * num_rows, np.int32),
         key_end=num_keys_until(positions),
         key_begin={window: num_keys_until(positions - window) for window in windows},
     )

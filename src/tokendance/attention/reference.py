@@ -44,11 +44,11 @@ class ReferenceBackend:
         rope, window = self._layers[layer].rope, self._layers[layer].window
         assert self._batch is not None, "attend() before prepare()"
         write = torch.as_tensor(self._batch.write_slots(), device=self._device)
-        keys[:, write] = key
-        values[:, write] = value
-        kv_heads, group, rows, size = query.shape
+        keys[:, write] = key.transpose(0, 1)
+        values[:, write] = value.transpose(0, 1)
+        by_head = query.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)  # (KVH, G, T, D)
         if output is None:
-            output = query.new_empty(rows, kv_heads * group, size)
+            output = torch.empty_like(query)
         for request in self._batch.requests:
             length = int(request.positions[-1]) + 1
             slots = torch.as_tensor(request.slots[:length].astype(np.int64), device=self._device)
@@ -63,7 +63,7 @@ class ReferenceBackend:
             hidden = distance < 0
             if window is not None:
                 hidden |= distance >= window
-            scores = query[:, :, mine].double() @ dense_keys[:, None].transpose(-1, -2) * scale
+            scores = by_head[:, :, mine].double() @ dense_keys[:, None].transpose(-1, -2) * scale
             weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
             result = weights @ dense_values[:, None]  # (KVH, G, rows, D)
             output[mine] = result.flatten(0, 1).transpose(0, 1).to(output.dtype)

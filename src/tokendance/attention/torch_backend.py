@@ -84,9 +84,11 @@ class TorchBackend:
         kind = self._layers[layer]
         if kind.window not in self._calls:
             self._calls[kind.window] = list(self._calls_of(kind.window))
-        keys.index_copy_(1, self._write, key)
-        values.index_copy_(1, self._write, value)
-        kv_heads, group, rows, size = query.shape
+        keys.index_copy_(1, self._write, key.transpose(0, 1))
+        values.index_copy_(1, self._write, value.transpose(0, 1))
+        (rows, heads, size), kv_heads = query.shape, key.shape[1]
+        group = heads // kv_heads
+        query = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # (KVH, G, T, D)
         # Laid out as the model wants it back; summed in float32.
         result = torch.zeros(rows, kv_heads, group, size, dtype=torch.float32, device=query.device)
         by_head = result.permute(1, 2, 0, 3)
@@ -101,7 +103,7 @@ class TorchBackend:
                 stacked, _take(keys, call.ranges), _take(values, call.ranges), scale, call.mask
             )
             merge_rows(by_head, lse, partial, partial_lse, call.rows)
-        result = result.view(rows, kv_heads * group, size)
+        result = result.view(rows, heads, size)
         return result.to(query.dtype) if output is None else output.copy_(result)
 
     def _calls_of(self, window: int | None) -> Iterator[_Call]:

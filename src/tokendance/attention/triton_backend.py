@@ -265,12 +265,11 @@ class TritonBackend:
         output: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.attend`."""
-        kv_heads, group, rows, size = query.shape
-        write = self._planned(group).write
-        keys.index_copy_(1, write, key)
-        values.index_copy_(1, write, value)
+        write = self._planned(query.shape[1] // key.shape[1]).write
+        keys.index_copy_(1, write, key.transpose(0, 1))
+        values.index_copy_(1, write, value.transpose(0, 1))
         if output is None:
-            output = query.new_empty(rows, kv_heads * group, size)
+            output = query.new_empty(query.shape)
         self.read(layer, query, keys[:, None], values[:, None], scale, output)
         return output
 
@@ -287,15 +286,15 @@ class TritonBackend:
 
         Args:
             layer: index of the layer.
-            query: (KVH, G, T, D), rotated to each row's position.
+            query: (T, H, D), rotated to each row's position.
             keys: (KVH, pages, page size, D), the layer's memory; slots are numbered page by page.
                 Heads, pages and slots may lie in any order, D is contiguous.
             values: (KVH, pages, page size, D), laid out likewise.
             scale: of the scores.
             output: contiguous (T, H, D), written.
         """
-        kv_heads, group, rows, size = query.shape
-        heads = kv_heads * group
+        (rows, heads, size), kv_heads = query.shape, len(keys)
+        group = heads // kv_heads
         assert keys.stride() == values.stride(), "keys and values are laid out alike"
         _, num_pages, page_size, _ = keys.shape
         head_stride, page_stride, slot_stride, _ = keys.stride()
@@ -318,9 +317,9 @@ class TritonBackend:
                 plan.key_end if kind.window is None else plan.key_begin[kind.window],
                 plan.key_end,
                 *plan.tables[kind.rope],
-                query.stride(0),
+                group * query.stride(1),
                 query.stride(1),
-                query.stride(2),
+                query.stride(0),
                 head_stride,
                 page_stride,
                 slot_stride,

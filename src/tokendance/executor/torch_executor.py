@@ -97,13 +97,12 @@ class TorchExecutor:
     ) -> Tensor:
         """Attend in one layer; see `models.hook.LayerHook`."""
         del extra  # what it says was found at load time
-        kv_heads, (_, _, rows, size) = key.shape[1], query.shape
-        stacked = query[0].reshape(kv_heads, -1, rows, size)  # (KVH, G, T, D)
-        return self._attend(layer, stacked, key[0], value[0], scale)
+        rows_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return self._attend(layer, *rows_first, scale)
 
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Attend in one layer; query (KVH, G, T, D), key and value (KVH, T, D)."""
+        """Attend in one layer; query (T, H, D), key and value (T, KVH, D)."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         return self._backend.attend(layer, query, key, value, keys, values, scale)

@@ -142,18 +142,18 @@ class BlendPass:
             (rows, H, D) as many rows as came in; in `CHECK_LAYER` those that go no further are 0.
         """
         keys, values = self._pool.keys[layer], self._pool.values[layer]
-        num_rows = query.shape[2]
+        num_rows = len(query)
         if layer == CHECK_LAYER:
             # Rows of this very pass may be what others copy from.
-            keys.index_copy_(1, self._index(self._batch.write_slots()), key)
-            self._choose(key, self._rotated(layer, keys))
+            keys.index_copy_(1, self._index(self._batch.write_slots()), key.transpose(0, 1))
+            self._choose(key.transpose(0, 1), self._rotated(layer, keys))
             narrow = self._narrow_batch()
             self._write = self._index(narrow.write_slots())
             self._backend.prepare(narrow)
-            query, key, value = query[:, :, self.kept], key[:, self.kept], value[:, self.kept]
+            query, key, value = query[self.kept], key[self.kept], value[self.kept]
         if layer >= CHECK_LAYER:
-            keys.index_copy_(1, self._write, key)
-            values.index_copy_(1, self._write, value)
+            keys.index_copy_(1, self._write, key.transpose(0, 1))
+            values.index_copy_(1, self._write, value.transpose(0, 1))
             keys.index_copy_(1, self._slots, self._rotated(layer, keys))
             values.index_copy_(1, self._slots, values.index_select(1, self._sources))
         result = self._backend.attend(layer, query, key, value, keys, values, scale)

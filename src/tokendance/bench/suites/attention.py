@@ -123,8 +123,8 @@ def _attention_run(batch: PackedBatch, name: AttentionName, num_layers: int) -> 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(DTYPE)
 
-    query = random(rows, KV_HEADS, GROUP, HEAD_DIM).permute(1, 2, 0, 3)
-    new = random(rows, KV_HEADS, HEAD_DIM).transpose(0, 1)
+    query = random(rows, KV_HEADS * GROUP, HEAD_DIM)
+    new = random(rows, KV_HEADS, HEAD_DIM)
     memory = [
         (random(KV_HEADS, slots, HEAD_DIM), random(KV_HEADS, slots, HEAD_DIM))
         for _ in range(num_layers)

@@ -229,9 +229,9 @@ class SharedInPlaceImpl(AttentionImpl):  # type: ignore[misc]
             query, key, value, output = query[:n], key[:n], value[:n], output[:n]
         attn_metadata.backend.attend(
             self.index,
-            query.view(n, heads, -1, size).permute(1, 2, 0, 3),
-            key.transpose(0, 1),
-            value.transpose(0, 1),
+            query,
+            key,
+            value,
             *self._memory,
             self.scale,
             output.view(n, -1, size),

@@ -11,7 +11,6 @@ that, contexts grow with their requests, and a step costs as much as it has new 
 Both model runners of vLLM use it. Nothing here imports vLLM.
 """
 
-import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.attention.interface import PackedBatch, PackedRequest, SlotRanges
-from tokendance.attention.plan import aranges
 from tokendance.collector.known import NO_SLOT
 
 Ints = npt.NDArray[np.integer]
@@ -130,47 +128,50 @@ class Contexts:
             tables: pages of own tokens, in their order, a row for each request that vLLM knows.
             table_rows: (N,), rows of these requests.
         """
-        contexts = [self._by_request[request_id] for request_id in request_ids]
-        # Also those that vLLM's prefix cache had, or copied: their slots are known by their table
-        # alone. Drafts that were not accepted are computed again, in the same pages.
-        num_filled = np.minimum([context.num_filled for context in contexts], num_done)
-        num_own = np.array([len(context.own) for context in contexts])
-        num_until = num_done.astype(np.int64) + num_new
-        counts = num_until - num_filled
-        request = np.repeat(np.arange(len(contexts)), counts)
-        tokens = aranges(counts) + np.repeat(num_filled, counts)
-        page, place = np.divmod(tokens, self._page_size)
-        slots = tables[table_rows[request], page].astype(np.int64) * self._page_size + place
-        positions = tokens + np.array([context.shift for context in contexts])[request]
-        indptr = np.concatenate(([0], np.cumsum(counts)))
-        for index in np.flatnonzero(num_filled < num_own).tolist():
-            own = contexts[index].own[num_filled[index] : num_until[index]]
-            positions[indptr[index] : indptr[index] + len(own)] = own
-        self.slot_position[slots] = positions
-
-        first_rows = np.concatenate(([0], np.cumsum(num_new)))
         requests = []
-        for context, (low, high), (row, next_row), num_computed in zip(
-            contexts,
-            itertools.pairwise(indptr.tolist()),
-            itertools.pairwise(first_rows.tolist()),
-            num_until.tolist(),
-            strict=True,
+        rows, true = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        first_row = 0
+        for request_id, done, new, row in zip(
+            request_ids, num_done.tolist(), num_new.tolist(), table_rows.tolist(), strict=True
         ):
-            here = positions[low:high]
-            context.make_room(int(here[-1]) + 1)
-            context.slots[here] = slots[low:high]
-            context.num_filled = num_computed
-            new, reads_others = here[row - next_row :], len(context.own) > 0
-            requests.append(PackedRequest(row, new, context.slots, context.ranges, reads_others))
-        mirrors = np.flatnonzero(num_own)
-        rows = np.repeat(first_rows[mirrors], num_new[mirrors]) + aranges(num_new[mirrors])
-        true = [requests[index].positions for index in mirrors.tolist()]
-        return Step(
-            self.batch(requests),
-            rows.astype(np.int64),
-            np.concatenate(true) if true else np.empty(0, np.int64),
-        )
+            context = self._by_request[request_id]
+            positions = self._extend(context, done, done + new, tables[row])[-new:]
+            is_mirror = len(context.own) > 0
+            if is_mirror:
+                rows.append(np.arange(first_row, first_row + new))
+                true.append(positions)
+            requests.append(
+                PackedRequest(first_row, positions, context.slots, context.ranges, is_mirror)
+            )
+            first_row += new
+        return Step(self.batch(requests), np.concatenate(rows), np.concatenate(true))
+
+    def _extend(
+        self, context: _Context, done: int, until: int, pages: npt.NDArray[np.int32]
+    ) -> Positions:
+        """Note slots up to an own token; returns the true positions of those that are new here.
+
+        These are more than the step's where vLLM's prefix cache had some, or copied them: their
+        slots are known by their table alone. Drafts that were not accepted are computed again, in
+        the same pages.
+        """
+        filled, context.num_filled = min(context.num_filled, done), until
+        if until - filled == 1 and filled >= len(context.own):  # decodes: without arrays
+            position, (page, place) = filled + context.shift, divmod(filled, self._page_size)
+            slot = int(pages[page]) * self._page_size + place
+            context.make_room(position + 1)
+            context.slots[position] = slot
+            self.slot_position[slot] = position
+            return np.array([position])
+        positions = np.arange(filled, until) + context.shift
+        own = context.own[filled:until]
+        positions[: len(own)] = own
+        page, place = np.divmod(np.arange(filled, until), self._page_size)
+        slots = pages[page] * self._page_size + place
+        context.make_room(int(positions[-1]) + 1)
+        context.slots[positions] = slots
+        self.slot_position[slots] = positions
+        return positions
 
     def batch(self, requests: list[PackedRequest]) -> PackedBatch:
         """The step as attention sees it."""

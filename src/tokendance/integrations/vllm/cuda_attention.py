@@ -167,7 +167,7 @@ class RoundAttentionImpl(FlashAttentionImpl):  # type: ignore[misc]
             output_rows = output
         attn_metadata.backend.read(
             self.index,
-            query.view(n, self.num_kv_heads, -1, size).permute(1, 2, 0, 3),
+            query,
             *self._memory,
             self.scale,
             output_rows,
