@@ -3,7 +3,8 @@
 Each client is a loop of its own, and all run at once. It writes one JSON document a line to
 standard output: progress now and then, and at last all that it has counted. The one whose requests
 are small, and timed, is in a process of its own (`--canary`): hundreds of others in one event loop
-would have it wait for themselves. A request that its
+would have it wait for themselves. The others leave the processor to the server, as clients on other
+machines would. A request that its
 client did not abandon must be answered: with what was asked for, or with an error in OpenAI's
 shape. Whatever else happens is a problem, and listed.
 """
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import resource
 import sys
@@ -518,6 +520,7 @@ async def _main() -> None:
     if given.canary:
         await clients.run_canary(lambda: print(json.dumps({"begun": True}), flush=True))
     else:
+        os.nice(10)
         reporting = asyncio.create_task(_report(clients))
         await clients.run()
         reporting.cancel()
