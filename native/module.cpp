@@ -134,6 +134,17 @@ class Step {
                  key_end_.data(),     merged_rows_.data(), merged_start_.data()};
     }
 
+    // The next token of a request that runs alone: its slot follows the last one that it reads.
+    void extend() {
+        require(write_slots_.size() == 1 && !ranges_.empty(), "there is one row, which reads");
+        SlotRange& last = ranges_.back();
+        require(last.end < num_slots_, "a row writes outside of memory");
+        require(key_end_.back() == last.end - last.begin, "the row sees its last range whole");
+        write_slots_[0] = last.end;
+        ++last.end;
+        ++key_end_.back();
+    }
+
     void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle keys,
                 nb::handle values, nb::handle output, std::optional<Array<int32_t>> key_begin,
                 Table cosines, Table sines, bool interleaved, float scale, int threads) {
@@ -402,6 +413,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<const std::string&, int64_t, Array<int64_t>, Array<int64_t>,
                       Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<int64_t>,
                       Array<int32_t>, Array<int32_t>>())
+        .def("extend", &Step::extend)
         .def("attend", &Step::attend, nb::arg("query"), nb::arg("key"), nb::arg("value"),
              nb::arg("keys"), nb::arg("values"), nb::arg("output"), nb::arg("key_begin").none(),
              nb::arg("cosines"), nb::arg("sines"), nb::arg("interleaved"), nb::arg("scale"),

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from conftest import examples
 from tokendance.attention.backends import make_backend, native_is_there
-from tokendance.attention.interface import Backend, LayerKind, PackedBatch, PackedRequest
+from tokendance.attention.interface import (
+    Backend,
+    LayerKind,
+    PackedBatch,
+    PackedRequest,
+    SlotRanges,
+)
 from tokendance.attention.merge import merge_rows
 from tokendance.attention.reference import ReferenceBackend
 from tokendance.attention.rope import Rope, RopeLayout
@@ -510,6 +516,44 @@ def test_how_memory_is_divided_changes_no_bit() -> None:
 
 
 @needs_native
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1000, 1030),
+    st.lists(st.sampled_from(["next", "next", "back", "two", "other"]), min_size=10, max_size=40),
+    st.sampled_from([None, 50]),
+)
+def test_who_decodes_alone_has_the_same_plan_whatever_was_before(
+    seed: int, length: int, steps: list[str], window: int | None
+) -> None:
+    """Over a span's end and a page's, after steps back, of two tokens and of another request."""
+    threes = np.random.default_rng(seed).permutation(100)
+    pages = (threes[:, None] * 3 + np.arange(3)).ravel()  # so many lie side by side
+    slots = (pages[:, None] * 4 + np.arange(4)).ravel().astype(np.int32)
+    # The other request has the same pages but for the first one.
+    slots_of = {"mine": slots, "other": np.concatenate((1200 + np.arange(4), slots[4:]))}
+    slot_position = np.zeros(1204, np.int32)
+    for whose in ("mine", "other"):
+        slot_position[slots_of[whose]] = np.arange(len(slots))
+    kind = LayerKind(rope_of(32), window)
+    torch.manual_seed(seed % 2**31)
+    keys, values = torch.randn(2, 1, len(slot_position), 32)
+    kept = NativeBackend([kind], 32, CPU, torch.float32)
+    ranges = {"mine": SlotRanges(), "other": SlotRanges()}
+    for step in steps:
+        length += {"next": 1, "two": 2, "back": -3, "other": 1}[step]
+        positions = np.arange(length - (2 if step == "two" else 1), length)
+        whose = "other" if step == "other" else "mine"
+        request = PackedRequest(0, positions, slots_of[whose], ranges[whose], reads_others=False)
+        query, key = torch.randn(len(positions), 2, 32), torch.randn(len(positions), 1, 32)
+        results = []
+        for backend in (kept, NativeBackend([kind], 32, CPU, torch.float32)):
+            backend.prepare(PackedBatch([request], slot_position))
+            results.append(backend.attend(0, query, key, key, keys, values, 0.2))
+        assert torch.equal(*results)
+
+
+@needs_native
 def test_the_kernel_refuses_what_would_read_or_write_elsewhere() -> None:
     ints = partial(np.array, dtype=np.int64)
     shorts = partial(np.array, dtype=np.int32)
@@ -538,6 +582,13 @@ def test_the_kernel_refuses_what_would_read_or_write_elsewhere() -> None:
     table = np.zeros((1, 8), np.float32)
     rest = (torch.zeros(1, 1, 16), None, table, table, False, 1.0, 1)
     step.attend(query, new, new, memory, memory, *rest)
+    step.extend()
+    step.attend(query, new, new, memory, memory, *rest)
+    for _ in range(3):
+        step.extend()
+    with pytest.raises(ValueError, match="outside of memory"):
+        step.extend()
+    step = make(*good, shorts([4]))
     step.attend(query, new, new, memory, memory, rest[0], shorts([-(10**6)]), *rest[2:])
     with pytest.raises(ValueError, match="memory"):
         step.attend(query, new, new, memory[:, :7], memory[:, :7], *rest)

@@ -49,6 +49,15 @@ class Step:
             ValueError: if an index is out of range.
         """
 
+    def extend(self) -> None:
+        """Make it the plan of the step after it, if it has one row, of a request that runs alone.
+
+        The new token's slot is the one behind the last range, and the row sees that range whole.
+
+        Raises:
+            ValueError: if there are several rows, or memory ends there.
+        """
+
     def attend(
         self,
         query: Tensor,
@@ -67,9 +76,9 @@ class Step:
         """Write the new keys and values, and attend; see `Backend.attend`.
 
         Args:
-            query: (KVH, G, T, D).
-            key: (KVH, T, D).
-            value: (KVH, T, D).
+            query: (T, H, D).
+            key: (T, KVH, D).
+            value: (T, KVH, D).
             keys: (KVH, S, D), written.
             values: (KVH, S, D), written.
             output: (T, H, D), written.

@@ -41,7 +41,8 @@ class SlotRanges:
 
     What lies there does not change, so whoever keeps a request over many steps keeps these for it:
     `make_plan` adds the ranges of new positions, and so looks at these alone. A step that goes back
-    behind `end`, as after drafts that were refused, begins anew.
+    behind `end`, as after drafts that were refused, begins anew. A request whose context comes to
+    lie elsewhere has other ranges: a backend knows it again by this very object.
 
     Attributes:
         start: the context begins at this position; keys before it are nobody's.

@@ -1,6 +1,7 @@
 """Shared-in-place attention by the native kernel (`native/kernel.cpp`), on a CPU."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -8,11 +9,30 @@ import torch
 from torch import Tensor
 
 from tokendance.attention import _native
-from tokendance.attention.interface import LayerKind, PackedBatch, windows_of
-from tokendance.attention.plan import Int32Array, make_plan
+from tokendance.attention.interface import (
+    LayerKind,
+    PackedBatch,
+    SlotRanges,
+    windows_of,
+)
+from tokendance.attention.plan import SPAN, Int32Array, make_plan
 from tokendance.attention.rope import Rope, RopeLayout
 
 Table = npt.NDArray[np.float32]
+
+
+class _Alone(NamedTuple):
+    """The one new token of a request that ran alone, and read nothing of others.
+
+    Attributes:
+        ranges: the request's, by which it is known again.
+        position: of the token.
+        slot: likewise.
+    """
+
+    ranges: SlotRanges
+    position: int
+    slot: int
 
 
 def can_serve(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -45,9 +65,23 @@ class NativeBackend:
         self._key_begin: dict[int, Int32Array] = {}
         self._offsets = np.zeros(1, np.int64)
         self._tables: dict[Rope, tuple[Table, Table]] = {}
+        self._alone: _Alone | None = None  # if the last step was like that
 
     def prepare(self, batch: PackedBatch) -> None:
-        """Plan the step; what layers have in common is made by the first of them."""
+        """Plan the step; what layers have in common is made by the first of them.
+
+        Who decodes alone has the last step's plan with one key more, in a tenth of the time.
+        """
+        before, now = self._alone, _alone(batch)
+        self._alone = None
+        if before is not None and now is not None and self._goes_on(before, now):
+            assert self._step is not None
+            self._step.extend()
+        else:
+            self._plan(batch)
+        self._alone = now
+
+    def _plan(self, batch: PackedBatch) -> None:
         plan = make_plan(batch, self._windows)
         self._key_begin = plan.key_begin
         self._offsets, self._tables = -plan.offsets, {}
@@ -62,6 +96,15 @@ class NativeBackend:
             plan.slot_end,
             plan.rotations,
             plan.key_end,
+        )
+
+    def _goes_on(self, before: _Alone, now: _Alone) -> bool:
+        """Whether a step's plan is that of the one before, with one key more in its last range."""
+        return (
+            now.ranges is before.ranges
+            and now.slot == before.slot + 1
+            and now.position % SPAN != 0
+            and not self._windows
         )
 
     def attend(
@@ -103,3 +146,14 @@ class NativeBackend:
             cos, sin = rope.tables(self._offsets, torch.device("cpu"))
             self._tables[rope] = cos.numpy(), sin.numpy()
         return self._tables[rope]
+
+
+def _alone(batch: PackedBatch) -> _Alone | None:
+    """What a step is if one request decodes, which reads nothing of others; None if it is not."""
+    if len(batch.requests) != 1:
+        return None
+    request = batch.requests[0]
+    if request.reads_others or len(request.positions) != 1:
+        return None
+    position = int(request.positions[0])
+    return _Alone(request.ranges, position, int(request.slots[position]))

@@ -33,7 +33,7 @@ Int32Array = npt.NDArray[np.int32]
 # long context. Ranges are cut there, too. Neither depends on the number of threads, nor on which
 # pages a request that runs alone happens to have, and so its sums do not, either.
 _FEW_ROWS = 64
-_SPAN = 1024
+SPAN = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +128,7 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
         [num_rows[entries.request[ranges[0]]].sum() for ranges in by_readers]
     )
     position = batch.slot_position[entries.begin[leader]]
-    span = np.where(rows_of_readers[readers] < _FEW_ROWS, position // _SPAN, 0)
+    span = np.where(rows_of_readers[readers] < _FEW_ROWS, position // SPAN, 0)
     # By offset first, so that a rotation serves many ranges; then as the owner counts.
     order = np.lexsort((position, rotations[leader], span, readers))
     leader, num_readers = leader[order], num_readers[order]
@@ -176,7 +176,7 @@ def _plan_alone(request: PackedRequest, windows: Iterable[int]) -> Plan:
     num_rows, num_keys = len(request.positions), int(request.positions[-1]) + 1
     slots = request.slots[:num_keys]
     positions = request.positions.astype(np.int64)
-    spans = np.arange(0, num_keys, _SPAN)
+    spans = np.arange(0, num_keys, SPAN)
     jumps = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
     first = np.union1d(spans, jumps) if len(jumps) else spans  # position of each range's first key
     lengths = np.diff(first, append=num_keys)
@@ -237,7 +237,7 @@ def _readings(batch: PackedBatch) -> _Readings:
     position = np.repeat(starts, counts) + aranges(counts)
     offset = position - owner_position
     # First what is consecutive in the prompt and in memory ...
-    span = owner_position // _SPAN
+    span = owner_position // SPAN
     breaks = (np.diff(slots) != 1) | (np.diff(offset) != 0) | (np.diff(span) != 0)
     breaks[np.cumsum(counts)[:-1] - 1] = True
     begin = np.concatenate(([0], np.flatnonzero(breaks) + 1))
@@ -255,7 +255,7 @@ def _readings(batch: PackedBatch) -> _Readings:
     first = np.concatenate([*(ranges.first for ranges in known), position[begin]])
     slot_begin = np.concatenate([*(ranges.slot_begin for ranges in known), slots[begin]])
     slot_end = np.concatenate([*(ranges.slot_end for ranges in known), slots[end] + 1])
-    span = batch.slot_position[slot_begin] // _SPAN
+    span = batch.slot_position[slot_begin] // SPAN
     order = np.lexsort((first, offset, request_of))
     here, before = order[1:], order[:-1]
     goes_on = (

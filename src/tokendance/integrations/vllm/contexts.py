@@ -24,6 +24,8 @@ Ints = npt.NDArray[np.integer]
 Slots = npt.NDArray[np.int32]
 Positions = npt.NDArray[np.int64]
 
+_NO_ROWS = np.empty(0, np.int64)
+
 NO_TOKEN = -2
 """In what a request reads: the context begins behind this position."""
 
@@ -104,7 +106,7 @@ class Contexts:
         if request_id in self._by_request:
             context = self._by_request[request_id]
             context.num_filled = 0
-            context.ranges.forget()
+            context.ranges = SlotRanges(context.ranges.start)
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop requests that are done."""
@@ -128,8 +130,9 @@ class Contexts:
             tables: pages of own tokens, in their order, a row for each request that vLLM knows.
             table_rows: (N,), rows of these requests.
         """
-        requests = []
-        rows, true = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        requests: list[PackedRequest] = []
+        rows: list[Positions] = []
+        true: list[Positions] = []
         first_row = 0
         for request_id, done, new, row in zip(
             request_ids, num_done.tolist(), num_new.tolist(), table_rows.tolist(), strict=True
@@ -144,6 +147,8 @@ class Contexts:
                 PackedRequest(first_row, positions, context.slots, context.ranges, is_mirror)
             )
             first_row += new
+        if not rows:
+            return Step(self.batch(requests), _NO_ROWS, _NO_ROWS)
         return Step(self.batch(requests), np.concatenate(rows), np.concatenate(true))
 
     def _extend(
