@@ -7,6 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -531,7 +532,8 @@ def test_who_decodes_alone_has_the_same_plan_whatever_was_before(
     pages = (threes[:, None] * 3 + np.arange(3)).ravel()  # so many lie side by side
     slots = (pages[:, None] * 4 + np.arange(4)).ravel().astype(np.int32)
     # The other request has the same pages but for the first one.
-    slots_of = {"mine": slots, "other": np.concatenate((1200 + np.arange(4), slots[4:]))}
+    others: npt.NDArray[np.int32] = np.concatenate((1200 + np.arange(4, dtype=np.int32), slots[4:]))
+    slots_of = {"mine": slots, "other": others}
     slot_position = np.zeros(1204, np.int32)
     for whose in ("mine", "other"):
         slot_position[slots_of[whose]] = np.arange(len(slots))

@@ -187,7 +187,7 @@ def _plan_alone(request: PackedRequest, windows: Iterable[int]) -> Plan:
 
     def num_keys_until(at: IntArray) -> Int32Array:
         counts = np.clip(at + 1 - first[:, None], 0, lengths[:, None])
-        return counts.astype(np.int32).ravel()
+        return np.asarray(counts, np.int32).ravel()
 
     return Plan(
         offsets=np.zeros(1, np.int64),

@@ -46,9 +46,10 @@ class ReferenceBackend:
         write = torch.as_tensor(self._batch.write_slots(), device=self._device)
         keys[:, write] = key.transpose(0, 1)
         values[:, write] = value.transpose(0, 1)
-        by_head = query.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)  # (KVH, G, T, D)
+        by_head = query.view(len(query), key.shape[1], -1, query.shape[2])
+        by_head = by_head.permute(1, 2, 0, 3)  # (KVH, G, T, D)
         if output is None:
-            output = torch.empty_like(query)
+            output = query.new_empty(query.shape)
         for request in self._batch.requests:
             length = int(request.positions[-1]) + 1
             slots = torch.as_tensor(request.slots[:length].astype(np.int64), device=self._device)

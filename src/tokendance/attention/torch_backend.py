@@ -88,7 +88,7 @@ class TorchBackend:
         values.index_copy_(1, self._write, value.transpose(0, 1))
         (rows, heads, size), kv_heads = query.shape, key.shape[1]
         group = heads // kv_heads
-        query = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # (KVH, G, T, D)
+        query = query.view(rows, kv_heads, group, size).permute(1, 2, 0, 3)  # (KVH, G, T, D)
         # Laid out as the model wants it back; summed in float32.
         result = torch.zeros(rows, kv_heads, group, size, dtype=torch.float32, device=query.device)
         by_head = result.permute(1, 2, 0, 3)

@@ -97,8 +97,8 @@ class TorchExecutor:
     ) -> Tensor:
         """Attend in one layer; see `models.hook.LayerHook`."""
         del extra  # what it says was found at load time
-        rows_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return self._attend(layer, *rows_first, scale)
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return self._attend(layer, query, key, value, scale)
 
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float

@@ -162,16 +162,18 @@ class Contexts:
         """
         filled, context.num_filled = min(context.num_filled, done), until
         if until - filled == 1 and filled >= len(context.own):  # decodes: without arrays
-            position, (page, place) = filled + context.shift, divmod(filled, self._page_size)
-            slot = int(pages[page]) * self._page_size + place
+            position = filled + context.shift
+            slot = int(pages[filled // self._page_size]) * self._page_size
+            slot += filled % self._page_size
             context.make_room(position + 1)
             context.slots[position] = slot
             self.slot_position[slot] = position
             return np.array([position])
-        positions = np.arange(filled, until) + context.shift
+        tokens = np.arange(filled, until)
+        positions = tokens + context.shift
         own = context.own[filled:until]
         positions[: len(own)] = own
-        page, place = np.divmod(np.arange(filled, until), self._page_size)
+        page, place = np.divmod(tokens, self._page_size)
         slots = pages[page] * self._page_size + place
         context.make_room(int(positions[-1]) + 1)
         context.slots[positions] = slots
