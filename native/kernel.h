@@ -42,9 +42,9 @@ enum class Format { kFloat32, kBFloat16 };
 struct Layer {
     Format format;
     int64_t kv_heads, group, rows, size;
-    const void* query;  // (KVH, G, T, D)
+    const void* query;  // (T, H, D)
     int64_t query_head_stride, query_group_stride, query_row_stride;
-    const void* key;  // (KVH, T, D)
+    const void* key;  // (T, KVH, D)
     int64_t key_head_stride, key_row_stride;
     const void* value;  // (KVH, T, D)
     int64_t value_head_stride, value_row_stride;
