@@ -27,6 +27,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler as VLLMScheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from tokendance.integrations.vllm.arrivals import RoundKey
@@ -43,6 +44,7 @@ from tokendance.store.kv_store import KVStore
 log = logging.getLogger("vllm.tokendance")
 
 _GAUGES_EVERY_S = 0.5
+_NO_FIGURES = Figures()
 
 
 class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
@@ -217,14 +219,17 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
         running, waiting = super().get_request_counts()
         return running, waiting + len(self._requests)
 
-    def make_stats(self, *args: Any, **kwargs: Any) -> RoundStats | None:
-        """VLLM's statistics of a step, with figures of rounds."""
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """VLLM's statistics of a step, with figures of rounds where there are new ones."""
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
-        figures, self._rounds.figures = self._rounds.figures, Figures()
-        now = time.monotonic()
-        if now >= self._gauges_s + _GAUGES_EVERY_S or not self._members:
+        figures, now = self._rounds.figures, time.monotonic()
+        is_due = now >= self._gauges_s + _GAUGES_EVERY_S or not self._members
+        if not is_due and figures == _NO_FIGURES:
+            return stats
+        self._rounds.figures = Figures()
+        if is_due:
             self._gauges, self._gauges_s = self._count_pages(), now
         for name in ("shared_pages", "resident_pages", "dense_pages", "retained_pages"):
             setattr(figures, name, getattr(self._gauges, name))
