@@ -32,7 +32,8 @@ HEADLINES = {
         for figure in ("speedup", "blocks")
         for kind in ("inside", "tagged")
         for agents in (2, 3)
-    },
+    }
+    | {f"blocks_{kind}_{agents}_together" for kind in ("inside", "tagged") for agents in (2, 3)},
     "decode": {"speedup"},
     "capacity": {"agents_plain", "agents_inside", "ratio"},
     "fidelity": {

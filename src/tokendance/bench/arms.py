@@ -220,27 +220,34 @@ def timed_spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
 
 
 def vllm_round(
-    vllm: VLLM, llm: LLM, workload: RoundWorkload, num_tokens: int, *, tagged: bool = False
+    vllm: VLLM,
+    llm: LLM,
+    workload: RoundWorkload,
+    num_tokens: int,
+    *,
+    tagged: bool = False,
+    together: bool = False,
 ) -> VLLMResult:
     """Run a round that `llm` encodes through vLLM, with the private parts in its prefix cache.
 
-    `tagged`: TokenDance inside is told the blocks.
+    `tagged`: TokenDance inside is told the blocks. `together`: see `warm_vllm`.
     """
     encoded = workload.encoded(llm)
-    warm_vllm(vllm, encoded)
+    warm_vllm(vllm, encoded, together=together)
     blocks = [places_of_blocks(prompt) for prompt in encoded] if tagged else None
     return vllm.run([prompt.token_ids.tolist() for prompt in encoded], num_tokens, blocks=blocks)
 
 
-def warm_vllm(vllm: VLLM, prompts: Sequence[EncodedPrompt]) -> None:
+def warm_vllm(vllm: VLLM, prompts: Sequence[EncodedPrompt], *, together: bool = False) -> None:
     """Leave vLLM with the first segment of each prompt in its prefix cache, and nothing else.
 
-    As in `RoundWorkload.warm` each is computed by itself: that no block is shared is said, or what
-    these texts have in common would be read from one of them.
+    As in `RoundWorkload.warm` each is computed by itself: that no block is shared is said. Or
+    `together`, as the first requests of agents come: what these texts have in common is then found,
+    and read from one of them.
     """
     vllm.reset()
     beginnings = [prompt.segments[0].token_ids.tolist() for prompt in prompts]
-    vllm.run(beginnings, 1, blocks=[[] for _ in beginnings])
+    vllm.run(beginnings, 1, blocks=None if together else [[] for _ in beginnings])
 
 
 def places_of_blocks(prompt: EncodedPrompt) -> list[int]:

@@ -92,15 +92,24 @@ def started_pair(
 
 
 def rounds(
-    engines: Mapping[str, VLLM], llm: LLM, workload: RoundWorkload, num_tokens: int
+    engines: Mapping[str, VLLM],
+    llm: LLM,
+    workload: RoundWorkload,
+    num_tokens: int,
+    *,
+    together: bool = False,
 ) -> dict[str, Callable[[], VLLMResult]]:
-    """What runs a round, private parts cached, in each kind; `llm` encodes it."""
-    plain, inside = engines[PLAIN], engines[INSIDE]
-    return {
-        PLAIN: partial(vllm_round, plain, llm, workload, num_tokens),
-        INSIDE: partial(vllm_round, inside, llm, workload, num_tokens),
-        TAGGED: partial(vllm_round, inside, llm, workload, num_tokens, tagged=True),
-    }
+    """What runs a round, private parts cached, in each kind; `llm` encodes it.
+
+    `together`: see `warm_vllm`.
+    """
+
+    def of(engine: str, *, tagged: bool = False) -> Callable[[], VLLMResult]:
+        return partial(
+            vllm_round, engines[engine], llm, workload, num_tokens, tagged=tagged, together=together
+        )
+
+    return {PLAIN: of(PLAIN), INSIDE: of(INSIDE), TAGGED: of(INSIDE, tagged=True)}
 
 
 def time_in_turn(

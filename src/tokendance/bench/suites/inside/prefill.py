@@ -5,6 +5,9 @@ starts, and nothing else is; the answer is one token. Clients say nothing of the
 blocks (`tagged`): then the edges of each are corrected, where discovery finds all of it as one.
 
 KV blocks are those that are held at most while all agents answer with 32 tokens, in a round more.
+As private parts are computed one by one here, what they have in common lies in the blocks of each.
+Where agents begin together, as they do where nobody measures, it is found like all else that they
+share: the blocks of such a round are counted, too (`together`).
 """
 
 from pathlib import Path
@@ -31,6 +34,7 @@ _COLUMNS = {
     "max": "max",
     "vs_plain": "times faster",
     "blocks": "KV blocks",
+    "blocks_together": "together",
 }
 
 
@@ -57,18 +61,27 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
                     warm_up()
                 kinds = rounds(engines, writer, workload, 1)
                 timed = time_in_turn(kinds, settings.repeats, warm_up=0)
-                blocks = {
-                    name: answer().peak_blocks
-                    for name, answer in rounds(engines, writer, workload, ANSWER_TOKENS).items()
-                }
+                blocks, blocks_together = (
+                    {
+                        name: answer().peak_blocks
+                        for name, answer in rounds(
+                            engines, writer, workload, ANSWER_TOKENS, together=together
+                        ).items()
+                    }
+                    for together in (False, True)
+                )
             num_prompt = sum(map(len, workload.encoded(writer)))
             for name, runs in timed.items():
                 faster = ratio(timed[PLAIN].seconds, runs.seconds)
                 row = {"agents": size, "mode": name, "prompt_tokens": num_prompt, **runs.row()}
-                table.add(row | {"vs_plain": faster, "blocks": blocks[name]})
+                held = {"blocks": blocks[name], "blocks_together": blocks_together[name]}
+                table.add(row | {"vs_plain": faster} | held)
             for key, name in (("inside", INSIDE), ("tagged", TAGGED)):
                 headline[f"speedup_{key}_{size}"] = ratio(timed[PLAIN].seconds, timed[name].seconds)
                 headline[f"blocks_{key}_{size}"] = blocks[name] / blocks[PLAIN]
+                headline[f"blocks_{key}_{size}_together"] = (
+                    blocks_together[name] / blocks_together[PLAIN]
+                )
     return SuiteResult("prefill", settings.model, table.rows, headline, notes)
 
 
