@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "kernel.h"
+#include "rows.h"
+#include "tensor.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -27,23 +29,16 @@ extern const Kernel kPortable;
 extern const Kernel kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
+void bind_rows(nb::module_& m);  // row_ops.cpp
+
 namespace {
 
-// Widest first; only those that this machine can run.
 std::vector<const Kernel*> usable_kernels() {
-    std::vector<const Kernel*> kernels;
 #if defined(TD_X86)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) kernels.push_back(&kAvx512Bf16);
-    if (avx512) kernels.push_back(&kAvx512);
-    if (avx2) kernels.push_back(&kAvx2);
+    return usable<Kernel>({&kAvx512Bf16, &kAvx512, &kAvx2, &kPortable});
+#else
+    return usable<Kernel>({&kPortable});
 #endif
-    kernels.push_back(&kPortable);
-    return kernels;
 }
 
 template <class Scalar>
@@ -54,42 +49,6 @@ template <class Scalar>
 std::vector<Scalar> copied(const Array<Scalar>& array) {
     return std::vector<Scalar>(array.data(), array.data() + array.shape(0));
 }
-
-void require(bool condition, const char* what) {
-    if (!condition) throw std::invalid_argument(what);
-}
-
-// A torch tensor as torch says that it lies there. DLPack says the same, in ten times the time: 2
-// microseconds for each tensor are as long as a layer takes that decodes one request.
-class Tensor {
-  public:
-    explicit Tensor(nb::handle tensor)
-        : data_(reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor.attr("data_ptr")()))),
-          dtype_(tensor.attr("dtype")) {
-        require(nb::cast<bool>(tensor.attr("is_cpu")), "tensors lie in the memory of the CPU");
-        const auto shape = nb::cast<nb::tuple>(tensor.attr("shape"));
-        const auto strides = nb::cast<nb::tuple>(tensor.attr("stride")());
-        ndim_ = shape.size();
-        require(ndim_ <= kMaxDimensions, "tensors have three dimensions at most");
-        for (size_t i = 0; i < ndim_; ++i) {
-            shape_[i] = nb::cast<int64_t>(shape[i]);
-            strides_[i] = nb::cast<int64_t>(strides[i]);
-        }
-    }
-
-    void* data() const { return data_; }
-    nb::handle dtype() const { return dtype_; }  // one object for each
-    size_t ndim() const { return ndim_; }
-    int64_t shape(size_t i) const { return shape_[i]; }
-    int64_t stride(size_t i) const { return strides_[i]; }
-
-  private:
-    static constexpr size_t kMaxDimensions = 3;
-    void* data_;
-    nb::object dtype_;
-    size_t ndim_;
-    int64_t shape_[kMaxDimensions], strides_[kMaxDimensions];
-};
 
 // Memory that starts where a cache line does.
 struct alignas(64) CacheLine {
@@ -281,14 +240,7 @@ class Step {
 
     void describe(Layer& l, const Tensor& query, const Tensor& key, const Tensor& value,
                   const Tensor& keys, const Tensor& values, const Tensor& output) const {
-        const nb::module_ torch = nb::module_::import_("torch");
-        if (query.dtype().is(torch.attr("float32"))) {
-            l.format = Format::kFloat32;
-        } else {
-            require(query.dtype().is(torch.attr("bfloat16")),
-                    "the dtype must be float32 or bfloat16");
-            l.format = Format::kBFloat16;
-        }
+        l.format = format_of(query);
         for (const Tensor* other : {&key, &value, &keys, &values, &output}) {
             require(other->dtype().is(query.dtype()), "all tensors have one dtype");
             require(other->ndim() == 3 && other->stride(2) == 1,
@@ -418,4 +370,5 @@ NB_MODULE(_native, m) {
              nb::arg("keys"), nb::arg("values"), nb::arg("output"), nb::arg("key_begin").none(),
              nb::arg("cosines"), nb::arg("sines"), nb::arg("interleaved"), nb::arg("scale"),
              nb::arg("threads"));
+    bind_rows(m);
 }

@@ -92,3 +92,77 @@ class Step:
         Raises:
             ValueError: if shapes, strides or dtypes do not fit.
         """
+
+class RowOps:
+    """What lies between the products of a model: each row by itself.
+
+    Tensors are float32 or bfloat16, all alike, on the CPU, and contiguous; T rows are (T, n) or
+    (1, T, n). All raise ValueError if shapes, strides or dtypes do not fit.
+    """
+
+    def __init__(self, kernel: str) -> None:
+        """Use one of `kernels()`."""
+
+    def normalise(
+        self,
+        rows: Tensor,
+        added: Tensor | None,
+        sums: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        weight_from_one: bool,
+        output: Tensor,
+        threads: int,
+    ) -> None:
+        """Root mean square norm of rows, or of their sums with others (arXiv 1910.07467).
+
+        Args:
+            rows: (T, n).
+            added: (T, n), or None.
+            sums: (T, n), written if something is added.
+            weight: (n,).
+            epsilon: added to the mean square.
+            weight_from_one: the factor is 1 + weight.
+            output: (T, n), written.
+            threads: at most.
+        """
+
+    def rotate(
+        self,
+        rows: Tensor,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        cosines: Tensor,
+        sines: Tensor,
+        query_weight: Tensor | None,
+        key_weight: Tensor | None,
+        epsilon: float,
+        weight_from_one: bool,
+        threads: int,
+    ) -> None:
+        """Rotate the heads of queries and keys in place, their halves as pairs (arXiv 2104.09864).
+
+        Args:
+            rows: (T, n), written: first the queries' heads, then those of the keys.
+            heads: H.
+            kv_heads: KVH.
+            size: D.
+            cosines: (T, rotary_dim).
+            sines: likewise.
+            query_weight: (D,), of a norm of each head before it is rotated; None: there is none.
+            key_weight: likewise.
+            epsilon: of these norms.
+            weight_from_one: likewise.
+            threads: at most.
+        """
+
+    def gate(self, rows: Tensor, activation: str, output: Tensor, threads: int) -> None:
+        """Activate the first half of each row, and multiply it by the second.
+
+        Args:
+            rows: (T, 2 n).
+            activation: "silu" or "gelu_tanh".
+            output: (T, n), written.
+            threads: at most.
+        """

@@ -8,7 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.attention.interface import BackendFactory, PackedBatch, PackedRequest
+from tokendance.attention.interface import (
+    BackendFactory,
+    PackedBatch,
+    PackedRequest,
+    SlotRanges,
+)
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.sampler import sample, score
 from tokendance.executor.step import SlotArray, StepInput, StepOutput
@@ -31,6 +36,9 @@ class TorchExecutor:
         self.pool = pool
         self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)
         self.on_logits: Callable[[StepInput, Tensor], Tensor] | None = None
+        # Of the last step's requests, by the id of their slots, which are kept so that no other
+        # array has that id.
+        self._ranges: dict[int, tuple[SlotArray, SlotRanges]] = {}
 
     def execute(self, step: StepInput) -> StepOutput:
         """Run one forward pass, and choose the next tokens; see `Executor`."""
@@ -52,13 +60,22 @@ class TorchExecutor:
 
     def _pack(self, step: StepInput) -> PackedBatch:
         """Lay the requests' tokens side by side, and note at which positions their keys will be."""
+        slot_position = self.pool.slot_position
+        known, self._ranges = self._ranges, {}
         requests: list[PackedRequest] = []
         first_row = 0
         for request in step.requests:
-            requests.append(PackedRequest(first_row, request.positions, request.slots))
-            first_row += len(request.positions)
-            self.pool.slot_position[request.slots[request.positions]] = request.positions
-        return PackedBatch(requests, self.pool.slot_position)
+            positions, slots = request.positions, request.slots
+            slot_position[slots[positions]] = positions
+            # The same array as in the last step: the same request, whose context has grown.
+            _, ranges = self._ranges[id(slots)] = known.get(id(slots), (slots, SlotRanges()))
+            requests.append(PackedRequest(first_row, positions, slots, ranges))
+            first_row += len(positions)
+        if len(requests) == 1:  # no reader has to be found if it reads all where it stands
+            length = int(positions[-1]) + 1
+            in_place = np.array_equal(slot_position[slots[:length]], np.arange(length))
+            requests = [replace(requests[0], reads_others=not in_place)]
+        return PackedBatch(requests, slot_position)
 
     def _forward(self, step: StepInput, batch: PackedBatch) -> Tensor:
         """Logits before all targets, then of the last token of each request that wants one.
@@ -97,7 +114,6 @@ class TorchExecutor:
     ) -> Tensor:
         """Attend in one layer; see `models.hook.LayerHook`."""
         del extra  # what it says was found at load time
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return self._attend(layer, query, key, value, scale)
 
     def _attend(

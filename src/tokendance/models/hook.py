@@ -30,9 +30,9 @@ class LayerHook(Protocol):
 
         Args:
             layer: index of the layer.
-            query: (1, H, T, D), rotated.
-            key: (1, KVH, T, D), rotated.
-            value: (1, KVH, T, D).
+            query: (T, H, D), rotated.
+            key: (T, KVH, D), rotated.
+            value: (T, KVH, D).
             scale: of the scores.
             extra: keyword arguments of the model's own making, such as a sliding window.
 
@@ -57,6 +57,7 @@ def _attention(
     if tokendance is None:
         raise RuntimeError("the model dropped the keyword argument 'tokendance' on its way")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     output = tokendance.attend(int(module.layer_idx), query, key, value, scale, extra)  # type: ignore[arg-type]
     return output.unsqueeze(0), None
 

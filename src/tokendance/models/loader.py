@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from tokendance.attention.interface import LayerKind
 from tokendance.errors import ConfigError, ModelNotFoundError, TokenDanceError
 from tokendance.models import demo, hook
+from tokendance.models.fused import fuse_layers
 from tokendance.models.packing import pack_linear_layers
 from tokendance.models.support import ModelShape, probe, refusal, why_unsupported
 
@@ -115,8 +116,9 @@ def prepare_model(
         UnsupportedModelError: if the arithmetic does not hold for it.
     """
     module.eval()
-    pack_linear_layers(module)
     shape, layers = probe(module, module.config)
+    fuse_layers(module)
+    pack_linear_layers(module)
     stop_ids = _stop_ids(module, tokenizer)
     return LoadedModel(name, module, tokenizer, shape, layers, dtype, device, stop_ids)
 

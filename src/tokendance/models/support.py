@@ -124,11 +124,11 @@ class _Probe:
     ) -> Tensor:
         """See `hook.LayerHook`."""
         del scale
-        self.queries[layer] = query[0]
-        self.keys[layer] = key[0]
+        self.queries[layer] = query.transpose(0, 1)
+        self.keys[layer] = key.transpose(0, 1)
         self.windows[layer] = extra.get("sliding_window")
         self.extras |= {name for name, value in extra.items() if value is not None}
-        return query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
+        return query.new_zeros(*query.shape[:2], value.shape[-1])
 
 
 def probe(model: nn.Module, config: Any) -> tuple[ModelShape, tuple[LayerKind, ...]]:

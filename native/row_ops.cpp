@@ -1,0 +1,179 @@
+// `RowOps` of the Python module: what lies between the products of a model (rows.h).
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "rows.h"
+#include "tensor.h"
+#include "threads.h"
+
+namespace tokendance {
+
+extern const RowKernel kPortableRows;
+#if defined(TD_X86)
+extern const RowKernel kAvx2Rows, kAvx512Rows, kAvx512Bf16Rows;
+#endif
+
+namespace {
+
+std::vector<const RowKernel*> usable_row_kernels() {
+#if defined(TD_X86)
+    return usable<RowKernel>({&kAvx512Bf16Rows, &kAvx512Rows, &kAvx2Rows, &kPortableRows});
+#else
+    return usable<RowKernel>({&kPortableRows});
+#endif
+}
+
+// Fewer numbers than this are not worth a second thread.
+constexpr int64_t kNumbersPerTask = 1 << 15;
+
+template <class Work>
+void for_rows(int64_t rows, int64_t row_size, int threads, const Work& work) {
+    const int64_t chunk = std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, row_size));
+    const int64_t count = (rows + chunk - 1) / chunk;
+    const nb::gil_scoped_release release;
+    if (count == 1) return work(0, rows);
+    run_tasks(count, threads, [&](int64_t i, int) {
+        work(i * chunk, std::min(rows, (i + 1) * chunk));
+    });
+}
+
+// (T, n), row by row.
+void require_rows(const Tensor& tensor, int64_t rows, int64_t size) {
+    require(tensor.ndim() == 2 && tensor.shape(0) == rows && tensor.shape(1) == size,
+            "rows have other shapes");
+    require(tensor.stride(1) == 1 && (rows <= 1 || tensor.stride(0) == size),
+            "rows are contiguous");
+}
+
+void require_same_dtype(const Tensor& tensor, const Tensor& other) {
+    require(tensor.dtype().is(other.dtype()), "all tensors have one dtype");
+}
+
+const void* weight_of(const nb::handle& weight, const Tensor& rows, int64_t size) {
+    if (weight.is_none()) return nullptr;
+    const Tensor tensor(weight);
+    require_same_dtype(tensor, rows);
+    require(tensor.ndim() == 1 && tensor.shape(0) == size && tensor.stride(0) == 1,
+            "a weight has one number for each of a row");
+    return tensor.data();
+}
+
+class RowOps {
+  public:
+    explicit RowOps(const std::string& kernel) {
+        for (const RowKernel* usable : usable_row_kernels()) {
+            if (kernel == usable->name) kernel_ = usable;
+        }
+        require(kernel_ != nullptr, "there is no kernel of this name for this machine");
+    }
+
+    void normalise(nb::handle rows, nb::handle added, nb::handle sums, nb::handle weight,
+                   float epsilon, bool weight_from_one, nb::handle output, int threads) const {
+        const Tensor in = Tensor(rows).rows(), out = Tensor(output).rows();
+        require(in.ndim() == 2, "rows have two dimensions");
+        const int64_t count = in.shape(0), size = in.shape(1);
+        require_rows(in, count, size);
+        require_rows(out, count, size);
+        require_same_dtype(out, in);
+        Norm norm{};
+        norm.format = format_of(in);
+        norm.size = size;
+        norm.rows = in.data();
+        norm.weight = weight_of(weight, in, size);
+        require(norm.weight != nullptr, "a norm has a weight");
+        norm.output = out.data();
+        norm.epsilon = epsilon;
+        norm.weight_from_one = weight_from_one;
+        if (!added.is_none()) {
+            const Tensor more = Tensor(added).rows(), both = Tensor(sums).rows();
+            require_rows(more, count, size);
+            require_rows(both, count, size);
+            require_same_dtype(more, in);
+            require_same_dtype(both, in);
+            norm.added = more.data();
+            norm.sums = both.data();
+        }
+        for_rows(count, size, threads, [&](int64_t first, int64_t last) {
+            kernel_->normalise(norm, first, last);
+        });
+    }
+
+    void rotate(nb::handle rows, int64_t heads, int64_t kv_heads, int64_t size, nb::handle cosines,
+                nb::handle sines, nb::handle query_weight, nb::handle key_weight, float epsilon,
+                bool weight_from_one, int threads) const {
+        const Tensor in = Tensor(rows).rows();
+        const Tensor cos = Tensor(cosines).rows(), sin = Tensor(sines).rows();
+        require(in.ndim() == 2 && in.stride(1) == 1, "rows have two dimensions, one contiguous");
+        const int64_t count = in.shape(0);
+        require(heads > 0 && kv_heads > 0 && size > 0 && (heads + kv_heads) * size <= in.shape(1),
+                "a row has fewer numbers than its heads");
+        require(count <= 1 || in.stride(0) >= in.shape(1), "rows overlap");
+        require(cos.ndim() == 2, "cosines have two dimensions");
+        const int64_t rotary = cos.shape(1);
+        require(rotary % 2 == 0 && rotary <= size, "more is rotated than a head has");
+        require_rows(cos, count, rotary);
+        require_rows(sin, count, rotary);
+        require_same_dtype(cos, in);
+        require_same_dtype(sin, in);
+        Rotation rotation{};
+        rotation.format = format_of(in);
+        rotation.heads = heads;
+        rotation.kv_heads = kv_heads;
+        rotation.size = size;
+        rotation.rotary_dim = rotary;
+        rotation.rows = in.data();
+        rotation.row_stride = in.stride(0);
+        rotation.cosines = cos.data();
+        rotation.sines = sin.data();
+        rotation.query_weight = weight_of(query_weight, in, size);
+        rotation.key_weight = weight_of(key_weight, in, size);
+        rotation.epsilon = epsilon;
+        rotation.weight_from_one = weight_from_one;
+        for_rows(count, (heads + kv_heads) * size, threads, [&](int64_t first, int64_t last) {
+            kernel_->rotate(rotation, first, last);
+        });
+    }
+
+    void gate(nb::handle rows, const std::string& activation, nb::handle output,
+              int threads) const {
+        const Tensor in = Tensor(rows).rows(), out = Tensor(output).rows();
+        require(out.ndim() == 2, "rows have two dimensions");
+        const int64_t count = out.shape(0), size = out.shape(1);
+        require_rows(in, count, 2 * size);
+        require_rows(out, count, size);
+        require_same_dtype(out, in);
+        require(activation == "silu" || activation == "gelu_tanh", "there is no such activation");
+        const Gate gate{format_of(in),
+                        activation == "silu" ? Activation::kSilu : Activation::kGeluTanh, size,
+                        in.data(), out.data()};
+        for_rows(count, 2 * size, threads, [&](int64_t first, int64_t last) {
+            kernel_->gate(gate, first, last);
+        });
+    }
+
+  private:
+    const RowKernel* kernel_ = nullptr;
+};
+
+}  // namespace
+
+void bind_rows(nb::module_& m) {
+    nb::class_<RowOps>(m, "RowOps", "What lies between the products; see models/fused.py.")
+        .def(nb::init<const std::string&>())
+        .def("normalise", &RowOps::normalise, nb::arg("rows"), nb::arg("added").none(),
+             nb::arg("sums").none(), nb::arg("weight"), nb::arg("epsilon"),
+             nb::arg("weight_from_one"), nb::arg("output"), nb::arg("threads"))
+        .def("rotate", &RowOps::rotate, nb::arg("rows"), nb::arg("heads"), nb::arg("kv_heads"),
+             nb::arg("size"), nb::arg("cosines"), nb::arg("sines"), nb::arg("query_weight").none(),
+             nb::arg("key_weight").none(), nb::arg("epsilon"), nb::arg("weight_from_one"),
+             nb::arg("threads"))
+        .def("gate", &RowOps::gate, nb::arg("rows"), nb::arg("activation"), nb::arg("output"),
+             nb::arg("threads"));
+}
+
+}  // namespace tokendance

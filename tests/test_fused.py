@@ -1,0 +1,198 @@
+"""Decoder layers in few calls, against those of transformers."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+from transformers import AutoModelForCausalLM
+
+from tiny_models import MODELS, save_model
+from tokendance.attention.backends import native_is_there
+from tokendance.models import demo, hook, loader
+from tokendance.models.fused import FusedLayer, _PlainAttention, fuse_layers
+
+pytestmark = pytest.mark.skipif(not native_is_there(), reason="the native kernel was not built")
+
+if native_is_there():
+    from tokendance.attention import _native
+
+    KERNELS = _native.kernels()
+else:
+    KERNELS = []
+
+DTYPES = [torch.float32, torch.bfloat16]
+NOT_FUSED = {"phi3", "olmo3"}  # made of other parts
+each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Rows and numbers of each: one row, tails behind whole vectors, more than one thread takes.
+each_shape = pytest.mark.parametrize("shape", [(1, 576), (3, 37), (700, 96)])
+
+
+def close(result: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-6 if result.dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+@each_kernel
+@each_dtype
+@each_shape
+@pytest.mark.parametrize("from_one", [False, True])
+def test_norm(kernel: str, dtype: torch.dtype, shape: tuple[int, int], from_one: bool) -> None:
+    torch.manual_seed(0)
+    rows, added = torch.randn(2, *shape).to(dtype)
+    weight = torch.randn(shape[1]).to(dtype)
+    ops = _native.RowOps(kernel)
+
+    def expected(rows: Tensor) -> Tensor:
+        wide = rows.double()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+        if from_one:
+            return (normed * (weight.double() + 1)).to(dtype)
+        return (normed.to(dtype).double() * weight.double()).to(dtype)
+
+    output, sums = torch.empty_like(rows), torch.empty_like(rows)
+    ops.normalise(rows, None, None, weight, 1e-5, from_one, output, 2)
+    close(output, expected(rows))
+    ops.normalise(rows[None], added[None], sums[None], weight, 1e-5, from_one, output[None], 2)
+    assert torch.equal(sums, rows + added)
+    close(output, expected(sums))
+
+
+@each_kernel
+@each_dtype
+@each_shape
+@pytest.mark.parametrize(
+    ("name", "activation"), [("silu", silu), ("gelu_tanh", partial(gelu, approximate="tanh"))]
+)
+def test_gate(
+    kernel: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    name: str,
+    activation: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    rows = (torch.randn(shape[0], 2 * shape[1]) * 4).to(dtype)
+    rows[0, :4] = torch.tensor([0.0, -200.0, 200.0, float("nan")])
+    output = rows.new_empty(shape)
+    _native.RowOps(kernel).gate(rows, name, output, 2)
+    gates, values = rows.double().chunk(2, dim=1)
+    expected = activation(gates).to(dtype).double() * values
+    torch.testing.assert_close(
+        output,
+        expected.to(dtype),
+        rtol=1e-5 if dtype == torch.float32 else 2**-6,
+        atol=1e-5 if dtype == torch.float32 else 2**-8,
+        equal_nan=True,
+    )
+
+
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize(("size", "rotary"), [(64, 64), (48, 20)])
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_rotation(kernel: str, dtype: torch.dtype, size: int, rotary: int, has_norms: bool) -> None:
+    torch.manual_seed(0)
+    heads, kv_heads, num_rows = 3, 2, 50
+    rows = torch.randn(num_rows, (heads + 2 * kv_heads) * size).to(dtype)
+    cosines, sines = torch.randn(2, num_rows, rotary).to(dtype)
+    weights = torch.randn(2, size).to(dtype) if has_norms else [None, None]
+    expected = rows.clone().view(num_rows, -1, size)
+    for first, last, weight in ((0, heads, weights[0]), (heads, heads + kv_heads, weights[1])):
+        part = expected[:, first:last].double()
+        if weight is not None:
+            part = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-5)
+            part = (part.to(dtype).double() * weight.double()).to(dtype).double()
+        a, b = part[..., : rotary // 2], part[..., rotary // 2 : rotary]
+        turned = torch.cat((-b, a), dim=-1) * sines.double()[:, None]
+        part[..., :rotary] = part[..., :rotary] * cosines.double()[:, None] + turned
+        expected[:, first:last] = part.to(dtype)
+    _native.RowOps(kernel).rotate(
+        rows, heads, kv_heads, size, cosines, sines, weights[0], weights[1], 1e-5, False, 2
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(rows, expected.view(num_rows, -1), rtol=tolerance, atol=tolerance)
+
+
+def test_what_would_read_or_write_elsewhere_is_refused() -> None:
+    ops = _native.RowOps(KERNELS[0])
+    rows, weight, output = torch.zeros(4, 8), torch.zeros(8), torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="other shapes"):
+        ops.normalise(rows, None, None, weight, 1e-5, False, output[:3], 1)
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.normalise(torch.zeros(8, 4).T, None, None, weight, 1e-5, False, output, 1)
+    with pytest.raises(ValueError, match="one number for each"):
+        ops.normalise(rows, None, None, weight[:7], 1e-5, False, output, 1)
+    with pytest.raises(ValueError, match="one dtype"):
+        ops.normalise(rows, None, None, weight.bfloat16(), 1e-5, False, output, 1)
+    with pytest.raises(ValueError, match="dtype must be"):
+        ops.normalise(rows.half(), None, None, weight.half(), 1e-5, False, output.half(), 1)
+    with pytest.raises(ValueError, match="other shapes"):
+        ops.gate(rows, "silu", output, 1)
+    with pytest.raises(ValueError, match="no such activation"):
+        ops.gate(torch.zeros(4, 16), "relu", output, 1)
+    tables = torch.zeros(4, 4), torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="fewer numbers than its heads"):
+        ops.rotate(rows, 2, 1, 4, *tables, None, None, 0.0, False, 1)
+    with pytest.raises(ValueError, match="more is rotated"):
+        ops.rotate(rows, 2, 1, 2, *tables, None, None, 0.0, False, 1)
+    with pytest.raises(ValueError, match="other shapes"):
+        ops.rotate(rows[:3], 1, 1, 4, *tables, None, None, 0.0, False, 1)
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    """Of some tokens, at positions of their own."""
+    tokens = torch.arange(3, 60) % 50
+    positions = torch.arange(57) + 7
+    return hook.forward(model, tokens, positions, torch.arange(57), _PlainAttention()).float()
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@each_dtype
+def test_a_model_says_the_same(
+    architecture: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, architecture)
+    name = loader.dtype_name(dtype)
+    fused = loader.load_model(str(tmp_path), name).module
+    layers = fused.base_model.layers  # type: ignore[union-attr]
+    is_fused = [isinstance(layer, FusedLayer) for layer in layers]  # type: ignore[union-attr]
+    assert all(is_fused) != (architecture in NOT_FUSED)
+    assert any(is_fused) == all(is_fused)
+    monkeypatch.setattr(loader, "fuse_layers", lambda _: 0)
+    plain = loader.load_model(str(tmp_path), name).module
+    expected = logits_of(plain)
+    assert (logits_of(fused) - expected).norm() <= 0.03 * expected.norm()
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits_of(fused), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("name", demo.MODELS)
+def test_a_demo_model_is_nearer_to_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or as near: in bfloat16 fewer results are rounded."""
+    fused = logits_of(loader.load_model(name, "bfloat16").module)
+    monkeypatch.setattr(loader, "fuse_layers", lambda _: 0)
+    plain = logits_of(loader.load_model(name, "bfloat16").module)
+    exact = logits_of(loader.load_model(name, "float32").module)
+    assert (fused - exact).norm() <= 1.1 * (plain - exact).norm()
+
+
+def test_a_layer_that_does_something_else_stays_as_it_is(tmp_path: Path) -> None:
+    """It has the parts that are fused, and scales what it adds."""
+    save_model(tmp_path, "llama")
+    hook.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=hook.ATTENTION_NAME
+    ).eval()
+    odd = model.base_model.layers[1]
+    forward = odd.forward
+    odd.forward = lambda rows, **others: rows + 0.5 * (forward(rows, **others) - rows)
+    expected = logits_of(model)
+    assert fuse_layers(model) == 2
+    assert not isinstance(model.base_model.layers[1], FusedLayer)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
