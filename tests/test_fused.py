@@ -165,10 +165,11 @@ def test_a_model_says_the_same(
     assert any(is_fused) == all(is_fused)
     monkeypatch.setattr(loader, "fuse_layers", lambda _: 0)
     plain = loader.load_model(str(tmp_path), name).module
-    expected = logits_of(plain)
-    assert (logits_of(fused) - expected).norm() <= 0.03 * expected.norm()
     if dtype == torch.float32:
-        torch.testing.assert_close(logits_of(fused), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits_of(fused), logits_of(plain), rtol=1e-4, atol=1e-4)
+    else:  # as near to float32
+        exact = logits_of(loader.load_model(str(tmp_path), "float32").module)
+        assert (logits_of(fused) - exact).norm() <= 1.2 * (logits_of(plain) - exact).norm()
 
 
 @pytest.mark.demo

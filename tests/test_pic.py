@@ -62,7 +62,8 @@ class DenseHook:
     ) -> Tensor:
         del extra
         rope, window = self.layers[layer].rope, self.layers[layer].window
-        key, value = key[0].clone(), value[0].clone()
+        query = query.transpose(0, 1)
+        key, value = key.transpose(0, 1).clone(), value.transpose(0, 1).clone()
         moved: dict[int, Tensor] = {}
         for position, (owner, at) in self.sources.items():
             table = rope.tables(np.array([position - at]), torch.device("cpu"))
@@ -76,8 +77,8 @@ class DenseHook:
                 key[:, position] = moved[position]
                 value[:, position] = owner[layer][1][:, at]
         self.kv.append((key, value))
-        group = query.shape[1] // key.shape[0]
-        scores = query[0] @ key.repeat_interleave(group, 0).transpose(-1, -2) * scale
+        group = len(query) // len(key)
+        scores = query @ key.repeat_interleave(group, 0).transpose(-1, -2) * scale
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         if window is not None:
             hidden |= torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-window)

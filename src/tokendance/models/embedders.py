@@ -128,24 +128,25 @@ class _SideBySide:
         del extra  # what it says was found at load time
         window = self.model.layers[layer].window
         queries, keys, values = (
-            torch.split(heads, list(self.lengths), 2) for heads in (query, key, value)
+            torch.split(heads, list(self.lengths)) for heads in (query, key, value)
         )
         rows = [_attend(*heads, scale, window) for heads in zip(queries, keys, values, strict=True)]
-        return torch.cat(rows, 2)[0].transpose(0, 1)  # (T, H, D)
+        return torch.cat(rows)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of one text: query (1, H, T, D), key and value (1, KVH, T, D)."""
-    length = query.shape[2]
+    """Causal attention of one text: query (T, H, D), key and value (T, KVH, D)."""
+    length = len(query)
     mask = None
     if window is not None and window < length:
         at = torch.arange(length, device=query.device)
         distance = at[:, None] - at
         mask = (distance >= 0) & (distance < window)
+    query, key, value = (rows.transpose(0, 1)[None] for rows in (query, key, value))
     output: Tensor = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
-    return output
+    return output[0].transpose(0, 1)
 
 
 class OwnEmbedder:

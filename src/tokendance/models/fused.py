@@ -132,7 +132,7 @@ class FusedLayer(nn.Module):
         heads = rows.view(num_rows, -1, self._size)
         query, key, value = heads.split((self._num_heads, num, num), dim=1)
         attended = tokendance.attend(self._index, query, key, value, self._scale, {})
-        part = self.self_attn.o_proj(attended.view(1, num_rows, -1))
+        part = self.self_attn.o_proj(attended.reshape(1, num_rows, -1))
         if self._after_attention is not None:
             part = self._normed(part, self._after_attention)
         sums, normed = self._added(hidden_states, part, self._between)

@@ -30,7 +30,7 @@ class LayerHook(Protocol):
 
         Args:
             layer: index of the layer.
-            query: (T, H, D), rotated.
+            query: (T, H, D), rotated; like the next, in any layout whose D is contiguous.
             key: (T, KVH, D), rotated.
             value: (T, KVH, D).
             scale: of the scores.
