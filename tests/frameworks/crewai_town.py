@@ -5,8 +5,8 @@ import os
 os.environ |= {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false"}
 
 from crewai import LLM, Agent, Crew, Process, Task
-from crewai.tools import tool
 from crewai.crews.crew_output import CrewOutput
+from crewai.tools import tool
 from people import MODEL, OPENING, TEMPERATURE, Plan, heard, look, read_call, tell
 from pydantic import ValidationError
 
