@@ -151,16 +151,21 @@ def test_rounds_are_timed_with_private_parts_cached_and_nothing_else(
     assert headline["speedup_inside_3"] == PLAIN_S / INSIDE_S
     assert headline["speedup_tagged_3"] == PLAIN_S / TAGGED_S
     assert headline["blocks_inside_3"] == 0.5
+    assert headline["blocks_inside_3_together"] == 0.5
     for engine in FakeVLLM.started:
+        num_together = 0
         while engine.asked:
             (reset, (_, private, one, blocks), (_, prompts, *_)) = engine.asked[:3]
             del engine.asked[:3]
             assert reset == ("reset",)
+            assert one == 1
             # That nothing is shared is said: what system prompts have in common would be.
-            assert (one, blocks) == (1, [[] for _ in private])
+            assert blocks in (None, [[] for _ in private])
+            num_together += blocks is None
             for beginning, prompt in zip(private, prompts, strict=True):
                 assert prompt[: len(beginning)] == beginning
                 assert len(prompt) > len(beginning)
+        assert num_together == (4 if engine.config.plugin else 2)  # each kind, for both sizes
 
 
 def test_who_names_blocks_names_what_all_read(
@@ -169,7 +174,7 @@ def test_who_names_blocks_names_what_all_read(
     run("prefill", model, capsys)
     asked = [one for one in FakeVLLM.started[0].asked if one[0] == "run"][1::2]  # warmed before
     tagged = [one for one in asked if one[-1] is not None]
-    assert len(tagged) == 2 * (1 + 2 + 1)  # for both sizes: warm-up, counted, blocks
+    assert len(tagged) == 2 * (1 + 2 + 2)  # for both sizes: warm-up, counted, blocks
     for _, prompts, _, blocks in tagged:
         texts = [
             [prompt[begin:end] for begin, end in zip(places[::2], places[1::2], strict=True)]
