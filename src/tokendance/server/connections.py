@@ -238,7 +238,7 @@ class _Connection(H11Protocol):
         for name in _OWN_METHODS & vars(self.transport).keys():
             setattr(self.transport, name, _nothing)
         if not self._is_answering:
-            self.cycle = None
+            self.cycle = None  # type: ignore[assignment]
 
     def _read_at_a_time(self, num_bytes: int) -> None:
         # Transports of asyncio's selector loop go by it; others have no such attribute.
