@@ -469,9 +469,9 @@ class Attention {
         s_.rotated_by[index] = rotation;
         const int64_t batch_row = plan_.rows[readers_.row_begin + row];
         for (int64_t g = 0; g < layer_.group; ++g) {
+            const int64_t head = task_.kv_head * layer_.group + g;
             const Number* const query = static_cast<const Number*>(layer_.query) +
-                                        task_.kv_head * layer_.query_head_stride +
-                                        g * layer_.query_group_stride +
+                                        head * layer_.query_head_stride +
                                         batch_row * layer_.query_row_stride;
             uint32_t* const to = s_.queries + (index * layer_.group + g) * inner_;
             for (int64_t d = 0; d < layer_.size; ++d) s_.head[d] = to_float(query[d]);

@@ -43,7 +43,7 @@ struct Layer {
     Format format;
     int64_t kv_heads, group, rows, size;
     const void* query;  // (T, H, D)
-    int64_t query_head_stride, query_group_stride, query_row_stride;
+    int64_t query_head_stride, query_row_stride;
     const void* key;  // (T, KVH, D)
     int64_t key_head_stride, key_row_stride;
     const void* value;  // (KVH, T, D)

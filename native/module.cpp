@@ -324,8 +324,7 @@ class Step {
                     has_stride(output, 0, l.kv_heads * l.group * l.size),
                 "the output is (T, H, D), contiguous");
         l.query = query.data();
-        l.query_head_stride = l.group * query.stride(1);
-        l.query_group_stride = query.stride(1);
+        l.query_head_stride = query.stride(1);
         l.query_row_stride = query.stride(0);
         l.key = key.data();
         l.key_head_stride = key.stride(1);

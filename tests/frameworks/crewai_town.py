@@ -5,8 +5,23 @@ import os
 os.environ |= {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TRACING_ENABLED": "false"}
 
 from crewai import LLM, Agent, Crew, Process, Task
+from crewai.crews.crew_output import CrewOutput
 from crewai.tools import tool
 from people import MODEL, OPENING, TEMPERATURE, Plan, heard, look, read_call, tell
+from pydantic import ValidationError
+
+
+def kickoff(crew: Crew) -> CrewOutput:
+    """Let a crew work; once more where an answer is JSON of another type.
+
+    CrewAI asks for the type in words, and this small model may answer with the schema itself.
+    """
+    for _ in range(4):
+        try:
+            return crew.kickoff()
+        except ValidationError:
+            continue
+    return crew.kickoff()
 
 
 def main() -> None:
@@ -46,7 +61,7 @@ def main() -> None:
         crew = Crew(
             agents=list(agents.values()), tasks=tasks, process=Process.sequential, verbose=False
         )
-        result = crew.kickoff()
+        result = kickoff(crew)
         plans = [output.pydantic for output in result.tasks_output]
         rounds.append({name: plan.told() for name, plan in zip(agents, plans, strict=True)})
         question = heard(rounds[-1])

@@ -4,9 +4,8 @@ Each client is a loop of its own, and all run at once. It writes one JSON docume
 standard output: progress now and then, and at last all that it has counted. The one whose requests
 are small, and timed, is in a process of its own (`--canary`): hundreds of others in one event loop
 would have it wait for themselves. The others leave the processor to the server, as clients on other
-machines would. A request that its
-client did not abandon must be answered: with what was asked for, or with an error in OpenAI's
-shape. Whatever else happens is a problem, and listed.
+machines would. A request that its client did not abandon must be answered: with what was asked for,
+or with an error in OpenAI's shape. Whatever else happens is a problem, and listed.
 """
 
 import argparse

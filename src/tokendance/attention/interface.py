@@ -97,6 +97,13 @@ class PackedBatch:
     slot_position: IntArray  # int32 (S,), position at which each slot's key was rotated
 
     @property
+    def alone(self) -> PackedRequest | None:
+        """The only request, if it reads nothing of others; no reader has to be found then."""
+        if len(self.requests) == 1 and not self.requests[0].reads_others:
+            return self.requests[0]
+        return None
+
+    @property
     def num_rows(self) -> int:
         """T."""
         return sum(len(request.positions) for request in self.requests)

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from tokendance.attention import _native
-from tokendance.attention.interface import (
-    LayerKind,
-    PackedBatch,
-    SlotRanges,
-    windows_of,
-)
+from tokendance.attention.interface import LayerKind, PackedBatch, SlotRanges, windows_of
 from tokendance.attention.plan import SPAN, Int32Array, make_plan
 from tokendance.attention.rope import Rope, RopeLayout
 
@@ -150,10 +145,8 @@ class NativeBackend:
 
 def _alone(batch: PackedBatch) -> _Alone | None:
     """What a step is if one request decodes, which reads nothing of others; None if it is not."""
-    if len(batch.requests) != 1:
-        return None
-    request = batch.requests[0]
-    if request.reads_others or len(request.positions) != 1:
+    request = batch.alone
+    if request is None or len(request.positions) != 1:
         return None
     position = int(request.positions[0])
     return _Alone(request.ranges, position, int(request.slots[position]))

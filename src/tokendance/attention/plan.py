@@ -109,8 +109,8 @@ def make_plan(batch: PackedBatch, windows: Iterable[int] = ()) -> Plan:
 
     `windows` are those of the model's layers that have one, in tokens.
     """
-    if len(batch.requests) == 1 and not batch.requests[0].reads_others:
-        return _plan_alone(batch.requests[0], windows)
+    if batch.alone is not None:
+        return _plan_alone(batch.alone, windows)
     entries = _cut_at_each_other(_readings(batch))
     offsets, rotations = _number_offsets(entries.offset)
     num_rows = np.array([len(request.positions) for request in batch.requests])
