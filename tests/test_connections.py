@@ -1,5 +1,6 @@
 """Connections on which nothing is asked, or not in HTTP; and by which names one may ask."""
 
+import gc
 import json
 import logging
 import os
@@ -185,6 +186,33 @@ class Stub:
     def make_room(self) -> None:
         self.is_closed = True
         self._all.remove(cast(Any, self))
+
+
+@pytest.mark.parametrize(
+    "text", [b"", HALF_HEAD, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"]
+)
+@pytest.mark.parametrize("is_read", [False, True])
+def test_who_has_gone_leaves_no_garbage(
+    make_fake_llm: MakeLLM, text: bytes, *, is_read: bool
+) -> None:
+    """Its connection is freed at once: a collection of garbage would stop the event loop."""
+
+    def num_transports() -> int:
+        kinds = ("_SelectorSocketTransport", "_Connection")
+        return sum(type(one).__name__ in kinds for one in gc.get_objects())
+
+    with listening(make_fake_llm()) as (port, server, _):
+        before = num_transports()
+        gc.disable()
+        try:
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", port)) as client:
+                    client.sendall(text)
+                    if is_read and text.endswith(b"\r\n\r\n"):
+                        assert client.recv(2**16)
+            wait_until(server, lambda: num_transports() <= before)
+        finally:
+            gc.enable()
 
 
 def test_addresses_share_the_connections(make_fake_llm: MakeLLM) -> None:

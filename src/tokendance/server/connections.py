@@ -53,6 +53,8 @@ _READ_BYTES = 2**14
 _PROGRESS_BYTES = 2**14
 # `Limits` refuses a body that is late, and discards the rest for some seconds, before this cuts in.
 _BODY_GRACE_S = 15.0
+# Methods of its own that a transport of asyncio's selector loop keeps.
+_OWN_METHODS = {"_read_ready_cb", "_write_ready"}
 # Between two looks at all connections, and between two lines in the log.
 _LOOK_S = 1.0
 _LOG_S = 10.0
@@ -185,6 +187,7 @@ class _Connection(H11Protocol):
         self.phase = Phase.HEAD
         self._since = self.loop.time()
         self._num_unsent = 0
+        self._is_lost = False
 
     # -- what asyncio and uvicorn call --------------------------------------------------------
 
@@ -197,6 +200,8 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.remove(self)
         super().connection_lost(exc)
+        self._is_lost = True
+        self._let_go()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -205,6 +210,8 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._look()
+        if self._is_lost:
+            self._let_go()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -220,6 +227,18 @@ class _Connection(H11Protocol):
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         self._refuse(ApiError(status, f"This is no valid HTTP request: {error or msg}."))
         self._connections.note_closed(Reason.INVALID)
+
+    def _let_go(self) -> None:
+        """Drop what refers back to itself once the connection is lost.
+
+        So it is freed at once. Else it would wait for a collection of garbage, which stops the
+        event loop for as long as there are connections that have come and gone.
+        """
+        self._unset_keepalive_if_required()
+        for name in _OWN_METHODS & vars(self.transport).keys():
+            setattr(self.transport, name, _nothing)
+        if not self._is_answering:
+            self.cycle = None  # type: ignore[assignment]
 
     def _read_at_a_time(self, num_bytes: int) -> None:
         # Transports of asyncio's selector loop go by it; others have no such attribute.
@@ -349,6 +368,10 @@ class Server(uvicorn.Server):
             for listening in server.sockets:
                 with listening.dup() as same:
                     same.listen(_QUEUE_LENGTH)
+
+
+def _nothing() -> None:
+    """Nothing is read or written any more."""
 
 
 def raise_handle_limit() -> None:
