@@ -61,14 +61,14 @@ types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
 # Its own build of the kernel, and its own Python for it: an address sanitizer has to be there first.
-sanitize: $(STAMP) ## the tests of the native kernel under sanitizers (Linux, g++)
+sanitize: $(STAMP) ## the tests of the native code under sanitizers (Linux, g++)
 	$(BIN)/cmake -S . -B .venv/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCMAKE_CXX_COMPILER=$(CXX) \
 		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DTOKENDANCE_SANITIZE=ON >/dev/null
 	$(BIN)/cmake --build .venv/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 TOKENDANCE_NATIVE=.venv/sanitized \
-		$(BIN)/pytest -q -p no:cacheprovider tests/test_attention.py
+		$(BIN)/pytest -q -p no:cacheprovider -m 'not demo' tests/test_attention.py tests/test_fused.py
 
 check: lint types test-all sanitize ## all of it: what CI runs, before test-vllm
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 
 from tokendance.attention.backends import native_is_there
 from tokendance.models import hook
+
+if TYPE_CHECKING:  # it may not be built
+    from tokendance.attention._native import RowOps
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -46,11 +49,15 @@ class _Norm:
     epsilon: float
     from_one: bool
 
+    def is_like(self, other: "_Norm") -> bool:
+        """Whether it does the same, with weights of its own."""
+        return (self.epsilon, self.from_one) == (other.epsilon, other.from_one)
+
 
 class _Gate(nn.Module):
     """A gated feed-forward part, its first two products in one."""
 
-    def __init__(self, gate_up: nn.Linear, down: nn.Linear, activation: str, ops: Any) -> None:
+    def __init__(self, gate_up: nn.Linear, down: nn.Linear, activation: str, ops: "RowOps") -> None:
         super().__init__()
         self.gate_up, self.down_proj = gate_up, down
         self._activation, self._ops = activation, ops
@@ -74,7 +81,7 @@ class _Heads(nn.Module):
 class FusedLayer(nn.Module):
     """Does what a decoder layer of transformers does, for a packed batch."""
 
-    def __init__(self, layer: Any, index: int, ops: Any) -> None:
+    def __init__(self, layer: Any, index: int, ops: "RowOps") -> None:
         """Take the weights of a layer; see `fuse_layers`.
 
         Raises:
@@ -102,10 +109,11 @@ class FusedLayer(nn.Module):
             self._after_mlp = _norm_of(layer.post_feedforward_layernorm)
         else:
             self._between = _norm_of(layer.post_attention_layernorm)
-        self._of_heads = [
-            _norm_of(norm) if (norm := getattr(attention, name, None)) is not None else None
-            for name in ("q_norm", "k_norm")
-        ]
+        self._of_query = self._of_key = None
+        if hasattr(attention, "q_norm") or hasattr(attention, "k_norm"):
+            self._of_query, self._of_key = _norm_of(attention.q_norm), _norm_of(attention.k_norm)
+            if not self._of_query.is_like(self._of_key):
+                raise _OtherLayerError
         qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.self_attn = _Heads(qkv, attention.o_proj)
         gate_up = _joined(mlp.gate_proj, mlp.up_proj)
@@ -171,7 +179,7 @@ class FusedLayer(nn.Module):
         return sums, output
 
     def _rotate(self, rows: Tensor, cosines: Tensor, sines: Tensor) -> None:
-        of_query, of_key = self._of_heads
+        of_query, of_key = self._of_query, self._of_key
         self._ops.rotate(
             rows,
             self._num_heads,
@@ -306,7 +314,7 @@ def _kind_of(layer: nn.Module) -> object:
 
 
 def _does_the_same(
-    layer: nn.Module, index: int, ops: Any, hidden: Tensor, others: dict[str, Any]
+    layer: nn.Module, index: int, ops: "RowOps", hidden: Tensor, others: dict[str, Any]
 ) -> bool:
     """Whether a layer, fused, gives the same numbers; in float32, where no rounding hides it."""
     layer, hidden = deepcopy(layer).float(), hidden.float()
