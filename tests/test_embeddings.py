@@ -52,8 +52,9 @@ def test_means_are_those_of_transformers(
     embedder = MeanEmbedder(llm.model, llm.encoder)
     texts = [embedder.encode(text) for text in TEXTS]
     assert max(map(len, texts)) > 24  # than a window
+    texts.append(texts[0][::-1])  # two of a length
     vectors = embedder.embed(texts)
-    assert vectors.shape == (3, embedder.size)
+    assert vectors.shape == (4, embedder.size)
     for vector, expected in zip(vectors, by_transformers(folder, texts), strict=True):
         np.testing.assert_allclose(vector, expected, atol=CLOSE)
 

@@ -6,6 +6,7 @@ An embedder is used by one thread at a time, but for `encode`, which several may
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -94,19 +95,43 @@ class MeanEmbedder:
     def embed(self, texts: Sequence[Sequence[int]]) -> Vectors:
         """See `Embedder`; the texts lie side by side in one row, and do not see each other."""
         device = self._model.device
-        lengths = [len(text) for text in texts]
-        tokens = torch.tensor([token for text in texts for token in text], device=device)
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        # Those of a length are neighbours, and are computed by the same calls.
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        groups = [
+            _Group(length, len(list(same)))
+            for length, same in groupby(len(texts[index]) for index in order)
+        ]
+        tokens = torch.tensor([token for i in order for token in texts[i]], device=device)
+        positions = torch.cat([torch.arange(g.length, device=device).repeat(g.num) for g in groups])
         with torch.inference_mode():
             # The same module also runs in the engine's thread: it keeps nothing of a call.
             states = self._model.module.base_model(  # type: ignore[operator]
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 use_cache=False,
-                tokendance=_SideBySide(self._model, lengths),
+                tokendance=_SideBySide(self._model, groups),
             ).last_hidden_state[0]
-            means = [part.float().mean(0) for part in states.split(lengths)]
-        return _of_length_1(torch.stack(means))
+            means = torch.cat([part.float().mean(1) for part in _parted(states, groups)])
+        vectors = torch.empty_like(means)
+        vectors[order] = means
+        return _of_length_1(vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Texts of one length, in tokens, that lie next to each other."""
+
+    length: int
+    num: int
+
+
+def _parted(rows: Tensor, groups: Sequence[_Group]) -> list[Tensor]:
+    """Rows of all texts, (T, ...), as (num, length, ...) of each group."""
+    parts = torch.split(rows, [group.num * group.length for group in groups])
+    return [
+        part.reshape(group.num, group.length, *part.shape[1:])
+        for part, group in zip(parts, groups, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +139,7 @@ class _SideBySide:
     """Attention of texts that lie in one row; see `hook.LayerHook`."""
 
     model: LoadedModel
-    lengths: Sequence[int]
+    groups: Sequence[_Group]
 
     def attend(
         self,
@@ -127,26 +152,24 @@ class _SideBySide:
     ) -> Tensor:
         del extra  # what it says was found at load time
         window = self.model.layers[layer].window
-        queries, keys, values = (
-            torch.split(heads, list(self.lengths)) for heads in (query, key, value)
-        )
+        queries, keys, values = (_parted(heads, self.groups) for heads in (query, key, value))
         rows = [_attend(*heads, scale, window) for heads in zip(queries, keys, values, strict=True)]
-        return torch.cat(rows)
+        return torch.cat([part.flatten(0, 1) for part in rows])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of one text: query (T, H, D), key and value (T, KVH, D)."""
-    length = len(query)
+    """Causal attention of N texts of a length: query (N, T, H, D), key and value (N, T, KVH, D)."""
+    length = query.shape[1]
     mask = None
     if window is not None and window < length:
         at = torch.arange(length, device=query.device)
         distance = at[:, None] - at
         mask = (distance >= 0) & (distance < window)
-    query, key, value = (rows.transpose(0, 1)[None] for rows in (query, key, value))
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
     output: Tensor = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
-    return output[0].transpose(0, 1)
+    return output.transpose(1, 2)
 
 
 class OwnEmbedder:
