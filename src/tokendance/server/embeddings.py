@@ -159,15 +159,14 @@ def _document(
 
     A vector that is cut to fewer dimensions has the length 1 again.
     """
+    vectors = vectors[:, : body.dimensions]
+    # At once, too: numpy gives the interpreter's lock away for moments, and a thread that does so
+    # again and again is never asked for it by those who wait.
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    as_base64 = body.encoding_format == "base64"
     yield '{"object": "list", "data": ['
-    for index, whole in enumerate(vectors):
-        vector = whole[: body.dimensions]
-        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-        numbers = (
-            base64.b64encode(vector.astype("<f4").tobytes()).decode()
-            if body.encoding_format == "base64"
-            else vector.tolist()
-        )
+    for index, vector in enumerate(vectors.astype("<f4")):
+        numbers = base64.b64encode(vector).decode() if as_base64 else vector.tolist()
         document = {"object": "embedding", "index": index, "embedding": numbers}
         yield f"{', ' if index else ''}{json.dumps(document)}"
     rest = {
