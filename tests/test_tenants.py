@@ -264,6 +264,20 @@ def test_a_burst_is_admitted_little_by_little(fake: LoadedModel) -> None:
     place.run(*burst)
 
 
+def test_who_has_nothing_running_is_admitted_with_a_burst_of_another(fake: LoadedModel) -> None:
+    place = Place(fake)
+    scheduler = place.engine._engine.scheduler
+    place.engine.set_tenants(TenantRules(num_tenants=2, reserved=0.5, admission_s=2.5))
+    looks = itertools.count()
+    scheduler._clock = lambda: float(next(looks))  # a second for each
+    burst = [place.ask("a") for _ in range(7)]
+    others = [place.ask("b") for _ in range(2)]
+    scheduler._tenants.of(others[0]).used = 10_000  # so it is the turn of the burst
+    assert scheduler.admit()[0] == [*burst[:3], others[0]]
+    assert scheduler.admit()[0] == burst[3:6]
+    place.run(*burst, *others)
+
+
 def test_each_has_a_part_of_a_pass_and_what_others_leave(fake: LoadedModel) -> None:
     """Also who has used much; and who has used little has no more than its part."""
     place = Place(fake, num_pages=4000)
@@ -418,6 +432,15 @@ def test_the_pace_is_found(pass_s: float, token_s: float, least: int, most: int)
     assert pace.num_tokens >= before // 2
     pace.note(1, 0.0)  # says nothing
     assert pace.num_tokens >= before // 2
+
+
+@pytest.mark.parametrize(("beside_s", "share"), [(0.02, 0.8), (0.08, 0.5)])
+def test_what_is_done_around_a_pass_is_counted(beside_s: float, share: float) -> None:
+    pace = Pace()
+    pace.pass_s = 0.1
+    for _ in range(30):
+        pace.note(pace.num_tokens, 0.001 * pace.num_tokens, beside_s)
+    assert pace.num_tokens == pytest.approx(100 * share, rel=0.05)
 
 
 # -- properties -----------------------------------------------------------------------------------

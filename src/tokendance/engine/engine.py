@@ -193,6 +193,7 @@ class Engine:
             StepError: if the forward pass failed; its requests have failed, too, and the others go
                 on.
         """
+        begun = self._clock()
         self._admit()
         self._prepare_masks()
         scheduled = self.scheduler.schedule() or self.scheduler.schedule()
@@ -221,7 +222,6 @@ class Engine:
             self.scheduler.undo(scheduled)
             raise
         now = self._clock()
-        self.scheduler.pace.note(step.num_tokens, now - start)
         if step.num_tokens >= _PACE_TOKENS:
             self.seconds_per_token = (now - start) / step.num_tokens
         self.emit(
@@ -236,6 +236,8 @@ class Engine:
             )
         )
         self._take(scheduled, step, output, now)
+        beside_s = self._clock() - begun - (now - start)
+        self.scheduler.pace.note(step.num_tokens, now - start, beside_s)
 
     def _admit(self) -> None:
         num_evicted = self.store.num_evicted

@@ -113,7 +113,8 @@ class Scheduler:
     def admit(self) -> tuple[list[Request], list[Request]]:
         """Admit waiting requests while there is room, each time of the tenant with least use.
 
-        It ends when its time is over, and at least one has had its turn.
+        It ends when its time is over, and at least one has had its turn; but who has nothing
+        running need not wait for the next pass.
 
         One whose next request has no room yet does not keep others from the pages that are
         reserved for them; the pages for all are kept for it until it has enough.
@@ -126,8 +127,15 @@ class Scheduler:
         turns = self._tenants.waiting()
         used = self._use_in_sight(turns)
         is_first = True  # of those whose turn it is
-        until = self._clock() + self._reservations.rules.admission_s
-        while turns and not ((admitted or refused) and self._clock() >= until):
+        seconds = self._reservations.rules.admission_s
+        until = self._clock() + seconds
+        while turns:
+            if (admitted or refused) and (now := self._clock()) >= until:
+                # Who has nothing running is let in all the same, to the pages that are its own.
+                turns = [tenant for tenant in turns if not tenant.num_running]
+                is_first = False
+                if not turns or now >= until + seconds:
+                    break
             tenant = min(turns, key=used.__getitem__)
             request = tenant.waiting[0]
             num_kept = self._reservations.num_kept(tenant, only_own=not is_first)

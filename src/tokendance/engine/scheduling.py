@@ -99,10 +99,22 @@ class Pace:
         self.pass_s = 0.0
         self.num_tokens = _FIRST_GUESS
 
-    def note(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a pass; from one that is an exception no more than a factor of two."""
+    def note(self, num_tokens: int, seconds: float, beside_s: float = 0.0) -> None:
+        """Learn from a pass; from one that is an exception no more than a factor of two.
+
+        Args:
+            num_tokens: that it computed.
+            seconds: that it took.
+            beside_s: that was done around it. Others wait for that, too, so a pass takes less by
+                it, but half of its time at least.
+        """
+        wanted_s = max(self.pass_s - beside_s, self.pass_s / 2)
         if 2 * num_tokens < self.num_tokens:
-            return  # a small pass says nothing of larger ones: what it takes is to read the weights
-        wanted = num_tokens * self.pass_s / max(seconds, 1e-6)
+            # What a small pass takes is to read the weights, so it says little of larger ones: only
+            # that they take too long, if it does.
+            if seconds > wanted_s:
+                self.num_tokens = max(num_tokens, _LEAST_TOKENS, self.num_tokens // 2)
+            return
+        wanted = num_tokens * wanted_s / max(seconds, 1e-6)
         wanted = min(max(wanted, self.num_tokens / 2), 2 * self.num_tokens)
         self.num_tokens = min(max(int(wanted), _LEAST_TOKENS), _MOST_TOKENS)

@@ -64,7 +64,8 @@ class ServerSettings:
             has some that no other takes. Where there are several, what would need more than all but
             the others' part is refused.
         busy_pass_ms: while requests of several keys are computed, each forward pass is cut to take
-            about so many milliseconds, and divided among them, so that none waits long for others.
+            about so many milliseconds with what is done around it, and divided among them, so that
+            none waits long for others.
         max_body: largest body of a request, like 8MiB; larger ones are refused.
         max_body_objects: messages, parts, references and calls in a body, or four times as many
             fields, eight times as many lists or fifty times as many values; more are refused, since
