@@ -153,6 +153,8 @@ def test_some_of_the_tools_are_allowed(client: httpx.Client) -> None:
         refused = chat(client, tools=TOOLS, tool_choice=wrong)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"].startswith("tool_choice")
+    refused = chat(client, tools=TOOLS, tool_choice={"type": "allowed_tools", "mode": "auto"})
+    assert refused.json()["error"]["param"] == "tool_choice.allowed_tools"
 
 
 def test_what_is_not_held_is_said(client: httpx.Client) -> None:

@@ -23,7 +23,7 @@ _NO_OBJECT = (
     "application/json."
 )
 # Names that pydantic puts into the place of an error, and that are no fields.
-_TYPES = {"word", "allowed_tools", "str", "int", "float", "bool", "list", "dict"}
+_TYPES = {"str", "int", "float", "bool", "list", "dict"}
 
 
 @dataclass(eq=False)

@@ -148,13 +148,13 @@ class AllowedTools(Lenient):
 
 def _kind_of_choice(choice: Any) -> str:
     kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", "word")
-    return kind if kind in ("word", "function", "allowed_tools") else "function"
+    return f"a {kind}" if kind in ("word", "allowed_tools") else "a function"
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("word")]
-    | Annotated[NamedTool, Tag("function")]
-    | Annotated[AllowedTools, Tag("allowed_tools")],
+    Annotated[Literal["none", "auto", "required"], Tag("a word")]
+    | Annotated[NamedTool, Tag("a function")]
+    | Annotated[AllowedTools, Tag("a allowed_tools")],
     Discriminator(_kind_of_choice),
 ]
 

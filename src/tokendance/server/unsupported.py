@@ -14,6 +14,7 @@ _FORMAT = "Send the schema as response_format."
 Fields = Mapping[str, tuple[tuple[Any, ...], str]]
 # For each field: the values that say nothing, and what to do in place of others. Null never does.
 _FIELDS: Fields = {
+    "best_of": ((1,), "Use n."),
     "length_penalty": ((1,), _LEAVE_OUT),
     "early_stopping": ((False,), _LEAVE_OUT),
     "use_beam_search": ((False,), _LEAVE_OUT),
