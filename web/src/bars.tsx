@@ -38,19 +38,28 @@ interface BarProps {
   focus: Focus;
 }
 
-function draw(canvas: HTMLCanvasElement, width: number, { agent, row, scale, palette, focus }: BarProps) {
-  const ratio = window.devicePixelRatio || 1;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = BAR_HEIGHT * ratio;
+/** The context of an empty canvas of a size; to set the size of one that has it takes longer. */
+function cleared(canvas: HTMLCanvasElement, width: number, height: number) {
   const context = canvas.getContext("2d");
+  if (canvas.width !== width || canvas.height !== height) {
+    canvas.width = width;
+    canvas.height = height;
+  } else {
+    context?.resetTransform();
+    context?.clearRect(0, 0, width, height);
+  }
+  return context;
+}
+
+/** Paint a bar of which nothing is selected. */
+function paint(canvas: HTMLCanvasElement, width: number, ratio: number, props: BarProps) {
+  const { agent, scale, palette } = props;
+  const context = cleared(canvas, Math.round(width * ratio), BAR_HEIGHT * ratio);
   if (context === null) return;
-  context.scale(ratio, ratio);
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
   const x = (position: number) => (position / scale) * width;
-  const dim = (segment: number | undefined) =>
-    focus.segments !== null && (segment === undefined || !focus.segments.has(segment));
   for (const piece of agent.pieces) {
-    const [start, stop, , part] = piece;
-    context.globalAlpha = dim(agent.parts[part]?.[1]) ? 0.25 : 1;
+    const [start, stop] = piece;
     context.fillStyle = pieceColour(palette, agent, piece);
     context.fillRect(x(start), 0, Math.max(x(stop) - x(start), 0.5), BAR_HEIGHT);
     if (isCorrected(piece)) {
@@ -61,36 +70,66 @@ function draw(canvas: HTMLCanvasElement, width: number, { agent, row, scale, pal
   }
   if (agent.generated > 0) {
     const [from, to] = [x(agent.prompt), x(agent.prompt + agent.generated)];
-    context.globalAlpha = focus.segments !== null ? 0.25 : 1;
     context.fillStyle = answerColour(palette, agent);
     context.fillRect(from + 1, 0, Math.max(to - from - 1, 1), BAR_HEIGHT);
     context.fillStyle = groundColour(palette.dark);
     for (let at = from + 4; at < to - 1; at += 5) context.fillRect(at, 0, 1.5, BAR_HEIGHT);
   }
-  context.globalAlpha = 1;
   context.fillStyle = groundColour(palette.dark);
   for (const [start] of agent.parts)
     if (start > 0) context.fillRect(x(start) - 0.5, 0, 1, BAR_HEIGHT);
-  const { selection } = focus;
-  if (selection === null) return;
+}
+
+/** Show a bar's picture; what is selected, strongly, and the rest faintly. */
+function show(
+  canvas: HTMLCanvasElement,
+  picture: HTMLCanvasElement,
+  width: number,
+  ratio: number,
+  { agent, row, scale, palette, focus }: BarProps,
+) {
+  const context = cleared(canvas, picture.width, picture.height);
+  if (context === null) return;
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  const { selection, segments } = focus;
+  context.globalAlpha = segments === null ? 1 : 0.25;
+  context.drawImage(picture, 0, 0, width, BAR_HEIGHT);
+  context.globalAlpha = 1;
   context.strokeStyle = edgeColour(palette.dark);
   context.lineWidth = 2;
+  const x = (position: number) => (position / scale) * width;
   const outline = (from: number, to: number) =>
-    context.strokeRect(x(from) + 1, 1, Math.max(x(to) - x(from) - 2, 1), BAR_HEIGHT - 2);
+    context.strokeRect(from + 1, 1, Math.max(to - from - 2, 1), BAR_HEIGHT - 2);
   agent.parts.forEach(([start, segment], part) => {
-    const own = selection.row === row && selection.part === part;
-    if (own || (focus.segments?.has(segment) ?? false)) outline(start, stopOf(agent, part));
+    const [from, to] = [x(start), x(stopOf(agent, part))];
+    const isMarked = segments?.has(segment) ?? false;
+    if (isMarked) {
+      const [size, height] = [to - from, BAR_HEIGHT];
+      const [left, wide] = [from * ratio, size * ratio]; // in the picture
+      context.clearRect(from, 0, size, height);
+      context.drawImage(picture, left, 0, wide, picture.height, from, 0, size, height);
+    }
+    const isOwn = selection?.row === row && selection.part === part;
+    if (selection !== null && (isMarked || isOwn)) outline(from, to);
   });
-  if (selection.row === row && selection.part === -1)
-    outline(agent.prompt, agent.prompt + agent.generated);
+  if (selection?.row === row && selection.part === -1)
+    outline(x(agent.prompt), x(agent.prompt + agent.generated));
 }
 
 function Bar(props: BarProps & { width: number }) {
   const canvas = useRef<HTMLCanvasElement>(null);
+  const picture = useRef<HTMLCanvasElement>(null);
   const { agent, scale, palette, focus, width } = props;
+  const ratio = window.devicePixelRatio || 1;
+  // To point at something changes all bars, but not their pictures.
   useLayoutEffect(() => {
-    if (canvas.current !== null && width > 0) draw(canvas.current, width, props);
-  }, [agent, scale, palette, focus, width]);
+    picture.current ??= document.createElement("canvas");
+    paint(picture.current, width, ratio, props);
+  }, [agent, scale, palette, width, ratio]);
+  useLayoutEffect(() => {
+    if (canvas.current && picture.current && width > 0)
+      show(canvas.current, picture.current, width, ratio, props);
+  }, [agent, scale, palette, width, ratio, focus]);
   return <canvas ref={canvas} aria-hidden="true" height={BAR_HEIGHT} />;
 }
 
