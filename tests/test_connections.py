@@ -1,5 +1,6 @@
 """Connections on which nothing is asked, or not in HTTP; and by which names one may ask."""
 
+import asyncio
 import gc
 import json
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.client import HTTPResponse
+from types import ModuleType
 from typing import Any, cast
 
 import h11
@@ -24,6 +26,7 @@ from soak.judge import is_error
 from tokendance import LLM
 from tokendance.errors import ConfigError
 from tokendance.server import connections
+from tokendance.server.app import create_app
 from tokendance.server.connections import Connections, Phase, Reason, raise_handle_limit
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError
@@ -213,6 +216,21 @@ def test_who_has_gone_leaves_no_garbage(
             wait_until(server, lambda: num_transports() <= before)
         finally:
             gc.enable()
+
+
+def test_connections_are_those_of_asyncio_where_there_is_uvloop(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose transports show nothing of what is bounded."""
+    other = ModuleType("uvloop")
+    other.new_event_loop = lambda: pytest.fail("uvloop was used")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "uvloop", other)
+    server = connections.Server(create_app(make_fake_llm(), ServerSettings()))
+    make_loop = server.config.get_loop_factory()
+    assert make_loop is not None
+    loop = make_loop()
+    loop.close()
+    assert isinstance(loop, asyncio.SelectorEventLoop)
 
 
 def test_addresses_share_the_connections(make_fake_llm: MakeLLM) -> None:

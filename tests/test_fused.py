@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,17 +184,46 @@ def test_a_demo_model_is_nearer_to_float32(name: str, monkeypatch: pytest.Monkey
     assert (fused - exact).norm() <= 1.1 * (plain - exact).norm()
 
 
-def test_a_layer_that_does_something_else_stays_as_it_is(tmp_path: Path) -> None:
-    """It has the parts that are fused, and scales what it adds."""
+def scale_what_it_adds(layer: Any, factor: Callable[[Tensor], Tensor | float]) -> None:
+    forward = layer.forward
+
+    def scaled(rows: Tensor, **others: Any) -> Tensor:
+        added: Tensor = forward(rows, **others) - rows
+        return rows + factor(others["position_ids"][..., None]) * added
+
+    layer.forward = scaled
+
+
+def hook_on(layer: Any) -> None:
+    layer.mlp.register_forward_hook(lambda *_: None)
+
+
+def lose_a_number(layer: Any) -> None:
+    layer.input_layernorm.weight.data[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(partial(scale_what_it_adds, factor=lambda _: 0.5), id="scaled"),
+        pytest.param(
+            partial(scale_what_it_adds, factor=lambda positions: 1 + (positions > 60)), id="far"
+        ),
+        hook_on,
+        lose_a_number,
+    ],
+)
+def test_a_layer_that_does_something_else_stays_as_it_is(
+    tmp_path: Path, change: Callable[[Any], None]
+) -> None:
+    """It has the parts that are fused, and something is odd."""
     save_model(tmp_path, "llama")
     hook.register()
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation=hook.ATTENTION_NAME
     ).eval()
-    odd = model.base_model.layers[1]
-    forward = odd.forward
-    odd.forward = lambda rows, **others: rows + 0.5 * (forward(rows, **others) - rows)
+    change(model.base_model.layers[1])
     expected = logits_of(model)
     assert fuse_layers(model) == 2
     assert not isinstance(model.base_model.layers[1], FusedLayer)
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4, equal_nan=True)

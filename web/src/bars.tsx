@@ -54,7 +54,7 @@ function cleared(canvas: HTMLCanvasElement, width: number, height: number) {
 /** Paint a bar of which nothing is selected. */
 function paint(canvas: HTMLCanvasElement, width: number, ratio: number, props: BarProps) {
   const { agent, scale, palette } = props;
-  const context = cleared(canvas, Math.round(width * ratio), BAR_HEIGHT * ratio);
+  const context = cleared(canvas, Math.round(width * ratio), Math.round(BAR_HEIGHT * ratio));
   if (context === null) return;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   const x = (position: number) => (position / scale) * width;
@@ -90,11 +90,11 @@ function show(
 ) {
   const context = cleared(canvas, picture.width, picture.height);
   if (context === null) return;
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
   const { selection, segments } = focus;
   context.globalAlpha = segments === null ? 1 : 0.25;
-  context.drawImage(picture, 0, 0, width, BAR_HEIGHT);
+  context.drawImage(picture, 0, 0);
   context.globalAlpha = 1;
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.strokeStyle = edgeColour(palette.dark);
   context.lineWidth = 2;
   const x = (position: number) => (position / scale) * width;

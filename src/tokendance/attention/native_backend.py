@@ -98,6 +98,7 @@ class NativeBackend:
         return (
             now.ranges is before.ranges
             and now.slot == before.slot + 1
+            and now.position == before.position + 1
             and now.position % SPAN != 0
             and not self._windows
         )

@@ -127,14 +127,19 @@ class Scheduler:
         turns = self._tenants.waiting()
         used = self._use_in_sight(turns)
         is_first = True  # of those whose turn it is
+        is_late = False
         seconds = self._reservations.rules.admission_s
         until = self._clock() + seconds
         while turns:
             if (admitted or refused) and (now := self._clock()) >= until:
-                # Who has nothing running is let in all the same, to the pages that are its own.
+                if is_late or self._reservations.num_reserved == 0:
+                    break
+                is_first, is_late, until = False, True, now + seconds
+            if is_late:
+                # Who has nothing running is let in all the same, to the pages that are its own, in
+                # as much time again.
                 turns = [tenant for tenant in turns if not tenant.num_running]
-                is_first = False
-                if not turns or now >= until + seconds:
+                if not turns:
                     break
             tenant = min(turns, key=used.__getitem__)
             request = tenant.waiting[0]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from tokendance.attention.backends import native_is_there
 from tokendance.models import hook
+from tokendance.models.support import max_context
 
 if TYPE_CHECKING:  # it may not be built
     from tokendance.attention._native import RowOps
@@ -32,6 +33,7 @@ _NUM_CHECKED = 5  # tokens
 # By which part of what a layer changes the fused one may differ in float32, whose sums have another
 # order.
 _TOLERANCE = 1e-4
+_NUM_ROUNDED = 4  # times that what is given is rounded on its way
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -96,6 +98,10 @@ class FusedLayer(nn.Module):
         if self._sandwiched:  # norms before and after each part, as in Gemma
             between |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
         _expect(layer, {"self_attn", "mlp", "input_layernorm"} | between, set())
+        if attention.layer_idx != index or any(map(_has_hooks, layer.modules())):
+            raise _OtherLayerError
+        if len({parameter.dtype for parameter in layer.parameters()}) > 1:
+            raise _OtherLayerError
         self._index, self._ops = index, ops
         self._scale = float(attention.scaling)
         self._size = int(attention.head_dim)
@@ -199,11 +205,27 @@ class _OtherLayerError(Exception):
     """A layer that is not made of the parts that are fused."""
 
 
+# What a layer of other parts may lead to: it stays as it is.
+_OTHER_ERRORS = (
+    _OtherLayerError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 def _expect(module: Any, needed: set[str], allowed: set[str]) -> None:
     """Whether a module has these parts with weights or without, and no others."""
     parts = {name for name, _ in module.named_children()} | set(module._parameters)
     if not needed <= parts or not parts <= needed | allowed:
         raise _OtherLayerError
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something else is called before or after it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _joined(*linears: Any) -> nn.Linear:
@@ -239,18 +261,21 @@ def _norm_of(module: Any) -> _Norm:
 
 
 def _activation_of(module: Any) -> str:
-    numbers = torch.linspace(-5, 5, 101)
+    numbers = torch.linspace(-30, 30, 601)
     expected = module(numbers)
     for name, function in _ACTIVATIONS.items():
-        if _is_near(function(numbers), expected):
+        if torch.allclose(function(numbers), expected, rtol=1e-5, atol=1e-5):
             return name
     raise _OtherLayerError
 
 
 def _is_near(result: Tensor, expected: Tensor, given: Tensor | float = 0.0) -> bool:
-    """Whether a part does what it is expected to do, by what it changes of what it is given."""
-    distance, change = (result - expected).norm(), (expected - given).norm()
-    return bool(distance <= _TOLERANCE * change + torch.finfo(torch.float32).eps * expected.norm())
+    """Whether a part does what it is expected to do, by what it changes of each row it is given."""
+    distance, change, size = (
+        rows.norm(dim=-1) for rows in (result - expected, expected - given, expected)
+    )
+    most = _TOLERANCE * change + _NUM_ROUNDED * torch.finfo(torch.float32).eps * size
+    return bool((distance <= most).all())
 
 
 class _PlainAttention:
@@ -294,11 +319,15 @@ def fuse_layers(model: PreTrainedModel) -> int:
     # One of each kind is tried: in a large model to try one takes half a second.
     can_fuse: dict[object, bool] = {}
     for index, layer in enumerate(layers):
-        kind = _kind_of(layer)
-        if kind not in can_fuse:
-            can_fuse[kind] = index in given and _does_the_same(layer, index, ops, *given[index])
+        try:
+            fused = FusedLayer(layer, index, ops)
+            kind = _kind_of(layer)
+            if kind not in can_fuse:
+                can_fuse[kind] = _does_the_same(layer, index, ops, *given[index])
+        except _OTHER_ERRORS:
+            continue
         if can_fuse[kind]:
-            layers[index] = FusedLayer(layer, index, ops)
+            layers[index] = fused
     return sum(isinstance(layer, FusedLayer) for layer in layers)
 
 
@@ -317,13 +346,13 @@ def _does_the_same(
     layer: nn.Module, index: int, ops: "RowOps", hidden: Tensor, others: dict[str, Any]
 ) -> bool:
     """Whether a layer, fused, gives the same numbers; in float32, where no rounding hides it."""
-    layer, hidden = deepcopy(layer).float(), hidden.float()
-    others |= {"position_embeddings": tuple(map(Tensor.float, others["position_embeddings"]))}
-    expected = layer(hidden, **others)
-    try:
-        result = FusedLayer(layer, index, ops)(hidden, **others)
-    except (_OtherLayerError, AttributeError, TypeError, ValueError):
+    cosines, sines = others["position_embeddings"]
+    if {cosines.dtype, sines.dtype} != {hidden.dtype}:
         return False
+    layer, hidden = deepcopy(layer).float(), hidden.float()
+    others = others | {"position_embeddings": (cosines.float(), sines.float())}
+    expected = layer(hidden, **others)
+    result = FusedLayer(layer, index, ops)(hidden, **others)
     return _is_near(result, expected, hidden)
 
 
@@ -345,8 +374,9 @@ def _run(
         for index, layer in enumerate(layers)
     ]
     try:
-        positions = torch.arange(_NUM_CHECKED)
-        hook.forward(model, tokens, positions, positions[:1], _PlainAttention())
+        # Up to the farthest, as attention may depend on where a token stands.
+        positions = torch.linspace(0, max_context(model.config) - 1, len(tokens)).long()
+        hook.forward(model, tokens, positions, torch.tensor([0]), _PlainAttention())
     finally:
         for handle in handles:
             handle.remove()

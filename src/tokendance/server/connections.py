@@ -187,7 +187,6 @@ class _Connection(H11Protocol):
         self.phase = Phase.HEAD
         self._since = self.loop.time()
         self._num_unsent = 0
-        self._is_lost = False
 
     # -- what asyncio and uvicorn call --------------------------------------------------------
 
@@ -200,7 +199,6 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.remove(self)
         super().connection_lost(exc)
-        self._is_lost = True
         self._let_go()
 
     def data_received(self, data: bytes) -> None:
@@ -210,8 +208,6 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._look()
-        if self._is_lost:
-            self._let_go()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -229,19 +225,19 @@ class _Connection(H11Protocol):
         self._connections.note_closed(Reason.INVALID)
 
     def _let_go(self) -> None:
-        """Drop what refers back to itself once the connection is lost.
+        """Drop what refers back to itself when the connection is lost.
 
         So it is freed at once. Else it would wait for a collection of garbage, which stops the
-        event loop for as long as there are connections that have come and gone.
+        event loop for as long as there are connections that have come and gone. An answer that is
+        under way ends by itself.
         """
         self._unset_keepalive_if_required()
         for name in _OWN_METHODS & vars(self.transport).keys():
             setattr(self.transport, name, _nothing)
-        if not self._is_answering:
-            self.cycle = None  # type: ignore[assignment]
+        self.cycle = None  # type: ignore[assignment]
 
     def _read_at_a_time(self, num_bytes: int) -> None:
-        # Transports of asyncio's selector loop go by it; others have no such attribute.
+        # Transports of asyncio's selector loop go by it.
         self.transport.max_size = num_bytes  # type: ignore[attr-defined]
 
     # -- phases -------------------------------------------------------------------------------
@@ -349,6 +345,7 @@ class Server(uvicorn.Server):
                 app,
                 http=protocol,  # type: ignore[arg-type]
                 ws="none",
+                loop="asyncio",  # uvloop's transports show nothing of what `_Connection` bounds
                 backlog=_ACCEPTED_AT_ONCE,
                 timeout_keep_alive=connections.settings.idle_timeout,  # type: ignore[arg-type]
                 # Of warnings there is one, "Invalid HTTP request", as often as a client likes.
