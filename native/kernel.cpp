@@ -62,17 +62,6 @@ constexpr Item most(Item a, Item b) {
 
 // ---- numbers -----------------------------------------------------------------------------------
 
-// How numbers lie in memory: float, or bfloat16 as uint16_t.
-inline float to_float(float value) { return value; }
-inline float to_float(uint16_t value) { return from_bf16(value); }
-inline void put(float* to, float value) { *to = value; }
-inline void put(uint16_t* to, float value) { *to = to_bf16(value); }
-
-// Where the machine has no products of pairs, a number in bfloat16 is widened to a float.
-inline Words widened(const uint16_t* numbers) {
-    return __builtin_convertvector(load<Halves>(numbers), Words) << 16;
-}
-
 // How the products take them: one float, or a pair of bfloat16, 32 bits each. Memory in bfloat16 is
 // widened to floats where the machine has no products of pairs.
 template <bool kPairs>

@@ -11,12 +11,10 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernel.h"
-#include "rows.h"
 #include "tensor.h"
 #include "threads.h"
 
@@ -76,11 +74,7 @@ class Step {
          Array<int64_t> row_indptr, Array<int64_t> range_indptr, Array<int64_t> rows,
          Array<int64_t> slot_begin, Array<int64_t> slot_end, Array<int32_t> rotations,
          Array<int32_t> key_end)
-        : num_slots_(num_slots) {
-        for (const Kernel* usable : usable_kernels()) {
-            if (kernel == usable->name) kernel_ = usable;
-        }
-        require(kernel_ != nullptr, "there is no kernel of this name for this machine");
+        : kernel_(kernel_named(kernel, usable_kernels())), num_slots_(num_slots) {
         write_slots_ = copied(write_slots);
         rows_ = copied(rows);
         rotations_ = copied(rotations);
@@ -331,7 +325,7 @@ class Step {
         });
     }
 
-    const Kernel* kernel_ = nullptr;
+    const Kernel* kernel_;
     int64_t group_ = 0;  // of the tasks
     int64_t num_slots_;
     int64_t largest_rotation_ = 0;

@@ -4,8 +4,8 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
+#include <vector>
 
 #include "rows.h"
 #include "tensor.h"
@@ -65,12 +65,8 @@ const void* weight_of(const nb::handle& weight, const Tensor& rows, int64_t size
 
 class RowOps {
   public:
-    explicit RowOps(const std::string& kernel) {
-        for (const RowKernel* usable : usable_row_kernels()) {
-            if (kernel == usable->name) kernel_ = usable;
-        }
-        require(kernel_ != nullptr, "there is no kernel of this name for this machine");
-    }
+    explicit RowOps(const std::string& kernel)
+        : kernel_(kernel_named(kernel, usable_row_kernels())) {}
 
     void normalise(nb::handle rows, nb::handle added, nb::handle sums, nb::handle weight,
                    float epsilon, bool weight_from_one, nb::handle output, int threads) const {
@@ -157,7 +153,7 @@ class RowOps {
     }
 
   private:
-    const RowKernel* kernel_ = nullptr;
+    const RowKernel* kernel_;
 };
 
 }  // namespace

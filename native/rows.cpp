@@ -18,9 +18,7 @@ using tokendance::Rotation;
 
 // A vector of numbers that lie in memory as float, or as bfloat16 in uint16_t.
 inline Floats read(const float* from) { return load<Floats>(from); }
-inline Floats read(const uint16_t* from) {
-    return bits<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
-}
+inline Floats read(const uint16_t* from) { return bits<Floats>(widened(from)); }
 inline void write(float* to, Floats numbers) { store(to, numbers); }
 inline void write(uint16_t* to, Floats numbers) {
     const Words words = bits<Words>(numbers);
@@ -29,11 +27,6 @@ inline void write(uint16_t* to, Floats numbers) {
     const Words safe = (words & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : rounded;
     store(to, __builtin_convertvector(safe, Halves));
 }
-
-inline float read_one(const float* from) { return *from; }
-inline float read_one(const uint16_t* from) { return from_bf16(*from); }
-inline void write_one(float* to, float number) { *to = number; }
-inline void write_one(uint16_t* to, float number) { *to = to_bf16(number); }
 
 // As a number of the dtype is read again after it was written.
 inline Floats rounded(Floats numbers, const float*) { return numbers; }
@@ -63,7 +56,7 @@ inline float inverse_rms(const Number* row, int64_t size, float epsilon) {
     }
     float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
     for (; i < size; ++i) {
-        const float number = read_one(row + i);
+        const float number = to_float(row[i]);
         total += number * number;
     }
     return 1.0f / __builtin_sqrtf(total / static_cast<float>(size) + epsilon);
@@ -80,9 +73,9 @@ inline void scale_row(const Number* row, const Number* weight, float factor, boo
                                    : rounded(numbers, row) * weights);
     }
     for (; i < size; ++i) {
-        const float number = read_one(row + i) * factor;
-        const float one = read_one(weight + i);
-        write_one(output + i, from_one ? number * (one + 1.0f) : rounded_one(number, row) * one);
+        const float number = to_float(row[i]) * factor;
+        const float one = to_float(weight[i]);
+        put(output + i, from_one ? number * (one + 1.0f) : rounded_one(number, row) * one);
     }
 }
 
@@ -96,7 +89,7 @@ void normalise_as(const Norm& norm, int64_t first, int64_t last) {
             Number* const sums = static_cast<Number*>(norm.sums) + at;
             int64_t i = 0;
             for (; i + kLanes <= size; i += kLanes) write(sums + i, read(row + i) + read(added + i));
-            for (; i < size; ++i) write_one(sums + i, read_one(row + i) + read_one(added + i));
+            for (; i < size; ++i) put(sums + i, to_float(row[i]) + to_float(added[i]));
             row = sums;
         }
         scale_row(row, static_cast<const Number*>(norm.weight),
@@ -117,9 +110,9 @@ inline void rotate_head(Number* head, const Number* cosines, const Number* sines
         write(other + i, b * read(cosines + half + i) + a * read(sines + half + i));
     }
     for (; i < half; ++i) {
-        const float a = read_one(head + i), b = read_one(other + i);
-        write_one(head + i, a * read_one(cosines + i) - b * read_one(sines + i));
-        write_one(other + i, b * read_one(cosines + half + i) + a * read_one(sines + half + i));
+        const float a = to_float(head[i]), b = to_float(other[i]);
+        put(head + i, a * to_float(cosines[i]) - b * to_float(sines[i]));
+        put(other + i, b * to_float(cosines[half + i]) + a * to_float(sines[half + i]));
     }
 }
 
@@ -171,8 +164,8 @@ void gate_as(const Gate& gate, int64_t first, int64_t last) {
             write(output + i, active * read(values + i));
         }
         for (; i < size; ++i) {
-            const float active = activate(splat(read_one(gates + i)), gate.activation)[0];
-            write_one(output + i, rounded_one(active, gates) * read_one(values + i));
+            const float active = activate(splat(to_float(gates[i])), gate.activation)[0];
+            put(output + i, rounded_one(active, gates) * to_float(values[i]));
         }
     }
 }

@@ -169,4 +169,15 @@ inline uint16_t to_bf16(float value) {
 
 inline float from_bf16(uint16_t half) { return bits<float>(static_cast<uint32_t>(half) << 16); }
 
+// Numbers in bfloat16, as the bits of floats.
+inline Words widened(const uint16_t* numbers) {
+    return __builtin_convertvector(load<Halves>(numbers), Words) << 16;
+}
+
+// How numbers lie in memory: float, or bfloat16 as uint16_t.
+inline float to_float(float value) { return value; }
+inline float to_float(uint16_t value) { return from_bf16(value); }
+inline void put(float* to, float value) { *to = value; }
+inline void put(uint16_t* to, float value) { *to = to_bf16(value); }
+
 }  // namespace TD_NAMESPACE

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "kernel.h"
@@ -96,6 +97,16 @@ std::vector<const Kernel*> usable(std::initializer_list<const Kernel*> kernels) 
         if (runs(kernel->name)) found.push_back(kernel);
     }
     return found;
+}
+
+// The one of them that has a name.
+template <class Kernel>
+const Kernel* kernel_named(const std::string& name, const std::vector<const Kernel*>& kernels) {
+    const auto found = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel* kernel) {
+        return name == kernel->name;
+    });
+    require(found != kernels.end(), "there is no kernel of this name for this machine");
+    return *found;
 }
 
 }  // namespace tokendance

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from tokendance.errors import ConfigError
 from tokendance.models.encoder import PromptEncoder
-from tokendance.models.hook import register
+from tokendance.models.hook import attend_plainly, register
 from tokendance.models.loader import LoadedModel, choose_dtype, quiet, readable_errors
 from tokendance.rounds.prompts import Prompt
 
@@ -153,23 +153,11 @@ class _SideBySide:
         del extra  # what it says was found at load time
         window = self.model.layers[layer].window
         queries, keys, values = (_parted(heads, self.groups) for heads in (query, key, value))
-        rows = [_attend(*heads, scale, window) for heads in zip(queries, keys, values, strict=True)]
-        return torch.cat([part.flatten(0, 1) for part in rows])
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of N texts of a length: query (N, T, H, D), key and value (N, T, KVH, D)."""
-    length = query.shape[1]
-    mask = None
-    if window is not None and window < length:
-        at = torch.arange(length, device=query.device)
-        distance = at[:, None] - at
-        mask = (distance >= 0) & (distance < window)
-    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-    output: Tensor = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return output.transpose(1, 2)
+        parts = [
+            attend_plainly(*heads, scale, window).flatten(0, 1)
+            for heads in zip(queries, keys, values, strict=True)
+        ]
+        return torch.cat(parts)
 
 
 class OwnEmbedder:

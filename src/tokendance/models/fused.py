@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, silu
 from transformers import PreTrainedModel
 
 from tokendance.attention.backends import native_is_there
@@ -155,26 +155,19 @@ class FusedLayer(nn.Module):
             part = self._normed(part, self._after_mlp)
         return sums.add_(part)
 
-    def _normed(self, rows: Tensor, norm: _Norm) -> Tensor:
+    def _added(self, rows: Tensor, part: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm."""
+        sums = torch.empty_like(rows)
+        return sums, self._normed(rows, norm, part, sums)
+
+    def _normed(
+        self, rows: Tensor, norm: _Norm, added: Tensor | None = None, sums: Tensor | None = None
+    ) -> Tensor:
+        """The norm of rows; or of their sums with others, which are written, too."""
         output = torch.empty_like(rows)
         self._ops.normalise(
             rows,
-            None,
-            None,
-            norm.weight,
-            norm.epsilon,
-            norm.from_one,
-            output,
-            torch.get_num_threads(),
-        )
-        return output
-
-    def _added(self, rows: Tensor, part: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
-        """The sum, and its norm."""
-        sums, output = torch.empty_like(rows), torch.empty_like(rows)
-        self._ops.normalise(
-            rows,
-            part,
+            added,
             sums,
             norm.weight,
             norm.epsilon,
@@ -182,7 +175,7 @@ class FusedLayer(nn.Module):
             output,
             torch.get_num_threads(),
         )
-        return sums, output
+        return output
 
     def _rotate(self, rows: Tensor, cosines: Tensor, sines: Tensor) -> None:
         of_query, of_key = self._of_query, self._of_key
@@ -292,11 +285,7 @@ class _PlainAttention:
     ) -> Tensor:
         """See `hook.LayerHook`."""
         del layer, extra
-        query, key, value = (rows.transpose(0, 1)[None] for rows in (query, key, value))
-        result = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return result[0].transpose(0, 1).contiguous()
+        return hook.attend_plainly(query[None], key[None], value[None], scale)[0]
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -39,6 +40,34 @@ class LayerHook(Protocol):
         Returns:
             (T, H, D).
         """
+
+
+def attend_plainly(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention of N texts of a length, each to itself, by torch's own means.
+
+    Args:
+        query: (N, T, H, D), rotated.
+        key: (N, T, KVH, D), rotated.
+        value: likewise.
+        scale: of the scores.
+        window: a token sees so many, itself included; None: all before it.
+
+    Returns:
+        (N, T, H, D).
+    """
+    length = query.shape[1]
+    mask = None
+    if window is not None and window < length:
+        at = torch.arange(length, device=query.device)
+        distance = at[:, None] - at
+        mask = (distance >= 0) & (distance < window)
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    output: Tensor = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return output.transpose(1, 2)
 
 
 def _attention(
