@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := .venv/.demo-weights
 VLLM := .venv-vllm/.installed
+LLAMACPP := .venv-llamacpp/.installed
 FRAMEWORKS := .venv-frameworks/.installed .venv-frameworks-openai3/.installed
 define NEEDS_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -12,7 +13,7 @@ endef
 
 .DEFAULT_GOAL := help
 .PHONY: sanitize help venv demo-weights demo test soak check lint types format bench vllm frameworks
-.PHONY: clean gpu test-all test-vllm web check-web
+.PHONY: clean gpu test-all test-vllm llamacpp test-llamacpp web check-web
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,7 +39,7 @@ demo: demo-weights ## 10 agents talk for 3 rounds
 	$(BIN)/tokendance run --agents 10 --rounds 3 --temperature 0.6
 
 # A process has whole files, one after the other, so that what a file's tests share is made once.
-TESTS := $(BIN)/pytest -m 'not frameworks and not vllm' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+TESTS := $(BIN)/pytest -m 'not frameworks and not llamacpp and not vllm' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: demo-weights ## the tests in two minutes: a quarter of the random examples, less of the demo models
 	$(TESTS) --hypothesis-profile developer
@@ -101,6 +102,18 @@ $(VLLM): constraints-vllm.txt pyproject.toml CMakeLists.txt $(wildcard native/*)
 		echo "vLLM advises TCMalloc, which is not here: apt-get install libtcmalloc-minimal4"
 	@touch $@
 
+llamacpp: $(LLAMACPP) ## make .venv-llamacpp with llama.cpp, another baseline (builds it: minutes)
+
+test-llamacpp: demo-weights $(LLAMACPP) ## whether llama.cpp is given the weights and tokens that we have
+	$(BIN)/pytest -m llamacpp
+
+# It is built here, for this processor.
+$(LLAMACPP): constraints-llamacpp.txt
+	$(NEEDS_PYTHON)
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/pip install --quiet --no-deps --requirement constraints-llamacpp.txt
+	@touch $@
+
 frameworks: $(FRAMEWORKS) ## make .venv-frameworks* with the agent frameworks that tests talk to (two minutes, 2 GB)
 
 # Clients know nothing of us, and want other versions than we do, or than each other.
@@ -122,4 +135,4 @@ check-web: web ## whether the page in the package is what web/ builds
 	git diff --exit-code --stat -- src/tokendance/view/assets
 
 clean: ## remove all environments
-	rm -rf .venv .venv-vllm .venv-frameworks .venv-frameworks-openai3 web/node_modules
+	rm -rf .venv .venv-vllm .venv-llamacpp .venv-frameworks .venv-frameworks-openai3 web/node_modules

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tokendance.bench import arms
 from tokendance.bench.settings import SUITES, BenchOutputs, BenchSettings
 from tokendance.bench.suite import between, in_turn, ratio
 from tokendance.bench.suites import leak
 from tokendance.bench.suites.capacity import Search
+from tokendance.bench.worker import Environment
 from tokendance.cli import app
 from tokendance.commands.bench import run_bench
 from tokendance.errors import ConfigError
@@ -170,7 +170,7 @@ def test_bench_all_writes_a_report(
 def test_without_vllm_its_rows_are_left_out_and_that_is_said(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(arms, "find_vllm", lambda: None)
+    monkeypatch.setattr(Environment, "find", lambda _: None)
     run_bench(
         "decode",
         BenchSettings(model, "tiny", repeats=1, against="vllm"),

@@ -17,8 +17,8 @@ from torch import Tensor
 from tiny_models import save_model
 from tokendance.bench import inside
 from tokendance.bench.settings import INSIDE_SUITES, BenchOutputs, BenchSettings
-from tokendance.bench.vllm import VLLM, VLLMConfig, VLLMResult, find_vllm
-from tokendance.commands import bench
+from tokendance.bench.vllm import VLLM, VLLM_ENVIRONMENT, VLLMConfig, VLLMResult
+from tokendance.bench.worker import Environment
 from tokendance.commands.bench import run_bench
 from tokendance.errors import BaselineError
 
@@ -105,7 +105,7 @@ def model(model_folder: Callable[..., Path]) -> str:
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeVLLM.started = []
     monkeypatch.setattr(inside, "VLLM", FakeVLLM)
-    monkeypatch.setattr(bench, "find_vllm", lambda: Path("python"))
+    monkeypatch.setattr(Environment, "find", lambda _: Path("python"))
 
 
 def run(
@@ -250,13 +250,13 @@ def test_fidelity_is_about_those_who_read(model: str, capsys: pytest.CaptureFixt
 
 
 def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "find_vllm", lambda: None)
+    monkeypatch.setattr(Environment, "find", lambda _: None)
     with pytest.raises(BaselineError, match="make vllm"):
         run_bench("decode", BenchSettings(inside="vllm"), BenchOutputs(), Console())
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(find_vllm() is None, reason="vLLM is not installed (make vllm)")
+@pytest.mark.skipif(VLLM_ENVIRONMENT.find() is None, reason="vLLM is not installed (make vllm)")
 def test_what_the_real_one_counts_and_says(tmp_path: Path) -> None:
     """Tokens of its passes are those of prompts that it found in no cache, and of answers."""
     save_model(tmp_path, "llama", hidden_size=128)  # heads of 32: vLLM has none of 16

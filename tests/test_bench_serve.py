@@ -10,7 +10,7 @@ import pytest
 
 from serving import serving
 from tokendance import LLM
-from tokendance.bench.vllm import find_vllm
+from tokendance.bench.vllm import VLLM_ENVIRONMENT
 from tokendance.models import demo
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
@@ -84,10 +84,10 @@ def test_its_chats_are_answered(make_llm: Any) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.demo
-@pytest.mark.skipif(find_vllm() is None, reason="vLLM is not installed (make vllm)")
+@pytest.mark.skipif(VLLM_ENVIRONMENT.find() is None, reason="vLLM is not installed (make vllm)")
 @pytest.mark.parametrize("backend", PATHS)
 def test_it_measures_the_server(backend: str, tmp_path: Path) -> None:
-    python = find_vllm()
+    python = VLLM_ENVIRONMENT.find()
     assert python is not None
     options = {
         "backend": backend,

@@ -13,12 +13,12 @@ import torch
 
 from tiny_models import save_model
 from tokendance import LLM, Prompt, SamplingParams, private, shared
-from tokendance.bench.vllm import VLLMConfig, child_environment, find_vllm
+from tokendance.bench.vllm import VLLM_ENVIRONMENT, VLLMConfig, child_environment
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
 from vllm_server import run, talk
 
-PYTHON = find_vllm()
+PYTHON = VLLM_ENVIRONMENT.find()
 SCRIPT = Path(__file__).parent / "vllm_scenarios" / "run.py"
 pytestmark = [
     pytest.mark.vllm,

@@ -11,14 +11,14 @@ import pytest
 
 from framework_clients import PYTHON, count_tokens, run_client
 from oracle import Asked
-from tokendance.bench.vllm import find_vllm
+from tokendance.bench.vllm import VLLM_ENVIRONMENT
 from tokendance.models import demo
 from vllm_server import vllm_server
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.demo,
-    pytest.mark.skipif(find_vllm() is None, reason="vLLM is not installed (make vllm)"),
+    pytest.mark.skipif(VLLM_ENVIRONMENT.find() is None, reason="vLLM is not installed (make vllm)"),
 ]
 ROUNDS, AGENTS = 3, 10
 

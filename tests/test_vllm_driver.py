@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tokendance.bench import vllm
-from tokendance.bench.vllm import VLLM, VLLMConfig, child_environment, count_blocks, find_vllm
+from tokendance.bench import worker
+from tokendance.bench.vllm import (
+    VLLM,
+    VLLM_ENVIRONMENT,
+    VLLMConfig,
+    child_environment,
+    count_blocks,
+)
 from tokendance.errors import BaselineError, TokenDanceError
 
 PYTHON = Path(sys.executable)
@@ -42,7 +48,7 @@ def script(tmp_path: Path) -> Path:
 def start(script: Path, body: str, head: str = WORKER) -> VLLM:
     """Start a driver on a worker that does `body` for each request after `start`."""
     script.write_text(head + textwrap.indent(textwrap.dedent(body), "    "))
-    return VLLM(Path("model"), CONFIG, python=PYTHON, worker=script, start_timeout_s=60)
+    return VLLM(Path("model"), CONFIG, python=PYTHON, scripts=[script], start_timeout_s=60)
 
 
 def is_running(pid: int) -> bool:
@@ -139,7 +145,7 @@ def test_a_worker_that_hangs_is_killed(script: Path) -> None:
     engine = start(script, "time.sleep(60)")
     with pytest.raises(BaselineError, match=r"'run' within 0\.1 seconds"):
         engine.run([[1]], 1, timeout_s=0.1)
-    assert not is_running(engine._process.pid)
+    assert not is_running(engine._worker.pid)
 
 
 def test_close_ends_children_too(script: Path) -> None:
@@ -148,12 +154,12 @@ def test_close_ends_children_too(script: Path) -> None:
     reply(pid=child.pid)
     """
     engine = start(script, body)
-    child = engine._ask({"op": "child"}, 10)["pid"]
+    child = engine._worker.ask({"op": "child"}, 10)["pid"]
     ended = os.pidfd_open(child)
     assert is_running(child)
     engine.close()
     engine.close()
-    assert not is_running(engine._process.pid)
+    assert not is_running(engine._worker.pid)
     assert select.select([ended], [], [], 60)[0]  # its end can be read
     os.close(ended)
     assert not is_running(child)
@@ -168,7 +174,7 @@ def test_an_interrupt_ends_the_worker(script: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("select.select", interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.run([[1]], 1)
-    assert not is_running(engine._process.pid)
+    assert not is_running(engine._worker.pid)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_vllm_that_runs_without_tokendance_inside_is_refused(
     script.write_text(head + "    pass\n")
     config = replace(CONFIG, plugin=True)
     with pytest.raises(BaselineError, match=message):
-        VLLM(Path("model"), config, python=PYTHON, worker=script)
+        VLLM(Path("model"), config, python=PYTHON, scripts=[script])
 
 
 def test_blocks_that_clients_name_reach_the_worker(script: Path) -> None:
@@ -197,23 +203,23 @@ def test_python_that_cannot_be_run(tmp_path: Path) -> None:
 
 
 def test_find_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(vllm.PYTHON_VARIABLE, raising=False)
+    monkeypatch.delenv(VLLM_ENVIRONMENT.variable, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vllm, "__file__", str(tmp_path / "a" / "b" / "c" / "d" / "vllm.py"))
-    assert find_vllm() is None
+    monkeypatch.setattr(worker, "__file__", str(tmp_path / "a" / "b" / "c" / "d" / "worker.py"))
+    assert VLLM_ENVIRONMENT.find() is None
     with pytest.raises(BaselineError, match="make vllm"):
         VLLM(Path("model"), CONFIG)
 
     python = tmp_path / ".venv-vllm" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(PYTHON)
-    assert find_vllm() == python
+    assert VLLM_ENVIRONMENT.find() == python
 
-    monkeypatch.setenv(vllm.PYTHON_VARIABLE, str(PYTHON))
-    assert find_vllm() == PYTHON
-    monkeypatch.setenv(vllm.PYTHON_VARIABLE, str(tmp_path / "nothing"))
+    monkeypatch.setenv(VLLM_ENVIRONMENT.variable, str(PYTHON))
+    assert VLLM_ENVIRONMENT.find() == PYTHON
+    monkeypatch.setenv(VLLM_ENVIRONMENT.variable, str(tmp_path / "nothing"))
     with pytest.raises(TokenDanceError, match="no such file"):
-        find_vllm()
+        VLLM_ENVIRONMENT.find()
 
 
 def test_environment_of_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import IO
 
 import httpx
 
-from tokendance.bench.vllm import VLLMConfig, child_environment, find_vllm
+from tokendance.bench.vllm import VLLM_ENVIRONMENT, VLLMConfig, child_environment
 
 SCENARIOS = Path(__file__).parent / "vllm_scenarios"
 START_S, END_S = 300.0, 30.0
@@ -119,7 +119,7 @@ def vllm_server(
         plugin: whether TokenDance is inside.
         environment: more variables.
     """
-    python = find_vllm()
+    python = VLLM_ENVIRONMENT.find()
     assert python is not None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,19 +1,14 @@
-"""What suites have in common of what they compare: engines, rounds, and vLLM beside them."""
+"""What suites have in common of what they compare: engines and rounds."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import timed
-from tokendance.bench.vllm import HOW_TO_INSTALL, VLLM, VLLMConfig, VLLMResult, find_vllm
-from tokendance.bench.workload import RoundWorkload, WorkloadSpec
+from tokendance.bench.workload import WorkloadSpec
 from tokendance.collector.correction import CorrectionPolicy
 from tokendance.conversation import Agent
 from tokendance.engine.request import Request
@@ -21,16 +16,13 @@ from tokendance.errors import ConfigError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.llm import LLM
-from tokendance.models.loader import LoadedModel, checkpoint_source, load_model
+from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions, ReuseMode
 from tokendance.outputs import RoundResult
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, PromptLike, private, shared
-from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, TokenIds
+from tokendance.rounds.segments import PrefixHashes, TokenIds
 from tokendance.rounds.trace import TraceAgent
-
-if TYPE_CHECKING:  # it is not there where only the engine is (gpu/)
-    from rich.console import Console
 
 DTYPES = ("bfloat16", "float32")
 BLOCK_TOKENS = WorkloadSpec().block_tokens
@@ -217,73 +209,3 @@ def timed_spec(settings: BenchSettings, agents: int) -> WorkloadSpec:
     if settings.tiny:
         return WorkloadSpec(agents, 40, (20, 40), source=settings.source, seed=settings.seed)
     return WorkloadSpec(agents, source=settings.source, seed=settings.seed)
-
-
-def vllm_round(
-    vllm: VLLM,
-    llm: LLM,
-    workload: RoundWorkload,
-    num_tokens: int,
-    *,
-    tagged: bool = False,
-    together: bool = False,
-) -> VLLMResult:
-    """Run a round that `llm` encodes through vLLM, with the private parts in its prefix cache.
-
-    `tagged`: TokenDance inside is told the blocks. `together`: see `warm_vllm`.
-    """
-    encoded = workload.encoded(llm)
-    warm_vllm(vllm, encoded, together=together)
-    blocks = [places_of_blocks(prompt) for prompt in encoded] if tagged else None
-    return vllm.run([prompt.token_ids.tolist() for prompt in encoded], num_tokens, blocks=blocks)
-
-
-def warm_vllm(vllm: VLLM, prompts: Sequence[EncodedPrompt], *, together: bool = False) -> None:
-    """Leave vLLM with the first segment of each prompt in its prefix cache, and nothing else.
-
-    As in `RoundWorkload.warm` each is computed by itself: that no block is shared is said. Or
-    `together`, as the first requests of agents come: what these texts have in common is then found,
-    and read from one of them.
-    """
-    vllm.reset()
-    beginnings = [prompt.segments[0].token_ids.tolist() for prompt in prompts]
-    vllm.run(beginnings, 1, blocks=None if together else [[] for _ in beginnings])
-
-
-def places_of_blocks(prompt: EncodedPrompt) -> list[int]:
-    """Positions begin, end, begin, end, ... of a prompt's shared segments."""
-    return [
-        place
-        for begin, segment in prompt.shared_segments()
-        for place in (begin, begin + len(segment))
-    ]
-
-
-@contextmanager
-def started_vllm(
-    settings: BenchSettings,
-    console: "Console",
-    model: LoadedModel,
-    notes: list[str],
-    *,
-    max_context: int,
-    num_tokens: int,
-) -> Iterator[VLLM | None]:
-    """Start vLLM if the user asks for it and it is installed; say so where it is not.
-
-    Its settings are added to `notes`. It has room for `num_tokens` tokens of KV, and for
-    `max_context` in a prompt with its answer.
-    """
-    if settings.against != "vllm":
-        yield None
-    elif find_vllm() is None:
-        console.print(f"vLLM is left out: it is not installed. {HOW_TO_INSTALL}")
-        yield None
-    else:
-        kv_bytes = num_tokens * model.shape.kv_bytes_per_token(torch.bfloat16)
-        config = VLLMConfig(max_context=max_context, kv_bytes=kv_bytes)
-        with console.status("Starting vLLM (it compiles the model: about two minutes) ..."):
-            vllm = VLLM(Path(checkpoint_source(settings.model)), config)
-        with vllm:
-            notes.append(vllm.settings)
-            yield vllm

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokendance.bench.arms import vllm_round
+from tokendance.bench.rivals import vllm_round
 from tokendance.bench.suite import Row, in_turn, spread
 from tokendance.bench.vllm import VLLM, VLLMConfig, VLLMResult
 from tokendance.bench.workload import RoundWorkload

@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokendance.bench.settings import VLLM_SUITES, BenchSettings
+from tokendance.bench.settings import RIVAL_SUITES, BenchSettings
 from tokendance.bench.suite import Row, SuiteResult, describe_machine
 from tokendance.results import write_result
 
@@ -37,8 +37,8 @@ def _command(result: SuiteResult, settings: BenchSettings) -> str:
         command += f" --source {settings.source}"
     if settings.tiny:
         command += " --size tiny"
-    if settings.against == "vllm" and result.suite in VLLM_SUITES:
-        command += " --against vllm"
+    if settings.against is not None and result.suite in RIVAL_SUITES[settings.against]:
+        command += f" --against {settings.against}"
     return command
 
 

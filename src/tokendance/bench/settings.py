@@ -1,5 +1,6 @@
 """What a user chooses of the suites. Imported by the command line, so it imports little itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,7 +21,12 @@ SuiteName = Literal[
     "view",
 ]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
-VLLM_SUITES: tuple[SuiteName, ...] = ("prefill", "decode", "capacity")  # with a place for vLLM
+Rival = Literal["vllm", "llamacpp"]
+# The suites that have a place for another engine.
+RIVAL_SUITES: Mapping[Rival, tuple[SuiteName, ...]] = {
+    "vllm": ("prefill", "decode", "capacity"),
+    "llamacpp": ("prefill", "decode"),
+}
 INSIDE_SUITES: tuple[SuiteName, ...] = ("plain", "prefill", "decode", "capacity", "fidelity")
 Size = Literal["tiny", "full"]
 
@@ -38,8 +44,8 @@ class BenchSettings:
         seed: of texts, lengths and orders.
         source: of private texts and what agents say, in prefill, capacity and fidelity: town, the
             example, or a trace with personas.
-        against: measure this engine too, in its own environment (make vllm), where a suite has a
-            place for it.
+        against: measure this engine too, in its own environment (make vllm, make llamacpp), where
+            a suite has a place for it.
         inside: measure TokenDance inside this engine, against the same one without it.
         engine: what all engines of a suite have in common; it sets the rest itself.
     """
@@ -49,7 +55,7 @@ class BenchSettings:
     repeats: int = 3
     seed: int = 0
     source: str = "town"
-    against: Literal["vllm"] | None = None
+    against: Rival | None = None
     inside: Literal["vllm"] | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
 

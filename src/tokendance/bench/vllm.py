@@ -5,44 +5,29 @@
         print(vllm.run(prompts, max_tokens=1).seconds)
         vllm.reset()
 
-vLLM wants other versions of what we use, so it is not imported here: `vllm_worker.py` runs beside
-it and speaks JSON lines over pipes. One engine is one process, in a session of its own, so that
-nothing of it is left when the driver is closed.
+See `bench/worker.py` for its process; what runs in it is `vllm_engine.py`.
 
 The defaults follow what vLLM's documentation advises for CPUs; see `child_environment` too.
 """
 
-import contextlib
 import ctypes.util
-import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokendance.bench.worker import WORKER_MAIN, Environment, Worker, inherited_variables
 from tokendance.errors import BaselineError
 
-HOW_TO_INSTALL = (
-    "Run `make vllm` in a checkout of TokenDance, or set TOKENDANCE_VLLM_PYTHON to the Python of"
-    " an environment that has vLLM."
-)
-PYTHON_VARIABLE = "TOKENDANCE_VLLM_PYTHON"
-WORKER = Path(__file__).with_name("vllm_worker.py")
-
-_TAIL_LINES = 15
-# How long vLLM may take to end by itself before it is killed, in seconds.
-_GRACE_S = 10.0
+VLLM_ENVIRONMENT = Environment("vLLM", "TOKENDANCE_VLLM_PYTHON", ".venv-vllm", "vllm")
+SCRIPTS = (WORKER_MAIN, Path(__file__).with_name("vllm_engine.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,39 +99,14 @@ def count_blocks(prompts: Iterable[Sequence[int]], answer_tokens: int, block_siz
     return len(full) + partial
 
 
-def find_vllm() -> Path | None:
-    """Find the Python of the environment that has vLLM; None if there is none.
-
-    It is the one that TOKENDANCE_VLLM_PYTHON names, or that of `.venv-vllm` in the current folder
-    or in the checkout that this package lies in.
-
-    Raises:
-        BaselineError: The variable names no file.
-    """
-    if named := os.environ.get(PYTHON_VARIABLE):
-        if not Path(named).is_file():
-            raise BaselineError(
-                f"{PYTHON_VARIABLE} names {named}, and there is no such file."
-                " Correct it, or unset it."
-            )
-        return Path(named).absolute()
-    # From src/tokendance/bench/vllm.py up to the root of the checkout.
-    for folder in (Path.cwd(), Path(__file__).absolute().parents[3]):
-        # The link is not resolved: it is by its place that Python knows its environment.
-        python = folder / ".venv-vllm" / "bin" / "python"
-        if python.is_file():
-            return python
-    return None
-
-
 class VLLM:
     """One vLLM engine in a process of its own. Close it, or use it as a context manager.
 
     Args:
         model: folder of the checkpoint.
         config: its settings.
-        python: of the environment that has vLLM; by default what `find_vllm` finds.
-        worker: script that speaks the protocol of `vllm_worker.py`.
+        python: of the environment that has vLLM; by default what `VLLM_ENVIRONMENT` finds.
+        scripts: what that Python runs; it speaks the protocol of `vllm_engine.py`.
         start_timeout_s: seconds that vLLM may take to load and to compile.
 
     Raises:
@@ -159,39 +119,24 @@ class VLLM:
         config: VLLMConfig | None = None,
         *,
         python: Path | None = None,
-        worker: Path = WORKER,
+        scripts: Sequence[Path] = SCRIPTS,
         start_timeout_s: float = 600.0,
     ) -> None:
         config = config or VLLMConfig()
-        python = python or find_vllm()
-        if python is None:
-            raise BaselineError(f"vLLM is not installed. {HOW_TO_INSTALL}")
-        # A file takes whatever vLLM prints, without a thread that has to empty a pipe.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self._unread = b""
-        try:
-            self._process = subprocess.Popen(
-                # Without -P, Python would take this very file for vLLM: it lies beside the script.
-                [python, "-P", worker],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                env=child_environment(python, config),
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._stderr.close()
-            raise BaselineError(f"{python} could not be run: {error}. {HOW_TO_INSTALL}") from error
+        python = python or VLLM_ENVIRONMENT.require()
+        variables = child_environment(python, config)
+        self._worker = Worker(VLLM_ENVIRONMENT, python, scripts, variables)
         request = {"op": "start", "engine": config.engine_arguments(model)}
-        started = self._ask(request, start_timeout_s)
+        started = self._worker.ask(request, start_timeout_s)
         self.version: str = str(started.get("version"))
         if config.plugin and not started.get("plugin"):
-            self.close(0)
+            self._worker.close(0)
             said = " ".join(started.get("said", ()))
             raise BaselineError(
                 said
                 or f"TokenDance is not installed in the environment of {python}. Run `make vllm`."
             )
+        self.block_size = config.block_size
         self.settings = (
             f"vLLM {self.version}: {config.dtype}, prefix caching, blocks of {config.block_size}, "
             f"compiled, {config.threads} threads, up to {config.max_num_batched_tokens} tokens a "
@@ -239,7 +184,7 @@ class VLLM:
             "max_tokens": max_tokens,
             **further,
         }
-        reply = self._ask(request, timeout_s)
+        reply = self._worker.ask(request, timeout_s)
         try:
             result = VLLMResult(
                 seconds=float(reply["seconds"]),
@@ -249,12 +194,11 @@ class VLLM:
                 peak_blocks=int(reply["peak_blocks"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise self._failed(f"vLLM's reply lacks a figure ({error!r})") from error
+            raise self._worker.failed(f"gave a reply that lacks a figure ({error!r})") from error
         lengths = [len(answer) for answer in result.token_ids]
         if lengths != [max_tokens] * len(prompts):
-            raise self._failed(
-                f"vLLM was asked for {len(prompts)} answers of {max_tokens} tokens, and gave"
-                f" {lengths}"
+            raise self._worker.failed(
+                f"was asked for {len(prompts)} answers of {max_tokens} tokens, and gave {lengths}"
             )
         return result
 
@@ -294,88 +238,11 @@ class VLLM:
         Raises:
             BaselineError: vLLM refused, died or hung; it is closed then.
         """
-        self._ask({"op": "reset"}, timeout_s)
+        self._worker.ask({"op": "reset"}, timeout_s)
 
-    def _ask(self, request: Mapping[str, object], timeout_s: float) -> dict[str, Any]:
-        """Send one request and wait for its reply; whatever goes wrong closes vLLM."""
-        if self._process.stdin is None or self._process.stdin.closed:
-            raise BaselineError("vLLM is closed. Start another one.")
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._read_line(time.monotonic() + timeout_s)
-        except BrokenPipeError as error:
-            raise self._failed("vLLM died", ends=True) from error
-        except TimeoutError as error:
-            raise self._failed(
-                f"vLLM did not answer {request['op']!r} within {timeout_s:g} seconds"
-            ) from error
-        except BaseException:
-            # Ctrl-C, most likely. What vLLM computes now is of no use to anybody.
-            self.close(0)
-            raise
-        if not line:
-            raise self._failed("vLLM died", ends=True)
-        try:
-            reply = json.loads(line)
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            raise self._failed(f"vLLM's reply cannot be read: {line[:200]!r}")
-        if "error" in reply:
-            raise self._failed(f"vLLM failed: {reply['error']}", ends=True)
-        return reply
-
-    def _read_line(self, deadline: float) -> bytes:
-        """Read a line, b"" at the end of the pipe; a TimeoutError at a time of the clock."""
-        assert self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
-        while b"\n" not in self._unread:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            chunk = os.read(pipe, 1 << 16)
-            if not chunk:
-                # Half a line is a reply that was cut off by its writer's death.
-                return b""
-            self._unread += chunk
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line
-
-    def _failed(self, what: str, *, ends: bool = False) -> BaselineError:
-        """Close vLLM and return the error to raise, with the last lines of its stderr."""
-        if ends:  # by itself, and it may say more until then
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_S)
-        status = self._process.poll()
-        if status is not None:
-            what += f" (exit status {status})"
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-        self.close(0)
-        said = "\n".join(lines) or "(nothing)"
-        return BaselineError(f"{what}. See the last lines that it printed:\n{said}")
-
-    def close(self, grace_s: float = _GRACE_S) -> None:
-        """End the process, if need be after a time, and all that it started; may come again."""
-        if self._stderr.closed:
-            return
-        try:
-            assert self._process.stdin is not None
-            # The end of its input tells the worker to end, so that vLLM can tidy up.
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            if grace_s:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(grace_s)
-        finally:
-            # The session outlives its leader if vLLM left processes behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._stderr.close()
+    def close(self) -> None:
+        """End the process and all that it started; may come again."""
+        self._worker.close()
 
 
 def _tags(blocks: Sequence[Sequence[int]] | None) -> dict[str, object]:
@@ -385,12 +252,7 @@ def _tags(blocks: Sequence[Sequence[int]] | None) -> dict[str, object]:
 
 def child_environment(python: Path, config: VLLMConfig) -> dict[str, str]:
     """Environment variables for vLLM: ours, and what its documentation advises on a CPU."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        # Our own environment must not reach into vLLM's.
-        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
+    environment = inherited_variables()
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -15,15 +15,15 @@ from tokendance.bench.plots import NO_MATPLOTLIB
 from tokendance.bench.report import write_report
 from tokendance.bench.settings import (
     INSIDE_SUITES,
+    RIVAL_SUITES,
     SUITES,
-    VLLM_SUITES,
     BenchOutputs,
     BenchSettings,
     SuiteName,
 )
 from tokendance.bench.suite import SuiteResult
-from tokendance.bench.vllm import HOW_TO_INSTALL, find_vllm
-from tokendance.errors import BaselineError, ConfigError
+from tokendance.bench.vllm import VLLM_ENVIRONMENT
+from tokendance.errors import ConfigError
 from tokendance.results import check_writable, write_result
 
 
@@ -85,10 +85,13 @@ def _load(name: SuiteName, settings: BenchSettings) -> _SuiteModule:
 
 def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutputs) -> None:
     """Refuse what has no effect or cannot be written, before minutes of work."""
-    if settings.against is not None and suite is not None and suite not in VLLM_SUITES:
-        raise ConfigError(
-            f"--against goes with {', '.join(VLLM_SUITES)} and all, not with {suite}."
-        )
+    if settings.against is not None and suite is not None:
+        suites = RIVAL_SUITES[settings.against]
+        if suite not in suites:
+            raise ConfigError(
+                f"--against {settings.against} goes with {', '.join(suites)} and all, not with "
+                f"{suite}."
+            )
     engine = settings.engine
     if settings.inside is not None:
         if suite not in INSIDE_SUITES:
@@ -102,15 +105,14 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
                 "vLLM runs with settings of its own. Of the engine's options --engine vllm takes"
                 " --threads only."
             )
-        if find_vllm() is None:
-            raise BaselineError(f"--engine vllm: vLLM is not installed. {HOW_TO_INSTALL}")
+        VLLM_ENVIRONMENT.require()
     if suite == "attention" and replace(engine, threads=None) != type(engine)():
         raise ConfigError(
             "`bench attention` measures every backend by itself, on the CPU. Of the engine's "
             "options it takes --threads only."
         )
     if settings.against is not None and engine.device != "cpu":
-        raise ConfigError("--against vllm runs on the CPU, so it goes without --device.")
+        raise ConfigError("What --against names runs on the CPU, so it goes without --device.")
     if suite is None and outputs.out is None:
         raise ConfigError("`bench all` writes a report. Say where with --out FOLDER.")
     if suite is None and (outputs.json or outputs.plot):

@@ -10,8 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokendance.attention.backends import WHY_NOT_NATIVE
+from tokendance.bench.llamacpp import LLAMACPP_ENVIRONMENT
 from tokendance.bench.suite import describe_machine
-from tokendance.bench.vllm import HOW_TO_INSTALL, find_vllm
+from tokendance.bench.vllm import VLLM_ENVIRONMENT
+from tokendance.bench.worker import Environment
 from tokendance.models import demo
 from tokendance.models.loader import choose_dtype, dtype_name
 
@@ -43,7 +45,6 @@ def _findings() -> list[Finding]:
     dtype = dtype_name(choose_dtype("auto", torch.device("cpu")))
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     missing = {alias: demo.why_missing(alias) for alias in demo.MODELS}
-    vllm = find_vllm()
     return [
         ("machine", hardware, None),
         ("versions", versions, None),
@@ -56,8 +57,14 @@ def _findings() -> list[Finding]:
             (f"model {alias}", "at hand" if reason is None else "not installed", reason)
             for alias, reason in missing.items()
         ),
-        ("vLLM, for --against", str(vllm or "not installed"), None if vllm else HOW_TO_INSTALL),
+        *map(_rival, (VLLM_ENVIRONMENT, LLAMACPP_ENVIRONMENT)),
     ]
+
+
+def _rival(environment: Environment) -> Finding:
+    python = environment.find()
+    advice = None if python else environment.how_to_install
+    return f"{environment.engine}, for --against", str(python or "not installed"), advice
 
 
 def _threads() -> Finding:

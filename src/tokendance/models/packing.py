@@ -30,6 +30,11 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)
         self._bias = None if linear.bias is None else linear.bias.detach()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return int(self._packed.element_size()) * self.in_features * self.out_features
+
     def forward(self, rows: Tensor) -> Tensor:
         """Multiply (..., in_features) rows."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -51,6 +56,13 @@ def pack_linear_layers(model: nn.Module) -> int:
                 setattr(module, name, PackedLinear(child))
                 count += 1
     return count
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights that a model holds."""
+    parameters = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    packed = (module.nbytes for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(parameters.values()) + sum(packed)
 
 
 def _can_pack(weight: Tensor) -> bool:

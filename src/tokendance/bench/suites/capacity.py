@@ -18,12 +18,11 @@ from tokendance.bench.arms import (
     load,
     make_engines,
     run_checked,
-    started_vllm,
     timed_spec,
-    vllm_round,
     wall_seconds,
 )
 from tokendance.bench.plots import draw_bars
+from tokendance.bench.rivals import started_vllm, vllm_round
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLMConfig, count_blocks

@@ -7,7 +7,8 @@ context, the run alone and each task alone, so without attention to private part
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ from tokendance.bench.arms import (
     make_engine,
     make_engines,
     run_checked,
-    started_vllm,
     timed_spec,
-    vllm_round,
 )
+from tokendance.bench.llamacpp import MODES as LLAMACPP_MODES
+from tokendance.bench.llamacpp import Context, LlamaCpp, Mode
 from tokendance.bench.plots import draw_lines
+from tokendance.bench.rivals import LlamaCppPrompts, started_llamacpp, started_vllm, vllm_round
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult, between, in_turn, ratio, spread
 from tokendance.bench.vllm import VLLM
@@ -112,6 +114,16 @@ class _Round:
         arm.prompt_tokens = arm.computed_tokens = sum(map(len, prompts))
         return generate_seconds(llm, prompts, 1)
 
+    def time_llamacpp(self, arm: _Arm, context: Context, mode: Mode) -> float:
+        """The same by llama.cpp; with the shared text in front nothing is computed before."""
+        prompts = LlamaCppPrompts.of(self.workload.encoded(self.engines["bfloat16"]["none"]), mode)
+        result = context.prefill(
+            prompts.token_ids, cached=prompts.cached, in_front=prompts.in_front
+        )
+        arm.prompt_tokens = sum(map(len, prompts.token_ids))
+        arm.computed_tokens = result.computed_tokens
+        return result.seconds
+
     def time_vllm(self, arm: _Arm, vllm: VLLM) -> float:
         """The same by vLLM."""
         llm = self.engines["bfloat16"]["prefix"]
@@ -140,18 +152,24 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     best_dtype: dict[str, str] = {}
     longest = _longest(small[-1])
     engines = {dtype: _make_engines(model, settings, small[-1]) for dtype, model in models.items()}
-    with started_vllm(
-        settings,
-        console,
-        models["bfloat16"],
-        notes,
-        max_context=longest,
-        num_tokens=2 * small[-1] * longest,
-    ) as vllm:
+    with (
+        started_vllm(
+            settings,
+            console,
+            models["bfloat16"],
+            notes,
+            max_context=longest,
+            num_tokens=2 * small[-1] * longest,
+        ) as vllm,
+        started_llamacpp(settings, console, notes) as llama,
+    ):
         for size in small:
             round_ = _write_round(settings, size, engines, keep=True)
-            with console.status(f"Rounds of {size} agents in turn ..."):
-                arms = _time_in_turn(round_, _arms(size, {}), vllm, settings.repeats)
+            with (
+                console.status(f"Rounds of {size} agents in turn ..."),
+                _rival_runs(round_, vllm, llama, size, longest) as rivals,
+            ):
+                arms = _time_in_turn(round_, _arms(size, {}), rivals, settings.repeats)
             table.add(*(arm.row(size) for arm in arms))
             best_dtype = _fastest_dtypes(arms)
     del engines, round_
@@ -221,12 +239,32 @@ def _arms(agents: int, best_dtype: Mapping[str, str]) -> list[_Arm]:
     ]
 
 
-def _time_in_turn(round_: _Round, arms: list[_Arm], vllm: VLLM | None, repeats: int) -> list[_Arm]:
-    """Time arms in turn, vLLM among them if it is there; return all of them."""
-    kinds = {arm: partial(round_.time, arm) for arm in arms}
-    if vllm is not None:
-        theirs = _Arm("vllm", "bfloat16")
-        kinds[theirs] = partial(round_.time_vllm, theirs, vllm)
+@contextmanager
+def _rival_runs(
+    round_: _Round, vllm: VLLM | None, llama: LlamaCpp | None, agents: int, longest: int
+) -> Iterator[dict[_Arm, Callable[[], float]]]:
+    """Runs of the other engines that are there."""
+    runs: dict[_Arm, Callable[[], float]] = {}
+    with ExitStack() as stack:
+        if vllm is not None:
+            arm = _Arm("vllm", "bfloat16")
+            runs[arm] = partial(round_.time_vllm, arm, vllm)
+        for mode in LLAMACPP_MODES if llama is not None else ():
+            assert llama is not None
+            arm = _Arm(str(mode), mode.weights)
+            context = stack.enter_context(llama.open(mode, agents, longest))
+            runs[arm] = partial(round_.time_llamacpp, arm, context, mode)
+        yield runs
+
+
+def _time_in_turn(
+    round_: _Round,
+    arms: list[_Arm],
+    rivals: Mapping[_Arm, Callable[[], float]],
+    repeats: int,
+) -> list[_Arm]:
+    """Time arms in turn, and what other engines do; return all of them."""
+    kinds = {arm: partial(round_.time, arm) for arm in arms} | dict(rivals)
     for arm, seconds in in_turn(kinds, repeats).items():
         arm.seconds = seconds
     best_dtype = _fastest_dtypes(kinds)
@@ -264,6 +302,10 @@ def _headline(rows: list[Row]) -> dict[str, float | None]:
             below = ratios.get((agents, mode))
             headline[f"{name}_ratio_{agents}"] = None if below is None else 1 / below
     headline["speedup_vs_vllm_10"] = ratios.get((10, "vllm"))
+    for in_front, name in ((False, "llamacpp"), (True, "llamacpp_in_front")):
+        modes = [str(mode) for mode in LLAMACPP_MODES if mode.in_front == in_front]
+        if found := [ratios[10, mode] for mode in modes if (10, mode) in ratios]:
+            headline[f"speedup_vs_{name}_10"] = min(found)
     return headline
 
 

@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tokendance.bench.arms import DTYPES, load, make_engine, places_of_blocks, warm_vllm
+from tokendance.bench.arms import DTYPES, load, make_engine
 from tokendance.bench.inside import INSIDE, PLAIN, TAGGED, started_pair
 from tokendance.bench.plots import draw_bars
+from tokendance.bench.rivals import places_of_blocks, warm_vllm
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLM, VLLMConfig

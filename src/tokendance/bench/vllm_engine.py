@@ -1,9 +1,6 @@
-"""Serves vLLM over JSON lines, in vLLM's own environment.
+"""vLLM, as `worker_main.py` starts it in vLLM's own environment for `bench/vllm.py`.
 
-    python -P vllm_worker.py < requests > replies
-
-It is run as a script, by a Python that knows vLLM and not this package, so it imports nothing of
-ours. `bench/vllm.py` starts it. Each request is one line, and so is its reply:
+Each request is one line, and so is its reply:
 
     {"op": "start", "engine": {...}}             {"version": "0.32.0", "plugin": true,
                                                   "said": ["...", ...]}
@@ -16,19 +13,13 @@ ours. `bench/vllm.py` starts it. Each request is one line, and so is its reply:
 what it has logged. A `run` may say of each prompt which "blocks" others read: [[5, 9], ...]. With
 "forced": [[3], ...] these are its answers, and with "file": PATH it leaves there, as .npz, the
 log-probabilities of each answer, float32 (tokens, vocabulary).
-What goes wrong is replied as {"error": "..."}, with the traceback on stderr, and ends the process
-with status 1. The end of stdin ends it too.
 """
 
 import importlib
-import json
 import logging
-import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -91,47 +82,29 @@ class _Engine:
         self.has_plugin = type(scheduler).__module__.startswith("tokendance.")
         self.counts = _Counts(scheduler)
 
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request asks for."""
+        match request["op"]:
+            case "run":
+                return _run(self, request)
+            case "reset":
+                if not self.llm.reset_prefix_cache():
+                    raise RuntimeError("vLLM did not reset its prefix cache")
+                return {}
+            case operation:
+                raise ValueError(f"there is no operation {operation!r}")
+
     def _listen(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
             self.said.append(record.getMessage())
         return True
 
 
-def main() -> int:
-    """Answer requests until the end of stdin, and return the exit status."""
-    engine: _Engine | None = None
-    with _take_stdout() as replies:
-        for line in sys.stdin:
-            try:
-                request = json.loads(line)
-                if request["op"] == "start":
-                    engine = _Engine(request["engine"])
-                    reply = {
-                        "version": vllm.__version__,
-                        "plugin": engine.has_plugin,
-                        "said": engine.said,
-                    }
-                else:
-                    assert engine is not None, "no start"
-                    reply = _answer(engine, request)
-            except Exception as error:
-                traceback.print_exc()
-                _send(replies, {"error": f"{type(error).__name__}: {error}"})
-                return 1
-            _send(replies, reply)
-    return 0
-
-
-def _answer(engine: _Engine, request: dict[str, Any]) -> dict[str, Any]:
-    match request["op"]:
-        case "run":
-            return _run(engine, request)
-        case "reset":
-            if not engine.llm.reset_prefix_cache():
-                raise RuntimeError("vLLM did not reset its prefix cache")
-            return {}
-        case operation:
-            raise ValueError(f"there is no operation {operation!r}")
+def start(request: dict[str, Any]) -> tuple[_Engine, dict[str, Any]]:
+    """Start vLLM, and return it with what is replied."""
+    engine = _Engine(request["engine"])
+    reply = {"version": vllm.__version__, "plugin": engine.has_plugin, "said": engine.said}
+    return engine, reply
 
 
 def _run(engine: _Engine, request: dict[str, Any]) -> dict[str, Any]:
@@ -175,19 +148,3 @@ def _dense(flat: Any) -> np.ndarray:
     for row, (begin, end) in enumerate(rows):
         dense[row, flat.token_ids[begin:end]] = flat.logprobs[begin:end]
     return dense
-
-
-def _take_stdout() -> IO[str]:
-    """Keep stdout for replies; whatever else prints there goes to stderr from now on."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return replies
-
-
-def _send(replies: IO[str], reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply) + "\n")
-    replies.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
