@@ -69,7 +69,7 @@ sanitize: $(STAMP) ## the tests of the native code under sanitizers (Linux, g++)
 	$(BIN)/cmake --build .venv/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 TOKENDANCE_NATIVE=.venv/sanitized \
-		$(BIN)/pytest -q -p no:cacheprovider -m 'not demo' tests/test_attention.py tests/test_fused.py
+		$(BIN)/pytest -q -p no:cacheprovider -m 'not demo' tests/test_attention.py tests/test_fused.py tests/test_products.py
 
 check: lint types test-all sanitize ## all of it: what CI runs, before test-vllm
 

@@ -26,6 +26,7 @@
 namespace TD_NAMESPACE {
 
 using tokendance::Format;
+using tokendance::Kernel;
 using tokendance::kFewQueries;
 using tokendance::Layer;
 using tokendance::Partials;
@@ -760,15 +761,6 @@ void merge(const Plan& plan, const Layer& l, const Partials& partials, int64_t f
     merge_as<uint16_t>(plan, l, partials, first, last);
 }
 
+extern const Kernel kAttention = {scratch_bytes, rows_per_task, write, attend, merge};
+
 }  // namespace TD_NAMESPACE
-
-namespace tokendance {
-
-extern const Kernel TD_KERNEL = {TD_NAME,
-                                 TD_NAMESPACE::scratch_bytes,
-                                 TD_NAMESPACE::rows_per_task,
-                                 TD_NAMESPACE::write,
-                                 TD_NAMESPACE::attend,
-                                 TD_NAMESPACE::merge};
-
-}  // namespace tokendance

@@ -77,7 +77,6 @@ struct Task {
 
 // What each instruction set provides.
 struct Kernel {
-    const char* name;
     // Bytes of scratch memory, aligned to 64, that a thread needs for `attend`, given D.
     int64_t (*scratch_bytes)(int64_t size);
     // Rows of one task, given G.

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernel.h"
+#include "instruction_sets.h"
 #include "tensor.h"
 #include "threads.h"
 
@@ -22,22 +23,10 @@ namespace nb = nanobind;
 
 namespace tokendance {
 
-extern const Kernel kPortable;
-#if defined(TD_X86)
-extern const Kernel kAvx2, kAvx512, kAvx512Bf16;
-#endif
-
-void bind_rows(nb::module_& m);  // row_ops.cpp
+void bind_products(nb::module_& m);  // product_ops.cpp
+void bind_rows(nb::module_& m);      // row_ops.cpp
 
 namespace {
-
-std::vector<const Kernel*> usable_kernels() {
-#if defined(TD_X86)
-    return usable<Kernel>({&kAvx512Bf16, &kAvx512, &kAvx2, &kPortable});
-#else
-    return usable<Kernel>({&kPortable});
-#endif
-}
 
 template <class Scalar>
 using Array = nb::ndarray<const Scalar, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -74,7 +63,7 @@ class Step {
          Array<int64_t> row_indptr, Array<int64_t> range_indptr, Array<int64_t> rows,
          Array<int64_t> slot_begin, Array<int64_t> slot_end, Array<int32_t> rotations,
          Array<int32_t> key_end)
-        : kernel_(kernel_named(kernel, usable_kernels())), num_slots_(num_slots) {
+        : kernel_(set_named(kernel).attention), num_slots_(num_slots) {
         write_slots_ = copied(write_slots);
         rows_ = copied(rows);
         rotations_ = copied(rotations);
@@ -349,7 +338,7 @@ NB_MODULE(_native, m) {
     m.doc() = "Shared-in-place attention on a CPU.";
     m.def("kernels", [] {
         std::vector<std::string> names;
-        for (const Kernel* kernel : usable_kernels()) names.emplace_back(kernel->name);
+        for (const InstructionSet& set : usable_sets()) names.emplace_back(set.name);
         return names;
     }, "Names of the kernels that this machine can run, the fastest first.");
     m.def("thread_source", [] { return std::string(thread_source()); },
@@ -363,5 +352,6 @@ NB_MODULE(_native, m) {
              nb::arg("keys"), nb::arg("values"), nb::arg("output"), nb::arg("key_begin").none(),
              nb::arg("cosines"), nb::arg("sines"), nb::arg("interleaved"), nb::arg("scale"),
              nb::arg("threads"));
+    bind_products(m);
     bind_rows(m);
 }

@@ -5,28 +5,14 @@
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
-#include "rows.h"
+#include "instruction_sets.h"
 #include "tensor.h"
 #include "threads.h"
 
 namespace tokendance {
 
-extern const RowKernel kPortableRows;
-#if defined(TD_X86)
-extern const RowKernel kAvx2Rows, kAvx512Rows, kAvx512Bf16Rows;
-#endif
-
 namespace {
-
-std::vector<const RowKernel*> usable_row_kernels() {
-#if defined(TD_X86)
-    return usable<RowKernel>({&kAvx512Bf16Rows, &kAvx512Rows, &kAvx2Rows, &kPortableRows});
-#else
-    return usable<RowKernel>({&kPortableRows});
-#endif
-}
 
 // Fewer numbers than this are not worth a second thread.
 constexpr int64_t kNumbersPerTask = 1 << 15;
@@ -66,7 +52,7 @@ const void* weight_of(const nb::handle& weight, const Tensor& rows, int64_t size
 class RowOps {
   public:
     explicit RowOps(const std::string& kernel)
-        : kernel_(kernel_named(kernel, usable_row_kernels())) {}
+        : kernel_(set_named(kernel).rows) {}
 
     void normalise(nb::handle rows, nb::handle added, nb::handle sums, nb::handle weight,
                    float epsilon, bool weight_from_one, nb::handle output, int threads) const {

@@ -15,18 +15,7 @@ using tokendance::Format;
 using tokendance::Gate;
 using tokendance::Norm;
 using tokendance::Rotation;
-
-// A vector of numbers that lie in memory as float, or as bfloat16 in uint16_t.
-inline Floats read(const float* from) { return load<Floats>(from); }
-inline Floats read(const uint16_t* from) { return bits<Floats>(widened(from)); }
-inline void write(float* to, Floats numbers) { store(to, numbers); }
-inline void write(uint16_t* to, Floats numbers) {
-    const Words words = bits<Words>(numbers);
-    const Words rounded = (words + 0x7fffu + ((words >> 16) & 1)) >> 16;
-    // NaN: rounding could make it infinite.
-    const Words safe = (words & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : rounded;
-    store(to, __builtin_convertvector(safe, Halves));
-}
+using tokendance::RowKernel;
 
 // As a number of the dtype is read again after it was written.
 inline Floats rounded(Floats numbers, const float*) { return numbers; }
@@ -187,11 +176,6 @@ void gate(const Gate& gate, int64_t first, int64_t last) {
     gate_as<uint16_t>(gate, first, last);
 }
 
+extern const RowKernel kRows = {normalise, rotate, gate};
+
 }  // namespace TD_NAMESPACE
-
-namespace tokendance {
-
-extern const RowKernel TD_ROW_KERNEL = {TD_NAME, TD_NAMESPACE::normalise, TD_NAMESPACE::rotate,
-                                        TD_NAMESPACE::gate};
-
-}  // namespace tokendance

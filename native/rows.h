@@ -47,7 +47,6 @@ struct Gate {
 
 // What each instruction set provides; rows `first` to `last` - 1.
 struct RowKernel {
-    const char* name;
     void (*normalise)(const Norm&, int64_t first, int64_t last);
     void (*rotate)(const Rotation&, int64_t first, int64_t last);
     void (*gate)(const Gate&, int64_t first, int64_t last);

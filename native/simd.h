@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -20,6 +20,7 @@ constexpr int kVectorBytes = 4 * kLanes;
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class Vector, class Scalar>
@@ -179,5 +180,17 @@ inline float to_float(float value) { return value; }
 inline float to_float(uint16_t value) { return from_bf16(value); }
 inline void put(float* to, float value) { *to = value; }
 inline void put(uint16_t* to, float value) { *to = to_bf16(value); }
+
+// A vector of numbers that lie in memory as float, or as bfloat16 in uint16_t.
+inline Floats read(const float* from) { return load<Floats>(from); }
+inline Floats read(const uint16_t* from) { return bits<Floats>(widened(from)); }
+inline void write(float* to, Floats numbers) { store(to, numbers); }
+inline void write(uint16_t* to, Floats numbers) {
+    const Words words = bits<Words>(numbers);
+    const Words rounded = (words + 0x7fffu + ((words >> 16) & 1)) >> 16;
+    // NaN: rounding could make it infinite.
+    const Words safe = (words & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : rounded;
+    store(to, __builtin_convertvector(safe, Halves));
+}
 
 }  // namespace TD_NAMESPACE

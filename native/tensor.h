@@ -1,14 +1,10 @@
-// Tensors of torch, and which code may run on them.
+// Tensors of torch.
 #pragma once
 
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
-#include <cstring>
-#include <initializer_list>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "kernel.h"
 
@@ -72,41 +68,6 @@ inline Format format_of(const Tensor& tensor) {
     if (tensor.dtype().is(kinds[0])) return Format::kFloat32;
     require(tensor.dtype().is(kinds[1]), "the dtype must be float32 or bfloat16");
     return Format::kBFloat16;
-}
-
-// Of the kernels of all instruction sets, those that this machine can run, in their order.
-template <class Kernel>
-std::vector<const Kernel*> usable(std::initializer_list<const Kernel*> kernels) {
-    const auto runs = [](const char* name) {
-#if defined(TD_X86)
-        __builtin_cpu_init();
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        const bool avx512 =
-            avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        if (std::strcmp(name, "avx2") == 0) return avx2;
-        if (std::strcmp(name, "avx512") == 0) return avx512;
-        if (std::strcmp(name, "avx512-bf16") == 0) {
-            return avx512 && __builtin_cpu_supports("avx512bf16") != 0;
-        }
-#endif
-        return std::strcmp(name, "portable") == 0;
-    };
-    std::vector<const Kernel*> found;
-    for (const Kernel* kernel : kernels) {
-        if (runs(kernel->name)) found.push_back(kernel);
-    }
-    return found;
-}
-
-// The one of them that has a name.
-template <class Kernel>
-const Kernel* kernel_named(const std::string& name, const std::vector<const Kernel*>& kernels) {
-    const auto found = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel* kernel) {
-        return name == kernel->name;
-    });
-    require(found != kernels.end(), "there is no kernel of this name for this machine");
-    return *found;
 }
 
 }  // namespace tokendance

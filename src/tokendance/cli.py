@@ -189,7 +189,8 @@ def bench(
     ] = "embedded",
     outputs: Annotated[BenchOutputs, _flat("Results")] = BenchOutputs(),
     engine: Annotated[
-        _Engine, _flat(_ENGINE, only="engine|device|attention|max_num_batched_tokens|threads")
+        _Engine,
+        _flat(_ENGINE, only="engine|device|weights|attention|max_num_batched_tokens|threads"),
     ] = _Engine(),
 ) -> None:
     """Measure: a table while it works, and one JSON line last.
@@ -215,7 +216,7 @@ def calibrate(
     seed: Annotated[int, Parameter(help="of texts, lengths and orders.")] = 0,
     engine: Annotated[
         _Engine,
-        _flat(_ENGINE, only="engine|dtype|device|attention|max_num_batched_tokens|threads"),
+        _flat(_ENGINE, only="engine|dtype|weights|device|attention|max_num_batched_tokens|threads"),
     ] = _Engine(),
 ) -> None:
     """Measure how much correction a model needs, for --fidelity-target.

@@ -87,7 +87,7 @@ class LLM:
             torch.set_num_threads(options.threads)
         dtype = choose_dtype(options.dtype, choose_device(options.device))
         correction = _read_correction(options, str(model), dtype)  # may fail: before the loading
-        loaded = load_model(str(model), options.dtype, options.device)
+        loaded = load_model(str(model), options.dtype, options.device, options.weights)
         self._start(loaded, options, correction)
 
     @classmethod
@@ -103,7 +103,8 @@ class LLM:
 
         Args:
             model: to run.
-            options: see `EngineOptions`; what they say of loading (`dtype`, `device`, `threads`)
+            options: see `EngineOptions`; what they say of loading (`dtype`, `weights`, `device`,
+                `threads`)
                 has no effect.
             pool: KV memory to use; those that are never used at the same time may take turns on it.
             executor: to use in place of one that runs the model.
@@ -125,9 +126,10 @@ class LLM:
     ) -> None:
         self.model = model
         self.correction = correction
-        self.encoder = PromptEncoder(
-            model.tokenizer, model.shape.vocab_size, make_salt(model.name, str(model.dtype))
-        )
+        names = [model.name, str(model.dtype)]
+        if model.weights != "native":
+            names.append(model.weights)
+        self.encoder = PromptEncoder(model.tokenizer, model.shape.vocab_size, make_salt(*names))
         made = assemble(model, options, correction, self.encoder, pool=pool, executor=executor)
         self.engine, self.kv_store, self.executor = made.loop, made.store, made.executor
         self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)

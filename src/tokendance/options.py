@@ -25,6 +25,8 @@ from tokendance.units import parse_bytes
 
 ReuseMode = Literal["none", "prefix", "pic", "pic-batched", "collective"]
 REUSE_MODES: tuple[ReuseMode, ...] = get_args(ReuseMode)
+Weights = Literal["native", "int8"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 PrivateMode = Literal["open", "isolated"]
 PRIVATE_MODES: tuple[PrivateMode, ...] = get_args(PrivateMode)
 DEFAULT_MODEL = "smollm2-135m"
@@ -61,6 +63,8 @@ class EngineOptions:
         store_int8: write new KV to the store in half the bytes, a byte per number; what that costs
             is in docs/benchmarks.md.
         dtype: auto (bfloat16 where the machine computes it), bfloat16, float16 or float32.
+        weights: native (in the dtype), or int8: those of linear layers in a byte each, on a CPU;
+            steps are faster, at a price (docs/fidelity.md).
         device: where the model runs, as torch names it: cpu, cuda, cuda:1.
         attention: what computes attention; auto takes the fastest that serves the model, the device
             and the dtype. triton is for GPUs, reference is slow on purpose.
@@ -81,6 +85,7 @@ class EngineOptions:
     store_budget: int | str | None = None
     store_int8: bool = False
     dtype: str = "auto"
+    weights: Weights = "native"
     device: str = "cpu"
     attention: AttentionName = "auto"
     max_num_batched_tokens: int = 2048
@@ -96,6 +101,8 @@ class EngineOptions:
             raise ConfigError(
                 f"There is no attention {self.attention!r}. Use one of {ATTENTION_NAMES}."
             )
+        if self.weights not in WEIGHTS:
+            raise ConfigError(f"There are no weights {self.weights!r}. Use one of {WEIGHTS}.")
         check_range(self, 0, "shadow", most=1)
         check_range(self, 1, "page_size", "max_reuse_rounds", "max_num_batched_tokens", "threads")
         if self.kv_budget is not None and parse_bytes(self.kv_budget, "kv_budget") < 1:

@@ -93,6 +93,50 @@ class Step:
             ValueError: if shapes, strides or dtypes do not fit.
         """
 
+def packed_bytes(kernel: str, kind: str, inputs: int, outputs: int) -> int:
+    """Bytes that the weights of a linear layer take, a multiple of 64.
+
+    Args:
+        kernel: one of `kernels()`.
+        kind: "bfloat16" or "int8".
+        inputs: of the layer.
+        outputs: of the layer.
+    """
+
+def has_pairs(kernel: str, inputs: int) -> bool:
+    """Whether a kernel multiplies weights in bfloat16, where a layer has so many inputs."""
+
+class PackedWeights:
+    """The weights of a linear layer, as the products take them (native/products.h)."""
+
+    def __init__(
+        self, kernel: str, kind: str, weight: Tensor, bias: Tensor | None, memory: Tensor
+    ) -> None:
+        """Lay out a weight.
+
+        Args:
+            kernel: one of `kernels()`.
+            kind: "bfloat16", which takes `has_pairs`, or "int8".
+            weight: (outputs, inputs), bfloat16; for int8 also float32.
+            bias: float32 (outputs,), or None.
+            memory: uint8, `packed_bytes` of them, aligned to 64 bytes; it is kept and written.
+
+        Raises:
+            ValueError: if shapes, strides, dtypes or the memory do not fit.
+        """
+
+    def multiply(self, rows: Tensor, output: Tensor, threads: int) -> None:
+        """Multiply rows. What a row gives does not depend on the other rows.
+
+        Args:
+            rows: (T, inputs), contiguous, bfloat16; with int8 also float32.
+            output: (T, outputs), contiguous, of that dtype, written.
+            threads: at most.
+
+        Raises:
+            ValueError: if shapes, strides or dtypes do not fit.
+        """
+
 class RowOps:
     """What lies between the products of a model: each row by itself.
 

@@ -32,7 +32,7 @@ AHEAD_TOKENS = 100  # room for agents that begin to decode early
 
 def load(settings: BenchSettings, dtype: str = "bfloat16") -> LoadedModel:
     """Load the model of a suite, in a dtype that the suite chooses."""
-    return load_model(settings.model, dtype, settings.engine.device)
+    return load_model(settings.model, dtype, settings.engine.device, settings.engine.weights)
 
 
 def make_engine(

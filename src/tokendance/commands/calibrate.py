@@ -31,7 +31,7 @@ def run_calibration(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with console.status(f"Loading {escape(name)} ..."):
-        model = load_model(name, options.dtype, options.device)
+        model = load_model(name, options.dtype, options.device, options.weights)
     duration = " This takes about half an hour." if size == "full" else ""
     console.print(f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}.{duration}")
     if size == "full":

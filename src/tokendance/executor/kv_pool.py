@@ -1,8 +1,5 @@
 """KV memory: keys and values of all layers, by slot."""
 
-import contextlib
-import math
-import mmap
 from typing import Any
 
 import numpy as np
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokendance.errors import ConfigError, StoreError
+from tokendance.memory import empty_in_huge_pages
 from tokendance.models.loader import LoadedModel
 from tokendance.store.kv_rows import KVRows
 from tokendance.units import format_bytes
@@ -36,7 +34,9 @@ class KVPool:
         shape = model.shape
         size = (shape.num_layers, shape.num_kv_heads, num_slots, shape.head_dim)
         try:
-            self.keys, self.values = (_empty(size, model.dtype, model.device) for _ in range(2))
+            self.keys, self.values = (
+                empty_in_huge_pages(size, model.dtype, model.device) for _ in range(2)
+            )
             self.slot_position = np.zeros(num_slots, np.int32)
         except (RuntimeError, OSError, OverflowError) as error:
             needed = format_bytes(num_slots * shape.kv_bytes_per_token(model.dtype))
@@ -84,19 +84,3 @@ def _as_numpy(tensor: Tensor) -> npt.NDArray[Any]:
 
 def _as_tensor(array: npt.NDArray[Any], like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).view(like.dtype).to(like.device)
-
-
-def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that is not mapped before it is written; in huge pages where the system has them.
-
-    A step reads a little of everything, in each layer and head apart: with pages of 4 KB, looking
-    up where they are takes longer than reading them.
-    """
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=dtype, device=device)
-    # Private: what is shared with child processes follows another setting of the system.
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, flags=private)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(size)

@@ -29,7 +29,7 @@ def identity_of(model: LoadedModel) -> dict[str, str]:
     shape = model.shape
     return {
         "weights": _weights_hash(checkpoint_source(model.name)),
-        "dtype": dtype_name(model.dtype),
+        "dtype": dtype_name(model.dtype) + (", int8" if model.weights == "int8" else ""),
         "tokenizer": tokenizer.hexdigest(),
         "rotation": rotation.hexdigest(),
         "shape": f"{shape.num_layers} layers, {shape.num_kv_heads} heads of {shape.head_dim}",

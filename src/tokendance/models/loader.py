@@ -18,6 +18,7 @@ from tokendance.models import demo, hook
 from tokendance.models.fused import fuse_layers
 from tokendance.models.packing import pack_linear_layers
 from tokendance.models.support import ModelShape, probe, refusal, why_unsupported
+from tokendance.options import Weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -31,9 +32,10 @@ class LoadedModel:
     tokenizer: Any  # its own
     shape: ModelShape
     layers: tuple[LayerKind, ...]  # the rotation and window of each layer
-    dtype: torch.dtype  # of its weights and of the KV
+    dtype: torch.dtype  # of what it computes, and of the KV
     device: torch.device  # where it lies
     stop_ids: frozenset[int]  # tokens that end an answer
+    weights: Weights = "native"  # how those of linear layers are kept
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -74,11 +76,14 @@ def checkpoint_source(name: str) -> str:
     return str(demo.checkpoint(name)) if name in demo.MODELS else name
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+def load_model(
+    name: str, dtype: str = "auto", device: str = "cpu", weights: Weights = "native"
+) -> LoadedModel:
     """Load a model by alias, folder or hub id; see `choose_dtype` and `choose_device`.
 
     Raises:
-        ConfigError: for a dtype that does not exist, or a device that cannot be used.
+        ConfigError: for a dtype that does not exist, or a device that cannot be used; for weights
+            that cannot be kept so there.
         ModelNotFoundError: if there is none of that name, or its files are broken.
         UnsupportedModelError: if the arithmetic does not hold for it.
     """
@@ -102,25 +107,31 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
         missing = [*report["missing_keys"], *report["mismatched_keys"]]
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them.")
-    return prepare_model(name, module.to(target), tokenizer, chosen, target)
+    return prepare_model(name, module.to(target), tokenizer, chosen, target, weights)
 
 
 def prepare_model(
-    name: str, module: nn.Module, tokenizer: Any, dtype: torch.dtype, device: torch.device
+    name: str,
+    module: nn.Module,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Weights = "native",
 ) -> LoadedModel:
     """Make a model of transformers ready to be served.
 
     It is made with the attention `hook.ATTENTION_NAME`; its linear layers may be replaced.
 
     Raises:
+        ConfigError: for weights that cannot be kept so there.
         UnsupportedModelError: if the arithmetic does not hold for it.
     """
     module.eval()
     shape, layers = probe(module, module.config)
     fuse_layers(module)
-    pack_linear_layers(module)
+    pack_linear_layers(module, weights)
     stop_ids = _stop_ids(module, tokenizer)
-    return LoadedModel(name, module, tokenizer, shape, layers, dtype, device, stop_ids)
+    return LoadedModel(name, module, tokenizer, shape, layers, dtype, device, stop_ids, weights)
 
 
 def why_not_loadable(name: str) -> str | None:

@@ -2,8 +2,8 @@
 
 `dense` is the same engine with each agent's KV in one piece of its own (mode `prefix`, where the
 shared text stands behind the private part and so is stored once per agent); `collective` reads
-the shared run where it lies. All decode in turn, some steps each, so that they see the same machine;
-only vLLM, which gives no single steps, decodes apart.
+the shared run where it lies. All decode in turn, some steps each, so that they see the same
+machine; only vLLM, which gives no single steps, decodes apart.
 """
 
 import random
