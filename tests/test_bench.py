@@ -40,6 +40,7 @@ HEADLINES: dict[str, set[str]] = {
         for figure in ("kl", "kl_next", "top1", "identical", "recall", "corrected")
         for mode in ("pic", "collective")
     } | {"kl_ratio", "kl_next_ratio"},
+    "weights": {"kl_bfloat16", "kl_int8", "perplexity_ratio_int8"},
     "leak": {"p_exact", "p_uncorrected", "p_default", "p_isolated"},
     "restore": {
         "speedup_vs_dense_restore", "speedup_vs_fused_restore", "speedup_vs_dense_from_disk",
@@ -202,6 +203,7 @@ def test_outputs_that_do_not_fit_are_refused_before_the_work(
 def test_what_has_no_effect_on_a_suite_is_refused() -> None:
     for suite, settings in (
         ("attention", BenchSettings(engine=EngineOptions(attention="torch"))),
+        ("weights", BenchSettings(engine=EngineOptions(weights="int8"))),
         ("decode", BenchSettings(against="vllm", engine=EngineOptions(device="cuda"))),
         ("storage", BenchSettings(against="vllm")),
         ("storage", BenchSettings(inside="vllm")),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tiny_models import MODELS, save_model
 from tokendance.attention.backends import native_is_there
 from tokendance.models import demo, hook, loader
-from tokendance.models.fused import FusedLayer, _PlainAttention, fuse_layers
+from tokendance.models.fused import FusedLayer, fuse_layers
 
 pytestmark = pytest.mark.skipif(not native_is_there(), reason="the native kernel was not built")
 
@@ -149,7 +149,7 @@ def logits_of(model: nn.Module) -> Tensor:
     """Of some tokens, at positions of their own."""
     tokens = torch.arange(3, 60) % 50
     positions = torch.arange(57) + 7
-    return hook.forward(model, tokens, positions, torch.arange(57), _PlainAttention()).float()
+    return hook.forward(model, tokens, positions, torch.arange(57), hook.PlainAttention()).float()
 
 
 @pytest.mark.parametrize("architecture", MODELS)

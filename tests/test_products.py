@@ -1,5 +1,8 @@
 """Products of our own kernels: against float64, row by row, and where numbers are none."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,8 +13,12 @@ from torch import Tensor, nn
 
 from tokendance.attention.backends import native_is_there
 from tokendance.errors import ConfigError
+from tokendance.llm import LLM
 from tokendance.models import packing
+from tokendance.models.identity import identity_of
 from tokendance.models.packing import NativeLinear, OneDNNLinear, pack_linear_layers, weight_bytes
+from tokendance.options import EngineOptions
+from tokendance.params import SamplingParams
 
 pytestmark = pytest.mark.skipif(not native_is_there(), reason="the native kernel was not built")
 
@@ -215,6 +222,24 @@ def test_layers_are_replaced_by_what_is_fastest_here() -> None:
             before = small(rows)
             assert pack_linear_layers(small, "int8") == 2
             torch.testing.assert_close(small(rows), before, rtol=0.05, atol=0.05)
+
+
+def test_an_engine_with_weights_in_bytes(model_folder: Callable[..., Path]) -> None:
+    """What it says is the same with and without reuse of beginnings, and nobody reads its KV."""
+    folder = str(model_folder("llama", max_position_embeddings=4096))
+    prompts = [list(range(10, 70)), [*range(10, 50), 7, 8, 9]]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    said = {}
+    for reuse in ("none", "prefix"):
+        llm = LLM(folder, dtype="float32", weights="int8", reuse=reuse, kv_budget=2**24)
+        said[reuse] = [output.token_ids for output in llm.generate(prompts, params)]
+        assert llm.model.weights == "int8"
+    assert said["none"] == said["prefix"]
+    plain = LLM(folder, dtype="float32", kv_budget=2**24)
+    assert identity_of(plain.model) != identity_of(llm.model)
+    assert plain.encoder.salt != llm.encoder.salt
+    with pytest.raises(ConfigError, match="no weights 'int4'"):
+        EngineOptions(weights="int4")  # type: ignore[arg-type]
 
 
 def test_bytes_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:

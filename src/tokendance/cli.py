@@ -168,6 +168,7 @@ def bench(
             "restore: from a stored session to the first token. "
             "capacity: most agents in a time or a memory. "
             "fidelity: how near the answers are to full computation. "
+            "weights: what dtypes and weights in bytes cost in what the model says. "
             "leak: what an agent can learn of another's private text. "
             "serve: what HTTP and finding shared text cost. "
             "view: what recording rounds costs. all: everything, with a report."

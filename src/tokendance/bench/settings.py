@@ -16,6 +16,7 @@ SuiteName = Literal[
     "restore",
     "capacity",
     "fidelity",
+    "weights",
     "leak",
     "serve",
     "view",

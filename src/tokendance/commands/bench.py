@@ -26,6 +26,9 @@ from tokendance.bench.vllm import VLLM_ENVIRONMENT
 from tokendance.errors import ConfigError
 from tokendance.results import check_writable, write_result
 
+# Suites that make no engine, and what they measure, whatever is asked for.
+_WITHOUT_ENGINE = {"attention": "every backend by itself", "weights": "every kind of weights"}
+
 
 class _SuiteModule(Protocol):
     """What a module in `bench/suites` offers."""
@@ -106,9 +109,9 @@ def _check(suite: SuiteName | None, settings: BenchSettings, outputs: BenchOutpu
                 " --threads only."
             )
         VLLM_ENVIRONMENT.require()
-    if suite == "attention" and replace(engine, threads=None) != type(engine)():
+    if suite in _WITHOUT_ENGINE and replace(engine, threads=None) != type(engine)():
         raise ConfigError(
-            "`bench attention` measures every backend by itself, on the CPU. Of the engine's "
+            f"`bench {suite}` measures {_WITHOUT_ENGINE[suite]}, on the CPU. Of the engine's "
             "options it takes --threads only."
         )
     if settings.against is not None and engine.device != "cpu":

@@ -271,23 +271,6 @@ def _is_near(result: Tensor, expected: Tensor, given: Tensor | float = 0.0) -> b
     return bool((distance <= most).all())
 
 
-class _PlainAttention:
-    """A `LayerHook` for a few tokens, in plain torch."""
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        extra: dict[str, Any],
-    ) -> Tensor:
-        """See `hook.LayerHook`."""
-        del layer, extra
-        return hook.attend_plainly(query[None], key[None], value[None], scale)[0]
-
-
 @torch.inference_mode()
 def fuse_layers(model: PreTrainedModel) -> int:
     """Replace the decoder layers of a model on a CPU that can be fused; return how many.
@@ -365,7 +348,7 @@ def _run(
     try:
         # Up to the farthest, as attention may depend on where a token stands.
         positions = torch.linspace(0, max_context(model.config) - 1, len(tokens)).long()
-        hook.forward(model, tokens, positions, torch.tensor([0]), _PlainAttention())
+        hook.forward(model, tokens, positions, torch.tensor([0]), hook.PlainAttention())
     finally:
         for handle in handles:
             handle.remove()

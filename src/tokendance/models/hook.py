@@ -70,6 +70,23 @@ def attend_plainly(
     return output.transpose(1, 2)
 
 
+class PlainAttention:
+    """A `LayerHook` for one text, in plain torch; no layer has a window."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        extra: dict[str, Any],
+    ) -> Tensor:
+        """See `LayerHook`."""
+        del layer, extra
+        return attend_plainly(query[None], key[None], value[None], scale)[0]
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,

@@ -8,51 +8,18 @@ waited longer, weighed by its cost, gives way:
     on disk                waited / cost      0 < cost <= 1: reading it, as a share of computing it
 """
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tokendance.store.entries import Entry
 
 _LEAST_COST = 0.01
+_AT_ONCE = 64  # entries of a queue that are looked at before it is asked again
 
-
-@dataclass(slots=True, eq=False, repr=False)
-class _Node:
-    """An entry in a queue, and its neighbours there, which were used before and after it."""
-
-    entry: Entry
-    queue: "_Queue"
-    used: int
-    before: "_Node | None" = None
-    after: "_Node | None" = None
-
-
-@dataclass(slots=True, eq=False)
-class _Queue:
-    """Nodes that know their neighbours, so that any of them can be taken out in O(1)."""
-
-    first: _Node | None = None
-    last: _Node | None = None
-
-    def append(self, node: _Node) -> None:
-        """Put a node at the end."""
-        node.queue, node.before, node.after = self, self.last, None
-        if self.last is None:
-            self.first = node
-        else:
-            self.last.after = node
-        self.last = node
-
-    def remove(self, node: _Node) -> None:
-        """Take a node out. It still knows its neighbours, for whoever is walking over it."""
-        if node.before is None:
-            self.first = node.after
-        else:
-            node.before.after = node.after
-        if node.after is None:
-            self.last = node.before
-        else:
-            node.after.before = node.before
+# Entries with the time of their last use, the longest unused first. There is no object for each:
+# garbage collection looks at all objects, and stops whoever computes meanwhile.
+_Queue = OrderedDict[Entry, int]
 
 
 class EvictionOrder:
@@ -64,17 +31,16 @@ class EvictionOrder:
     """
 
     def __init__(self) -> None:
-        self._nodes: dict[Entry, _Node] = {}
-        self._computed = _Queue()
-        self._on_disk = _Queue()
+        self._computed: _Queue = OrderedDict()
+        self._on_disk: _Queue = OrderedDict()
         self._now = 0
         self.disk_cost = 1.0
 
     def __contains__(self, entry: Entry) -> bool:
-        return entry in self._nodes
+        return entry in self._computed or entry in self._on_disk
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._nodes)
+        return itertools.chain(self._computed, self._on_disk)
 
     def begin_use(self) -> None:
         """Let time go on; what is added and used until the next call is used at once."""
@@ -82,29 +48,25 @@ class EvictionOrder:
 
     def add(self, entry: Entry) -> None:
         """Take a new entry, used now."""
-        node = self._nodes[entry] = _Node(entry, self._computed, self._now)
-        self._computed.append(node)
+        self._computed[entry] = self._now
 
     def use(self, entry: Entry) -> None:
         """Note that an entry is used now."""
-        node = self._nodes[entry]
-        node.used = self._now
-        node.queue.remove(node)
-        node.queue.append(node)
+        queue = self._computed if entry in self._computed else self._on_disk
+        queue[entry] = self._now
+        queue.move_to_end(entry)
 
     def mark_on_disk(self, entry: Entry) -> None:
         """Note that an entry could be read again."""
-        node = self._nodes.get(entry)
-        if node is not None and node.queue is self._computed:
+        used = self._computed.pop(entry, None)
+        if used is not None:
             # A session is marked just after it was used, so the queue stays sorted.
-            self._computed.remove(node)
-            self._on_disk.append(node)
+            self._on_disk[entry] = used
 
     def discard(self, entry: Entry) -> None:
         """Forget an entry; nothing happens if it is not there."""
-        node = self._nodes.pop(entry, None)
-        if node is not None:
-            node.queue.remove(node)
+        self._computed.pop(entry, None)
+        self._on_disk.pop(entry, None)
 
     def in_turn(self) -> Iterator[Entry]:
         """All entries, the one that gives way first before all others.
@@ -112,14 +74,23 @@ class EvictionOrder:
         The entry that was yielded last may be discarded; after any other change begin anew.
         """
         cost = min(1.0, max(_LEAST_COST, self.disk_cost))
-        on_disk, computed = self._on_disk.first, self._computed.first
+        queues = _walk(self._on_disk), _walk(self._computed)
+        on_disk, computed = (next(queue, None) for queue in queues)
         while on_disk is not None or computed is not None:
             if computed is None or (
-                on_disk is not None
-                and (self._now - on_disk.used) / cost >= self._now - computed.used
+                on_disk is not None and (self._now - on_disk[1]) / cost >= self._now - computed[1]
             ):
                 assert on_disk is not None
-                entry, on_disk = on_disk.entry, on_disk.after
+                yield on_disk[0]
+                on_disk = next(queues[0], None)
             else:
-                entry, computed = computed.entry, computed.after
-            yield entry
+                yield computed[0]
+                computed = next(queues[1], None)
+
+
+def _walk(queue: _Queue) -> Iterator[tuple[Entry, int]]:
+    """All of a queue, from its first on; what was yielded may be taken out meanwhile."""
+    num_left = 0  # of those that were yielded
+    while some := list(itertools.islice(queue.items(), num_left, num_left + _AT_ONCE)):
+        yield from some
+        num_left += sum(entry in queue for entry, _ in some)

@@ -68,7 +68,8 @@ class KVStore:
         self._num_taken = 0
         self._max_reuse_rounds = max_reuse_rounds
         self.order = EvictionOrder()
-        self._prefix: dict[tuple[ChainHash, bool], StoredPage] = {}
+        # By whether they are exact.
+        self._prefix: dict[bool, dict[ChainHash, StoredPage]] = {True: {}, False: {}}
         self._segments: dict[SegmentHash, list[StoredSegment]] = {}
         self._num_runs = 0
 
@@ -91,8 +92,8 @@ class KVStore:
         """
 
         def look_up(chain: ChainHash) -> StoredPage | None:
-            page = self._prefix.get((chain, True))
-            return page if page or exact else self._prefix.get((chain, False))
+            page = self._prefix[True].get(chain)
+            return page if page or exact else self._prefix[False].get(chain)
 
         return text.match(self.page_size, look_up)
 
@@ -139,13 +140,13 @@ class KVStore:
             stop = min(start + size, len(slots))
             chain = text.of(stop, size)
             exact = stop <= num_exact
-            entry = self._prefix.get((chain, exact))
+            entry = self._prefix[exact].get(chain)
             if entry is None:
                 page = slots[start:stop].copy()
                 entry = StoredPage(
                     chain, stop - start, exact, slots=page, pages=pages_of(page, size)
                 )
-                self._prefix[chain, exact] = entry
+                self._prefix[exact][chain] = entry
                 new.append(entry)
             entry.guarded |= guarded
             touched.append(entry)
@@ -297,7 +298,7 @@ class KVStore:
         self.order.discard(entry)
         self.pool.release(entry.pages, Holder.INDEX)
         if isinstance(entry, StoredPage):
-            del self._prefix[entry.chain, entry.exact]
+            del self._prefix[entry.exact][entry.chain]
         else:
             cached = self._segments[entry.hash]
             cached.remove(entry)
@@ -328,8 +329,10 @@ class KVStore:
             expected[Holder.INDEX][entry.pages] += 1
             assert np.array_equal(entry.pages, pages_of(entry.slots, self.page_size))
         self.pool.check_integrity(expected)
-        published = set(self._prefix.values()) | set(
-            itertools.chain.from_iterable(self._segments.values())
+        published = set(
+            itertools.chain(
+                self._prefix[True].values(), self._prefix[False].values(), *self._segments.values()
+            )
         )
         assert published == set(self.order), "the indexes and the eviction order disagree"
 
