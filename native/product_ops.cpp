@@ -1,10 +1,11 @@
-// `Product` of the Python module: a linear layer whose weights are laid out once (products.h).
+// `PackedWeights` of the Python module: a linear layer whose weights are laid out once (products.h).
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -74,10 +75,14 @@ void pack_bytes(const Number* weight, const Weights& w, const Layout& layout, in
         for (int64_t block = 0; block < layout.blocks; ++block) {
             const int64_t first = block * kBlock, last = std::min(w.inputs, first + kBlock);
             const Number* const row = weight + n * w.inputs;
-            float most = 0.0f;
-            for (int64_t k = first; k < last; ++k) most = std::max(most, std::abs(as_float(row[k])));
+            float most = 0.0f, finite = 0.0f;  // else it is no number, as all that comes of it
+            for (int64_t k = first; k < last; ++k) {
+                most = std::max(most, std::abs(as_float(row[k])));
+                finite += as_float(row[k]) * 0.0f;
+            }
             const int64_t place = p * layout.blocks + block;
-            scales[place * panel + lane] = most / 127.0f;
+            scales[place * panel + lane] = most / 127.0f + finite;
+            if (finite != 0.0f) continue;
             const float inverse = most < 1e-30f ? 0.0f : 127.0f / most;
             for (int64_t k = first; k < last; ++k) {
                 const int64_t in = k - first;
@@ -182,14 +187,14 @@ class PackedWeights {
     void multiply_in_tasks(const Product& product, int64_t count, int threads) const {
         if (count == 0) return;
         const int64_t row_bytes = weights_.inputs * (weights_.kind == WeightKind::kBytes ? 1 : 2);
-        const int64_t chunk = std::max(kernel_->rows, kChunkBytes / row_bytes / kernel_->rows * kernel_->rows);
-        const int64_t chunks = (count + chunk - 1) / chunk;
+        const int64_t most = std::max<int64_t>(1, kChunkBytes / row_bytes);
+        const int64_t chunks = (count + most - 1) / most;
         // Some tasks for each thread, so that one which is held up does not hold up all.
-        const int64_t wanted = std::max<int64_t>(1, 4 * threads / chunks);
+        const int64_t wanted = (4 * threads + chunks - 1) / chunks;
         const int64_t parts = std::min(num_panels_, wanted);
         run_tasks(chunks * parts, threads, [&](int64_t i, int) {
-            const int64_t part = i % parts, first = i / parts * chunk;
-            kernel_->multiply(product, first, std::min(count, first + chunk),
+            const int64_t part = i % parts, chunk = i / parts;
+            kernel_->multiply(product, count * chunk / chunks, count * (chunk + 1) / chunks,
                               num_panels_ * part / parts, num_panels_ * (part + 1) / parts);
         });
     }

@@ -264,6 +264,6 @@ void multiply(const Product& p, int64_t first_row, int64_t last_row, int64_t fir
     }
 }
 
-extern const ProductKernel kProducts = {kPanel, kPairRows, kHasPairs, to_bytes, multiply};
+extern const ProductKernel kProducts = {kPanel, kHasPairs, to_bytes, multiply};
 
 }  // namespace TD_NAMESPACE

@@ -43,7 +43,6 @@ struct Product {
 // What each instruction set provides.
 struct ProductKernel {
     int64_t panel;   // outputs of a panel
-    int64_t rows;    // that are multiplied at once at most; chunks of rows are best multiples of it
     bool has_pairs;  // whether it multiplies weights in bfloat16
     void (*to_bytes)(const Product&, int64_t first_row, int64_t last_row);
     void (*multiply)(const Product&, int64_t first_row, int64_t last_row, int64_t first_panel,

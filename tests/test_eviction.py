@@ -1,5 +1,6 @@
 """What gives way first: on cases drawn by hand, and against a plain list of entries."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokendance.store import eviction
 from tokendance.store.entries import Entry
 from tokendance.store.eviction import EvictionOrder
 
@@ -15,6 +17,14 @@ from tokendance.store.eviction import EvictionOrder
 def entry(name: str) -> Entry:
     """The order asks nothing of an entry but to be hashable."""
     return cast(Entry, name)
+
+
+@pytest.fixture(autouse=True, scope="module", params=[1, 64])
+def _few_or_many_at_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Walks look at so many entries at first before they ask their queue again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eviction, "_AT_ONCE", request.param)
+        yield
 
 
 def order_of(times: str, on_disk: str = "", disk_cost: float = 1.0) -> EvictionOrder:

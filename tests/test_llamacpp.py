@@ -81,6 +81,16 @@ def test_what_goes_wrong_in_an_engine_is_said_and_its_files_are_gone(
     assert not list(tmp_path.glob("tokendance-gguf-*"))
 
 
+def test_an_error_is_told_and_not_what_follows_from_it(scripts: list[Path]) -> None:
+    scripts[1].write_text(ENGINE.replace('case "step":', 'case "step":\n                1 / 0'))
+    with (
+        pytest.raises(BaselineError, match="ZeroDivisionError"),
+        LlamaCpp(Path("model"), python=PYTHON, scripts=scripts) as llama,
+        llama.open(Mode("bf16"), 1, 8) as context,
+    ):
+        context.step()
+
+
 def test_a_request_that_cannot_be_answered_ends_the_worker(scripts: list[Path]) -> None:
     asked = '{"op": "step"}\n'
     done = subprocess.run(

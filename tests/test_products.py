@@ -90,8 +90,10 @@ def test_products(
     layer = packed(kernel, kind, weight, bias)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    result = layer(rows)
-    torch.set_num_threads(before)
+    try:
+        result = layer(rows)
+    finally:
+        torch.set_num_threads(before)
     if kind == "int8":
         exact = torch.from_numpy(in_bytes(rows) @ in_bytes(weight).T)
     else:
@@ -126,6 +128,30 @@ def test_a_row_gives_the_same_whatever_is_beside_it(
             assert torch.equal(part, together[first : first + count])
     assert torch.equal(layer(rows.view(5, 100, 96)), together.view(5, 100, 70))
     assert torch.equal(layer(rows[:, None].expand(500, 2, 96)[:, 1]), together)  # not contiguous
+
+
+@each_kernel
+@each_kind
+def test_more_rows_than_a_task_takes(kernel: str, kind: str, dtype: torch.dtype) -> None:
+    if not can_be(kernel, kind, 4096):
+        pytest.skip("not multiplied by this kernel")
+    torch.manual_seed(0)
+    layer = packed(kernel, kind, torch.randn(40, 4096).to(dtype))
+    rows = torch.randn(331, 4096).to(dtype)
+    together = layer(rows)
+    for row in (0, 1, 47, 48, 109, 110, 111, 330):
+        assert torch.equal(layer(rows[row : row + 1])[0], together[row])
+
+
+@each_kernel
+@each_dtype
+def test_a_weight_that_is_no_number_is_not_taken_for_one(kernel: str, dtype: torch.dtype) -> None:
+    for value in (float("nan"), float("inf")):
+        weight = torch.randn(5, 70).to(dtype)
+        weight[3, 65] = value
+        result = packed(kernel, "int8", weight)(torch.randn(2, 70).to(dtype))
+        assert not torch.isfinite(result[:, 3]).any()
+        assert torch.isfinite(result[:, [0, 1, 2, 4]]).all()
 
 
 @each_kernel
@@ -237,6 +263,8 @@ def test_an_engine_with_weights_in_bytes(model_folder: Callable[..., Path]) -> N
     assert said["none"] == said["prefix"]
     plain = LLM(folder, dtype="float32", kv_budget=2**24)
     assert identity_of(plain.model) != identity_of(llm.model)
+    # A fidelity target goes by what was measured with these weights.
+    assert (plain.model.precision, llm.model.precision) == ("float32", "float32-int8")
     assert plain.encoder.salt != llm.encoder.salt
     with pytest.raises(ConfigError, match="no weights 'int4'"):
         EngineOptions(weights="int4")  # type: ignore[arg-type]

@@ -213,6 +213,8 @@ def test_find_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / ".venv-vllm" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(PYTHON)
+    assert VLLM_ENVIRONMENT.find() is None  # half of it
+    (tmp_path / ".venv-vllm" / ".installed").touch()
     assert VLLM_ENVIRONMENT.find() == python
 
     monkeypatch.setenv(VLLM_ENVIRONMENT.variable, str(PYTHON))

@@ -31,8 +31,8 @@ from tokendance.models.loader import (
     LoadedModel,
     choose_device,
     choose_dtype,
-    dtype_name,
     load_model,
+    precision_name,
 )
 from tokendance.options import EngineOptions
 from tokendance.outputs import Output, Progress, RoundResult
@@ -86,7 +86,8 @@ class LLM:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         dtype = choose_dtype(options.dtype, choose_device(options.device))
-        correction = _read_correction(options, str(model), dtype)  # may fail: before the loading
+        precision = precision_name(dtype, options.weights)
+        correction = _read_correction(options, str(model), precision)  # may fail: before loading
         loaded = load_model(str(model), options.dtype, options.device, options.weights)
         self._start(loaded, options, correction)
 
@@ -110,7 +111,7 @@ class LLM:
             executor: to use in place of one that runs the model.
         """
         options = options or EngineOptions()
-        correction = _read_correction(options, model.name, model.dtype)
+        correction = _read_correction(options, model.name, model.precision)
         llm = cls.__new__(cls)
         llm._start(model, options, correction, pool=pool, executor=executor)
         return llm
@@ -406,7 +407,7 @@ def _are_agents(agents: object) -> bool:
     return isinstance(agents, Sequence) and all(isinstance(agent, Agent) for agent in agents)
 
 
-def _read_correction(options: EngineOptions, model: str, dtype: torch.dtype) -> CorrectionPolicy:
+def _read_correction(options: EngineOptions, model: str, precision: str) -> CorrectionPolicy:
     """The correction of an engine; a fidelity target goes by what was measured of the model."""
-    table = table_path(model, dtype_name(dtype))
+    table = table_path(model, precision)
     return options.read_correction(lambda kl: FidelityTarget.read(kl, table))

@@ -64,7 +64,7 @@ class EngineOptions:
             is in docs/benchmarks.md.
         dtype: auto (bfloat16 where the machine computes it), bfloat16, float16 or float32.
         weights: native (in the dtype), or int8: those of linear layers in a byte each, on a CPU;
-            steps are faster, at a price (docs/benchmarks.md).
+            with AVX-512 VNNI steps are faster, at a price (docs/benchmarks.md).
         device: where the model runs, as torch names it: cpu, cuda, cuda:1.
         attention: what computes attention; auto takes the fastest that serves the model, the device
             and the dtype. triton is for GPUs, reference is slow on purpose.

@@ -54,13 +54,15 @@ def convert(folder: Path, target: Path) -> None:
         ValueError: The model is of another architecture, or has what is not converted here.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "llama" or config.get("attention_bias"):
+    biases = config.get("attention_bias") or config.get("mlp_bias")
+    if config.get("model_type") != "llama" or biases:
         raise ValueError(f"only models of Llama's architecture are converted, not {folder}")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"positions of the kind {rope['rope_type']!r} are not converted")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"positions of the kind {kind!r} are not converted")
     writer = gguf.GGUFWriter(str(target), "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])

@@ -37,6 +37,8 @@ def _command(result: SuiteResult, settings: BenchSettings) -> str:
         command += f" --source {settings.source}"
     if settings.tiny:
         command += " --size tiny"
+    if settings.engine.weights != "native":
+        command += f" --weights {settings.engine.weights}"
     if settings.against is not None and result.suite in RIVAL_SUITES[settings.against]:
         command += f" --against {settings.against}"
     return command

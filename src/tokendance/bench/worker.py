@@ -72,7 +72,8 @@ class Environment:
         for folder in (Path.cwd(), Path(__file__).absolute().parents[3]):
             # The link is not resolved: it is by its place that Python knows its environment.
             python = folder / self.folder / "bin" / "python"
-            if python.is_file():
+            # `make` leaves the mark when all is installed.
+            if python.is_file() and (folder / self.folder / ".installed").is_file():
                 return python
         return None
 

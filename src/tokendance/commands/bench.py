@@ -58,6 +58,8 @@ def run_bench(
             console.rule(f"[bold]{name}[/bold]")
             module = _load(name, settings)
             result = module.run(settings, console)
+            if settings.engine.weights != "native":
+                result.notes.insert(0, f"Weights of our engine: {settings.engine.weights}.")
             if settings.tiny:
                 result.notes.insert(0, "A tiny run: the figures mean nothing.")
             results.append(result)

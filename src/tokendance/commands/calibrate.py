@@ -12,7 +12,7 @@ from tokendance.bench.suite import LiveTable
 from tokendance.errors import ConfigError
 from tokendance.fidelity.calibrate import CORRECTIONS, TINY, CalibrationSize, measure_cells
 from tokendance.fidelity.table import Cell, FidelityTable, table_path
-from tokendance.models.loader import LoadedModel, dtype_name, load_model
+from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
 from tokendance.results import check_writable, write_result
 
@@ -33,9 +33,9 @@ def run_calibration(
     with console.status(f"Loading {escape(name)} ..."):
         model = load_model(name, options.dtype, options.device, options.weights)
     duration = " This takes about half an hour." if size == "full" else ""
-    console.print(f"[bold]{escape(name)}[/bold], {dtype_name(model.dtype)}.{duration}")
+    console.print(f"[bold]{escape(name)}[/bold], {model.precision}.{duration}")
     if size == "full":
-        check_writable(_place(model.name, dtype_name(model.dtype)), _ADVICE)
+        check_writable(_place(model.name, model.precision), _ADVICE)
     try:
         chosen = TINY if size == "tiny" else CalibrationSize()
         table = calibrate(model, chosen, seed, options, console)
@@ -72,7 +72,7 @@ def calibrate(
                     **{f"{of.first}+{of.last}": of.kl for of in cell.measured},
                 }
             )
-    return FidelityTable(model.name, dtype_name(model.dtype), tuple(cells))
+    return FidelityTable(model.name, model.precision, tuple(cells))
 
 
 def write_table(table: FidelityTable, console: Console) -> None:

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
-from tokendance.models.loader import dtype_name
 from tokendance.outputs import RoundResult, RoundStats
 
 
@@ -109,7 +108,7 @@ def document(
         "model": llm.model.name,
         "reuse": llm.engine.options.reuse,
         "correction": _correction_name(llm),
-        "dtype": dtype_name(llm.model.dtype),
+        "dtype": llm.model.precision,
         "threads": torch.get_num_threads(),
         "rounds": [
             {

@@ -28,7 +28,6 @@ from tokendance.conversation import Agent
 from tokendance.errors import ConfigError, RequestError
 from tokendance.fidelity.shadow import ShadowReport
 from tokendance.llm import LLM
-from tokendance.models.loader import dtype_name
 from tokendance.options import EngineOptions
 from tokendance.outputs import NotStoredError, RoundResult
 from tokendance.outputs import Progress as ReportProgress
@@ -108,7 +107,7 @@ def _play(
     """Run the rounds of a trace, and show and write what came of them."""
     options = llm.engine.options
     console.print(
-        f"[bold]{escape(settings.model)}[/bold], {dtype_name(llm.model.dtype)}, "
+        f"[bold]{escape(settings.model)}[/bold], {llm.model.precision}, "
         f"{torch.get_num_threads()} threads, {reuse_name(llm)}, "
         f"KV budget {format_bytes(llm.kv_bytes)}"
     )

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from tokendance.llm import LLM
-from tokendance.models.loader import dtype_name
 from tokendance.options import EngineOptions
 from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
@@ -42,7 +41,7 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
     app = create_app(llm, settings)
     threading.Thread(target=app.state.context.grammars.start, name="grammars", daemon=True).start()
     console.print(
-        f"[bold]{escape(app.state.context.model_name)}[/bold], {dtype_name(llm.model.dtype)}, "
+        f"[bold]{escape(app.state.context.model_name)}[/bold], {llm.model.precision}, "
         f"{torch.get_num_threads()} threads, KV budget {format_bytes(llm.kv_bytes)}"
     )
     try:

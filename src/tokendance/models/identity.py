@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils.hub import cached_file
 
-from tokendance.models.loader import LoadedModel, checkpoint_source, dtype_name
+from tokendance.models.loader import LoadedModel, checkpoint_source
 
 _READ_BYTES = 2**22
 _DIGEST_BYTES = 16
@@ -29,7 +29,7 @@ def identity_of(model: LoadedModel) -> dict[str, str]:
     shape = model.shape
     return {
         "weights": _weights_hash(checkpoint_source(model.name)),
-        "dtype": dtype_name(model.dtype) + (", int8" if model.weights == "int8" else ""),
+        "dtype": model.precision,
         "tokenizer": tokenizer.hexdigest(),
         "rotation": rotation.hexdigest(),
         "shape": f"{shape.num_layers} layers, {shape.num_kv_heads} heads of {shape.head_dim}",

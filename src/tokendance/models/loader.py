@@ -37,6 +37,11 @@ class LoadedModel:
     stop_ids: frozenset[int]  # tokens that end an answer
     weights: Weights = "native"  # how those of linear layers are kept
 
+    @property
+    def precision(self) -> str:
+        """See `precision_name`."""
+        return precision_name(self.dtype, self.weights)
+
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn a dtype's name into the dtype; "auto" takes bfloat16 where the machine computes it.
@@ -69,6 +74,11 @@ def choose_device(name: str) -> torch.device:
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype as the command line does."""
     return str(dtype).removeprefix("torch.")
+
+
+def precision_name(dtype: torch.dtype, weights: Weights) -> str:
+    """Name what numbers depend on besides the model: bfloat16, or bfloat16-int8."""
+    return dtype_name(dtype) + ("" if weights == "native" else f"-{weights}")
 
 
 def checkpoint_source(name: str) -> str:

@@ -2,11 +2,11 @@
 
 On a CPU torch hands the weight of a linear layer to oneDNN or MKL as it is, and each call pays for
 that. Where this machine multiplies pairs of bfloat16, our own kernel does (`native/products.cpp`):
-with SmolLM2's shapes it takes 0.5 of oneDNN's time for 1 row, 0.65 for 10, 0.85 for 32, and 0.97 to
-1 for 512 and more (docs/log.md); and what a row gives does not depend on the rows beside it. Else a
-layer is oneDNN's, packed: that makes bfloat16 products of 10 rows about 2 times faster than plain
-ones, and float32 products of 1024 rows about 1.6 times. It is what torch.compile does to frozen
-weights.
+with SmolLM2's shapes on 2 cores of Zen 4 it takes 0.5 of oneDNN's time for 1 row, 0.65 for 10, 0.85
+for 32, and 0.97 to 1 for 512 and more (docs/log.md); and what a row gives does not depend on the
+rows beside it. Where there are AMX tiles, which are faster still for many rows, and else, a layer
+is oneDNN's, packed: that makes bfloat16 products of 10 rows about 2 times faster than plain ones,
+and float32 products of 1024 rows about 1.6 times. It is what torch.compile does to frozen weights.
 
 Weights may also be kept in bytes, with a scale for each 64 inputs of an output; rows are then
 rounded likewise while they are multiplied.
@@ -109,8 +109,7 @@ def _pack_for_kernel(model: nn.Module, kind: str) -> int:
     layers = [
         (parent, name, layer)
         for parent, name, layer in _linear_layers(model)
-        if kind == "int8"
-        or (layer.weight.dtype == torch.bfloat16 and _native.has_pairs(kernel, layer.in_features))
+        if kind == "int8" or _is_better(kernel, layer)
     ]
     sizes = [
         _native.packed_bytes(kernel, kind, layer.in_features, layer.out_features)
@@ -124,6 +123,15 @@ def _pack_for_kernel(model: nn.Module, kind: str) -> int:
             part = memory[end - size : end]
             setattr(parent, name, NativeLinear(layer, kernel, kind, part))
     return len(layers)
+
+
+def _is_better(kernel: str, layer: nn.Linear) -> bool:
+    """Whether our kernel multiplies a layer in its own dtype, and oneDNN has no better means."""
+    from tokendance.attention import _native
+
+    has_tiles: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    is_half = layer.weight.dtype == torch.bfloat16
+    return is_half and not has_tiles and _native.has_pairs(kernel, layer.in_features)
 
 
 def _pack_for_onednn(model: nn.Module) -> int:

@@ -121,7 +121,10 @@ class ServerContext:
         """
         model = self.llm.model
         if tenant not in self._encoders:
-            salt = make_salt(model.name, str(model.dtype), tenant)
+            names = [model.name, str(model.dtype), tenant]
+            if model.weights != "native":
+                names.append(model.weights)
+            salt = make_salt(*names)
             self._encoders[tenant] = self.llm.encoder.with_salt(salt)
         encoder = self._encoders[tenant]
         if not cache_salt:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from tokendance.store.entries import Entry
 
 _LEAST_COST = 0.01
-_AT_ONCE = 64  # entries of a queue that are looked at before it is asked again
+_AT_ONCE = 64  # entries of a queue that are looked at before it is asked again, at first
 
 # Entries with the time of their last use, the longest unused first. There is no object for each:
 # garbage collection looks at all objects, and stops whoever computes meanwhile.
@@ -53,6 +53,7 @@ class EvictionOrder:
     def use(self, entry: Entry) -> None:
         """Note that an entry is used now."""
         queue = self._computed if entry in self._computed else self._on_disk
+        assert entry in queue, "an entry is used that is not there"
         queue[entry] = self._now
         queue.move_to_end(entry)
 
@@ -91,6 +92,8 @@ class EvictionOrder:
 def _walk(queue: _Queue) -> Iterator[tuple[Entry, int]]:
     """All of a queue, from its first on; what was yielded may be taken out meanwhile."""
     num_left = 0  # of those that were yielded
-    while some := list(itertools.islice(queue.items(), num_left, num_left + _AT_ONCE)):
+    at_once = _AT_ONCE
+    while some := list(itertools.islice(queue.items(), num_left, num_left + at_once)):
         yield from some
         num_left += sum(entry in queue for entry, _ in some)
+        at_once *= 2  # so that passing over those that are left takes no longer than the walk

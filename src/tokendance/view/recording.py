@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tokendance import __version__
 from tokendance.llm import LLM
-from tokendance.models.loader import dtype_name
 from tokendance.rounds.segments import Salt
 from tokendance.store.entries import RoundId
 from tokendance.view.document import EngineFacts, Json, make_document, write_document
@@ -36,7 +35,7 @@ class Recording:
         self.facts = EngineFacts(
             __version__,
             llm.model.name,
-            dtype_name(llm.model.dtype),
+            llm.model.precision,
             engine.options.reuse,
             correction,
             engine.page_bytes,

@@ -95,7 +95,8 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     model = load(settings)
     notes: list[str] = []
     max_context = model.shape.max_context
-    for size in [size for size in sizes if size[1] + size[2] + AHEAD_TOKENS > max_context]:
+    ahead = num_steps + AHEAD_TOKENS
+    for size in [size for size in sizes if size[1] + size[2] + ahead > max_context]:
         notes.append(f"{size} is left out: the context holds {max_context} tokens.")
         sizes.remove(size)
     if not sizes:
@@ -214,9 +215,11 @@ def _our_arms(
         num_pages = llm.kv_store.pool.num_held(Holder.REQUEST)
         memory = _Memory(weight_bytes(llm.model.module), num_pages * llm.engine.page_bytes)
         arms[name] = _Arm(rounds[name].step, memory)
-    yield arms
-    for decoding in rounds.values():
-        decoding.close()
+    try:
+        yield arms
+    finally:
+        for decoding in rounds.values():
+            decoding.close()
 
 
 @contextmanager

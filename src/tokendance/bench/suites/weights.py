@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tokendance.attention.interface import windows_of
 from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, SuiteResult, spread
@@ -34,8 +35,8 @@ KINDS: dict[str, tuple[str, Weights]] = {
     "bfloat16, int8": ("bfloat16", "int8"),
 }
 _NUM_TEXTS = 10
-# No layer of the demo models sees less than this.
-_MAX_TOKENS = 512
+# Log-probabilities that are kept, of all texts: 2 GiB.
+_MAX_NUMBERS = 2**29
 _COLUMNS = {
     "kind": "kind",
     "perplexity": "perplexity",
@@ -58,13 +59,14 @@ class _Text:
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     texts: list[_Text] = []
-    num_texts, max_tokens = (2, 40) if settings.tiny else (_NUM_TEXTS, _MAX_TOKENS)
+    num_texts, max_tokens = (2, 40) if settings.tiny else (_NUM_TEXTS, _MAX_NUMBERS)
     people = read_people(settings.source)[:num_texts]
     table = LiveTable(console, f"{len(people)} texts, against float32", _COLUMNS)
     for name, (dtype, weights) in KINDS.items():
         with console.status(f"{name} ..."):
             model = load_model(settings.model, dtype, "cpu", weights)
             if not texts:
+                max_tokens = min(max_tokens, _most_tokens(model, len(people)))
                 ids = [_token_ids(model, person.system)[:max_tokens] for person in people]
                 texts = [_Text(tokens, _logprobs(model, tokens)) for tokens in ids]
             table.add({"kind": name, **_compare(model, texts)})
@@ -79,6 +81,13 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     num_tokens = sum(len(text.token_ids) for text in texts)
     notes = [f"{len(texts)} texts of {num_tokens} tokens; least and most are over texts."]
     return SuiteResult("weights", settings.model, table.rows, headline, notes)
+
+
+def _most_tokens(model: LoadedModel, num_texts: int) -> int:
+    """Tokens of a text that every layer sees whole, and whose log-probabilities find room."""
+    windows = windows_of(model.layers)
+    room = _MAX_NUMBERS // model.shape.vocab_size // num_texts
+    return min(room, model.shape.max_context, *windows)
 
 
 def _token_ids(model: LoadedModel, text: str) -> Tensor:
