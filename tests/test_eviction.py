@@ -1,6 +1,5 @@
 """What gives way first: on cases drawn by hand, and against a plain list of entries."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -9,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokendance.store import eviction
 from tokendance.store.entries import Entry
 from tokendance.store.eviction import EvictionOrder
 
@@ -17,14 +15,6 @@ from tokendance.store.eviction import EvictionOrder
 def entry(name: str) -> Entry:
     """The order asks nothing of an entry but to be hashable."""
     return cast(Entry, name)
-
-
-@pytest.fixture(autouse=True, scope="module", params=[1, 64])
-def _few_or_many_at_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Walks look at so many entries at first before they ask their queue again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eviction, "_AT_ONCE", request.param)
-        yield
 
 
 def order_of(times: str, on_disk: str = "", disk_cost: float = 1.0) -> EvictionOrder:
@@ -85,19 +75,6 @@ def test_what_is_on_disk_stays_so_when_it_is_used() -> None:
     assert in_turn(order) == "bac"
 
 
-def test_the_entry_that_was_yielded_may_be_discarded() -> None:
-    order = order_of("a b c d e f", "bdf", 0.5)
-    expected = in_turn(order)
-    walked = ""
-    for found in order.in_turn():
-        walked += cast(str, found)
-        if found in (entry("a"), entry("b"), entry("d"), entry("f")):
-            order.discard(found)
-    assert walked == expected
-    assert in_turn(order) == "ce"
-    assert set(order) == {entry("c"), entry("e")}
-
-
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_an_entry_leaves_its_queue_from_anywhere(name: str) -> None:
     order = order_of("a b c")
@@ -145,7 +122,7 @@ def plain_order(entries: list[PlainEntry], now: int, cost: Fraction) -> list[str
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["begin", "put", "put", "disk", "discard", "walk"]),
+            st.sampled_from(["begin", "put", "put", "disk", "discard", "evict"]),
             st.sampled_from("abcdefg"),
         ),
         max_size=60,
@@ -172,13 +149,10 @@ def test_order_is_that_of_a_plain_list(steps: list[tuple[str, str]], cost: Fract
         elif action == "discard":
             order.discard(entry(name))
             plain.pop(name, None)
-        else:  # walk, and discard every second entry on the way
-            expected = plain_order(list(plain.values()), now, cost)
-            for index, found in enumerate(order.in_turn()):
-                assert found == entry(expected[index])
-                if index % 2:
-                    order.discard(found)
-                    del plain[expected[index]]
+        else:  # every second one gives way
+            for gone in plain_order(list(plain.values()), now, cost)[1::2]:
+                order.discard(entry(gone))
+                del plain[gone]
         assert [cast(str, found) for found in order.in_turn()] == plain_order(
             list(plain.values()), now, cost
         )

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from tokendance.store.entries import Entry
 
 _LEAST_COST = 0.01
-_AT_ONCE = 64  # entries of a queue that are looked at before it is asked again, at first
 
 # Entries with the time of their last use, the longest unused first. There is no object for each:
 # garbage collection looks at all objects, and stops whoever computes meanwhile.
@@ -70,12 +69,9 @@ class EvictionOrder:
         self._on_disk.pop(entry, None)
 
     def in_turn(self) -> Iterator[Entry]:
-        """All entries, the one that gives way first before all others.
-
-        The entry that was yielded last may be discarded; after any other change begin anew.
-        """
+        """All entries, the one that gives way first before all others. Any change ends the walk."""
         cost = min(1.0, max(_LEAST_COST, self.disk_cost))
-        queues = _walk(self._on_disk), _walk(self._computed)
+        queues = iter(self._on_disk.items()), iter(self._computed.items())
         on_disk, computed = (next(queue, None) for queue in queues)
         while on_disk is not None or computed is not None:
             if computed is None or (
@@ -87,13 +83,3 @@ class EvictionOrder:
             else:
                 yield computed[0]
                 computed = next(queues[1], None)
-
-
-def _walk(queue: _Queue) -> Iterator[tuple[Entry, int]]:
-    """All of a queue, from its first on; what was yielded may be taken out meanwhile."""
-    num_left = 0  # of those that were yielded
-    at_once = _AT_ONCE
-    while some := list(itertools.islice(queue.items(), num_left, num_left + at_once)):
-        yield from some
-        num_left += sum(entry in queue for entry, _ in some)
-        at_once *= 2  # so that passing over those that are left takes no longer than the walk

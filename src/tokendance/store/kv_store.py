@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 
 from tokendance.rounds.discovery import EarlierPrompt
 from tokendance.rounds.segments import ChainHash, PrefixHashes, Salt, SegmentHash
@@ -256,14 +257,34 @@ class KVStore:
         is_held = self.pool.num_refs(self.pool.all_pages(), Holder.REQUEST) > 0
         if count > self.pool.num_pages - np.count_nonzero(is_held):
             return False  # and nothing is evicted for it
+        evicted, is_enough = self._to_evict(count - self.pool.num_free, is_held)
+        self._drop(evicted)
+        self.num_evicted += len(evicted)
+        return is_enough
+
+    def _to_evict(self, count: int, is_held: npt.NDArray[np.bool_]) -> tuple[list[Entry], bool]:
+        """Entries in their order without which `count` pages more are free, and whether they are.
+
+        There may be thousands of both kinds, those that go and those that are held, and another
+        request waits meanwhile: numpy's calls for a page each would take most of the time.
+        """
+        # How many entries each page is of; -1 where a request holds it.
+        num_refs = self.pool.num_refs(self.pool.all_pages(), Holder.INDEX)
+        num_refs[is_held] = -1
+        left = num_refs.data
+        evicted: list[Entry] = []
         for entry in self.order.in_turn():
-            if is_held[entry.pages].all():
+            pages: list[int] = entry.pages.tolist()
+            free = [page for page in pages if left[page] >= 0]
+            if not free:
                 continue  # running requests hold all of it: taking it out would free nothing
-            self.drop(entry)
-            self.num_evicted += 1
-            if self.pool.can_allocate(count):
-                return True
-        return False
+            evicted.append(entry)
+            for page in free:
+                left[page] -= 1
+                count -= left[page] == 0
+            if count <= 0:
+                return evicted, True
+        return evicted, False
 
     def take_slots(self, sizes: Sequence[int]) -> tuple[list[Slots], PageIds]:
         """Allocate slots for parts of so many tokens, each in pages of its own.
@@ -293,23 +314,26 @@ class KVStore:
 
     def drop(self, entry: Entry) -> None:
         """Take one entry out of its index. Does nothing if it is gone already."""
-        if entry not in self.order:
-            return
-        self.order.discard(entry)
-        self.pool.release(entry.pages, Holder.INDEX)
-        if isinstance(entry, StoredPage):
-            del self._prefix[entry.exact][entry.chain]
-        else:
-            cached = self._segments[entry.hash]
-            cached.remove(entry)
-            if not cached:
-                del self._segments[entry.hash]
+        if entry in self.order:
+            self._drop([entry])
 
     def clear(self, keep: Collection[Entry] = ()) -> None:
         """Drop every entry but some; pages that running requests hold live on until they end."""
-        for entry in list(self.order):
-            if entry not in keep:
-                self.drop(entry)
+        self._drop([entry for entry in self.order if entry not in keep])
+
+    def _drop(self, entries: Sequence[Entry]) -> None:
+        """Take entries out of their index, all of which are there."""
+        for entry in entries:
+            self.order.discard(entry)
+            if isinstance(entry, StoredPage):
+                del self._prefix[entry.exact][entry.chain]
+            else:
+                cached = self._segments[entry.hash]
+                cached.remove(entry)
+                if not cached:
+                    del self._segments[entry.hash]
+        if entries:
+            self.pool.release(np.concatenate([entry.pages for entry in entries]), Holder.INDEX)
 
     # -- bookkeeping --------------------------------------------------------------------------
 

@@ -86,10 +86,11 @@ class PagePool:
         np.add.at(self._refs[holder], pages, 1)
 
     def release(self, pages: PageIds, holder: Holder) -> None:
-        """Drop one reference from each of `pages`, which are distinct."""
-        assert (self._refs[holder][pages] > 0).all(), "a page was released twice"
-        self._refs[holder][pages] -= 1
-        self.num_free += self._count_free(pages)
+        """Drop one reference from each of `pages`; as many from one that is named several times."""
+        refs = self._refs[holder]
+        np.subtract.at(refs, pages, 1)
+        assert (refs[pages] >= 0).all(), "a page was released twice"
+        self.num_free += self._count_free(np.unique(pages))
 
     def _are_free(self, pages: PageIds) -> npt.NDArray[np.bool_]:
         """Of each page whether nobody holds it."""

@@ -252,11 +252,13 @@ def _time_vllm(
     """
     ids = [prompt.token_ids.tolist() for prompt in prompts]
     vllm.reset()
-    first = vllm.run(ids, 1)
+    vllm.run(ids, 1)
     short = sorted(vllm.run(ids, 1).seconds for _ in range(3))
-    long = sorted(vllm.run(ids, 1 + num_steps).seconds for _ in range(3))
+    answers = [vllm.run(ids, 1 + num_steps) for _ in range(3)]
+    long = sorted(answer.seconds for answer in answers)
     steps_s = [(b - a) / num_steps for a, b in zip(short, long, strict=True)]
-    return steps_s, first.peak_blocks * vllm.block_size * llm.engine.kv_bytes_per_token
+    num_tokens = vllm.block_size * max(answer.peak_blocks for answer in answers)
+    return steps_s, num_tokens * llm.engine.kv_bytes_per_token
 
 
 def _checkpoint_bytes(model: str) -> int:
