@@ -227,7 +227,12 @@ def test_what_does_not_fit_is_refused(kernel: str) -> None:
             layer.multiply(wrong, to, 1)
 
 
-def test_layers_are_replaced_by_what_is_fastest_here() -> None:
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_layers_are_replaced_by_what_is_fastest_here(
+    has_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles, raising=False)
+
     def model(dtype: torch.dtype) -> nn.Sequential:
         return nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 3)).to(dtype)
 
@@ -238,7 +243,8 @@ def test_layers_are_replaced_by_what_is_fastest_here() -> None:
     assert weight_bytes(exact) == 4 * (8 + 44)
     half = model(torch.bfloat16)
     assert pack_linear_layers(half) == 2
-    expected = NativeLinear if _native.has_pairs(KERNELS[0], 8) else OneDNNLinear
+    is_ours = _native.has_pairs(KERNELS[0], 8) and not has_tiles
+    expected = NativeLinear if is_ours else OneDNNLinear
     assert {type(half[0]), type(half[2])} == {expected}
     assert pack_linear_layers(model(torch.float16)) == 0
     for dtype in (torch.float32, torch.bfloat16):
