@@ -333,7 +333,9 @@ class KVStore:
                 if not cached:
                     del self._segments[entry.hash]
         if entries:
-            self.pool.release(np.concatenate([entry.pages for entry in entries]), Holder.INDEX)
+            # Who gives way first comes last, as the end of a prompt does.
+            pages = np.concatenate([entry.pages for entry in reversed(entries)])
+            self.pool.release(pages, Holder.INDEX)
 
     # -- bookkeeping --------------------------------------------------------------------------
 

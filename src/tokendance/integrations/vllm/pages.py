@@ -45,9 +45,9 @@ class BlockPages(PagePool):
     def release(self, pages: PageIds, holder: Holder) -> None:
         """See `PagePool.release`."""
         super().release(pages, holder)
-        gone = pages[self._are_free(pages)]
-        # What stands last in a prompt is given away first.
-        self._blocks.free_blocks([self._blocks.blocks[page] for page in gone[::-1].tolist()])
+        # What stands last in a prompt is given away first; each page once, if it is named twice.
+        gone = dict.fromkeys(pages[self._are_free(pages)][::-1].tolist())
+        self._blocks.free_blocks([self._blocks.blocks[page] for page in gone])
 
     def allocate(self, count: int) -> PageIds:
         """See `PagePool.allocate`; blocks are allocated by vLLM alone."""
