@@ -44,6 +44,9 @@ HEADLINES = {
 }
 
 
+PYTHON = VLLM_ENVIRONMENT.find()  # of the real one; tests with a fake one find another
+
+
 class FakeVLLM:
     """Answers at once, says what time it took, and remembers what it was asked.
 
@@ -256,7 +259,7 @@ def test_without_vllm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(VLLM_ENVIRONMENT.find() is None, reason="vLLM is not installed (make vllm)")
+@pytest.mark.skipif(PYTHON is None, reason="vLLM is not installed (make vllm)")
 def test_what_the_real_one_counts_and_says(tmp_path: Path) -> None:
     """Tokens of its passes are those of prompts that it found in no cache, and of answers."""
     save_model(tmp_path, "llama", hidden_size=128)  # heads of 32: vLLM has none of 16
@@ -268,7 +271,7 @@ def test_what_the_real_one_counts_and_says(tmp_path: Path) -> None:
     prompts = [[*own, *shared, 11 + index] for index, own in enumerate(private)]
     blocks = [[len(own), len(own) + len(shared)] for own in private]
     answers = [[30 + index, 31, 32, 33] for index in range(3)]
-    with VLLM(tmp_path, config) as engine:
+    with VLLM(tmp_path, config, python=PYTHON) as engine:
         said, logprobs = engine.score(prompts, answers)
         assert [list(answer) for answer in said.token_ids] == answers
         for row in logprobs:
