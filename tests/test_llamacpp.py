@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tokendance.bench import rivals
 from tokendance.bench.llamacpp import LLAMACPP_ENVIRONMENT, MODES, LlamaCpp, Mode, Prefilled
-from tokendance.bench.rivals import LlamaCppPrompts
+from tokendance.bench.rivals import LlamaCppPrompts, least_over_modes
 from tokendance.bench.settings import BenchOutputs, BenchSettings
 from tokendance.bench.worker import WORKER_MAIN, Environment
 from tokendance.commands.bench import run_bench
@@ -115,6 +115,12 @@ def test_prompts_as_they_are_and_with_the_shared_text_in_front() -> None:
     assert as_is == LlamaCppPrompts([[1, 7, 8, 9, 1, 5], [2, 7, 8, 9, 2, 5]], [1, 1], 0)
     moved = LlamaCppPrompts.of(prompts, Mode("bf16", in_front=True))
     assert moved == LlamaCppPrompts([[7, 8, 9, 1, 1, 5], [7, 8, 9, 2, 2, 5]], [0, 0], 3)
+
+
+def test_the_fastest_mode_is_what_ours_is_compared_with() -> None:
+    times = {"dense": 1.2, str(MODES[0]): 3.0, str(MODES[1]): 2.0, str(MODES[3]): 4.0}
+    assert least_over_modes(times) == {"llamacpp": 2.0, "llamacpp_in_front": 4.0}
+    assert least_over_modes({"dense": 1.2}) == {}
 
 
 class FakeContext:

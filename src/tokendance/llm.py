@@ -127,10 +127,9 @@ class LLM:
     ) -> None:
         self.model = model
         self.correction = correction
-        names = [model.name, str(model.dtype)]
-        if model.weights != "native":
-            names.append(model.weights)
-        self.encoder = PromptEncoder(model.tokenizer, model.shape.vocab_size, make_salt(*names))
+        self.encoder = PromptEncoder(
+            model.tokenizer, model.shape.vocab_size, make_salt(*model.salt_names)
+        )
         made = assemble(model, options, correction, self.encoder, pool=pool, executor=executor)
         self.engine, self.kv_store, self.executor = made.loop, made.store, made.executor
         self._figures = RoundFigures(self.engine.kv_bytes_per_token, self.engine.page_bytes)

@@ -9,7 +9,6 @@ See `bench/worker.py` for its process; what runs in it is `llamacpp_engine.py`. 
 ids that our engine gets, and the weights of the same checkpoint.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any, Literal, Self
 import torch
 
 from tokendance.bench.worker import WORKER_MAIN, Environment, Worker, inherited_variables
-from tokendance.errors import BaselineError
 
 LLAMACPP_ENVIRONMENT = Environment(
     "llama.cpp", "TOKENDANCE_LLAMACPP_PYTHON", ".venv-llamacpp", "llamacpp"
@@ -159,8 +157,8 @@ class Context:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error the engine is closed, and the error is what is told.
-        with contextlib.suppress(*(() if kind is None else (BaselineError,))):
+        # After an error the engine is closed, or about to be, and the error is what is told.
+        if kind is None:
             self._engine.ask({"op": "close", "name": self._name}, 60.0)
 
     def prefill(

@@ -42,6 +42,12 @@ class LoadedModel:
         """See `precision_name`."""
         return precision_name(self.dtype, self.weights)
 
+    @property
+    def salt_names(self) -> tuple[str, ...]:
+        """What KV must agree in to be shared, for `make_salt`; stores on disk hold such salts."""
+        names = (self.name, str(self.dtype))
+        return names if self.weights == "native" else (*names, self.weights)
+
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn a dtype's name into the dtype; "auto" takes bfloat16 where the machine computes it.

@@ -119,12 +119,8 @@ class ServerContext:
 
         What a tenant's requests share they share with those that name the same `cache_salt`.
         """
-        model = self.llm.model
         if tenant not in self._encoders:
-            names = [model.name, str(model.dtype), tenant]
-            if model.weights != "native":
-                names.append(model.weights)
-            salt = make_salt(*names)
+            salt = make_salt(*self.llm.model.salt_names, tenant)
             self._encoders[tenant] = self.llm.encoder.with_salt(salt)
         encoder = self._encoders[tenant]
         if not cache_salt:

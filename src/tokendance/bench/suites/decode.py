@@ -26,7 +26,12 @@ from tokendance.bench.arms import (
 )
 from tokendance.bench.llamacpp import MODES, LlamaCpp
 from tokendance.bench.plots import draw_lines
-from tokendance.bench.rivals import LlamaCppPrompts, started_llamacpp, started_vllm
+from tokendance.bench.rivals import (
+    LlamaCppPrompts,
+    least_over_modes,
+    started_llamacpp,
+    started_vllm,
+)
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn
 from tokendance.bench.vllm import VLLM
@@ -172,15 +177,14 @@ def _rows(
 def _headline(rows: list[Row], headline_size: Size) -> dict[str, float | None]:
     """How much faster `collective` is; of llama.cpp with the fastest of its modes."""
     at_length = [row for row in rows if (row["shared"], row["own"]) == headline_size[1:]]
-    times = {(row["agents"], row["mode"]): row["vs_mode"] for row in at_length}
-    headline = {
-        f"speedup_vs_{mode}_32": times.get((headline_size[0], mode)) for mode in ("dense", "vllm")
-    }
-    for in_front, name in ((False, "llamacpp"), (True, "llamacpp_in_front")):
-        modes = [str(mode) for mode in MODES if mode.in_front == in_front]
-        for agents in _RIVAL_AGENTS:
-            if found := [times[agents, mode] for mode in modes if (agents, mode) in times]:
-                headline[f"speedup_vs_{name}_{agents}"] = min(found)
+    times: dict[int, dict[str, float]] = {}
+    for row in at_length:
+        times.setdefault(row["agents"], {})[row["mode"]] = row["vs_mode"]
+    of_headline = times.get(headline_size[0], {})
+    headline = {f"speedup_vs_{mode}_32": of_headline.get(mode) for mode in ("dense", "vllm")}
+    for agents in _RIVAL_AGENTS:
+        for name, least in least_over_modes(times.get(agents, {})).items():
+            headline[f"speedup_vs_{name}_{agents}"] = least
     return headline
 
 

@@ -29,7 +29,13 @@ from tokendance.bench.arms import (
 from tokendance.bench.llamacpp import MODES as LLAMACPP_MODES
 from tokendance.bench.llamacpp import Context, LlamaCpp, Mode
 from tokendance.bench.plots import draw_lines
-from tokendance.bench.rivals import LlamaCppPrompts, started_llamacpp, started_vllm, vllm_round
+from tokendance.bench.rivals import (
+    LlamaCppPrompts,
+    least_over_modes,
+    started_llamacpp,
+    started_vllm,
+    vllm_round,
+)
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult, between, in_turn, ratio, spread
 from tokendance.bench.vllm import VLLM
@@ -249,11 +255,11 @@ def _rival_runs(
         if vllm is not None:
             arm = _Arm("vllm", "bfloat16")
             runs[arm] = partial(round_.time_vllm, arm, vllm)
-        for mode in LLAMACPP_MODES if llama is not None else ():
-            assert llama is not None
-            arm = _Arm(str(mode), mode.weights)
-            context = stack.enter_context(llama.open(mode, agents, longest))
-            runs[arm] = partial(round_.time_llamacpp, arm, context, mode)
+        if llama is not None:
+            for mode in LLAMACPP_MODES:
+                arm = _Arm(str(mode), mode.weights)
+                context = stack.enter_context(llama.open(mode, agents, longest))
+                runs[arm] = partial(round_.time_llamacpp, arm, context, mode)
         yield runs
 
 
@@ -302,10 +308,9 @@ def _headline(rows: list[Row]) -> dict[str, float | None]:
             below = ratios.get((agents, mode))
             headline[f"{name}_ratio_{agents}"] = None if below is None else 1 / below
     headline["speedup_vs_vllm_10"] = ratios.get((10, "vllm"))
-    for in_front, name in ((False, "llamacpp"), (True, "llamacpp_in_front")):
-        modes = [str(mode) for mode in LLAMACPP_MODES if mode.in_front == in_front]
-        if found := [ratios[10, mode] for mode in modes if (10, mode) in ratios]:
-            headline[f"speedup_vs_{name}_10"] = min(found)
+    of_ten = {mode: times for (agents, mode), times in ratios.items() if agents == 10}
+    for name, least in least_over_modes(of_ten).items():
+        headline[f"speedup_vs_{name}_10"] = least
     return headline
 
 

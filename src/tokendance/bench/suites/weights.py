@@ -59,14 +59,13 @@ class _Text:
 def run(settings: BenchSettings, console: Console) -> SuiteResult:
     """Measure the suite; see the module."""
     texts: list[_Text] = []
-    num_texts, max_tokens = (2, 40) if settings.tiny else (_NUM_TEXTS, _MAX_NUMBERS)
-    people = read_people(settings.source)[:num_texts]
+    people = read_people(settings.source)[: 2 if settings.tiny else _NUM_TEXTS]
     table = LiveTable(console, f"{len(people)} texts, against float32", _COLUMNS)
     for name, (dtype, weights) in KINDS.items():
         with console.status(f"{name} ..."):
             model = load_model(settings.model, dtype, "cpu", weights)
             if not texts:
-                max_tokens = min(max_tokens, _most_tokens(model, len(people)))
+                max_tokens = 40 if settings.tiny else _most_tokens(model, len(people))
                 ids = [_token_ids(model, person.system)[:max_tokens] for person in people]
                 texts = [_Text(tokens, _logprobs(model, tokens)) for tokens in ids]
             table.add({"kind": name, **_compare(model, texts)})
