@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,21 @@ def test_what_is_shared_is_written_once_and_read_into_place(town: Town) -> None:
     town.tier.save(snapshot(caches, 2))
     assert town.memory.num_reads == reads
     assert (town.stored().round, town.extents()["bo"]) == (2, [(0, 0, 8), (2, 0, 3)])
+
+
+def test_others_have_their_turn_between_two_files(town: Town) -> None:
+    """Also where all files have been read by the time the first of them is put into memory."""
+    caches = {"ann": ANN, "bo": BO}  # in three files
+    for ids in caches.values():
+        town.compute(ids)
+    town.tier.save(snapshot(caches))
+    town.store.clear()
+    steps, num_held = town.tier.restoring(town.stored(), SALT), []
+    for job in steps:
+        wait([job])
+        num_held.append(town.store.pool.num_held(Holder.REQUEST))
+    more = [later - before for before, later in pairwise(num_held)]
+    assert [pages for pages in more if pages] == [2, 2, 1]  # of 8, 5 and 3 tokens, one by one
 
 
 def test_a_round_adds_files_of_what_is_new(town: Town) -> None:
@@ -421,7 +437,7 @@ def slots(*numbers: int) -> Slots:
 def test_slots_and_extents_lead_to_each_other() -> None:
     store = KVStore(PagePool(8, 4), max_reuse_rounds=1)
     _, pages = store.take_slots([24])
-    files = SlotFiles(store)
+    files = SlotFiles(store, BYTES_PER_TOKEN)
     files.note(FileId(7), slots(0, 1, 2, 3, 8, 9))
     files.note(FileId(3), slots(4, 5))
     extents = files.extents_of(slots(1, 2, 3, 4, 5, 0, 8, 9, 20, 0))
@@ -446,7 +462,7 @@ def test_slots_and_extents_lead_to_each_other() -> None:
 def test_what_is_not_written_is_grouped_by_who_reads_it() -> None:
     store = KVStore(PagePool(8, 4), max_reuse_rounds=1)
     store.take_slots([32])
-    files = SlotFiles(store)
+    files = SlotFiles(store, BYTES_PER_TOKEN)
     files.note(FileId(1), slots(0, 1))
     groups = files.unwritten(
         [slots(0, 1, 2, 3, 9, 10), slots(2, 3, 12), slots(2, 3)],
@@ -456,10 +472,23 @@ def test_what_is_not_written_is_grouped_by_who_reads_it() -> None:
     assert all(group.dtype == np.int32 for group in groups)
 
 
+def test_no_file_is_larger_than_the_engine_may_copy_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tokendance.tier.slot_files._MAX_FILE_BYTES", 3 * BYTES_PER_TOKEN + 1)
+    store = KVStore(PagePool(8, 4), max_reuse_rounds=1)
+    store.take_slots([32])
+    groups = SlotFiles(store, BYTES_PER_TOKEN).unwritten([np.arange(8, dtype=np.int32)], ())
+    assert [group.tolist() for group in groups] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    monkeypatch.setattr("tokendance.tier.slot_files._MAX_FILE_BYTES", 1)  # a row is one, at least
+    groups = SlotFiles(store, BYTES_PER_TOKEN).unwritten([slots(4, 5)], ())
+    assert [group.tolist() for group in groups] == [[4], [5]]
+
+
 def test_files_of_which_little_is_needed_are_sparse() -> None:
     store = KVStore(PagePool(8, 4), max_reuse_rounds=1)
     store.take_slots([32])
-    files = SlotFiles(store)
+    files = SlotFiles(store, BYTES_PER_TOKEN)
     files.note(FileId(1), slots(0, 1, 2, 3))
     files.note(FileId(2), slots(4, 5, 6, 7))
     files.note(FileId(3), slots(8, 9, 10, 11))

@@ -1,6 +1,5 @@
 """A server in a thread of this process, for tests, benchmarks and notebooks."""
 
-import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ class _Server(Server):
 
     def run_on(self, listening: socket.socket) -> None:
         try:
-            asyncio.run(self.serve([listening]))
+            self.run([listening])
         finally:
             self.is_settled.set()
 

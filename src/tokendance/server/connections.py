@@ -58,6 +58,8 @@ _OWN_METHODS = {"_read_ready_cb", "_write_ready"}
 # Between two looks at all connections, and between two lines in the log.
 _LOOK_S = 1.0
 _LOG_S = 10.0
+# Looked at in one turn of the loop: each may be late, and closing one takes some 0.1 ms.
+_LOOKS_IN_A_TURN = 32
 
 
 class Phase(Enum):
@@ -155,8 +157,10 @@ class Connections:
         look_s = min(_LOOK_S, settings.head_timeout / 4, settings.send_timeout / 4)
         while True:
             await asyncio.sleep(look_s)
-            for connection in tuple(self._open):
+            for number, connection in enumerate(tuple(self._open), 1):
                 connection.close_if_late()
+                if number % _LOOKS_IN_A_TURN == 0:
+                    await asyncio.sleep(0)
             self._log()
 
     def _log(self) -> None:
@@ -345,7 +349,8 @@ class Server(uvicorn.Server):
                 app,
                 http=protocol,  # type: ignore[arg-type]
                 ws="none",
-                loop="asyncio",  # uvloop's transports show nothing of what `_Connection` bounds
+                # uvloop's transports show nothing of what `_Connection` bounds.
+                loop="tokendance.server.event_loop:new_event_loop",
                 backlog=_ACCEPTED_AT_ONCE,
                 timeout_keep_alive=connections.settings.idle_timeout,  # type: ignore[arg-type]
                 # Of warnings there is one, "Invalid HTTP request", as often as a client likes.

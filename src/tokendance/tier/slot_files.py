@@ -15,15 +15,18 @@ from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
 
 _NO_FILE = -1
-# What would make a larger file is cut, so that no file has to fit into memory twice.
-_MAX_ROWS = 4096
+# What would make a larger file is cut: the engine's thread copies a file's KV in one go, for which
+# nobody should have to wait longer than some ten milliseconds.
+_MAX_FILE_BYTES = 32 * 2**20
 
 
 class SlotFiles:
     """What of a store's memory is on disk, and where."""
 
-    def __init__(self, store: KVStore) -> None:
+    def __init__(self, store: KVStore, row_bytes: int) -> None:
+        """Know nothing yet; a slot makes so many bytes of a file."""
         self._store = store
+        self._max_rows = max(1, _MAX_FILE_BYTES // row_bytes)
         num_slots = len(store.slot_stamp)
         # By slot: the file and the row that it holds, and the stamp that it had then.
         self._file = np.full(num_slots, _NO_FILE, np.int64)
@@ -89,9 +92,9 @@ class SlotFiles:
             own = np.unique(slots)
             groups.append(own[num_readers[own] == 1])
         return [
-            group[first : first + _MAX_ROWS].astype(np.int32)
+            group[first : first + self._max_rows].astype(np.int32)
             for group in groups
-            for first in range(0, len(group), _MAX_ROWS)
+            for first in range(0, len(group), self._max_rows)
         ]
 
     def sparse(self, needed: Iterable[Slots], least_share: float) -> list[FileId]:

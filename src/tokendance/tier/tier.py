@@ -55,7 +55,7 @@ class DiskTier:
         self.is_closed = False
         cost = ReadCost(bytes_per_token, seconds_per_token)
         row_bytes = bytes_per_token + _POSITION_BYTES
-        files = SlotFiles(store)
+        files = SlotFiles(store, row_bytes)
         self._levels = Levels(
             store, memory, disk, files, cost, row_bytes, num_kept, Threads(), Turn()
         )
