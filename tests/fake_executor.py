@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from tokendance.executor.step import (
     FloatArray,
@@ -97,6 +98,10 @@ class FakeExecutor:
         """The tokens, as keys of one layer and head; see `Executor`."""
         keys = self._tokens[slots].astype(np.float32)[None, None, :, None]
         return KVRows(self._positions[slots], keys, keys)
+
+    def positions_of(self, slots: SlotArray) -> npt.NDArray[np.int32]:
+        """See `Executor`."""
+        return self._positions[slots]
 
     def write_kv(self, slots: SlotArray, rows: KVRows) -> None:
         """See `Executor`."""

@@ -40,8 +40,9 @@ HEADLINES: dict[str, set[str]] = {
         for figure in ("kl", "kl_next", "top1", "identical", "recall", "corrected")
         for mode in ("pic", "collective")
     } | {"kl_ratio", "kl_next_ratio"},
+    "corrections": {"kl_ratio_2", "kl_ratio_3", "speedup_2", "speedup_3"},
     "weights": {"kl_bfloat16", "kl_int8", "perplexity_ratio_int8"},
-    "leak": {"p_exact", "p_uncorrected", "p_default", "p_isolated"},
+    "leak": {"p_exact", "p_uncorrected", "p_corrected", "p_isolated"},
     "restore": {
         "speedup_vs_dense_restore", "speedup_vs_fused_restore", "speedup_vs_dense_from_disk",
         "speedup_vs_computing_again", "next_round_vs_computing_again",
@@ -127,8 +128,8 @@ def test_leak_counts_what_isolation_computes(
     assert of["exact"]["kl"] < 1e-6 < of["isolated"]["kl"]
     computed = {way: row["computed"] for way, row in of.items()}
     # A neutral owner more, so every agent corrects 4 tokens of each of 3 blocks; else all but one.
-    assert computed["isolated"] == computed["default"] + 4 * 3
-    assert computed["uncorrected"] < computed["default"] < computed["exact"]
+    assert computed["isolated"] == computed["corrected"] + 4 * 3
+    assert computed["uncorrected"] < computed["corrected"] < computed["exact"]
 
 
 def test_the_test_of_leaks_finds_what_there_is_and_nothing_else() -> None:

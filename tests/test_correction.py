@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_exactness import KEEP, logprobs, random_round
 from tokendance import LLM, Prompt, private
 from tokendance.collector.correction import (
-    DEFAULT_CORRECTION,
     NO_CORRECTION,
+    USUAL_EDGES,
     CorrectAll,
     CorrectionPolicy,
     Edges,
@@ -28,7 +28,7 @@ from tokendance.errors import ConfigError
 from tokendance.models.loader import LoadedModel
 from tokendance.rounds.segments import Segment, as_token_ids, build_prompt, make_salt
 
-REUSE = Reuse(in_order=True, num_before=10, num_blocks=1)
+REUSE = Reuse(in_order=True, num_before=10, num_blocks=1, num_tokens=94)
 
 
 def block(length: int) -> Segment:
@@ -40,7 +40,7 @@ def chosen(policy: CorrectionPolicy, length: int) -> list[int]:
     mask = policy.choose(REUSE, block(length))
     assert mask is not None
     assert mask.shape == (length,)
-    assert np.array_equal(mask, policy.layout(block(length)))
+    assert np.array_equal(mask, policy.layout(REUSE, block(length)))
     return np.flatnonzero(mask).tolist()
 
 
@@ -63,7 +63,7 @@ def test_what_is_corrected(policy: CorrectionPolicy, length: int, expected: list
 @pytest.mark.parametrize(
     ("spec", "policy"),
     [
-        ("edges", DEFAULT_CORRECTION),
+        ("edges", USUAL_EDGES),
         ("edges:8+1", Edges(8, 1)),
         ("first-k", Edges(4, 0)),
         ("first:7", Edges(7, 0)),
@@ -101,11 +101,10 @@ class Switched:
     is_enough = True
 
     def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
-        del reuse
-        return NO_CORRECTION.layout(segment) if self.is_enough else None
+        return NO_CORRECTION.choose(reuse, segment) if self.is_enough else None
 
-    def layout(self, segment: Segment) -> Mask:
-        return NO_CORRECTION.layout(segment)
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
+        return NO_CORRECTION.layout(reuse, segment)
 
 
 @pytest.mark.parametrize("is_enough", [True, False])
@@ -134,9 +133,10 @@ class EverySecond:
     spec = "second"
 
     def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
-        return self.layout(segment) if reuse.num_blocks < 4 else None
+        return self.layout(reuse, segment) if reuse.num_blocks < 4 else None
 
-    def layout(self, segment: Segment) -> Mask:
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
+        del reuse
         mask: Mask = np.arange(len(segment)) % 2 == 1
         return mask
 

@@ -387,6 +387,9 @@ class Parrot:
     def read_kv(self, slots: Any) -> Any:
         raise NotImplementedError
 
+    def positions_of(self, slots: Any) -> Any:
+        raise NotImplementedError
+
     def write_kv(self, slots: Any, rows: Any) -> None:
         raise NotImplementedError
 

@@ -17,7 +17,8 @@ from tokendance.options import EngineOptions
 @pytest.mark.parametrize(
     ("settings", "spec"),
     [
-        ({}, "edges:3+1"),
+        ({}, "edges:5+5"),
+        ({"correction": "balanced"}, "edges:5+5"),
         ({"correction": "edges"}, "edges:3+1"),
         ({"correction": "edges:8+2"}, "edges:8+2"),
         ({"correction": "first-k"}, "first:4"),
@@ -34,7 +35,8 @@ def test_corrections(settings: dict[str, Any], spec: str) -> None:
     def target(number: str) -> Edges:
         return Edges(round(100 * float(number)), 7)
 
-    assert EngineOptions(**settings).read_correction(target).spec == spec
+    measured = {"target": target, "balanced": lambda _: Edges(5, 5)}
+    assert EngineOptions(**settings).read_correction(measured).spec == spec
 
 
 @pytest.mark.parametrize(

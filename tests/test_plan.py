@@ -214,7 +214,8 @@ class Refuses:
         assert (reuse.num_blocks, len(segment)) == (1, 6)
         return None
 
-    def layout(self, segment: Segment) -> Mask:
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
+        del reuse
         return np.zeros(len(segment), np.bool_)
 
 

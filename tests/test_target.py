@@ -29,12 +29,13 @@ def cell(in_order: bool, num_before: int, num_blocks: int, *kl: float) -> Cell:
     """A cell with KLs for correcting 0, 2 and 8 tokens, and the last."""
     corrections = ((0, 0), (2, 1), (8, 1))
     measured = tuple(Measured(*c, one) for c, one in zip(corrections, kl, strict=True))
-    return Cell(in_order, num_before, num_blocks, measured)
+    return Cell(in_order, num_before, num_blocks, measured, kl[1])
 
 
 TABLE = FidelityTable(
     "m",
     "float32",
+    94,
     (
         cell(True, 100, 4, 0.002, 0.001, 0.0005),
         cell(True, 400, 4, 0.02, 0.004, 0.001),
@@ -50,15 +51,15 @@ TABLE = FidelityTable(
 @pytest.mark.parametrize(
     ("kl", "reuse", "expected"),
     [
-        (0.01, Reuse(True, 50, 3), Edges(0, 0)),
-        (0.01, Reuse(True, 100, 4), Edges(0, 0)),
-        (0.01, Reuse(True, 101, 4), Edges(2, 1)),
-        (0.01, Reuse(True, 50, 5), Edges(8, 1)),  # only the largest cell covers it
-        (0.005, Reuse(True, 50, 5), None),
-        (0.25, Reuse(False, 50, 2), Edges(2, 1)),
-        (0.05, Reuse(False, 50, 2), None),
-        (9.0, Reuse(True, 401, 1), None),  # outside what was measured
-        (9.0, Reuse(True, 1, 17), None),
+        (0.01, Reuse(True, 50, 3, 94 * 3), Edges(0, 0)),
+        (0.01, Reuse(True, 100, 4, 94 * 4), Edges(0, 0)),
+        (0.01, Reuse(True, 101, 4, 94 * 4), Edges(2, 1)),
+        (0.01, Reuse(True, 50, 5, 94 * 5), Edges(8, 1)),  # only the largest cell covers it
+        (0.005, Reuse(True, 50, 5, 94 * 5), None),
+        (0.25, Reuse(False, 50, 2, 94 * 2), Edges(2, 1)),
+        (0.05, Reuse(False, 50, 2, 94 * 2), None),
+        (9.0, Reuse(True, 401, 1, 94 * 1), None),  # outside what was measured
+        (9.0, Reuse(True, 1, 17, 94 * 17), None),
     ],
 )
 def test_the_cheapest_correction_that_met_the_target(
@@ -73,15 +74,11 @@ def test_the_cheapest_correction_that_met_the_target(
         assert mask.tolist() == expected.choose(reuse, BLOCK).tolist()
 
 
-def test_owners_lay_out_runs_for_the_largest_reuse_that_meets_the_target() -> None:
-    expected = {
-        0.03: Edges(2, 1),
-        0.005: Edges(2, 1),  # of the cell before
-        1e-9: NO_CORRECTION,
-    }
-    for kl, edges in expected.items():
-        layout = FidelityTarget(kl, TABLE).layout(BLOCK)
-        assert layout.tolist() == edges.layout(BLOCK).tolist()
+def test_owners_lay_out_runs_for_a_reuse_like_their_own() -> None:
+    reuse = Reuse(True, 400, 16, 94 * 16)
+    for kl, edges in {0.03: Edges(2, 1), 0.01: Edges(8, 1), 1e-9: NO_CORRECTION}.items():
+        layout = FidelityTarget(kl, TABLE).layout(reuse, BLOCK)
+        assert layout.tolist() == edges.layout(reuse, BLOCK).tolist()
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:
@@ -91,7 +88,7 @@ def test_a_table_survives_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "model": "m", "cells": [{}]}']
+    "text", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "model": "m", "cells": [{}]}']
 )
 def test_a_broken_table_is_one_sentence(text: str, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
@@ -145,6 +142,7 @@ def test_each_reuse_gets_its_own_correction(make_llm: MakeLLM, tiny: object) -> 
     table = FidelityTable(
         "m",
         "float32",
+        94,
         (cell(True, 200, 8, 0.5, 0.01, 0.001), cell(False, 200, 8, 0.5, 0.4, 0.01)),
     )
     llm = with_target(make_llm, tiny, 0.05, table)
@@ -172,7 +170,7 @@ def test_a_target_counts_what_the_beginning_has_inherited(make_llm: MakeLLM, tin
     prompts = random_round(15, agents=2, blocks=3)
     block = shared(random_ids(np.random.default_rng(15), 20))
     longer = [Prompt([*parts_of(prompt), block], agent=prompt.agent) for prompt in prompts]
-    table = FidelityTable("m", "float32", (cell(True, 300, 3, 0.01, 0.01, 0.01),))
+    table = FidelityTable("m", "float32", 94, (cell(True, 300, 3, 0.01, 0.01, 0.01),))
     llm = with_target(make_llm, tiny, 0.02, table)
     first = llm.run_round(prompts, KEEP)
     assert first.outputs[1].reused_tokens > 0
@@ -187,7 +185,7 @@ def test_a_mirror_may_correct_more_or_less_than_the_layout(make_llm: MakeLLM, ti
     prompts = random_round(13, agents=4)
     for kl in (0.5, 0.03, 0.0015):
         llm = with_target(make_llm, tiny, kl, TABLE)
-        edges = FidelityTarget(kl, TABLE).edges_for(Reuse(True, 100, 4))
+        edges = FidelityTarget(kl, TABLE).edges_for(Reuse(True, 100, 4, 94 * 4))
         assert edges is not None
         plain = with_policy(make_llm, tiny, edges)
         found, expected = llm.run_round(prompts, KEEP), plain.run_round(prompts, KEEP)

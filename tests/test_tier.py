@@ -55,6 +55,9 @@ class Arrays:
         self.num_reads += 1
         return KVRows(self.positions[slots], self.keys[:, :, slots], self.values[:, :, slots])
 
+    def positions_of(self, slots: Slots) -> npt.NDArray[np.int32]:
+        return self.positions[slots]
+
     def write_kv(self, slots: Slots, rows: KVRows) -> None:
         self.keys[:, :, slots], self.values[:, :, slots] = rows.keys, rows.values
         self.positions[slots] = rows.positions
@@ -166,8 +169,8 @@ def test_others_have_their_turn_between_two_files(town: Town) -> None:
         town.compute(ids)
     town.tier.save(snapshot(caches))
     town.store.clear()
-    steps, num_held = town.tier.restoring(town.stored(), SALT), []
-    for job in steps:
+    num_held = [0]
+    for job in town.tier.restoring(town.stored(), SALT):
         wait([job])
         num_held.append(town.store.pool.num_held(Holder.REQUEST))
     more = [later - before for before, later in pairwise(num_held)]

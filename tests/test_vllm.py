@@ -16,7 +16,7 @@ from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.bench.vllm import VLLM_ENVIRONMENT, VLLMConfig, child_environment
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
-from vllm_server import run, talk
+from vllm_server import CORRECTION, run, talk
 
 PYTHON = VLLM_ENVIRONMENT.find()
 SCRIPT = Path(__file__).parent / "vllm_scenarios" / "run.py"
@@ -54,6 +54,7 @@ def vllm_engine(
     job = {"model": str(model), "engine": settings}
     variables = child_environment(PYTHON, VLLMConfig(threads=torch.get_num_threads()))
     variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENDANCE": str(int(plugin))}
+    variables["TOKENDANCE_CORRECTION"] = CORRECTION
     with talk([PYTHON, "-P", SCRIPT], variables | environment) as ask:
         yield lambda scenarios: json.loads(ask(json.dumps({**job, "scenarios": scenarios})))
 
@@ -111,7 +112,9 @@ ROUND = Round(0)
 @pytest.fixture(scope="module")
 def embedded(model: Path) -> list[list[int]]:
     """What the embedded engine answers."""
-    llm = LLM.from_loaded(load_model(str(model), "float32"), EngineOptions(kv_budget=2**24))
+    llm = LLM.from_loaded(
+        load_model(str(model), "float32"), EngineOptions(kv_budget=2**24, correction=CORRECTION)
+    )
     result = llm.run_round(ROUND.prompts(), SamplingParams(max_tokens=8, ignore_eos=True))
     return [list(output.token_ids) for output in result.outputs]
 

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 ROUND = Round(1)
 OWNER = 0  # the first that arrives computes what all read
-FIRST, LAST = 3, 1  # of the run, corrected by default
+FIRST, LAST = 3, 1  # of the run, corrected (`CORRECTION`)
 ANSWER_TOKENS = 8
 WHOLE_VOCABULARY = -1
 SCRIPTS = {"round": [ROUND.add(logprobs=WHOLE_VOCABULARY, max_tokens=ANSWER_TOKENS), FINISH]}

@@ -18,6 +18,7 @@ from tokendance.bench.vllm import VLLM_ENVIRONMENT, VLLMConfig, child_environmen
 
 SCENARIOS = Path(__file__).parent / "vllm_scenarios"
 START_S, END_S = 300.0, 30.0
+CORRECTION = "edges:3+1"  # the same in every round, so that tokens can be counted
 
 
 def end(process: subprocess.Popen[bytes], grace_s: float = END_S) -> None:
@@ -133,6 +134,7 @@ def vllm_server(
         "VLLM_LOGGING_LEVEL": "INFO",
         "PYTHONPATH": str(SCENARIOS),
         "TOKENDANCE": str(int(plugin)),
+        "TOKENDANCE_CORRECTION": CORRECTION,
     }
     settings = ["--enforce-eager", "--block-size=32", "--kv-cache-memory-bytes=500000000"]
     command: list[str | Path] = [

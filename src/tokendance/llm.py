@@ -21,8 +21,9 @@ from tokendance.engine.request import Request, make_output
 from tokendance.errors import ConfigError, RoundError, StoreError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import Executor
+from tokendance.fidelity.balanced import Balanced
 from tokendance.fidelity.shadow import ShadowReport, Shadows
-from tokendance.fidelity.table import table_path
+from tokendance.fidelity.shipped import best_table
 from tokendance.fidelity.target import FidelityTarget
 from tokendance.kinds import is_number
 from tokendance.models.encoder import PromptEncoder
@@ -407,6 +408,10 @@ def _are_agents(agents: object) -> bool:
 
 
 def _read_correction(options: EngineOptions, model: str, precision: str) -> CorrectionPolicy:
-    """The correction of an engine; a fidelity target goes by what was measured of the model."""
-    table = table_path(model, precision)
-    return options.read_correction(lambda kl: FidelityTarget.read(kl, table))
+    """The correction of an engine; some go by what was measured of the model."""
+    return options.read_correction(
+        {
+            "balanced": lambda _: Balanced(best_table(model, precision)),
+            "target": lambda kl: FidelityTarget.read(kl, model, precision),
+        }
+    )

@@ -8,6 +8,7 @@ from environment variables and from a TOML file.
 import contextlib
 import difflib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -15,6 +16,7 @@ from typing import Any, Literal, Self, get_args
 from tokendance.attention.names import ATTENTION_NAMES, AttentionName
 from tokendance.collector.correction import (
     DEFAULT_CORRECTION,
+    NO_CORRECTION,
     CorrectionPolicy,
     SpecReader,
     read_correction,
@@ -41,9 +43,10 @@ class EngineOptions:
             blocks, wherever they stand, in place. pic: those too, as other engines do it
             (CacheBlend, arXiv 2405.16444): each request takes a copy of its own and recomputes the
             15% of it that deviate most, one request at a time; pic-batched: many in a pass.
-        correction: which tokens of a reused block each agent computes afresh: edges:3+1 (the first
-            3 and the last, taken if left out), first:4, epic (the first 16), none, all, or
-            target:0.01, a fidelity target. In Python also a policy of your own.
+        correction: which tokens of a reused block each agent computes afresh: balanced (as many as
+            are worth it, by what was measured of the model; taken if left out), edges:3+1 (the
+            first 3 and the last), first:4, epic (the first 16), none, all, or target:0.01, a
+            fidelity target. In Python also a policy of your own.
         private: isolated: what agents read of each other's KV was never computed behind text that
             they do not have themselves, which costs a little time and fidelity (docs/fidelity.md).
             open: it may have been. Prompts and requests may ask for isolation themselves.
@@ -144,7 +147,7 @@ class EngineOptions:
             raise ConfigError(
                 f"The fidelity target is {self.fidelity_target}. Give a KL divergence above 0."
             )
-        self.read_correction(lambda _: DEFAULT_CORRECTION)
+        self.read_correction(dict.fromkeys(("balanced", "target"), lambda _: NO_CORRECTION))
 
     @classmethod
     def of(cls, options: Self | None = None, **settings: Any) -> Self:
@@ -162,11 +165,12 @@ class EngineOptions:
         given = {} if options is None else {name: getattr(options, name) for name in names}
         return cls(**given | settings)
 
-    def read_correction(self, target: SpecReader) -> CorrectionPolicy:
+    def read_correction(self, measured: Mapping[str, SpecReader]) -> CorrectionPolicy:
         """Make the policy by which tokens of reused segments are computed afresh.
 
         Args:
-            target: makes that of a fidelity target, of the number in its spec.
+            measured: readers of the policies that go by what was measured of the model: "balanced",
+                and "target", of the number in its spec.
 
         Raises:
             ConfigError: if there is none of that name.
@@ -176,9 +180,10 @@ class EngineOptions:
             correction = f"first:{self.first_k}"
         elif self.fidelity_target is not None:
             correction = f"target:{self.fidelity_target}"
+        correction = correction or DEFAULT_CORRECTION
         if isinstance(correction, str):
-            return read_correction(correction, {"target": target})
-        return correction or DEFAULT_CORRECTION
+            return read_correction(correction, measured)
+        return correction
 
     @property
     def reuses_segments(self) -> bool:

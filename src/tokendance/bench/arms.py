@@ -41,7 +41,7 @@ def make_engine(
     mode: ReuseMode,
     num_tokens: int,
     *,
-    correction: CorrectionPolicy | None = None,
+    correction: str | CorrectionPolicy | None = None,
     pool: KVPool | None = None,
 ) -> LLM:
     """Make an engine of a mode, with room for `num_tokens`, and `options` for the rest.

@@ -12,7 +12,7 @@ sentence of ours, so that a question about it has an answer that can be searched
 the block of the one who said it and nowhere else in the round.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -144,19 +144,22 @@ class RoundWorkload:
         blocks = [self.blocks[index] for index in view.block_indices]
         return _chat_prompt(view.system, [private(NEWS), *blocks, private(task)], view.name)
 
-    def warm(self, llm: LLM, *, keep: bool = False) -> None:
+    def warm(self, llm: LLM, *, keep: bool = False, also: Iterable[Entry] = ()) -> None:
         """Leave an engine with every agent's private part in its store, and nothing else.
 
-        `keep` what it has of them already only where no other engine writes over its KV memory.
+        `keep` what it has of them already, and of other entries `also`, only where no other engine
+        writes over its KV memory.
         """
-        keep_private_parts(llm, self.encoded(llm), keep=keep)
+        keep_private_parts(llm, self.encoded(llm), keep=keep, also=also)
 
 
-def keep_private_parts(llm: LLM, prompts: Sequence[EncodedPrompt], *, keep: bool = False) -> None:
+def keep_private_parts(
+    llm: LLM, prompts: Sequence[EncodedPrompt], *, keep: bool = False, also: Iterable[Entry] = ()
+) -> None:
     """Leave an engine with the first segments of prompts in its store; see `RoundWorkload.warm`."""
     store = llm.kv_store
     beginnings = [prompt.segments[0].token_ids for prompt in prompts]
-    kept: set[Entry] = set()
+    kept = set(also)
     if keep:
         for token_ids in beginnings:
             hashes = PrefixHashes(token_ids, prompts[0].salt)

@@ -32,13 +32,17 @@ class Reuse:
         in_order: all its reused segments are of one run, in the owner's order.
         num_before: private tokens before the first of them, in its own prompt or in the owner's,
             whichever are more.
-        num_blocks: shared segments that it reuses, those in a beginning that holds KV of another
-            context included.
+        num_blocks: shared segments that it reuses.
+        num_tokens: of these segments.
+        num_inherited: of these, those in a beginning that holds KV of another context. They have
+            been corrected when they were read first, and are read as they are.
     """
 
     in_order: bool
     num_before: int
     num_blocks: int
+    num_tokens: int
+    num_inherited: int = 0
 
 
 @runtime_checkable
@@ -63,11 +67,15 @@ class CorrectionPolicy(Protocol):
         """
         ...
 
-    def layout(self, segment: Segment) -> Mask:
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
         """Choose the tokens of a segment that its owner stores apart, behind the common ones.
 
         Best those that most mirrors will compute afresh. A mirror may correct others, and then
         reads more pieces.
+
+        Args:
+            reuse: what a mirror would reuse whose prompt is like the owner's.
+            segment: one of those.
 
         Returns:
             Bool (tokens of the segment,), true where the token is stored apart.
@@ -106,12 +114,12 @@ class Edges:
     def choose(self, reuse: Reuse, segment: Segment) -> Mask:
         """Choose the first and the last tokens, whatever the reuse."""
         del reuse
-        return self.layout(segment)
-
-    def layout(self, segment: Segment) -> Mask:
-        """Store apart what is corrected."""
         indices = np.arange(len(segment))
         return (indices < self.first) | (indices >= len(segment) - self.last)
+
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
+        """Store apart what is corrected."""
+        return self.choose(reuse, segment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +134,23 @@ class CorrectAll:
     def choose(self, reuse: Reuse, segment: Segment) -> Mask:
         """Choose every token."""
         del reuse
-        return self.layout(segment)
-
-    def layout(self, segment: Segment) -> Mask:
-        """Store all tokens in their order."""
         return np.ones(len(segment), np.bool_)
+
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
+        """Store all tokens in their order."""
+        return self.choose(reuse, segment)
 
 
 NO_CORRECTION = Edges(0, 0)
 """Reuse every token as its owner computed it: the cheapest policy, and the least faithful."""
-DEFAULT_CORRECTION = Edges(3, 1)
+USUAL_EDGES = Edges(3, 1)
+"""What "edges" is without numbers."""
+DEFAULT_CORRECTION = "balanced"
+"""Spec of the policy that engines take unless told (`fidelity/balanced.py`)."""
 
 _BY_NAME: Mapping[str, CorrectionPolicy] = MappingProxyType(
     {
-        "edges": DEFAULT_CORRECTION,
+        "edges": USUAL_EDGES,
         "first-k": Edges(4, 0),
         "epic": Edges(16, 0),
         "none": NO_CORRECTION,
@@ -171,5 +182,5 @@ def read_correction(spec: str, others: Mapping[str, SpecReader] | None = None) -
     name, _, value = spec.partition(":")
     if name in others:
         return others[name](value)
-    specs = [*_BY_NAME, "edges:3+1", "first:4", *(f"{name}:N" for name in others)]
+    specs = [*_BY_NAME, "edges:3+1", "first:4", *others]
     raise ConfigError(f"There is no correction {spec!r}. Use one like {', '.join(specs)}.")

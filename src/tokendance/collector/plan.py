@@ -28,8 +28,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.collector.correction import CorrectionPolicy, Mask
-from tokendance.collector.sources import KVIndex, choose_sources, describe_reuse
+from tokendance.collector.correction import CorrectionPolicy, Mask, Reuse
+from tokendance.collector.sources import KVIndex, choose_sources, describe_reuse, reuse_like
 from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, exact_length
 
@@ -342,7 +342,7 @@ def _owned_runs(
     return [
         OwnedRun(
             tuple((start, segment.hash, len(segment)) for start, segment in run),
-            _layout(run, policy, num_prefix),
+            _layout(run, policy, reuse_like(prompt, len(owned)), num_prefix),
             _context(prompt, run) if guarded else (),
         )
         for run in runs
@@ -359,9 +359,9 @@ def _context(prompt: EncodedPrompt, run: Sequence[tuple[int, Segment]]) -> tuple
 
 
 def _layout(
-    run: Sequence[tuple[int, Segment]], policy: CorrectionPolicy, num_prefix: int
+    run: Sequence[tuple[int, Segment]], policy: CorrectionPolicy, reuse: Reuse, num_prefix: int
 ) -> Positions:
     positions = np.arange(run[0][0], run[-1][0] + len(run[-1][1]))
-    corrected = np.concatenate([policy.layout(segment) for _, segment in run])
+    corrected = np.concatenate([policy.layout(reuse, segment) for _, segment in run])
     order = np.concatenate([positions[~corrected], positions[corrected]])
     return order[order >= num_prefix]

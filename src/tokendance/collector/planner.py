@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokendance.collector.correction import CorrectionPolicy
+from tokendance.collector.correction import CorrectionPolicy, Reuse
 from tokendance.collector.neutral import neutral_runs
 from tokendance.collector.owners import Start, order_starts
 from tokendance.collector.plan import RequestPlan, ReuseRules, plan_request
@@ -79,12 +79,13 @@ class Planner:
         return [
             EncodedPrompt(tuple(run), guarded[0].salt)
             for run in runs
-            if sum(map(self._num_reusable, run)) >= _LEAST_NEUTRAL_TOKENS
+            if self._num_reusable(run) >= _LEAST_NEUTRAL_TOKENS
         ]
 
-    def _num_reusable(self, segment: Segment) -> int:
-        """Tokens of a segment that most mirrors will not compute afresh."""
-        return int(np.count_nonzero(~self._policy.layout(segment)))
+    def _num_reusable(self, run: Sequence[Segment]) -> int:
+        """Tokens of a neutral owner's run that most mirrors will not compute afresh."""
+        reuse = Reuse(True, 0, len(run), sum(map(len, run)))
+        return sum(int(np.count_nonzero(~self._policy.layout(reuse, segment))) for segment in run)
 
     def rules(
         self,

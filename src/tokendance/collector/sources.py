@@ -134,17 +134,25 @@ def describe_reuse(
         chosen: sources of shared segments after it, by their index among those.
     """
     shared = prompt.shared_segments()
-    inherited = [start for start, part in shared if num_exact < start + len(part) <= num_prefix]
-    later = [start for start, part in shared if start + len(part) > num_prefix]
+    inherited = [at for at in shared if num_exact < at[0] + len(at[1]) <= num_prefix]
+    later = [at for at in shared if at[0] + len(at[1]) > num_prefix]
     indices = sorted(chosen)
     sources = [chosen[at] for at in indices]
     in_order = len({source.run for source in sources}) <= 1 and all(
         source.index < following.index for source, following in itertools.pairwise(sources)
     )
-    starts = inherited + [later[at] for at in indices]
-    first = starts[0] if starts else num_exact
+    reused = inherited + [later[at] for at in indices]
+    first = reused[0][0] if reused else num_exact
     num_private = first - sum(len(part) for start, part in shared if start < first)
     if sources:
         # Whatever shifts the owner's segment against this one is private text of one of them.
-        num_private += max(0, sources[0].start - later[indices[0]])
-    return Reuse(in_order, num_private, len(starts))
+        num_private += max(0, sources[0].start - later[indices[0]][0])
+    num_tokens = sum(len(part) for _, part in reused)
+    return Reuse(in_order, num_private, len(reused), num_tokens, len(inherited))
+
+
+def reuse_like(prompt: EncodedPrompt, num_owned: int) -> Reuse:
+    """Say what a mirror would reuse whose prompt is like that of an owner of so many segments."""
+    shared = prompt.shared_segments()
+    num_tokens = sum(len(part) for _, part in shared)
+    return Reuse(True, shared[0][0], len(shared), num_tokens, len(shared) - num_owned)

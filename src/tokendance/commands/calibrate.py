@@ -58,7 +58,7 @@ def calibrate(
     """Measure the table of a model, printing each cell."""
     columns = {"in_order": "in order", "num_before": "before", "num_blocks": "blocks"}
     corrections = [f"{edges.first}+{edges.last}" for edges in CORRECTIONS]
-    columns |= dict(zip(corrections, corrections, strict=True))
+    columns |= dict(zip(corrections, corrections, strict=True)) | {"pic": "pic"}
     table = LiveTable(console, "KL after correcting the first + last tokens of each block", columns)
     cells: list[Cell] = []
     with console.status("") as status:
@@ -70,9 +70,10 @@ def calibrate(
                     "num_before": cell.num_before,
                     "num_blocks": cell.num_blocks,
                     **{f"{of.first}+{of.last}": of.kl for of in cell.measured},
+                    "pic": cell.pic,
                 }
             )
-    return FidelityTable(model.name, model.precision, tuple(cells))
+    return FidelityTable(model.name, model.precision, size.block_tokens, tuple(cells))
 
 
 def write_table(table: FidelityTable, console: Console) -> None:

@@ -130,6 +130,10 @@ class RowMemory(Protocol):
         """Copy the KV of some slots, int32 (n,), out of memory, with its keys' positions."""
         ...
 
+    def positions_of(self, slots: SlotArray) -> npt.NDArray[np.int32]:
+        """Positions of the keys in some slots, int32 (n,)."""
+        ...
+
     def write_kv(self, slots: SlotArray, rows: KVRows) -> None:
         """Copy KV into slots, int32 (n,).
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -53,6 +54,10 @@ class TorchExecutor:
     def read_kv(self, slots: SlotArray) -> KVRows:
         """Copy KV out of memory; see `Executor`."""
         return self.pool.read(slots)
+
+    def positions_of(self, slots: SlotArray) -> npt.NDArray[np.int32]:
+        """Positions of keys; see `Executor`."""
+        return self.pool.slot_position[slots]
 
     def write_kv(self, slots: SlotArray, rows: KVRows) -> None:
         """Copy KV into memory; see `Executor`."""

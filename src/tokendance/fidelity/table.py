@@ -4,9 +4,9 @@ How far a reused run strays depends on whether the request has its blocks in the
 how much text differs before them, and on how many there are. `tokendance calibrate` measures that
 for a model, cell by cell:
 
-    in order   up to tokens before   up to blocks   KL after correcting (first, last) of each block
-    yes        250                   4              (0, 0) 0.004   (2, 1) 0.0011   (8, 1) 0.0007
-    no         1000                  16             (0, 0) 0.21    (2, 1) 0.12     (8, 1) 0.09
+    in order   tokens before   blocks   KL after correcting (first, last) of each block
+    yes        250             4        (0, 0) 0.03   (2, 1) 0.02   (8, 1) 0.02   pic 0.02
+    no         1000            16       (0, 0) 0.07   (2, 1) 0.05   (8, 1) 0.04   pic 0.05
 
 Tables lie in the cache folder, beside converted checkpoints, one for each model and dtype.
 """
@@ -24,7 +24,7 @@ from tokendance.collector.correction import Reuse
 from tokendance.errors import ConfigError
 from tokendance.models.demo import cache_folder
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Cell:
     num_before: int  # at most
     num_blocks: int  # at most
     measured: tuple[Measured, ...]  # any number of corrections
+    pic: float  # the same KL where requests recompute 15% of what they reuse, as CacheBlend has it
 
     def covers(self, reuse: Reuse) -> bool:
         """Whether a reuse is within what was measured."""
@@ -64,6 +65,7 @@ class FidelityTable:
 
     model: str  # its name
     dtype: str  # that it ran in, as the command line spells it
+    block_tokens: int  # of each shared block
     cells: tuple[Cell, ...]  # in any order
 
     def to_json(self) -> str:
@@ -88,7 +90,9 @@ class FidelityTable:
             if document["format"] != _FORMAT:
                 raise ValueError(f"its format is {document['format']!r}, not {_FORMAT}")
             cells = tuple(_read_cell(cell) for cell in document["cells"])
-            return cls(str(document["model"]), str(document["dtype"]), cells)
+            return cls(
+                str(document["model"]), str(document["dtype"]), int(document["block_tokens"]), cells
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"The table {path} cannot be used: {error!r}. {again}") from error
 
@@ -102,6 +106,7 @@ def _read_cell(cell: Mapping[str, Any]) -> Cell:
             Measured(int(measured["first"]), int(measured["last"]), float(measured["kl"]))
             for measured in cell["measured"]
         ),
+        float(cell["pic"]),
     )
 
 

@@ -6,12 +6,12 @@ What is measured is a mean over agents and tokens: a single agent may be farther
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from tokendance.collector.correction import NO_CORRECTION, Edges, Mask, Reuse
 from tokendance.errors import ConfigError
-from tokendance.fidelity.table import Cell, FidelityTable
+from tokendance.fidelity.shipped import shipped_table
+from tokendance.fidelity.table import Cell, FidelityTable, table_path
 from tokendance.rounds.segments import Segment
 
 
@@ -27,11 +27,13 @@ class FidelityTarget:
             raise ConfigError(f"The fidelity target is {self.kl}. Give a KL divergence above 0.")
 
     @classmethod
-    def read(cls, kl: str, path: Path) -> Self:
-        """Make a target from the number in its spec and a table on disk.
+    def read(cls, kl: str, model: str, precision: str) -> Self:
+        """Make a target from the number in its spec and what was measured of a model.
+
+        For the arguments see `best_table`.
 
         Raises:
-            ConfigError: if either cannot be used.
+            ConfigError: if nothing was measured, or either cannot be used.
         """
         try:
             number = float(kl)
@@ -39,7 +41,9 @@ class FidelityTarget:
             raise ConfigError(
                 f"The fidelity target is {kl!r}. Give a KL divergence, as in target:0.01."
             ) from error
-        return cls(number, FidelityTable.read(path))
+        path = table_path(model, precision)
+        shipped = None if path.exists() else shipped_table(model)
+        return cls(number, shipped or FidelityTable.read(path))
 
     @property
     def spec(self) -> str:
@@ -51,15 +55,9 @@ class FidelityTarget:
         edges = self.edges_for(reuse)
         return None if edges is None else edges.choose(reuse, segment)
 
-    def layout(self, segment: Segment) -> Mask:
-        """Store apart what the largest reuse in order corrects for which there is a correction.
-
-        A mirror that corrects as much reads the run as one piece, the others read pieces of it.
-        """
-        in_order = (cell for cell in self.table.cells if cell.in_order)
-        by_size = sorted(in_order, key=Cell.size, reverse=True)
-        edges = next(filter(None, map(self._cheapest, by_size)), NO_CORRECTION)
-        return edges.layout(segment)
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
+        """Store apart what a reuse like the owner's corrects, if there is a correction for it."""
+        return (self.edges_for(reuse) or NO_CORRECTION).layout(reuse, segment)
 
     def edges_for(self, reuse: Reuse) -> Edges | None:
         """The correction that a reuse gets; None if its request has to compute."""

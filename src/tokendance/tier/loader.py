@@ -180,7 +180,7 @@ def _publish_run(levels: Levels, run: Sequence[SegmentRecord], salt: Salt) -> No
         slots = levels.files.slots_of(segment.cache.extents)
         if len(slots) == len(token_ids):
             # Where the first token stood in the prompt of who computed it.
-            start = int(levels.memory.read_kv(slots[:1]).positions[0])
+            start = int(levels.memory.positions_of(slots[:1])[0])
             in_memory.append(segment)
             parts.append((hash_segment(token_ids, salt), start, slots))
     entries = levels.store.publish_run(parts)

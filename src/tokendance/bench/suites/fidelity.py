@@ -17,7 +17,7 @@ from tokendance.bench.plots import plot_frontier
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.workload import Order, RoundTexts, RoundWorkload, WorkloadSpec, write_texts
-from tokendance.collector.correction import DEFAULT_CORRECTION, CorrectionPolicy, read_correction
+from tokendance.collector.correction import DEFAULT_CORRECTION
 from tokendance.disk.kv_file import compress_rows, decompress_rows
 from tokendance.fidelity.measure import Fidelity, Reference, measure_fidelity, reference_answers
 from tokendance.llm import LLM
@@ -51,7 +51,7 @@ class Kind:
     """One way to reuse."""
 
     mode: ReuseMode  # see `reuse` of `EngineOptions`
-    correction: CorrectionPolicy | None  # of "collective"; None with the others
+    correction: str | None  # of "collective"; None with the others
     int8: bool = False  # private parts have been stored in a byte per number
 
     @property
@@ -59,20 +59,20 @@ class Kind:
         """The correction as the table shows it."""
         if self.correction is None:
             return "-"
-        return f"{self.correction.spec}, int8" if self.int8 else self.correction.spec
+        return f"{self.correction}, int8" if self.int8 else self.correction
 
 
 DEFAULT = Kind("collective", DEFAULT_CORRECTION)
 INT8 = Kind("collective", DEFAULT_CORRECTION, int8=True)
 PIC = Kind("pic", None)
 _SWEEP = (
-    *("none", "first:1", "first:2", "first:4", "first:8", "epic"),
+    *("none", "first:1", "first:2", "first:4", "first:8", "first:16"),
     *("edges:0+1", "edges:2+1", "edges:3+1", "edges:8+1", "all"),
 )
 
 
 def _collective(*specs: str) -> tuple[Kind, ...]:
-    return tuple(Kind("collective", read_correction(spec)) for spec in specs)
+    return tuple(Kind("collective", spec) for spec in specs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class _Plan:
     engine: EngineOptions  # what all engines have in common
 
     def make_engine(
-        self, model: LoadedModel, mode: ReuseMode, correction: CorrectionPolicy | None = None
+        self, model: LoadedModel, mode: ReuseMode, correction: str | None = None
     ) -> LLM:
         """An engine with memory for a round and the questions after it, with nothing evicted."""
         longest = self.spec.private_tokens[1] + self.spec.agents * (self.spec.block_tokens + 30)

@@ -29,7 +29,7 @@ from tokendance.bench.plots import draw_bars
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult, in_turn
 from tokendance.bench.workload import WorkloadSpec, generate_workload
-from tokendance.collector.correction import DEFAULT_CORRECTION, NO_CORRECTION, CorrectionPolicy
+from tokendance.collector.correction import NO_CORRECTION, USUAL_EDGES, CorrectionPolicy
 from tokendance.errors import ConfigError
 from tokendance.fidelity.compare import compare_logprobs
 from tokendance.fidelity.measure import measure_fidelity, reference_answers
@@ -102,12 +102,12 @@ class Way:
         return [replace(prompt, reuse=self.reuse, private=self.private) for prompt in prompts]
 
 
-EXACT = Way("exact", DEFAULT_CORRECTION, reuse="exact")
+EXACT = Way("exact", USUAL_EDGES, reuse="exact")
 WAYS = (
     EXACT,
     Way("uncorrected", NO_CORRECTION),
-    Way("default", DEFAULT_CORRECTION),
-    Way("isolated", DEFAULT_CORRECTION, private="isolated"),
+    Way("corrected", USUAL_EDGES),
+    Way("isolated", USUAL_EDGES, private="isolated"),
 )
 
 

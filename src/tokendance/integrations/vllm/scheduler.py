@@ -52,18 +52,18 @@ class _RoundsMixin(VLLMScheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        settings = Settings.from_environment()
+        settings, model = Settings.from_environment(), self.vllm_config.model_config
         pool = BlockPages(self.kv_cache_manager.block_pool, self.block_size)
         store = KVStore(pool, settings.max_reuse_rounds)
         self._rounds = Rounds(
             store,
-            settings.policy(),
+            settings.policy(model.model, str(model.dtype).removeprefix("torch.")),
             window_s=settings.window_ms / 1000,
             window_share=settings.window_share,
             round_wait_s=settings.round_wait_s,
             max_retained=int(pool.num_pages * settings.retained_share),
             recent_s=settings.recent_s,
-            special_ids=_special_ids(self.vllm_config.model_config),
+            special_ids=_special_ids(model),
         )
         self._requests: dict[str, Request] = {}  # that have not started
         self._members: dict[str, Member] = {}  # that have

@@ -5,8 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from tokendance.collector.correction import CorrectionPolicy, read_correction
+from tokendance.collector.correction import (
+    DEFAULT_CORRECTION,
+    NO_CORRECTION,
+    CorrectionPolicy,
+    read_correction,
+)
 from tokendance.errors import ConfigError
+from tokendance.fidelity.balanced import Balanced
+from tokendance.fidelity.shipped import best_table
 
 _PREFIX = "TOKENDANCE_"
 
@@ -16,8 +23,8 @@ class Settings:
     """What a user may choose; each is read from TOKENDANCE_NAME.
 
     Attributes:
-        correction: which tokens of a reused segment each mirror computes afresh: edges:3+1,
-            first:4, epic, none or all.
+        correction: which tokens of a reused segment each mirror computes afresh: balanced,
+            edges:3+1, first:4, epic, none or all.
         window_ms: requests that arrive within so many milliseconds of each other make a round; more
             for clients that were seen to take longer, within the next. 0 waits for nobody.
         window_share: share of a lone request's time that it may wait for others at most.
@@ -29,7 +36,7 @@ class Settings:
         max_reuse_rounds: a segment that was reused in so many rounds is computed afresh.
     """
 
-    correction: str = "edges:3+1"
+    correction: str = DEFAULT_CORRECTION
     window_ms: float = 4.0
     window_share: float = 0.1
     round_wait_s: float = 0.2
@@ -38,7 +45,7 @@ class Settings:
     max_reuse_rounds: int = 16
 
     def __post_init__(self) -> None:
-        self.policy()
+        self._policy(NO_CORRECTION)
         for name in ("window_ms", "window_share", "round_wait_s", "recent_s", "max_reuse_rounds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{_PREFIX}{name.upper()} has to be 0 or more.")
@@ -66,6 +73,9 @@ class Settings:
                 ) from None
         return cls(**given)
 
-    def policy(self) -> CorrectionPolicy:
-        """The correction."""
-        return read_correction(self.correction)
+    def policy(self, model: str, precision: str) -> CorrectionPolicy:
+        """The correction; for the arguments see `best_table`."""
+        return self._policy(Balanced(best_table(model, precision)))
+
+    def _policy(self, balanced: CorrectionPolicy) -> CorrectionPolicy:
+        return read_correction(self.correction, {"balanced": lambda _: balanced})

@@ -23,7 +23,6 @@ from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLM, VLLMConfig
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, write_texts
-from tokendance.collector.correction import DEFAULT_CORRECTION
 from tokendance.fidelity.compare import compare_logprobs
 from tokendance.fidelity.measure import Reference, measure_fidelity
 from tokendance.llm import LLM
@@ -55,9 +54,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     rounds: list[RoundWorkload] = []
     for dtype in DTYPES[::-1]:
         model = load(settings, dtype)
-        ours = make_engine(
-            model, settings.engine, "collective", room, correction=DEFAULT_CORRECTION
-        )
+        ours = make_engine(model, settings.engine, "collective", room)
         exact = make_engine(model, settings.engine, "none", room)
         if not rounds:  # both dtypes read the same
             seeds = range(spec.seed, spec.seed + settings.repeats)

@@ -1,0 +1,79 @@
+"""Fidelity tables that come with the package, and what they say of models that have none.
+
+They were made by `tokendance calibrate` in bfloat16, which moves the KL of reuse as little as other
+dtypes do.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from tokendance.errors import ConfigError
+from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
+
+log = logging.getLogger("tokendance.fidelity")
+
+_FOLDER = Path(__file__).parent / "tables"
+# By the file of a table: how the model is called elsewhere, without what comes before the name.
+_NAMES = {
+    "smollm2-135m": ("smollm2-135m-instruct",),
+    "gemma3-270m": ("gemma-3-270m-it",),
+}
+
+
+def best_table(model: str, precision: str) -> FidelityTable:
+    """The best that is known of a model: measured here, or elsewhere, or of other models.
+
+    Args:
+        model: its name as the user gave it: an alias, a hub id or a folder.
+        precision: of its weights, see `LoadedModel.precision`.
+    """
+    path = table_path(model, precision)
+    if path.exists():
+        try:
+            return FidelityTable.read(path)
+        except ConfigError as error:
+            log.warning("%s Until then what comes with the package is used.", error)
+    return shipped_table(model) or cautious_table()
+
+
+def shipped_table(model: str) -> FidelityTable | None:
+    """The table that comes with the package for a model of this name, if there is one."""
+    name = Path(model).name.casefold()
+    files = (file for file, others in _NAMES.items() if name in (file, *others))
+    return next(map(_read, files), None)
+
+
+@cache
+def cautious_table() -> FidelityTable:
+    """The farthest from full computation that any of the tables is, cell by cell."""
+    alike: dict[tuple[bool, int, int], list[Cell]] = {}
+    tables = list(map(_read, _NAMES))
+    for table in tables:
+        for cell in table.cells:
+            # Texts are not of the same length to the token with every tokenizer.
+            size = round(math.log2(cell.num_before))
+            alike.setdefault((cell.in_order, size, cell.num_blocks), []).append(cell)
+    cells = tuple(map(_worst, alike.values()))
+    return FidelityTable("any model", "any dtype", tables[0].block_tokens, cells)
+
+
+def _worst(cells: Sequence[Cell]) -> Cell:
+    """One cell of some that are alike but for the model."""
+    return Cell(
+        cells[0].in_order,
+        min(cell.num_before for cell in cells),
+        cells[0].num_blocks,
+        tuple(
+            Measured(one.first, one.last, max(each.kl for each in (one, *others)))
+            for one, *others in zip(*(cell.measured for cell in cells), strict=True)
+        ),
+        max(cell.pic for cell in cells),
+    )
+
+
+@cache
+def _read(file: str) -> FidelityTable:
+    return FidelityTable.read(_FOLDER / f"{file}.json")
