@@ -55,7 +55,7 @@ def test_error_and_price_are_least_together() -> None:
 
 def test_nothing_is_chosen_that_is_farther_than_pic() -> None:
     kl = (0.0123, 0.0121, 0.0119, 0.0105, 0.001)
-    near = Balanced(table(lambda *_: (*kl, 0.0109)))
+    near = Balanced(table(lambda *_: (*kl, 0.011)))
     assert near.edges_for(reuse(True, 16)) == Edges(2, 1)
     far = Balanced(table(lambda *_: (*kl, 0.02)))
     assert far.edges_for(reuse(True, 16)) == Edges(0, 0)
