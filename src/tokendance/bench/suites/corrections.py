@@ -116,7 +116,7 @@ def _measure(
                     "agents": agents,
                     "order": order,
                     "kind": kind,
-                    **_fidelity(llm, heard, answers),
+                    **_fidelity(llm, whole, heard, answers),
                     **seconds[kind],
                 }
 
@@ -139,9 +139,11 @@ def _times(engines: Mapping[str, LLM], workload: RoundWorkload, repeats: int) ->
     }
 
 
-def _fidelity(llm: LLM, workload: RoundWorkload, answers: Sequence[Reference]) -> Row:
-    workload.warm(llm, keep=True)
-    fidelity = measure_fidelity(llm, workload.prompts(), answers)
+def _fidelity(
+    llm: LLM, whole: RoundWorkload, heard: RoundWorkload, answers: Sequence[Reference]
+) -> Row:
+    whole.warm(llm, keep=True)  # of all agents, so that none is computed again for the next round
+    fidelity = measure_fidelity(llm, heard.prompts(), answers)
     return {
         "corrected": fidelity.corrected,
         "kl_next": fidelity.kl_next,
