@@ -20,6 +20,7 @@ from tokendance.fidelity import balanced, shipped
 from tokendance.fidelity.balanced import NOISE, PRICE, Balanced
 from tokendance.fidelity.shipped import best_table, cautious_table, shipped_table
 from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
+from tokendance.models.demo import _folder as checkpoint_folder
 
 CORRECTIONS = ((0, 0), (2, 0), (2, 1), (8, 1), (16, 1))
 BEFORE, BLOCKS = (256, 1024), (4, 16)
@@ -176,7 +177,13 @@ def test_the_demo_models_have_tables(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HuggingFaceTB/SmolLM2-135M-Instruct", "/models/SmolLM2-135M-Instruct", "smollm2-135m"]
+    "name",
+    [
+        "smollm2-135m",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "/models/SmolLM2-135M-Instruct",
+        str(checkpoint_folder("smollm2-135m")),
+    ],
 )
 def test_a_model_is_known_by_the_end_of_its_name(name: str) -> None:
     found = shipped_table(name)
@@ -184,12 +191,17 @@ def test_a_model_is_known_by_the_end_of_its_name(name: str) -> None:
     assert found.model == "smollm2-135m"
 
 
+@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M", "/models/smollm2-135m", "", "."])
+def test_another_model_of_nearly_that_name_is_not(name: str) -> None:
+    assert shipped_table(name) is None
+
+
 def test_other_models_get_the_worst_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENDANCE_CACHE", str(tmp_path))
     found = best_table("some/other-model", "bfloat16")
     assert found == cautious_table()
-    others = [table for table in map(shipped_table, shipped._NAMES) if table is not None]
-    assert len(others) == len(shipped._NAMES)
+    others = [table for table in map(shipped_table, shipped._HUB_NAMES) if table is not None]
+    assert len(others) == len(shipped._HUB_NAMES)
     for cell in found.cells:
         alike = [
             other

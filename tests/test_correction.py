@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from test_exactness import KEEP, logprobs, random_round
-from tokendance import LLM, Prompt, private
+from tokendance import LLM, Part, Prompt, private, shared
 from tokendance.collector.correction import (
     NO_CORRECTION,
     USUAL_EDGES,
@@ -125,6 +125,54 @@ def test_a_beginning_that_is_all_there_is_to_reuse_is_asked_about(
     else:
         exact = make_llm("none").run_round([longer], KEEP)
         torch.testing.assert_close(logprobs(result), logprobs(exact), rtol=0, atol=1e-4)
+
+
+class Recorder:
+    """Corrects the first token of each block, and remembers what it was told of each reuse."""
+
+    spec = "recorder"
+
+    def __init__(self) -> None:
+        self.chosen: set[Reuse] = set()
+        self.laid_out: set[Reuse] = set()
+
+    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+        self.chosen.add(reuse)
+        return Edges(1, 0).choose(reuse, segment)
+
+    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
+        self.laid_out.add(reuse)
+        return Edges(1, 0).layout(reuse, segment)
+
+
+HEAD, OTHERS = shared(range(5, 25)), [shared(range(30 + 9 * n, 39 + 9 * n)) for n in range(4)]
+
+
+def own(agent: int, length: int) -> Part:
+    return private([100 + agent] * length)
+
+
+@pytest.mark.parametrize(
+    ("parts", "in_order", "num_blocks"),
+    [
+        (lambda agent: [own(agent, 12), *OTHERS, own(agent, 3)], True, 4),
+        (lambda agent: [HEAD, own(agent, 12), *OTHERS, own(agent, 3)], True, 4),
+        (lambda agent: [own(agent, 12), *OTHERS[:2], own(agent, 2), *OTHERS[2:]], False, 4),
+    ],
+    ids=["private first", "public first", "private between"],
+)
+def test_owners_lay_out_for_mirrors_like_them(
+    parts: Callable[[int], list[Part]],
+    in_order: bool,
+    num_blocks: int,
+    make_fake_llm: Callable[..., LLM],
+) -> None:
+    policy = Recorder()
+    llm = make_fake_llm(correction=policy)
+    llm.generate([[*HEAD.content, 99]])  # what stands before all private text is known
+    llm.run_round([Prompt(parts(agent), agent=str(agent)) for agent in range(3)])
+    assert policy.chosen == {Reuse(in_order, 12, num_blocks, 9 * num_blocks)}
+    assert policy.chosen <= policy.laid_out
 
 
 class EverySecond:

@@ -35,7 +35,7 @@ def test_corrections(settings: dict[str, Any], spec: str) -> None:
     def target(number: str) -> Edges:
         return Edges(round(100 * float(number)), 7)
 
-    measured = {"target": target, "balanced": lambda _: Edges(5, 5)}
+    measured = {"target:": target, "balanced": lambda _: Edges(5, 5)}
     assert EngineOptions(**settings).read_correction(measured).spec == spec
 
 
@@ -47,7 +47,10 @@ def test_corrections(settings: dict[str, Any], spec: str) -> None:
         ({"xyzzy": 1}, "There are: reuse, correction"),
         ({"reuse": "some"}, "'some'"),
         ({"attention": "fast"}, "no attention 'fast'"),
-        ({"correction": "hkvd"}, "'hkvd'"),
+        ({"correction": "hkvd"}, "'hkvd'.* balanced, target:N"),
+        ({"correction": "balanced:2"}, "'balanced:2'"),
+        ({"correction": ""}, "no correction ''"),
+        ({"correction": "target"}, "'target'"),
         ({"first_k": -1}, "first_k is -1"),
         ({"first_k": 1, "correction": "edges"}, "first_k .*'edges'"),
         ({"first_k": 1, "correction": Edges(2, 0)}, "first_k .*Edges"),

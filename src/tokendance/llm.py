@@ -412,6 +412,6 @@ def _read_correction(options: EngineOptions, model: str, precision: str) -> Corr
     return options.read_correction(
         {
             "balanced": lambda _: Balanced(best_table(model, precision)),
-            "target": lambda kl: FidelityTarget.read(kl, model, precision),
+            "target:": lambda kl: FidelityTarget.read(kl, model, precision),
         }
     )

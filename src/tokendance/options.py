@@ -147,7 +147,7 @@ class EngineOptions:
             raise ConfigError(
                 f"The fidelity target is {self.fidelity_target}. Give a KL divergence above 0."
             )
-        self.read_correction(dict.fromkeys(("balanced", "target"), lambda _: NO_CORRECTION))
+        self.read_correction(dict.fromkeys(("balanced", "target:"), lambda _: NO_CORRECTION))
 
     @classmethod
     def of(cls, options: Self | None = None, **settings: Any) -> Self:
@@ -170,7 +170,7 @@ class EngineOptions:
 
         Args:
             measured: readers of the policies that go by what was measured of the model: "balanced",
-                and "target", of the number in its spec.
+                and "target:", of the number in its spec.
 
         Raises:
             ConfigError: if there is none of that name.
@@ -180,7 +180,8 @@ class EngineOptions:
             correction = f"first:{self.first_k}"
         elif self.fidelity_target is not None:
             correction = f"target:{self.fidelity_target}"
-        correction = correction or DEFAULT_CORRECTION
+        if correction is None:
+            correction = DEFAULT_CORRECTION
         if isinstance(correction, str):
             return read_correction(correction, measured)
         return correction

@@ -3,7 +3,7 @@
 A policy decides before the forward pass, by a segment's tokens and by what is known of the whole
 reuse. The plain policies of this file go by the tokens alone, so every mirror of a segment corrects
 the same ones, and its owner can store a run as [common | corrected] for mirrors to read the first
-part as one piece.
+part as one piece. Policies that go by more (`fidelity/`) lay runs out for mirrors like the owner.
 
 Every policy has a spec, such as "edges:3+1", by which the command line and reports name it.
 `read_correction` makes a policy from a spec.
@@ -33,9 +33,11 @@ class Reuse:
         num_before: private tokens before the first of them, in its own prompt or in the owner's,
             whichever are more.
         num_blocks: shared segments that it reuses.
-        num_tokens: of these segments.
-        num_inherited: of these, those in a beginning that holds KV of another context. They have
-            been corrected when they were read first, and are read as they are.
+        num_tokens: tokens of those segments.
+        num_inherited: how many of those segments stand in a beginning that holds KV of another
+            context. They were corrected when they were read first, and are read as they are.
+        isolated: it guards its private text, so what it reads may have been computed without any
+            text before it.
     """
 
     in_order: bool
@@ -43,6 +45,7 @@ class Reuse:
     num_blocks: int
     num_tokens: int
     num_inherited: int = 0
+    isolated: bool = False
 
 
 @runtime_checkable
@@ -166,8 +169,8 @@ def read_correction(spec: str, others: Mapping[str, SpecReader] | None = None) -
 
     Args:
         spec: as "edges:3+1" or "first:4"; "edges" and "first-k" take their usual numbers.
-        others: readers of policies that this file does not know, by what stands before the colon;
-            each is given what stands behind it.
+        others: readers of policies that this file does not know, by their whole spec, or by its
+            beginning up to a colon; each is given what stands behind that.
 
     Raises:
         ConfigError: for a spec that nobody reads.
@@ -179,8 +182,9 @@ def read_correction(spec: str, others: Mapping[str, SpecReader] | None = None) -
     if match := re.fullmatch(r"first:(\d+)", spec):
         return Edges(int(match[1]), 0)
     others = others or {}
-    name, _, value = spec.partition(":")
-    if name in others:
-        return others[name](value)
-    specs = [*_BY_NAME, "edges:3+1", "first:4", *others]
+    name, colon, value = spec.partition(":")
+    if name + colon in others:
+        return others[name + colon](value)
+    known = (f"{other}N" if other.endswith(":") else other for other in others)
+    specs = [*_BY_NAME, "edges:3+1", "first:4", *known]
     raise ConfigError(f"There is no correction {spec!r}. Use one like {', '.join(specs)}.")

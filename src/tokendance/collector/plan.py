@@ -274,7 +274,7 @@ def plan_request(
     reads_inexact_prefix = rules.segments and num_exact < num_prefix
     masks: dict[int, Mask] = {}
     if chosen or reads_inexact_prefix:
-        reuse = describe_reuse(prompt, num_exact, num_prefix, chosen)
+        reuse = describe_reuse(prompt, num_exact, num_prefix, chosen, isolated=rules.guarded)
         wanted = {at: policy.choose(reuse, segments[at][1]) for at in chosen}
         if not chosen:  # its beginning is all that it reuses
             wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact))
@@ -339,10 +339,13 @@ def _owned_runs(
             runs[-1].append((start, segment))
         else:
             runs.append([(start, segment)])
+    if not runs:
+        return []
+    reuse = reuse_like(prompt, runs)
     return [
         OwnedRun(
             tuple((start, segment.hash, len(segment)) for start, segment in run),
-            _layout(run, policy, reuse_like(prompt, len(owned)), num_prefix),
+            _layout(run, policy, reuse, num_prefix),
             _context(prompt, run) if guarded else (),
         )
         for run in runs

@@ -84,7 +84,7 @@ class Planner:
 
     def _num_reusable(self, run: Sequence[Segment]) -> int:
         """Tokens of a neutral owner's run that most mirrors will not compute afresh."""
-        reuse = Reuse(True, 0, len(run), sum(map(len, run)))
+        reuse = Reuse(True, 0, len(run), sum(map(len, run)), isolated=True)
         return sum(int(np.count_nonzero(~self._policy.layout(reuse, segment))) for segment in run)
 
     def rules(

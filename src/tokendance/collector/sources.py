@@ -123,7 +123,12 @@ def choose_sources(
 
 
 def describe_reuse(
-    prompt: EncodedPrompt, num_exact: int, num_prefix: int, chosen: Mapping[int, CachedSegment]
+    prompt: EncodedPrompt,
+    num_exact: int,
+    num_prefix: int,
+    chosen: Mapping[int, CachedSegment],
+    *,
+    isolated: bool = False,
 ) -> Reuse:
     """Say what is known of a reuse before the pass.
 
@@ -132,11 +137,17 @@ def describe_reuse(
         num_exact: length of its matched beginning that is exact.
         num_prefix: length of its matched beginning.
         chosen: sources of shared segments after it, by their index among those.
+        isolated: whether it guards its private text.
     """
     shared = prompt.shared_segments()
     inherited = [at for at in shared if num_exact < at[0] + len(at[1]) <= num_prefix]
     later = [at for at in shared if at[0] + len(at[1]) > num_prefix]
-    indices = sorted(chosen)
+    # What stands before all private text, as it did in its owner's prompt, is exact.
+    indices = [
+        at
+        for at in sorted(chosen)
+        if later[at][0] + len(later[at][1]) > prompt.num_public or chosen[at].start != later[at][0]
+    ] or sorted(chosen)
     sources = [chosen[at] for at in indices]
     in_order = len({source.run for source in sources}) <= 1 and all(
         source.index < following.index for source, following in itertools.pairwise(sources)
@@ -148,11 +159,28 @@ def describe_reuse(
         # Whatever shifts the owner's segment against this one is private text of one of them.
         num_private += max(0, sources[0].start - later[indices[0]][0])
     num_tokens = sum(len(part) for _, part in reused)
-    return Reuse(in_order, num_private, len(reused), num_tokens, len(inherited))
+    return Reuse(in_order, num_private, len(reused), num_tokens, len(inherited), isolated)
 
 
-def reuse_like(prompt: EncodedPrompt, num_owned: int) -> Reuse:
-    """Say what a mirror would reuse whose prompt is like that of an owner of so many segments."""
+def reuse_like(prompt: EncodedPrompt, runs: Sequence[Sequence[tuple[int, Segment]]]) -> Reuse:
+    """Say what a mirror would reuse whose prompt is like an owner's.
+
+    Args:
+        prompt: of the owner.
+        runs: that it owns, at least one: segments with their positions.
+    """
     shared = prompt.shared_segments()
-    num_tokens = sum(len(part) for _, part in shared)
-    return Reuse(True, shared[0][0], len(shared), num_tokens, len(shared) - num_owned)
+    # What stands before all private text is everybody's exact beginning. A prompt without private
+    # text is a neutral owner's.
+    has_private = prompt.num_public < len(prompt)
+    first = prompt.num_public if has_private else 0
+    behind = [(start, part) for start, part in shared if start >= first] or shared
+    runs = [run for run in runs if run[0][0] >= behind[0][0]]
+    return Reuse(
+        in_order=len(runs) == 1,
+        num_before=max(0, behind[0][0] - sum(len(part) for at, part in shared if at < first)),
+        num_blocks=len(behind),
+        num_tokens=sum(len(part) for _, part in behind),
+        num_inherited=len(behind) - sum(map(len, runs)),
+        isolated=not has_private,
+    )

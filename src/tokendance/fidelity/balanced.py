@@ -18,8 +18,8 @@ With a table that says of 10 blocks of 94 tokens, (first, last) of each:
 Between the numbers of blocks that were measured, logarithms of KL are interpolated over those of
 the numbers; beyond them the nearest counts. Over the lengths of the text before it is the mean that
 counts: so all agents of a round correct the same tokens, whatever their private parts, and read the
-run in the same pieces. A single agent may be farther away than the mean. Blocks that are far longer
-or shorter than those that were measured get a fixed correction, `USUAL_EDGES`.
+run in the same pieces. A single agent may be farther away than the mean. What was not measured gets
+a fixed correction, `USUAL_EDGES`: blocks that are far longer or shorter, and isolated requests.
 """
 
 import math
@@ -64,7 +64,7 @@ class Balanced:
         if not self._edges or len(orders) < 2:
             raise ConfigError(
                 f"The fidelity table of {table.model} says too little to balance corrections by. "
-                "Run `tokendance calibrate` with that model, or choose a --correction."
+                "Run `tokendance calibrate` with that model, or choose another correction."
             )
         self._curves = {order: _Curves(table, self._edges, in_order=order) for order in orders}
         self._block_tokens = table.block_tokens
@@ -81,7 +81,7 @@ class Balanced:
     def edges_for(self, reuse: Reuse) -> Edges:
         """The correction that a reuse gets."""
         usual = self._block_tokens * reuse.num_blocks
-        if not usual <= _MOST_TIMES * reuse.num_tokens <= _MOST_TIMES**2 * usual:
+        if reuse.isolated or not usual <= _MOST_TIMES * reuse.num_tokens <= _MOST_TIMES**2 * usual:
             return USUAL_EDGES
         num_new = reuse.num_blocks - reuse.num_inherited
         most = int(_MOST_SHARE * reuse.num_tokens / max(1, reuse.num_blocks))

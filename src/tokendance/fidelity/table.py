@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tokendance.cache import cache_folder
 from tokendance.collector.correction import Reuse
 from tokendance.errors import ConfigError
-from tokendance.models.demo import cache_folder
 
 _FORMAT = 2
 
@@ -83,7 +83,9 @@ class FidelityTable:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"A fidelity target needs a measured table. {again}") from error
+            raise ConfigError(
+                f"The fidelity table {path} cannot be read: {error.strerror}. {again}"
+            ) from error
         except ValueError as error:
             raise ConfigError(f"The table {path} is not JSON: {error}. {again}") from error
         try:

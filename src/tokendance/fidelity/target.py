@@ -42,8 +42,13 @@ class FidelityTarget:
                 f"The fidelity target is {kl!r}. Give a KL divergence, as in target:0.01."
             ) from error
         path = table_path(model, precision)
-        shipped = None if path.exists() else shipped_table(model)
-        return cls(number, shipped or FidelityTable.read(path))
+        table = FidelityTable.read(path) if path.exists() else shipped_table(model)
+        if table is None:
+            raise ConfigError(
+                "A fidelity target needs a measured table. Run `tokendance calibrate MODEL` with "
+                "the same model and dtype."
+            )
+        return cls(number, table)
 
     @property
     def spec(self) -> str:

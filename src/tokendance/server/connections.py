@@ -158,7 +158,8 @@ class Connections:
         while True:
             await asyncio.sleep(look_s)
             for number, connection in enumerate(tuple(self._open), 1):
-                connection.close_if_late()
+                if connection in self._open:  # it may have ended in an earlier turn
+                    connection.close_if_late()
                 if number % _LOOKS_IN_A_TURN == 0:
                     await asyncio.sleep(0)
             self._log()

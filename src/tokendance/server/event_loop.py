@@ -18,7 +18,7 @@ Event = tuple[selectors.SelectorKey, int]
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Make an event loop for a server."""
+    """Make an event loop for a server: by selectors on every system."""
     return asyncio.SelectorEventLoop(FewAtATime())
 
 

@@ -73,7 +73,7 @@ def restoring(
             seconds += read_s / NUM_READERS + time.perf_counter() - start
             num_rows += len(rows)
             num_bytes += missing[file].num_bytes
-            yield job  # which is done: others' turn, unless there is time left
+            yield job  # done already: whoever drives these steps may give others their turn
         num_lacking = _publish(levels, session, salt)
     for file in damaged:
         yield from levels.turn.free()

@@ -15,8 +15,8 @@ from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import Holder
 
 _NO_FILE = -1
-# What would make a larger file is cut: the engine's thread copies a file's KV in one go, for which
-# nobody should have to wait longer than some ten milliseconds.
+# What would make a larger file is cut: the engine's thread copies a file's KV in one go, and nobody
+# should have to wait for that longer than about 10 ms.
 _MAX_FILE_BYTES = 32 * 2**20
 
 

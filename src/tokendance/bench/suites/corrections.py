@@ -80,7 +80,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     rows = [_mean(of_workloads) for of_workloads in found.values()]
     pic = {(row["agents"], row["order"]): row["kl"] for row in rows if row["kind"] == PIC}
     for row in rows:
-        table.add(row | {"kl_vs_pic": row["kl"] / pic[row["agents"], row["order"]]})
+        table.add(row | {"kl_vs_pic": _ratio(row["kl"], pic[row["agents"], row["order"]])})
     notes = [
         f"Over {settings.repeats} workloads of {settings.source}, in {model.precision}.",
         f"KL in nats over forced answers of {plan.readers} agents of each round, over those that "
@@ -125,14 +125,14 @@ def _times(engines: Mapping[str, LLM], workload: RoundWorkload, repeats: int) ->
     """Seconds of a round's prefill, and the tokens that it computes, by kind."""
     computed: dict[str, int] = {}
 
-    def time(kind: str) -> float:
+    def prefill_s(kind: str) -> float:
         llm = engines[kind]
         workload.warm(llm, keep=True)
         stats = run_checked(llm, workload.prompts(), 1).stats
         computed[kind] = stats.computed_tokens
         return stats.prefill_s
 
-    found = in_turn({kind: partial(time, kind) for kind in engines}, repeats, int(repeats > 1))
+    found = in_turn({kind: partial(prefill_s, kind) for kind in engines}, repeats, int(repeats > 1))
     return {
         kind: {"seconds": statistics.median(seconds), "computed": computed[kind]}
         for kind, seconds in found.items()
@@ -162,13 +162,18 @@ def _mean(rows: Sequence[Row]) -> Row:
     )
 
 
+def _ratio(kl: float, other: float) -> float | None:
+    """How many times as far one is; None where the other is exact."""
+    return kl / other if other else None
+
+
 def _headline(rows: Sequence[Row]) -> dict[str, float | None]:
     """The default against the fixed correction, in one order for all."""
     by_kind = {(row["agents"], row["kind"]): row for row in rows if row["order"] == "same"}
     headline: dict[str, float | None] = {}
     for agents in sorted({row["agents"] for row in rows}):
         default, fixed = (by_kind[agents, kind] for kind in (DEFAULT_CORRECTION, USUAL_EDGES.spec))
-        headline[f"kl_ratio_{agents}"] = default["kl"] / fixed["kl"]
+        headline[f"kl_ratio_{agents}"] = _ratio(default["kl"], fixed["kl"])
         headline[f"speedup_{agents}"] = fixed["seconds"] / default["seconds"]
     return headline
 

@@ -67,7 +67,7 @@ INT8 = Kind("collective", DEFAULT_CORRECTION, int8=True)
 PIC = Kind("pic", None)
 _SWEEP = (
     *("none", "first:1", "first:2", "first:4", "first:8", "first:16"),
-    *("edges:0+1", "edges:2+1", "edges:3+1", "edges:8+1", "all"),
+    *("edges:0+1", "edges:2+1", "edges:3+1", "edges:8+1", DEFAULT_CORRECTION, "all"),
 )
 
 

@@ -9,6 +9,7 @@ from tokendance.collector.correction import (
     DEFAULT_CORRECTION,
     NO_CORRECTION,
     CorrectionPolicy,
+    SpecReader,
     read_correction,
 )
 from tokendance.errors import ConfigError
@@ -45,7 +46,7 @@ class Settings:
     max_reuse_rounds: int = 16
 
     def __post_init__(self) -> None:
-        self._policy(NO_CORRECTION)
+        self._policy(lambda _: NO_CORRECTION)
         for name in ("window_ms", "window_share", "round_wait_s", "recent_s", "max_reuse_rounds"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{_PREFIX}{name.upper()} has to be 0 or more.")
@@ -75,7 +76,7 @@ class Settings:
 
     def policy(self, model: str, precision: str) -> CorrectionPolicy:
         """The correction; for the arguments see `best_table`."""
-        return self._policy(Balanced(best_table(model, precision)))
+        return self._policy(lambda _: Balanced(best_table(model, precision)))
 
-    def _policy(self, balanced: CorrectionPolicy) -> CorrectionPolicy:
-        return read_correction(self.correction, {"balanced": lambda _: balanced})
+    def _policy(self, balanced: SpecReader) -> CorrectionPolicy:
+        return read_correction(self.correction, {"balanced": balanced})
