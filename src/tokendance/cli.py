@@ -220,7 +220,7 @@ def calibrate(
         _flat(_ENGINE, only="engine|dtype|weights|device|attention|max_num_batched_tokens|threads"),
     ] = _Engine(),
 ) -> None:
-    """Measure how much correction a model needs, for --fidelity-target.
+    """Measure how much correction a model needs, for the default and for --fidelity-target.
 
     The table goes into the cache folder (TOKENDANCE_CACHE, or the user's), one per model and dtype.
     """

@@ -77,12 +77,12 @@ def calibrate(
 
 
 def write_table(table: FidelityTable, console: Console) -> None:
-    """Write a table where `--fidelity-target` looks for it, whole or not at all."""
+    """Write a table where engines look for it, whole or not at all."""
     path = _place(table.model, table.dtype)
     write_result(path, table.to_json() + "\n", _ADVICE)
     console.print(
         f"The table is {escape(str(path))}. "
-        "`tokendance run --fidelity-target KL` chooses corrections by it."
+        "The default goes by it from now on, and so does `--fidelity-target KL`."
     )
 
 

@@ -1,4 +1,4 @@
-"""Calibration: measures what corrections achieve on a model, for `--fidelity-target`.
+"""Calibration: measures what corrections achieve on a model, for policies that go by it.
 
 For each cell of the table (order, text before the run, number of blocks) a round is computed whole,
 then with each correction and by `pic`, as other engines reuse; the KL divergence over a forced
