@@ -141,4 +141,5 @@ def test_fidelity_of_a_round(sharing: LLM, exact: LLM, workload: RoundWorkload) 
 def test_computed_tokens_are_the_formula(sharing: LLM, workload: RoundWorkload) -> None:
     workload.warm(sharing, keep=True)
     result = sharing.run_round(workload.prompts(), SamplingParams(max_tokens=1))
-    assert result.stats.computed_tokens == pytest.approx(formula(workload, sharing, k=4), rel=0.05)
+    # Of blocks so many and so long, the default corrects the first 4 tokens and the last.
+    assert result.stats.computed_tokens == pytest.approx(formula(workload, sharing, k=5), rel=0.05)
