@@ -395,7 +395,10 @@ def test_schedulers_and_workers_load_nothing_of_the_engine() -> None:
     (rooms,) = in_python(script, TOKENDANCE="0")
     assert set(rooms.split()) <= {
         f"tokendance.{room}"
-        for room in ("attention", "collector", "errors", "integrations", "kinds", "rounds", "store")
+        for room in (
+            *("attention", "cache", "collector", "errors", "fidelity", "integrations", "kinds"),
+            *("rounds", "store"),
+        )
     }
 
 

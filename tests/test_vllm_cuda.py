@@ -16,7 +16,7 @@ from tokendance.bench.vllm import VLLMConfig, child_environment
 from tokendance.integrations.vllm import CUDA_WORKER, SCHEDULER
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
-from vllm_server import SCENARIOS, run
+from vllm_server import CORRECTION, SCENARIOS, run
 
 pytestmark = [
     pytest.mark.vllm,
@@ -70,7 +70,8 @@ def test_steps_with_mirrors_are_read_in_place_and_others_are_vllms(
 def test_a_round_inside_vllm_attends_by_the_backend_of_gpus(tmp_path: Path) -> None:
     """The V2 runner's own steps, over its own pages; FlashAttention is plain torch here."""
     save_model(tmp_path, "llama", hidden_size=128, num_hidden_layers=2)
-    llm = LLM.from_loaded(load_model(str(tmp_path), "float32"), EngineOptions(kv_budget=2**24))
+    options = EngineOptions(kv_budget=2**24, correction=CORRECTION)
+    llm = LLM.from_loaded(load_model(str(tmp_path), "float32"), options)
     result = llm.run_round(ROUND.prompts(), SamplingParams(max_tokens=8, ignore_eos=True))
     results = run_in_vllm(
         tmp_path,

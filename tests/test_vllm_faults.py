@@ -22,6 +22,7 @@ from test_vllm import model as model
 from tokendance import LLM, SamplingParams
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
+from vllm_server import CORRECTION
 
 pytestmark = [
     pytest.mark.vllm,
@@ -238,7 +239,8 @@ def test_many_tenants_in_little_memory_are_all_answered(small: Ask) -> None:
 def test_drafts_end_where_the_context_does(model: Path) -> None:
     """To vLLM a mirror is short, so it drafts beyond the end of the true context."""
     max_model_len = 240
-    llm = LLM.from_loaded(load_model(str(model), "float32"), EngineOptions(kv_budget=2**24))
+    options = EngineOptions(kv_budget=2**24, correction=CORRECTION)
+    llm = LLM.from_loaded(load_model(str(model), "float32"), options)
     longest = max_model_len - len(ROUND.add()["add"][0]["tokens"])
     result = llm.run_round(ROUND.prompts(), SamplingParams(max_tokens=longest, ignore_eos=True))
     drafts = {

@@ -15,7 +15,7 @@ from tokendance import LLM, SamplingParams
 from tokendance.bench.vllm import VLLMConfig, child_environment
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
-from vllm_server import SCENARIOS, run
+from vllm_server import CORRECTION, SCENARIOS, run
 
 pytestmark = [
     pytest.mark.vllm,
@@ -36,7 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def embedded(model: Path) -> list[list[int]]:
     """What the embedded engine answers."""
-    llm = LLM.from_loaded(load_model(str(model), "float32"), EngineOptions(kv_budget=2**24))
+    options = EngineOptions(kv_budget=2**24, correction=CORRECTION)
+    llm = LLM.from_loaded(load_model(str(model), "float32"), options)
     result = llm.run_round(ROUND.prompts(), SamplingParams(max_tokens=8, ignore_eos=True))
     return [list(output.token_ids) for output in result.outputs]
 
