@@ -40,7 +40,6 @@ def chosen(policy: CorrectionPolicy, length: int) -> list[int]:
     mask = policy.choose(REUSE, block(length))
     assert mask is not None
     assert mask.shape == (length,)
-    assert np.array_equal(mask, policy.layout(REUSE, block(length)))
     return np.flatnonzero(mask).tolist()
 
 
@@ -103,9 +102,6 @@ class Switched:
     def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
         return NO_CORRECTION.choose(reuse, segment) if self.is_enough else None
 
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        return NO_CORRECTION.layout(reuse, segment)
-
 
 @pytest.mark.parametrize("is_enough", [True, False])
 def test_a_beginning_that_is_all_there_is_to_reuse_is_asked_about(
@@ -128,21 +124,16 @@ def test_a_beginning_that_is_all_there_is_to_reuse_is_asked_about(
 
 
 class Recorder:
-    """Corrects the first token of each block, and remembers what it was told of each reuse."""
+    """Corrects the first token of each block, and remembers what reuses it was asked about."""
 
     spec = "recorder"
 
     def __init__(self) -> None:
         self.chosen: set[Reuse] = set()
-        self.laid_out: set[Reuse] = set()
 
     def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
         self.chosen.add(reuse)
         return Edges(1, 0).choose(reuse, segment)
-
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        self.laid_out.add(reuse)
-        return Edges(1, 0).layout(reuse, segment)
 
 
 HEAD, OTHERS = shared(range(5, 25)), [shared(range(30 + 9 * n, 39 + 9 * n)) for n in range(4)]
@@ -172,7 +163,6 @@ def test_owners_lay_out_for_mirrors_like_them(
     llm.generate([[*HEAD.content, 99]])  # what stands before all private text is known
     llm.run_round([Prompt(parts(agent), agent=str(agent)) for agent in range(3)])
     assert policy.chosen == {Reuse(in_order, 12, num_blocks, 9 * num_blocks)}
-    assert policy.chosen <= policy.laid_out
 
 
 class EverySecond:
@@ -181,12 +171,7 @@ class EverySecond:
     spec = "second"
 
     def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
-        return self.layout(reuse, segment) if reuse.num_blocks < 4 else None
-
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        del reuse
-        mask: Mask = np.arange(len(segment)) % 2 == 1
-        return mask
+        return np.arange(len(segment)) % 2 == 1 if reuse.num_blocks < 4 else None
 
 
 def test_a_new_policy_is_one_class(model_folder: Callable[..., Path]) -> None:

@@ -214,10 +214,6 @@ class Refuses:
         assert (reuse.num_blocks, len(segment)) == (1, 6)
         return None
 
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        del reuse
-        return np.zeros(len(segment), np.bool_)
-
 
 def test_where_no_correction_is_enough_nothing_is_reused_out_of_context() -> None:
     index = FakeIndex()

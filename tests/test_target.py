@@ -12,7 +12,13 @@ from rich.console import Console
 
 from test_exactness import KEEP, logprobs, random_ids, random_round
 from tokendance import LLM, Part, Prompt, shared
-from tokendance.collector.correction import NO_CORRECTION, CorrectionPolicy, Edges, Reuse
+from tokendance.collector.correction import (
+    NO_CORRECTION,
+    CorrectionPolicy,
+    Edges,
+    Reuse,
+    stored_apart,
+)
 from tokendance.commands.calibrate import calibrate, run_calibration, write_table
 from tokendance.errors import ConfigError
 from tokendance.fidelity.calibrate import TINY
@@ -77,8 +83,8 @@ def test_the_cheapest_correction_that_met_the_target(
 def test_owners_lay_out_runs_for_a_reuse_like_their_own() -> None:
     reuse = Reuse(True, 400, 16, 94 * 16)
     for kl, edges in {0.03: Edges(2, 1), 0.01: Edges(8, 1), 1e-9: NO_CORRECTION}.items():
-        layout = FidelityTarget(kl, TABLE).layout(reuse, BLOCK)
-        assert layout.tolist() == edges.layout(reuse, BLOCK).tolist()
+        layout = stored_apart(FidelityTarget(kl, TABLE), reuse, BLOCK)
+        assert layout.tolist() == edges.choose(reuse, BLOCK).tolist()
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:

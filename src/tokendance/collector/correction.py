@@ -1,9 +1,9 @@
 """Correction policies: which tokens of a reused segment are computed afresh.
 
 A policy decides before the forward pass, by a segment's tokens and by what is known of the whole
-reuse. The plain policies of this file go by the tokens alone, so every mirror of a segment corrects
-the same ones, and its owner can store a run as [common | corrected] for mirrors to read the first
-part as one piece. Policies that go by more (`fidelity/`) lay runs out for mirrors like the owner.
+reuse. An owner asks it, too, of the reuse that a mirror with a prompt like its own would have, and
+stores its run as [common | corrected], so that mirrors read the first part as one piece. A mirror
+that corrects other tokens reads more pieces.
 
 Every policy has a spec, such as "edges:3+1", by which the command line and reports name it.
 `read_correction` makes a policy from a spec.
@@ -70,20 +70,23 @@ class CorrectionPolicy(Protocol):
         """
         ...
 
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        """Choose the tokens of a segment that its owner stores apart, behind the common ones.
 
-        Best those that most mirrors will compute afresh. A mirror may correct others, and then
-        reads more pieces.
+def stored_apart(policy: CorrectionPolicy, reuse: Reuse, segment: Segment) -> Mask:
+    """Choose the tokens of a segment that its owner stores apart, behind the common ones.
 
-        Args:
-            reuse: what a mirror would reuse whose prompt is like the owner's.
-            segment: one of those.
+    They are those that a mirror with a prompt like the owner's computes afresh; none if that one
+    would reuse nothing.
 
-        Returns:
-            Bool (tokens of the segment,), true where the token is stored apart.
-        """
-        ...
+    Args:
+        policy: of the engine.
+        reuse: what such a mirror would reuse.
+        segment: one of those.
+
+    Returns:
+        Bool (tokens of the segment,), true where the token is stored apart.
+    """
+    mask = policy.choose(reuse, segment)
+    return np.zeros(len(segment), np.bool_) if mask is None else mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +123,6 @@ class Edges:
         indices = np.arange(len(segment))
         return (indices < self.first) | (indices >= len(segment) - self.last)
 
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        """Store apart what is corrected."""
-        return self.choose(reuse, segment)
-
 
 @dataclass(frozen=True, slots=True)
 class CorrectAll:
@@ -138,10 +137,6 @@ class CorrectAll:
         """Choose every token."""
         del reuse
         return np.ones(len(segment), np.bool_)
-
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        """Store all tokens in their order."""
-        return self.choose(reuse, segment)
 
 
 NO_CORRECTION = Edges(0, 0)

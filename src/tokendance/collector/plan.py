@@ -28,7 +28,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from tokendance.collector.correction import CorrectionPolicy, Mask, Reuse
+from tokendance.collector.correction import CorrectionPolicy, Mask, Reuse, stored_apart
 from tokendance.collector.sources import KVIndex, choose_sources, describe_reuse, reuse_like
 from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, exact_length
@@ -365,6 +365,6 @@ def _layout(
     run: Sequence[tuple[int, Segment]], policy: CorrectionPolicy, reuse: Reuse, num_prefix: int
 ) -> Positions:
     positions = np.arange(run[0][0], run[-1][0] + len(run[-1][1]))
-    corrected = np.concatenate([policy.layout(reuse, segment) for _, segment in run])
+    corrected = np.concatenate([stored_apart(policy, reuse, segment) for _, segment in run])
     order = np.concatenate([positions[~corrected], positions[corrected]])
     return order[order >= num_prefix]

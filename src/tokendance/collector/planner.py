@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokendance.collector.correction import CorrectionPolicy, Reuse
+from tokendance.collector.correction import CorrectionPolicy, Reuse, stored_apart
 from tokendance.collector.neutral import neutral_runs
 from tokendance.collector.owners import Start, order_starts
 from tokendance.collector.plan import RequestPlan, ReuseRules, plan_request
@@ -85,7 +85,9 @@ class Planner:
     def _num_reusable(self, run: Sequence[Segment]) -> int:
         """Tokens of a neutral owner's run that most mirrors will not compute afresh."""
         reuse = Reuse(True, 0, len(run), sum(map(len, run)), isolated=True)
-        return sum(int(np.count_nonzero(~self._policy.layout(reuse, segment))) for segment in run)
+        return sum(
+            int(np.count_nonzero(~stored_apart(self._policy, reuse, segment))) for segment in run
+        )
 
     def rules(
         self,

@@ -74,10 +74,6 @@ class Balanced:
         """Choose by the correction whose error and price are least together."""
         return self.edges_for(reuse).choose(reuse, segment)
 
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        """Store apart what a reuse like the owner's corrects."""
-        return self.choose(reuse, segment)
-
     def edges_for(self, reuse: Reuse) -> Edges:
         """The correction that a reuse gets."""
         usual = self._block_tokens * reuse.num_blocks

@@ -8,7 +8,7 @@ What is measured is a mean over agents and tokens: a single agent may be farther
 from dataclasses import dataclass
 from typing import Self
 
-from tokendance.collector.correction import NO_CORRECTION, Edges, Mask, Reuse
+from tokendance.collector.correction import Edges, Mask, Reuse
 from tokendance.errors import ConfigError
 from tokendance.fidelity.shipped import shipped_table
 from tokendance.fidelity.table import Cell, FidelityTable, table_path
@@ -59,10 +59,6 @@ class FidelityTarget:
         """Choose by the cheapest correction that met the target; None where none did."""
         edges = self.edges_for(reuse)
         return None if edges is None else edges.choose(reuse, segment)
-
-    def layout(self, reuse: Reuse, segment: Segment) -> Mask:
-        """Store apart what a reuse like the owner's corrects, if there is a correction for it."""
-        return (self.edges_for(reuse) or NO_CORRECTION).layout(reuse, segment)
 
     def edges_for(self, reuse: Reuse) -> Edges | None:
         """The correction that a reuse gets; None if its request has to compute."""
