@@ -66,7 +66,7 @@ class FakeExecutor:
             self._positions[slots] = request.positions
         chosen: list[int] = []
         for request in step.requests:
-            context = self._tokens[request.slots[: int(request.positions[-1]) + 1]]
+            context = self._tokens[request.slots[request.begin : int(request.positions[-1]) + 1]]
             assert (context != _EMPTY).all(), "a request reads a slot that nobody has written"
             if request.sampling is not None:
                 chosen.append(self._choose(context, request.sampling))

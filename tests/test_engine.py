@@ -411,11 +411,13 @@ class FakeMachine(RuleBasedStateMachine):
     """
 
     model: LoadedModel
+    owners: int
 
     def __init__(self) -> None:
         super().__init__()
         options = EngineOptions(
             correction="edges:2+1",
+            owners=self.owners,
             max_num_batched_tokens=48,
             kv_budget=40 * 8 * 8,
             page_size=8,
@@ -484,8 +486,9 @@ class FakeMachine(RuleBasedStateMachine):
         assert self.llm.engine.status().num_rounds == 0
 
 
-def test_whatever_happens_all_say_what_they_would(fake: LoadedModel) -> None:
-    FakeMachine.model = fake
+@pytest.mark.parametrize("owners", [1, 3])
+def test_whatever_happens_all_say_what_they_would(owners: int, fake: LoadedModel) -> None:
+    FakeMachine.model, FakeMachine.owners = fake, owners
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(

@@ -177,11 +177,13 @@ class Table(RuleBasedStateMachine):
 
     model: LoadedModel
     private = "isolated"
+    owners = 1
 
     def __init__(self) -> None:
         super().__init__()
         options = EngineOptions(
             correction="edges:2+1",
+            owners=self.owners,
             max_num_batched_tokens=48,
             kv_budget=PAGES * PAGE_SIZE * 8,
             page_size=PAGE_SIZE,
@@ -295,22 +297,25 @@ class Table(RuleBasedStateMachine):
         assert self.llm.kv_store.pool.num_free == PAGES
 
 
-def test_nothing_is_learned_whatever_happens(fake: LoadedModel) -> None:
-    Table.model = fake
+@pytest.mark.parametrize("owners", [1, 4])
+def test_nothing_is_learned_whatever_happens(owners: int, fake: LoadedModel) -> None:
+    Table.model, Table.owners = fake, owners
     run_state_machine_as_test(
         Table, settings=settings(max_examples=examples(150), stateful_step_count=25)
     )
 
 
 @pytest.mark.parametrize("private", ["isolated", None])
-@pytest.mark.parametrize("way", ["owner", "whisper", "place", "recall", "answer"])
+@pytest.mark.parametrize("way", ["owner", "co-owner", "whisper", "place", "recall", "answer"])
 def test_each_way_to_learn_is_closed(way: str, private: str | None, fake: LoadedModel) -> None:
     """Without isolation each of them is found, so that the property above has something to find."""
-    Table.model = fake
+    Table.model, Table.owners = fake, 4 if way == "co-owner" else 1
     table = Table()
     table.private = private  # type: ignore[assignment]
     if way == "owner":  # who reads most would own what both read
         table.add_round([0, 2], [2, 3], 0, None, False, False)
+    elif way == "co-owner":  # whoever has the longest text would own, and the other lend its own
+        table.add_round([0, 5], [2, 3], 0, None, False, False)
     elif way == "whisper":  # some read more than others
         table.add_round([0, 2, 4], [2, 3], 0, 100, False, False)
     elif way == "place":  # each reads in an order of its own, and two begin alike

@@ -211,7 +211,7 @@ class Refuses:
     spec = "refuses"
 
     def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
-        assert (reuse.num_blocks, len(segment)) == (1, 6)
+        assert reuse.num_tokens >= len(segment)
         return None
 
 

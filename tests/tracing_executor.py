@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from fake_executor import FakeExecutor
-from tokendance.executor.step import SlotArray, StepInput, StepOutput
+from tokendance.executor.step import SlotArray, StepInput, StepOutput, StepRequest
 from tokendance.store.kv_rows import KVRows
 
 Secrets = frozenset[int]
@@ -43,25 +43,37 @@ class TracingExecutor(FakeExecutor):
     def execute(self, step: StepInput) -> StepOutput:
         """See `FakeExecutor`."""
         output = super().execute(step)
-        for request in step.requests:  # owners before their mirrors
-            new = set(request.positions.tolist())
-            length = int(request.positions[-1]) + 1
-            slots = request.slots[:length].tolist()
-            own: Secrets = frozenset()
-            behind: Secrets = frozenset()
-            for position, (slot, token) in enumerate(
-                zip(slots, self._tokens[slots].tolist(), strict=True)
-            ):
-                own |= self._secrets & {token}
-                if position in new:
-                    behind |= self._secrets & {token}
-                    self._behind[slot] = self._number_of(behind)
-                else:
-                    behind |= self._sets[self._behind[slot]]
-                if not behind <= own:
-                    self.learned.append(behind - own)
-            self.num_rows += length
+        for request in step.requests:
+            self._behind[request.slots[request.positions]] = self._number_of(frozenset())
+        # Co-owners of a run read each other's tokens of the same step.
+        before: list[int] | None = None
+        while before != (after := self._behind.tolist()):
+            before = after
+            learned = [found for request in step.requests for found in self._read(request)]
+        self.learned += learned
         return output
+
+    def _read(self, request: StepRequest) -> list[Secrets]:
+        """Note behind what a request's tokens are computed; what it learns, a set for each row."""
+        learned = []
+        new = set(request.positions.tolist())
+        length = int(request.positions[-1]) + 1
+        slots = request.slots[request.begin : length].tolist()
+        own: Secrets = frozenset()
+        behind: Secrets = frozenset()
+        for position, (slot, token) in enumerate(
+            zip(slots, self._tokens[slots].tolist(), strict=True), request.begin
+        ):
+            own |= self._secrets & {token}
+            if position in new:
+                behind |= self._secrets & {token}
+                self._behind[slot] = self._number_of(behind)
+            else:
+                behind |= self._sets[self._behind[slot]]
+            if not behind <= own:
+                learned.append(behind - own)
+        self.num_rows += length
+        return learned
 
     def _number_of(self, secrets: Secrets) -> int:
         if secrets not in self._sets:

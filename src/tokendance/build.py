@@ -92,7 +92,11 @@ def make_planner(options: EngineOptions, correction: CorrectionPolicy, store: KV
 
         return pic.PicPlanner(store)
     return Planner(
-        store, correction, prefix=options.reuse != "none", segments=options.reuses_segments
+        store,
+        correction,
+        prefix=options.reuse != "none",
+        segments=options.reuses_segments,
+        owners=options.owners,
     )
 
 

@@ -32,6 +32,7 @@ WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 PrivateMode = Literal["open", "isolated"]
 PRIVATE_MODES: tuple[PrivateMode, ...] = get_args(PrivateMode)
 DEFAULT_MODEL = "smollm2-135m"
+MOST_OWNERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,9 @@ class EngineOptions:
             are worth it, by what was measured of the model; taken if left out), edges:3+1 (the
             first 3 and the last), first:4, epic (the first 16), none, all, or target:0.01, a
             fidelity target. In Python also a policy of your own.
+        owners: agents that compute what all of a round read together, a token each in turn, behind
+            their own texts: none of those who read it is as far from it as from a single owner. 1:
+            one computes it all, and its own answer is exact.
         private: isolated: what agents read of each other's KV was never computed behind text that
             they do not have themselves, which costs a little time and fidelity (docs/fidelity.md).
             open: it may have been. Prompts and requests may ask for isolation themselves.
@@ -77,6 +81,7 @@ class EngineOptions:
 
     reuse: ReuseMode = "collective"
     correction: str | CorrectionPolicy | None = None
+    owners: int = 1
     private: PrivateMode = "open"
     first_k: int | None = None
     fidelity_target: float | None = None
@@ -107,6 +112,7 @@ class EngineOptions:
         if self.weights not in WEIGHTS:
             raise ConfigError(f"There are no weights {self.weights!r}. Use one of {WEIGHTS}.")
         check_range(self, 0, "shadow", most=1)
+        check_range(self, 1, "owners", most=MOST_OWNERS)
         check_range(self, 1, "page_size", "max_reuse_rounds", "max_num_batched_tokens", "threads")
         if self.kv_budget is not None and parse_bytes(self.kv_budget, "kv_budget") < 1:
             raise ConfigError(f"kv_budget is {self.kv_budget}. Give 1 byte or more.")
@@ -142,6 +148,11 @@ class EngineOptions:
             raise ConfigError(
                 "correction, first_k and fidelity_target go with reuse 'collective' "
                 f"(--reuse collective), not with {self.reuse!r}. Leave them out."
+            )
+        if self.reuse != "collective" and self.owners > 1:
+            raise ConfigError(
+                f"owners is {self.owners}, and goes with reuse 'collective' (--reuse collective), "
+                f"not with {self.reuse!r}. Leave it out."
             )
         if self.fidelity_target is not None and not self.fidelity_target > 0:
             raise ConfigError(

@@ -37,7 +37,8 @@ class Output:
         prompt_tokens: its length.
         computed_tokens: prompt tokens that the request computed.
         reused_tokens: prompt tokens whose KV was there already; the rest of `prompt_tokens`.
-        approximate_tokens: of the reused ones, those whose KV was computed in another context.
+        approximate_tokens: those whose KV was computed in another context: reused ones, and with
+            `owners` those that it computed behind a co-owner's text.
         corrected_tokens: of the computed ones, shared tokens that had KV and were computed afresh.
         logprobs: float32 (vocabulary,) for each generated token, if asked for.
         dropped_tokens: of what was said before, in a session: those that the prompt had to leave
@@ -85,7 +86,8 @@ class RoundStats:
         prompt_tokens: `computed_tokens` and `reused_tokens` together.
         computed_tokens: prompt tokens computed.
         reused_tokens: prompt tokens whose KV was there already.
-        approximate_tokens: of the reused ones, those whose KV was computed in another context.
+        approximate_tokens: those whose KV was computed in another context: reused ones, and with
+            `owners` those that it computed behind a co-owner's text.
         corrected_tokens: of the computed ones, shared tokens computed afresh by mirrors.
         generated_tokens: of the answers.
         prefill_s: seconds from the round's start to the last agent's first token.

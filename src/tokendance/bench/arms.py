@@ -50,7 +50,10 @@ def make_engine(
     the store is to be cleared before each use.
     """
     budget = num_tokens * model.shape.kv_bytes_per_token(model.dtype)
-    options = EngineOptions.of(options, reuse=mode, correction=correction, kv_budget=budget)
+    owners = options.owners if mode == "collective" else 1
+    options = EngineOptions.of(
+        options, reuse=mode, correction=correction, owners=owners, kv_budget=budget
+    )
     return LLM.from_loaded(model, options, pool=pool)
 
 

@@ -3,13 +3,22 @@
 Whoever computes plans over a `KVStore` looks them up here, whatever allocates their own pages.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokendance.collector.plan import RequestPlan, Role
 from tokendance.rounds.segments import PrefixHashes
-from tokendance.store.entries import Entry, RoundId, Slots, StoredPage, StoredSegment
+from tokendance.store.entries import (
+    Entry,
+    PrefixPage,
+    RoundId,
+    Slots,
+    StoredPage,
+    StoredSegment,
+)
 from tokendance.store.kv_store import KVStore
 from tokendance.store.pages import PageIds
 
@@ -56,13 +65,57 @@ def look_up(plan: RequestPlan, page_size: int) -> KnownKV:
             if has_role.any():
                 target[positions[has_role]] = source_slots[has_role]
     read = slots[slots != NO_SLOT] // page_size
-    held = np.unique(np.concatenate([read, *(source.pages for source in sources)]))
+    lent = [page.pages for page in _lent_pages(plan)]
+    held = np.unique(np.concatenate([read, *lent, *(source.pages for source in sources)]))
     return KnownKV(plan, slots, copied_from, held.astype(np.int32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LentSlots:
+    """What a co-owner's tokens of a run read.
+
+    Attributes:
+        begin: position of the first token of its text: 0, or more if the first owner's is longer.
+        end: position at which its text ends and the run begins.
+        slots: int32, of each position up to the end of the run; 0 before `begin`.
+    """
+
+    begin: int
+    end: int
+    slots: Slots
+
+    @property
+    def text(self) -> Slots:
+        """Slots of its text."""
+        return self.slots[self.begin : self.end]
+
+
+def lent_slots(plan: RequestPlan, slots: Slots) -> tuple[LentSlots, ...]:
+    """Look up what the tokens of each co-owner read, in the order of `plan.lent.texts`.
+
+    Args:
+        plan: of a request.
+        slots: int32, of each of its positions.
+    """
+    if plan.lent is None:
+        return ()
+    ((*_, (last, _, length)),) = (run.segments for run in plan.runs)
+    found = []
+    for text in plan.lent.texts:
+        end = plan.lent.begin
+        begin = end - text.num_tokens
+        of_text = np.concatenate([page.slots for page in _as_stored(text.pages)])
+        read = slots[: last + length].copy()
+        read[:begin] = 0
+        read[begin:end] = of_text[: text.num_tokens]
+        found.append(LentSlots(begin, end, read))
+    return tuple(found)
 
 
 def note_reuse(plan: RequestPlan, store: KVStore, round_id: RoundId) -> None:
     """Note in the store that a request of a round reads what its plan says."""
     store.touch(_stored_pages(plan))
+    store.touch(_lent_pages(plan))
     sources = _stored_sources(plan)
     store.count_reuse(sources, round_id)
     store.touch(sources)
@@ -104,6 +157,19 @@ def _stored_sources(plan: RequestPlan) -> list[StoredSegment]:
 
 def _stored_pages(plan: RequestPlan) -> list[StoredPage]:
     """The pages of the beginning that a plan reads, as the store's index has them."""
-    pages = [page for page in plan.prefix if isinstance(page, StoredPage)]
-    assert len(pages) == len(plan.prefix)
-    return pages
+    return _as_stored(plan.prefix)
+
+
+def _lent_pages(plan: RequestPlan) -> list[StoredPage]:
+    """The pages of texts that co-owners lend it, likewise."""
+    return (
+        []
+        if plan.lent is None
+        else _as_stored(list(itertools.chain.from_iterable(text.pages for text in plan.lent.texts)))
+    )
+
+
+def _as_stored(pages: Sequence[PrefixPage]) -> list[StoredPage]:
+    stored = [page for page in pages if isinstance(page, StoredPage)]
+    assert len(stored) == len(pages)
+    return stored

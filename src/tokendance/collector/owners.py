@@ -17,9 +17,22 @@ Only hashes and lengths are looked at.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tokendance.rounds.segments import SegmentHash
+from tokendance.rounds.segments import EncodedPrompt, SegmentHash
 
 SegmentList = Sequence[tuple[SegmentHash, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Lenders:
+    """Those who may own a run together with its owner (`co_owners.py`).
+
+    Attributes:
+        segments: of the run.
+        texts: what stands before it in the prompt of each.
+    """
+
+    segments: tuple[SegmentHash, ...]
+    texts: tuple[EncodedPrompt, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +42,12 @@ class Start:
     Attributes:
         index: of the request in the round as it was given.
         owns_order: compute segments that the store has in another order only.
+        lenders: of its run, if it has co-owners.
     """
 
     index: int
     owns_order: bool = False
+    lenders: Lenders | None = None
 
 
 def order_starts(requests: Sequence[SegmentList], known: Collection[SegmentHash]) -> list[Start]:

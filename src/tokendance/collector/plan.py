@@ -28,7 +28,9 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from tokendance.collector.co_owners import LentTexts, find_lent
 from tokendance.collector.correction import CorrectionPolicy, Mask, Reuse, stored_apart
+from tokendance.collector.owners import Lenders
 from tokendance.collector.sources import KVIndex, choose_sources, describe_reuse, reuse_like
 from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, exact_length
@@ -112,12 +114,14 @@ class OwnedRun:
         segments: position, hash and number of tokens of each.
         layout: its positions as they are stored, without those that the prefix has: common
             tokens, then those that mirrors correct.
+        num_common: of those, how many are common.
         context: all segments of the prompt up to the end of the run, if the request guards its
             text: only those may read one of the run who have read all before it. Else nothing.
     """
 
     segments: tuple[tuple[int, SegmentHash, int], ...]
     layout: Positions
+    num_common: int
     context: tuple[SegmentHash, ...] = ()
 
 
@@ -159,6 +163,7 @@ class RequestPlan:
         num_corrected: cached tokens that it computes afresh.
         num_exact: length of its beginning that holds no KV of another context, answer included.
         guarded: see `engine.request.Request`.
+        lent: texts of co-owners of its run; None without.
     """
 
     num_prompt: int
@@ -171,12 +176,16 @@ class RequestPlan:
     num_corrected: int
     num_exact: int
     guarded: bool = False
+    lent: LentTexts | None = None
 
     @property
     def num_approximate(self) -> int:
-        """Of the reused prompt tokens, those whose KV was computed in another context."""
+        """Prompt tokens whose KV was computed in another context, or is by a co-owner."""
         roles = self.roles[self.num_exact : self.num_prompt]
-        return int(((roles == Role.PREFIX) | (roles == Role.REUSED)).sum())
+        by_others = (
+            0 if self.lent is None else sum(map(len, self.lent.divide(self.lent.common)[1:]))
+        )
+        return by_others + int(((roles == Role.PREFIX) | (roles == Role.REUSED)).sum())
 
     @property
     def compute(self) -> Positions:
@@ -243,6 +252,7 @@ def plan_request(
     policy: CorrectionPolicy,
     rules: ReuseRules,
     round_id: RoundId,
+    lenders: Lenders | None = None,
 ) -> RequestPlan:
     """Plan a request. Changes nothing.
 
@@ -255,6 +265,7 @@ def plan_request(
         policy: which tokens of reused segments to compute afresh.
         rules: what the request may take and leave.
         round_id: the round that it is of.
+        lenders: of its run, if it has co-owners.
     """
     length = len(prompt)
     pages: list[PrefixPage] = []
@@ -280,7 +291,7 @@ def plan_request(
             wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact))
         if any(mask is None for mask in wanted.values()):
             exact = replace(rules, segments=False)
-            return plan_request(prompt, max_new_tokens, index, policy, exact, round_id)
+            return plan_request(prompt, max_new_tokens, index, policy, exact, round_id, lenders)
         masks = {at: mask for at, mask in wanted.items() if mask is not None}
 
     roles = np.full(length + max_new_tokens, Role.ANSWER, np.int8)
@@ -305,18 +316,23 @@ def plan_request(
         if not afresh[first - start :].all():
             uses.append(SegmentUse(start, source))
     counts = np.bincount(roles, minlength=len(Role))
-    first_reused = int(np.argmax(roles == Role.REUSED)) if uses else len(roles)
+    runs = _owned_runs(prompt, owned, policy, num_prefix, guarded=rules.guarded)
+    lent = _lent(runs, lenders, index, length)
+    first_other = int(np.argmax(roles == Role.REUSED)) if uses else len(roles)
+    if lent is not None:
+        first_other = min(first_other, lent.begin)
     return RequestPlan(
         length,
         roles,
         tuple(pages),
         tuple(uses),
-        tuple(_owned_runs(prompt, owned, policy, num_prefix, guarded=rules.guarded)),
+        tuple(runs),
         rules.publish,
         num_reused=int(counts[Role.PREFIX] + counts[Role.REUSED]),
         num_corrected=int(counts[Role.CORRECTED]),
-        num_exact=first_reused if num_exact == num_prefix else num_exact,
+        num_exact=first_other if num_exact == num_prefix else num_exact,
         guarded=rules.guarded,
+        lent=lent,
     )
 
 
@@ -345,7 +361,7 @@ def _owned_runs(
     return [
         OwnedRun(
             tuple((start, segment.hash, len(segment)) for start, segment in run),
-            _layout(run, policy, reuse, num_prefix),
+            *_layout(run, policy, reuse, num_prefix),
             _context(prompt, run) if guarded else (),
         )
         for run in runs
@@ -363,8 +379,29 @@ def _context(prompt: EncodedPrompt, run: Sequence[tuple[int, Segment]]) -> tuple
 
 def _layout(
     run: Sequence[tuple[int, Segment]], policy: CorrectionPolicy, reuse: Reuse, num_prefix: int
-) -> Positions:
+) -> tuple[Positions, int]:
+    """A run's positions as they are stored, and how many of them are common."""
     positions = np.arange(run[0][0], run[-1][0] + len(run[-1][1]))
     corrected = np.concatenate([stored_apart(policy, reuse, segment) for _, segment in run])
-    order = np.concatenate([positions[~corrected], positions[corrected]])
-    return order[order >= num_prefix]
+    is_new = positions >= num_prefix
+    common, apart = positions[is_new & ~corrected], positions[is_new & corrected]
+    return np.concatenate([common, apart]), len(common)
+
+
+def _lent(
+    runs: Sequence[OwnedRun], lenders: Lenders | None, index: KVIndex, length: int
+) -> LentTexts | None:
+    """What co-owners lend; only where a request owns what it was thought to own.
+
+    The last token of its prompt, of `length` tokens, is its own: its logits are wanted.
+    """
+    if len(runs) != 1 or lenders is None:
+        return None
+    (run,) = runs
+    if tuple(segment for _, segment, _ in run.segments) != lenders.segments:
+        return None
+    begin, _, _ = run.segments[0]
+    if len(run.layout) < sum(num_tokens for _, _, num_tokens in run.segments):
+        return None  # its prefix has some of it
+    common = run.layout[: run.num_common]
+    return find_lent(begin, common[common < length - 1], lenders.texts, index)

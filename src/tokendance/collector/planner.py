@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from tokendance.collector.co_owners import cached_pages, with_co_owners
 from tokendance.collector.correction import CorrectionPolicy, Reuse, stored_apart
 from tokendance.collector.neutral import neutral_runs
-from tokendance.collector.owners import Start, order_starts
+from tokendance.collector.owners import Lenders, Start, order_starts
 from tokendance.collector.plan import RequestPlan, ReuseRules, plan_request
 from tokendance.collector.sources import KVIndex, usable_sources
 from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
@@ -21,13 +22,21 @@ class Planner:
     """Says in which order the requests of a round start, and what each takes and computes."""
 
     def __init__(
-        self, index: KVIndex, policy: CorrectionPolicy, *, prefix: bool, segments: bool
+        self,
+        index: KVIndex,
+        policy: CorrectionPolicy,
+        *,
+        prefix: bool,
+        segments: bool,
+        owners: int = 1,
     ) -> None:
         """Plan over an index.
 
         With `prefix`, equal beginnings are reused; without it nothing is reused or published. With
-        `segments`, shared segments are reused wherever they stand.
+        `segments`, shared segments are reused wherever they stand; so many agents own a run
+        together, at most.
         """
+        self._owners = owners
         self._index = index
         self._policy = policy
         self._prefix = prefix
@@ -45,7 +54,7 @@ class Planner:
             if sources
         }
         sizes = [[(part.hash, len(part)) for _, part in segments] for segments in shared]
-        return order_starts(sizes, known)
+        return with_co_owners(order_starts(sizes, known), prompts, known, self._owners)
 
     def neutral_prompts(
         self,
@@ -108,10 +117,21 @@ class Planner:
         )
 
     def plan(
-        self, prompt: EncodedPrompt, max_new_tokens: int, rules: ReuseRules, round_id: RoundId
+        self,
+        prompt: EncodedPrompt,
+        max_new_tokens: int,
+        rules: ReuseRules,
+        round_id: RoundId,
+        lenders: Lenders | None = None,
     ) -> RequestPlan:
         """Plan a request; see `plan_request`."""
-        return plan_request(prompt, max_new_tokens, self._index, self._policy, rules, round_id)
+        return plan_request(
+            prompt, max_new_tokens, self._index, self._policy, rules, round_id, lenders
+        )
+
+    def is_cached(self, text: EncodedPrompt) -> bool:
+        """Whether a round may reuse the KV of all of a text, from its beginning."""
+        return cached_pages(text, self._index) is not None
 
 
 def alone(rules: ReuseRules) -> ReuseRules:

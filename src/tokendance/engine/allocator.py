@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokendance.collector.known import NO_SLOT, KnownKV, look_up, note_reuse, publish
+from tokendance.collector.known import (
+    NO_SLOT,
+    KnownKV,
+    LentSlots,
+    lent_slots,
+    look_up,
+    note_reuse,
+    publish,
+)
 from tokendance.collector.plan import Positions, RequestPlan
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.store.entries import Entry, RoundId, RunId, Slots, StoredSegment
@@ -22,6 +30,7 @@ class Allocation:
         pages: distinct pages of what it reads, runs as a whole, and of what it computes.
         copied_from: int32, for each position the slot whose KV is copied to its own; NO_SLOT for
             none. Empty where nothing is copied.
+        lent: what co-owners' tokens of its run read.
         entries: that it has published, and has yet to compute.
     """
 
@@ -29,6 +38,7 @@ class Allocation:
     compute: Positions
     pages: PageIds
     copied_from: Slots
+    lent: tuple[LentSlots, ...] = ()
     entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -38,8 +48,9 @@ class Allocation:
         return tuple(dict.fromkeys(entry.run for entry in published))
 
     def reads(self) -> Slots:
-        """Slots whose KV the request reads or copies."""
-        return np.concatenate([self.slots, self.copied_from[self.copied_from != NO_SLOT]])
+        """Slots whose KV the request reads or copies, or its co-owners' tokens read."""
+        lent = [one.text for one in self.lent]
+        return np.concatenate([self.slots, self.copied_from[self.copied_from != NO_SLOT], *lent])
 
 
 class Allocator:
@@ -84,7 +95,8 @@ class Allocator:
         for positions, fresh in zip(parts, taken, strict=True):
             slots[positions] = fresh
         held = np.union1d(found.pages, pages).astype(np.int32)
-        allocation = Allocation(slots, plan.compute, held, found.copied_from)
+        lent = lent_slots(plan, slots)
+        allocation = Allocation(slots, plan.compute, held, found.copied_from, lent)
         note_reuse(plan, store, round_id)
         if plan.publish:
             allocation.entries += publish(plan, store, prompt.prefix_hashes, slots, round_id)

@@ -22,7 +22,7 @@ from tokendance.engine.events import (
 )
 from tokendance.engine.mask_turns import MaskTurns
 from tokendance.engine.open_rounds import OpenRounds
-from tokendance.engine.request import Request, RequestId, as_failure, make_neutral
+from tokendance.engine.request import Request, RequestId, as_failure, make_silent
 from tokendance.engine.scheduler import Scheduled, Scheduler
 from tokendance.engine.scheduling import SchedulingPolicy
 from tokendance.engine.tenants import TenantRules
@@ -138,8 +138,15 @@ class Engine:
         others = [request for request in together if not (request.isolated or request.guarded)]
         prompts = [request.prompt for request in others]
         for start in self._planner.order(prompts, round_id):
-            others[start.index].owns_order = start.owns_order
-            self.scheduler.add(others[start.index])
+            request = others[start.index]
+            request.owns_order = start.owns_order
+            # Log-probabilities of a prompt are those of its own context.
+            if start.lenders is not None and request.params.prompt_logprobs is None:
+                request.lenders = start.lenders
+                for text in start.lenders.texts:
+                    if not self._planner.is_cached(text):
+                        self._add_silent(make_silent(text, request, "a co-owner's text"), now)
+            self.scheduler.add(request)
         for request in alone:
             self.scheduler.add(request)
         guarded = [request for request in together if request.guarded]
@@ -149,12 +156,15 @@ class Engine:
             round_id,
         )
         for prompt in neutral:
-            request_id = RequestId(next(self._request_ids))
-            owner = make_neutral(prompt, round_id, request_id, now, guarded[0].tenant)
-            self._rounds.add_neutral(owner)
-            self.scheduler.add(owner)
+            self._add_silent(make_silent(prompt, guarded[0], "a neutral owner"), now)
         for request in guarded:
             self.scheduler.add(request)
+
+    def _add_silent(self, request: Request, now: float) -> None:
+        """Queue a request that computes for others of its round."""
+        request.id, request.arrived_s = RequestId(next(self._request_ids)), now
+        self._rounds.add_silent(request)
+        self.scheduler.add(request)
 
     def abort(self, request: Request, why: str = "The request was taken back.") -> None:
         """End a request; the others go on. Does nothing if it is done."""
@@ -235,7 +245,7 @@ class Engine:
                 self.scheduler.resident_pages(),
             )
         )
-        self._take(scheduled, step, output, now)
+        self._take(scheduled, output, now)
         beside_s = self._clock() - begun - (now - start)
         self.scheduler.pace.note(step.num_tokens, now - start, beside_s)
 
@@ -276,12 +286,13 @@ class Engine:
             if item.request.allocation is None:
                 continue  # it read what another has failed to compute, and begins anew
             try:
-                made.append((item, item.request.step(item.positions)))
+                made.append((item, item.request.shares(item.positions)))
             except Exception as error:
                 self.scheduler.unmark(item)
                 self._fail(item.request, as_failure(item.request, error), keep_kv=True)
-        made = [(item, share) for item, share in made if item.request.allocation is not None]
-        return [item for item, _ in made], StepInput(tuple(share for _, share in made))
+        made = [(item, shares) for item, shares in made if item.request.allocation is not None]
+        shares = itertools.chain.from_iterable(shares for _, shares in made)
+        return [item for item, _ in made], StepInput(tuple(shares))
 
     def _fail_stuck(self) -> None:
         """Fail requests of which none can be computed, since each waits for another."""
@@ -294,9 +305,7 @@ class Engine:
 
     # -- after a step ---------------------------------------------------------------------------
 
-    def _take(
-        self, scheduled: Sequence[Scheduled], step: StepInput, output: StepOutput, now: float
-    ) -> None:
+    def _take(self, scheduled: Sequence[Scheduled], output: StepOutput, now: float) -> None:
         """Take the tokens that were chosen, and let go of requests that are done or have failed."""
         wanting = [
             item.request
@@ -304,8 +313,9 @@ class Engine:
             if item.request.num_computed == item.request.num_to_compute
         ]
         targets = iter(output.targets)
-        for share, item in zip(step.requests, scheduled, strict=True):
-            item.request.prompt_logprobs += itertools.islice(targets, len(share.targets))
+        for item in scheduled:
+            num_targets = len(item.request.targets(item.positions))
+            item.request.prompt_logprobs += itertools.islice(targets, num_targets)
         for request, is_finite in zip(wanting, output.is_finite, strict=True):
             if not is_finite and request.allocation is not None:
                 self._fail_numerics(request)
@@ -357,9 +367,9 @@ class Engine:
 
     def _finish(self, request: Request, reason: str) -> None:
         self._end(request, reason)
-        for neutral in self._rounds.finish(request):
-            self._end(neutral, "stop")
-            self._tell_end(neutral)
+        for silent in self._rounds.finish(request):
+            self._end(silent, "stop")
+            self._tell_end(silent)
         self._tell_end(request)
 
     def _end(self, request: Request, reason: str) -> None:

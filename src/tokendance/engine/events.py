@@ -119,7 +119,7 @@ class Finished(Event):
         arrived_s: clock time at which it came.
         first_token_s: clock time of its first token, if it had one.
         reused_segments: whether it read segments of another context.
-        neutral: see `engine.request.Request`; nobody waits for it.
+        silent: see `engine.request.Request`; nobody waits for it.
     """
 
     request: RequestId
@@ -128,7 +128,7 @@ class Finished(Event):
     arrived_s: float
     first_token_s: float | None
     reused_segments: bool
-    neutral: bool
+    silent: bool
 
     @classmethod
     def of(cls, request: Request) -> "Finished":
@@ -143,7 +143,7 @@ class Finished(Event):
             request.arrived_s,
             request.first_token_s,
             request.plan is not None and bool(request.plan.uses),
-            request.neutral,
+            request.silent,
         )
 
 

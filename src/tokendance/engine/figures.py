@@ -49,7 +49,7 @@ class RoundFigures:
         """Hand over the figures of a round whose requests are all done, and forget it."""
         watched = self._watched.pop(round_id)
         sound = [event for event in watched.finished if event.output.error is None]
-        answered = [event for event in sound if not event.neutral]
+        answered = [event for event in sound if not event.silent]
         outputs = [event.output for event in answered]
         first_tokens = [e.first_token_s for e in answered if e.first_token_s is not None]
         first_s = max(first_tokens, default=watched.started_s)

@@ -1,4 +1,4 @@
-"""Rounds of which somebody waits or runs, and the owners that were added for them."""
+"""Rounds of which somebody waits or runs, and the requests that were added for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ class OpenRound:
         added_s: when the first of its requests was added.
         requests: all that were added, those that are done included.
         num_left: that are not done.
-        neutral: owners that were added for them.
+        silent: requests that were added for them.
         has_started: whether any of them was admitted.
     """
 
     added_s: float
     requests: list[Request] = field(default_factory=list)
     num_left: int = 0
-    neutral: list[Request] = field(default_factory=list)
+    silent: list[Request] = field(default_factory=list)
     has_started: bool = False
 
 
@@ -42,9 +42,9 @@ class OpenRounds:
         joined.requests.append(request)
         joined.num_left += 1
 
-    def add_neutral(self, owner: Request) -> None:
-        """Add an owner to a round; it ends with the others, if not before."""
-        self._by_id[owner.round_id].neutral.append(owner)
+    def add_silent(self, request: Request) -> None:
+        """Add a request without an answer to a round; it ends with the others, if not before."""
+        self._by_id[request.round_id].silent.append(request)
 
     def start(self, round_id: RoundId) -> OpenRound | None:
         """Note that a request of a round was admitted; return the round if it is the first."""
@@ -55,15 +55,15 @@ class OpenRounds:
         return started
 
     def finish(self, request: Request) -> Sequence[Request]:
-        """Note that a request is done; return owners that nobody needs any more."""
-        if request.neutral:
+        """Note that a request is done; return silent ones that nobody needs any more."""
+        if request.silent:
             return ()
         ended = self._by_id[request.round_id]
         ended.num_left -= 1
         if ended.num_left > 0:
             return ()
         del self._by_id[request.round_id]
-        return [neutral for neutral in ended.neutral if neutral.finish_reason is None]
+        return [silent for silent in ended.silent if silent.finish_reason is None]
 
     def requests(self) -> list[Request]:
         """All of their requests, those that are done included."""

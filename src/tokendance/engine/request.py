@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tokendance.collector.owners import Lenders
 from tokendance.collector.plan import RequestPlan
 from tokendance.disk.records import SessionKey
 from tokendance.engine.allocator import Allocation
@@ -31,6 +32,7 @@ ANONYMOUS = "the client"
 _NOBODY = Salt(b"")
 # Prompt tokens in a pass whose log-probabilities are wanted: each has a row of logits.
 _NUM_SCORED = 256
+_NOTHING_COPIED = np.empty(0, np.int32)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,8 +53,8 @@ class Request:
         isolated: computed whole, in forward passes of its own.
         guarded: nothing that others read is computed behind text of this request that they do not
             have.
-        neutral: it has no text of its own and no answer; it computes what those of its round read
-            who are guarded, and ends with it at the latest.
+        silent: it has no answer; it computes what others of its round read, and ends with it at the
+            latest.
         tenant: whose time and memory it takes; everybody with its prompt's salt if not said
             otherwise.
         publishes: whether others may reuse what it computes.
@@ -69,6 +71,7 @@ class Request:
 
     Attributes that the scheduler writes:
         owns_order: see `collector.owners.Start`.
+        lenders: of its run, if it has co-owners.
         plan: what it takes, owns, corrects and computes; since it was admitted.
         allocation: where its KV lies, while it runs.
         num_computed: tokens whose KV is computed or scheduled.
@@ -98,7 +101,7 @@ class Request:
     in_round: bool = True
     isolated: bool = False
     guarded: bool = False
-    neutral: bool = False
+    silent: bool = False
     tenant: Salt = _NOBODY
     publishes: bool = True
     session: SessionKey | None = None
@@ -112,6 +115,7 @@ class Request:
     error: TokenDanceError | None = None
 
     owns_order: bool = False
+    lenders: Lenders | None = None
     plan: RequestPlan | None = None
     allocation: Allocation | None = None
     num_computed: int = 0
@@ -205,8 +209,31 @@ class Request:
         last = len(self.prompt) + len(self.generated)
         return np.arange(first, min(last, first + limit))
 
-    def step(self, positions: npt.NDArray[np.int64]) -> StepRequest:
-        """Its share of a step that computes some positions, the last that it scheduled."""
+    def shares(self, positions: npt.NDArray[np.int64]) -> list[StepRequest]:
+        """Its shares of a step that computes some positions, the last that it scheduled.
+
+        Tokens of its run that co-owners compute are shares of their own, before its own.
+        """
+        assert self.plan is not None
+        assert self.allocation is not None
+        if self.plan.lent is None or self.is_decoding:
+            return [self._share(positions)]
+        own, *of_others = self.plan.lent.divide(positions)
+        shares = [
+            StepRequest(
+                self.prompt.token_ids[others],
+                others,
+                lent.slots,
+                sampling=None,
+                copied_from=_NOTHING_COPIED,
+                begin=lent.begin,
+            )
+            for others, lent in zip(of_others, self.allocation.lent, strict=True)
+            if len(others)
+        ]
+        return [*shares, self._share(own)] if len(own) else shares
+
+    def _share(self, positions: npt.NDArray[np.int64]) -> StepRequest:
         assert self.allocation is not None
         wants_token = self.num_computed == self.num_to_compute
         copied_from = self.allocation.copied_from
@@ -216,11 +243,11 @@ class Request:
             self.allocation.slots,
             self._sampling_row() if wants_token else None,
             copied_from[positions] if len(copied_from) else copied_from,
-            self._targets(positions),
+            self.targets(positions),
             self.params.prompt_logprobs or 0,
         )
 
-    def _targets(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def targets(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens of the prompt that follow some positions, if their probabilities are wanted."""
         if self.params.prompt_logprobs is None or self.is_decoding:
             return np.empty(0, np.int64)
@@ -280,21 +307,23 @@ def whose(agent: str) -> str:
     return "" if agent == ANONYMOUS else f" of {agent!r}"
 
 
-def make_neutral(
-    prompt: EncodedPrompt, round_id: RoundId, request_id: RequestId, now: float, tenant: Salt
-) -> Request:
-    """Make the request of a neutral owner of a tenant's round, which arrives now."""
+def make_silent(prompt: EncodedPrompt, like: Request, name: str) -> Request:
+    """Make a request that computes KV of a prompt for the round of another request.
+
+    Args:
+        prompt: to compute.
+        like: whose round, tenant and guard it has.
+        name: for messages.
+    """
     return Request(
-        "a neutral owner",
-        round_id,
+        name,
+        like.round_id,
         prompt,
         SamplingParams(max_tokens=1),
         max_new_tokens=1,
-        guarded=True,
-        neutral=True,
-        tenant=tenant,
-        arrived_s=now,
-        id=request_id,
+        guarded=like.guarded,
+        silent=True,
+        tenant=like.tenant,
     )
 
 

@@ -103,7 +103,13 @@ class Reservations:
         )
 
     def _plan(self, request: Request, rules: ReuseRules) -> RequestPlan:
-        return self._planner.plan(request.prompt, request.max_new_tokens, rules, request.round_id)
+        return self._planner.plan(
+            request.prompt,
+            request.max_new_tokens,
+            rules,
+            request.round_id,
+            request.lenders,
+        )
 
     def _too_large(self, request: Request, num_pages: int) -> BudgetError:
         budget = f"the budget is {self._kv_bytes(self._store.pool.num_pages)}"

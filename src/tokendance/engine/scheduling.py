@@ -77,9 +77,13 @@ class DecodingFirst:
         del is_first_prompt
         positions = request.next_positions(budget)
         if not request.is_decoding and len(positions):
-            assert request.allocation is not None
-            is_ready = ready[request.allocation.slots[: int(positions[-1]) + 1]]
+            allocation = request.allocation
+            assert allocation is not None
+            is_ready = ready[allocation.slots[: int(positions[-1]) + 1]]
             is_ready[positions] = True
+            for lent in allocation.lent:
+                if not ready[lent.text].all():
+                    is_ready[lent.end :] = False
             blocked = np.flatnonzero(~is_ready)
             if len(blocked):
                 positions = positions[: np.searchsorted(positions, blocked[0])]

@@ -84,6 +84,7 @@ class StepRequest:
         num_top: the log-probabilities of so many likeliest tokens are wanted in their places.
         copied_from: int32 (t,), slots whose KV takes the place of what is computed, or negative;
             empty where nothing is copied. Only executors that copy look at it (`bench.pic`).
+        begin: its context begins at this position; what `slots` has before it means nothing.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -93,6 +94,7 @@ class StepRequest:
     copied_from: SlotArray
     targets: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
     num_top: int = 0
+    begin: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

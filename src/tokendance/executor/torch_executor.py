@@ -73,7 +73,9 @@ class TorchExecutor:
             positions, slots = request.positions, request.slots
             slot_position[slots[positions]] = positions
             # The same array as in the last step: the same request, whose context has grown.
-            _, ranges = self._ranges[id(slots)] = known.get(id(slots), (slots, SlotRanges()))
+            _, ranges = self._ranges[id(slots)] = known.get(
+                id(slots), (slots, SlotRanges(request.begin))
+            )
             requests.append(PackedRequest(first_row, positions, slots, ranges))
             first_row += len(positions)
         if len(requests) == 1:  # no reader has to be found if it reads all where it stands

@@ -110,10 +110,14 @@ def measure_fidelity(
 
 
 def _mirrors(shared: Sequence[list[tuple[int, Segment]]], outputs: Sequence[Output]) -> list[int]:
-    """Indices of the agents that reused shared tokens, or corrected them; all if none did."""
+    """Indices of the agents that reused shared tokens, corrected them, or own them with others.
+
+    All if none did.
+    """
     mirrors = []
     for index, (segments, output) in enumerate(zip(shared, outputs, strict=True)):
         num_before = segments[0][0] if segments else output.prompt_tokens
-        if output.corrected_tokens or output.reused_tokens > num_before:
+        is_near = output.corrected_tokens or output.approximate_tokens
+        if is_near or output.reused_tokens > num_before:
             mirrors.append(index)
     return mirrors or list(range(len(outputs)))

@@ -141,7 +141,7 @@ class Metrics:
 
     def _count(self, event: Finished) -> None:
         output = event.output
-        if event.neutral:
+        if event.silent:
             self._computed.inc(output.computed_tokens)
             return
         is_cancelled = isinstance(output.error, AbortedError)

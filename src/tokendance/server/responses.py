@@ -33,9 +33,9 @@ class _Document(BaseModel):
 
 
 class CachedTokens(BaseModel):
-    """Of the prompt's tokens, those that were not computed.
+    """Of the prompt's tokens, those that were not computed, and those with KV of another context.
 
-    `approximate_tokens` of them have KV of another context; the others are exact.
+    With a single owner for each run, the latter are some of the former, and the others are exact.
     """
 
     cached_tokens: int

@@ -123,7 +123,7 @@ def _round(
 ) -> Json:
     agents = sorted(one.agents.values(), key=lambda agent: agent.request)
     well = [agent for agent in agents if agent.output is None or agent.output.error is None]
-    asked = [agent for agent in well if not agent.neutral]
+    asked = [agent for agent in well if not agent.silent]
     prompt = sum(agent.num_prompt for agent in asked)
     generated = sum(agent.num_generated for agent in asked)
     stop_s = max((a.finished_s for a in agents if a.finished_s is not None), default=None)
@@ -164,7 +164,7 @@ def _agent(agent: RecordedAgent, origin_s: float, *, has_text: bool) -> Json:
     failed = output is not None and output.error is not None
     return {
         "agent": agent.agent,
-        "neutral": agent.neutral,
+        "neutral": agent.silent,
         "prompt": agent.num_prompt,
         "exact": agent.num_exact,
         "computed": agent.num_computed,

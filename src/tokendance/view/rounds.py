@@ -84,7 +84,7 @@ class RecordedAgent:
         finished_s: when it was done.
         num_computed: prompt tokens computed so far.
         num_generated: tokens of its answer so far.
-        neutral: see `engine.request.Request`.
+        silent: see `engine.request.Request`.
         output: what its caller got, when it is done; without the prompt's token ids.
         comparison: with exact computation, if there was one.
     """
@@ -102,7 +102,7 @@ class RecordedAgent:
     finished_s: float | None = None
     num_computed: int = 0
     num_generated: int = 0
-    neutral: bool = False
+    silent: bool = False
     output: Output | None = None
     comparison: Compared | None = None
 
@@ -161,7 +161,7 @@ class RecordedRound:
     @property
     def is_done(self) -> bool:
         """Whether all requests that are known of have ended."""
-        asked = [agent for agent in self.agents.values() if not agent.neutral]
+        asked = [agent for agent in self.agents.values() if not agent.silent]
         num_ended = sum(agent.finished_s is not None for agent in asked)
         return num_ended == max(self.num_requests, len(asked))
 
@@ -219,10 +219,10 @@ class RecordedRound:
         """A request is done, or has failed."""
         self.version += 1
         agent, output = self._agent(event.request, event.output.agent), event.output
-        if output.error is None and not event.neutral:
+        if output.error is None and not event.silent:
             self._to_count[event.request] = output.prompt_token_ids, output.token_ids
         agent.output = replace(output, prompt_token_ids=_NO_TOKENS, logprobs=())
-        agent.neutral, agent.finished_s = event.neutral, event.time_s
+        agent.silent, agent.finished_s = event.silent, event.time_s
         agent.num_generated = len(output.token_ids)
 
     def take_comparison(self, event: Compared) -> None:
