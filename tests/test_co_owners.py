@@ -132,15 +132,16 @@ def told(
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize(
-    ("owners", "correction", "chunk", "are_known"),
+    ("owners", "correction", "chunk", "are_known", "attention"),
     [
-        (1, "edges:2+1", 4096, True),
-        (2, "none", 4096, True),
-        (3, "edges:2+1", 4096, True),
-        (3, "edges:2+1", 4096, False),
-        (7, "edges:2+1", 4096, False),
-        (3, "edges:2+1", 23, False),
-        (3, "edges:2+1", 2, False),
+        (1, "edges:2+1", 4096, True, "auto"),
+        (2, "none", 4096, True, "auto"),
+        (3, "edges:2+1", 4096, True, "auto"),
+        (3, "edges:2+1", 4096, False, "torch"),
+        (3, "edges:2+1", 4096, False, "reference"),
+        (7, "edges:2+1", 4096, False, "auto"),
+        (3, "edges:2+1", 23, False, "auto"),
+        (3, "edges:2+1", 2, False, "auto"),
     ],
 )
 def test_a_run_of_co_owners_is_what_transformers_computes(
@@ -149,6 +150,7 @@ def test_a_run_of_co_owners_is_what_transformers_computes(
     correction: str,
     chunk: int,
     are_known: bool,
+    attention: str,
     model_folder: Callable[..., Path],
     make_llm: MakeLLM,
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_run_of_co_owners_is_what_transformers_computes(
         owners=owners,
         correction=correction,
         max_num_batched_tokens=chunk,
+        attention=attention,
     )
     prompts = a_round(owners)
     if are_known:
@@ -223,10 +226,19 @@ def test_who_reads_otherwise_lends_nothing() -> None:
         encoded((8, 54), NEWS[0]),
     ]
     assert [start.lenders for start in chosen(prompts, 5)] == [None] * 5
-    # What is known stands before a run like any other text, and matters no more behind it.
-    first, *others = chosen(prompts, 5, known=[2])
-    assert lent_by([first]) == [(1, [4, 6, 8])]
-    assert [start.lenders for start in others] == [None] * 4
+    # What is known stands before a run like any other text.
+    prompts = [encoded((n, 60), *NEWS) for n in (4, 6)]
+    assert lent_by(chosen(prompts, 5, known=[1])) == [(1, [13]), (0, [])]
+    # Who reads a part of what another owns owns nothing.
+    prompts = [encoded((5, 50), *NEWS, (9, 3, "shared"))]
+    prompts += [encoded((n, 60), *NEWS) for n in (4, 6)]
+    assert lent_by(chosen(prompts, 5)) == [(0, []), (1, []), (2, [])]
+
+
+def test_no_text_is_lent_twice() -> None:
+    prompts = [encoded((length, 50 + length), *NEWS) for length in (4, 4, 8, 6, 8, 6)]
+    assert lent_by(chosen(prompts, 9)) == [(2, [4, 6]), *((n, []) for n in (1, 0, 3, 4, 5))]
+    assert lent_by(chosen(prompts[:2], 9)) == [(0, []), (1, [])]
 
 
 @given(st.integers(0, 9), st.sets(st.integers(0, 40)), st.sets(st.integers(0, 60)))
@@ -265,6 +277,32 @@ def test_who_guards_its_text_lends_nothing(make_fake_llm: MakeLLM) -> None:
     llm = make_fake_llm(owners=7)
     assert sorted(map(num_owners, run(llm, [*isolated, *prompts[2:]]))) == [1, 1, 1, 2]
     assert set(map(num_owners, run(make_fake_llm(owners=7, private="isolated"), prompts))) == {1}
+
+
+@pytest.mark.parametrize("correction", ["all", "edges:30+0"])
+def test_where_all_is_corrected_nothing_is_lent(correction: str, make_fake_llm: MakeLLM) -> None:
+    found = run(make_fake_llm(owners=7, correction=correction), a_round(6))
+    assert set(map(num_owners, found)) == {1}
+    assert sorted(request.plan.num_approximate for request in found if request.plan)[0] == 0
+
+
+@pytest.mark.parametrize("num_pages", [30, 40, 200])
+def test_texts_that_do_not_fit_are_not_read(num_pages: int, make_fake_llm: MakeLLM) -> None:
+    """With little memory, a run has one owner, and nothing is computed that others have."""
+    rng = np.random.default_rng(8)
+    heard = [shared(random_ids(rng, 64)) for _ in range(2)]
+    prompts = [
+        Prompt([private(random_ids(rng, 100 + n)), *heard, private([5])], agent=str(n))
+        for n in range(5)
+    ]
+    rows = {}
+    for owners in (1, 5):
+        llm = make_fake_llm(owners=owners, num_pages=num_pages, correction="edges:2+1")
+        found = run(llm, prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+        assert all(request.error is None for request in found)
+        steps = llm.executor.steps  # type: ignore[attr-defined]
+        rows[owners] = sum(step.num_tokens for step in steps)
+    assert rows[5] <= rows[1] + 3 * 5  # beginnings of texts end within pages
 
 
 def test_probabilities_of_a_prompt_are_those_of_its_own_context(make_llm: MakeLLM) -> None:

@@ -83,11 +83,10 @@ class RoundStats:
 
     Attributes:
         agents: with an answer.
-        prompt_tokens: `computed_tokens` and `reused_tokens` together.
-        computed_tokens: prompt tokens computed.
-        reused_tokens: prompt tokens whose KV was there already.
-        approximate_tokens: those whose KV was computed in another context: reused ones, and with
-            `owners` those that it computed behind a co-owner's text.
+        prompt_tokens: of their prompts.
+        computed_tokens: prompt tokens computed, also by requests without an answer, which compute
+            what agents of the round reuse.
+        reused_tokens: prompt tokens whose KV was there already when the agent began.
         corrected_tokens: of the computed ones, shared tokens computed afresh by mirrors.
         generated_tokens: of the answers.
         prefill_s: seconds from the round's start to the last agent's first token.

@@ -51,16 +51,17 @@ class ReferenceBackend:
         if output is None:
             output = query.new_empty(query.shape)
         for request in self._batch.requests:
-            length = int(request.positions[-1]) + 1
-            slots = torch.as_tensor(request.slots[:length].astype(np.int64), device=self._device)
-            offsets = np.arange(length) - self._batch.slot_position[request.slots[:length]]
+            # What stands before the beginning of its context is nobody's.
+            read = np.arange(request.ranges.start, int(request.positions[-1]) + 1)
+            slots = torch.as_tensor(request.slots[read].astype(np.int64), device=self._device)
+            offsets = read - self._batch.slot_position[request.slots[read]]
             tables = rope.tables(offsets, self._device)
             dense_keys = rope.rotate(keys[:, slots].float(), tables).double()
             dense_values = values[:, slots].double()
 
             mine = slice(request.first_row, request.first_row + len(request.positions))
             positions = torch.as_tensor(request.positions.astype(np.int64), device=self._device)
-            distance = positions[:, None] - torch.arange(length, device=self._device)
+            distance = positions[:, None] - torch.as_tensor(read, device=self._device)
             hidden = distance < 0
             if window is not None:
                 hidden |= distance >= window

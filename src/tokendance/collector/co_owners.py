@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from tokendance.collector.owners import Lenders, Start
 from tokendance.collector.sources import KVIndex
-from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
+from tokendance.rounds.segments import EncodedPrompt, SegmentHash
 from tokendance.store.entries import PrefixPage
 
 
@@ -40,7 +40,7 @@ class LentText:
     """What stands before a run in a co-owner's prompt.
 
     Attributes:
-        pages: where it is cached; the last may have more tokens.
+        pages: where it is cached.
         num_tokens: its length.
     """
 
@@ -87,9 +87,9 @@ def with_co_owners(
 ) -> list[Start]:
     """Choose co-owners for the owners of a round.
 
-    Those may own a run together for whom the same shared segments are new, in the same order and
-    with nothing in between. The one with the longest text before them takes the place of the first
-    of them.
+    Those may own a run together who read the same shared segments in the same order, if those that
+    are new stand side by side, and nobody who starts before them owns these. The one with the
+    longest text before them takes the place of the first of them. No text is lent twice.
 
     Args:
         starts: of the round's requests.
@@ -103,20 +103,29 @@ def with_co_owners(
     if most < 2:
         return list(starts)
     alike: dict[tuple[SegmentHash, ...], list[int]] = {}
-    texts: dict[int, EncodedPrompt] = {}
     for start in starts:
-        run, text = _new_run(prompts[start.index], known)
-        if run and len(text):
-            alike.setdefault(tuple(segment.hash for segment in run), []).append(start.index)
-            texts[start.index] = text
+        shared = prompts[start.index].shared_segments()
+        alike.setdefault(tuple(segment.hash for _, segment in shared), []).append(start.index)
+    owned = set(known)
     takes_place_of: dict[int, int] = {}
     lenders: dict[int, Lenders] = {}
-    for segments, members in alike.items():
-        owner = max(members, key=lambda index: len(texts[index]))
-        takes_place_of |= {members[0]: owner, owner: members[0]}
-        lent = [texts[index] for index in members if index != owner][: most - 1]
+    for segments, members in alike.items():  # in the order of their first starts
+        run = [segment for segment in segments if segment not in known]
+        is_new = owned.isdisjoint(run)
+        owned.update(run)
+        if not run or not is_new:
+            continue
+        texts = {index: _text_before(run, prompts[index]) for index in members}
+        with_text = {index: text for index, text in texts.items() if text is not None}
+        if len(with_text) < 2:
+            continue
+        owner = max(with_text, key=lambda index: len(with_text[index]))
+        own_ids = with_text[owner].token_ids.tobytes()
+        lent = {text.token_ids.tobytes(): text for text in with_text.values()}
+        del lent[own_ids]
         if lent:
-            lenders[owner] = Lenders(segments, tuple(lent))
+            takes_place_of |= {members[0]: owner, owner: members[0]}
+            lenders[owner] = Lenders(tuple(run), tuple(lent.values())[: most - 1])
     chosen = []
     for start in starts:
         index = takes_place_of.get(start.index, start.index)
@@ -124,22 +133,19 @@ def with_co_owners(
     return chosen
 
 
-def _new_run(
-    prompt: EncodedPrompt, known: Collection[SegmentHash]
-) -> tuple[list[Segment], EncodedPrompt]:
-    """The shared segments of a prompt that are new, and all that stands before them.
+def _text_before(run: Sequence[SegmentHash], prompt: EncodedPrompt) -> EncodedPrompt | None:
+    """All that stands before a run in a prompt.
 
-    None are if anything stands between them.
+    None if nothing does, or if anything stands between the segments of the run.
     """
     places = [
         place
         for place, segment in enumerate(prompt.segments)
-        if segment.shared and segment.hash not in known
+        if segment.shared and segment.hash in run
     ]
-    if not places or places[-1] - places[0] != len(places) - 1:
-        return [], prompt
-    run = list(prompt.segments[places[0] : places[-1] + 1])
-    return run, EncodedPrompt(prompt.segments[: places[0]], prompt.salt)
+    if places[0] == 0 or places[-1] - places[0] != len(run) - 1 or len(places) != len(run):
+        return None
+    return EncodedPrompt(prompt.segments[: places[0]], prompt.salt)
 
 
 def find_lent(
@@ -154,10 +160,11 @@ def find_lent(
         index: says what is cached.
 
     Returns:
-        The texts that are cached and no longer than the owner's; None if there is none.
+        The texts that are cached and no longer than the owner's, no more than there are tokens for;
+        None if there is none.
     """
     found: list[LentText] = []
-    for text in texts:
+    for text in texts[: max(0, len(common) - 1)]:
         pages = cached_pages(text, index)
         if pages is not None and len(text) <= begin:
             found.append(LentText(pages, len(text)))

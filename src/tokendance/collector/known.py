@@ -75,7 +75,7 @@ class LentSlots:
     """What a co-owner's tokens of a run read.
 
     Attributes:
-        begin: position of the first token of its text: 0, or more if the first owner's is longer.
+        begin: position of the first token of its text: 0, or more if the owner's is longer.
         end: position at which its text ends and the run begins.
         slots: int32, of each position up to the end of the run; 0 before `begin`.
     """

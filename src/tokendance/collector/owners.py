@@ -14,6 +14,7 @@ choosing owners is choosing an order:
 Only hashes and lengths are looked at.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,12 @@ class Lenders:
 
     segments: tuple[SegmentHash, ...]
     texts: tuple[EncodedPrompt, ...]
+
+    def within(self, num_tokens: int) -> "Lenders":
+        """Those of the first texts that have so many tokens together, or fewer."""
+        ends = itertools.accumulate(map(len, self.texts))
+        num_texts = sum(1 for _ in itertools.takewhile(lambda end: end <= num_tokens, ends))
+        return Lenders(self.segments, self.texts[:num_texts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,8 +142,10 @@ class Engine:
             request.owns_order = start.owns_order
             # Log-probabilities of a prompt are those of its own context.
             if start.lenders is not None and request.params.prompt_logprobs is None:
-                request.lenders = start.lenders
-                for text in start.lenders.texts:
+                # In little memory texts would be evicted before their agents come.
+                room = self.store.num_slots // 2 - len(request.prompt)
+                request.lenders = start.lenders.within(room)
+                for text in request.lenders.texts:
                     if not self._planner.is_cached(text):
                         self._add_silent(make_silent(text, request, "a co-owner's text"), now)
             self.scheduler.add(request)

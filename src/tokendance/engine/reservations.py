@@ -82,6 +82,10 @@ class Reservations:
         plan = self._plan(request, rules)
         if self._allocator.can_allocate(plan, num_kept):
             return plan
+        if plan.lent is not None:
+            # Texts of others that it need not read are in the way.
+            request.lenders = None
+            return self.fitting_plan(request, num_kept)
         if self._tenants.of(request).num_running:
             return None
         # Reading KV of others keeps their pages; computing all of it may need fewer.

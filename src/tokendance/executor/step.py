@@ -72,7 +72,7 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRequest:
-    """One request's share of a step.
+    """A share of a step: tokens of one request that read one context.
 
     Attributes:
         token_ids: int32 (t,), to compute.

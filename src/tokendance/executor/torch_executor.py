@@ -80,7 +80,9 @@ class TorchExecutor:
             first_row += len(positions)
         if len(requests) == 1:  # no reader has to be found if it reads all where it stands
             length = int(positions[-1]) + 1
-            in_place = np.array_equal(slot_position[slots[:length]], np.arange(length))
+            in_place = step.requests[0].begin == 0 and np.array_equal(
+                slot_position[slots[:length]], np.arange(length)
+            )
             requests = [replace(requests[0], reads_others=not in_place)]
         return PackedBatch(requests, slot_position)
 

@@ -34,7 +34,8 @@ class Metrics:
         self._agents = histogram("round_agents", "Requests that started together.", buckets=_AGENTS)
         self._prompt = counter("prompt_tokens", "Prompt tokens of requests that were answered.")
         self._computed = counter(
-            "computed_tokens", "Of these, computed; and what neutral owners computed for them."
+            "computed_tokens",
+            "Of these, computed; and what requests without an answer computed for them.",
         )
         self._reused = counter("reused_tokens", "Of these, not computed: their KV was there.")
         self._corrected = counter("corrected_tokens", "Of the computed, shared and corrected.")
