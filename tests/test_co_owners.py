@@ -23,21 +23,9 @@ from tokendance.rounds.segments import EncodedPrompt, as_token_ids, build_prompt
 MakeLLM = Callable[..., LLM]
 
 
-def a_round(seed: int, agents: int = 5, blocks: int = 3) -> list[Prompt]:
+def a_round(seed: int, agents: int = 5) -> list[Prompt]:
     """As `random_round`, with texts that are long enough for pages to end within them."""
-    rng = np.random.default_rng(seed)
-    heard = [shared(random_ids(rng, int(rng.integers(5, 30)))) for _ in range(blocks)]
-    return [
-        Prompt(
-            [
-                private(random_ids(rng, int(rng.integers(10, 60)))),
-                *heard,
-                private(random_ids(rng, int(rng.integers(2, 12)))),
-            ],
-            agent=f"agent {index}",
-        )
-        for index in range(agents)
-    ]
+    return random_round(seed, agents, blocks=3, shortest=10)
 
 
 def ids_of(part: object) -> list[int]:

@@ -20,14 +20,14 @@ def random_ids(rng: np.random.Generator, length: int) -> list[int]:
     return [int(token) for token in rng.integers(3, 250, length)]
 
 
-def random_round(seed: int, agents: int = 5, blocks: int = 4) -> list[Prompt]:
+def random_round(seed: int, agents: int = 5, blocks: int = 4, shortest: int = 3) -> list[Prompt]:
     """A round where all agents read the same blocks behind private parts of other lengths."""
     rng = np.random.default_rng(seed)
     heard = [shared(random_ids(rng, int(rng.integers(5, 30)))) for _ in range(blocks)]
     return [
         Prompt(
             [
-                private(random_ids(rng, int(rng.integers(3, 60)))),
+                private(random_ids(rng, int(rng.integers(shortest, 60)))),
                 *heard,
                 private(random_ids(rng, int(rng.integers(2, 12)))),
             ],

@@ -210,8 +210,11 @@ class Refuses:
 
     spec = "refuses"
 
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
     def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
-        assert reuse.num_tokens >= len(segment)
+        self.asked.append((reuse.num_blocks, len(segment)))
         return None
 
 
@@ -220,7 +223,9 @@ def test_where_no_correction_is_enough_nothing_is_reused_out_of_context() -> Non
     index.add_page(4)
     index.add(6, 2, run=0, index=0, start=9)
     asked = prompt((5, 1), (6, 2, "shared"), (3, 4))
-    plan = plan_request(asked, 4, index, Refuses(), ALL, NOW)
+    policy = Refuses()
+    plan = plan_request(asked, 4, index, policy, ALL, NOW)
+    assert policy.asked == [(1, 6)]
     assert spans(plan) == [(0, 4, "prefix"), (4, 14, "own"), (14, 18, "answer")]
     assert plan.num_exact == 18
 

@@ -3,7 +3,6 @@
 Whoever computes plans over a `KVStore` looks them up here, whatever allocates their own pages.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -162,11 +161,9 @@ def _stored_pages(plan: RequestPlan) -> list[StoredPage]:
 
 def _lent_pages(plan: RequestPlan) -> list[StoredPage]:
     """The pages of texts that co-owners lend it, likewise."""
-    return (
-        []
-        if plan.lent is None
-        else _as_stored(list(itertools.chain.from_iterable(text.pages for text in plan.lent.texts)))
-    )
+    if plan.lent is None:
+        return []
+    return _as_stored([page for text in plan.lent.texts for page in text.pages])
 
 
 def _as_stored(pages: Sequence[PrefixPage]) -> list[StoredPage]:

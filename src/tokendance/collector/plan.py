@@ -138,6 +138,7 @@ class ReuseRules:
             round has computed them.
         guarded: see `engine.request.Request`. Of what it computes, others may reuse what stands
             before its first private token, if they have read the same before it.
+        lenders: of its run, if it has co-owners.
     """
 
     prefix: bool
@@ -146,6 +147,7 @@ class ReuseRules:
     owns_order: bool = False
     fresh_end: int = FRESH_END
     guarded: bool = False
+    lenders: Lenders | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,7 +254,6 @@ def plan_request(
     policy: CorrectionPolicy,
     rules: ReuseRules,
     round_id: RoundId,
-    lenders: Lenders | None = None,
 ) -> RequestPlan:
     """Plan a request. Changes nothing.
 
@@ -265,7 +266,6 @@ def plan_request(
         policy: which tokens of reused segments to compute afresh.
         rules: what the request may take and leave.
         round_id: the round that it is of.
-        lenders: of its run, if it has co-owners.
     """
     length = len(prompt)
     pages: list[PrefixPage] = []
@@ -291,7 +291,7 @@ def plan_request(
             wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact))
         if any(mask is None for mask in wanted.values()):
             exact = replace(rules, segments=False)
-            return plan_request(prompt, max_new_tokens, index, policy, exact, round_id, lenders)
+            return plan_request(prompt, max_new_tokens, index, policy, exact, round_id)
         masks = {at: mask for at, mask in wanted.items() if mask is not None}
 
     roles = np.full(length + max_new_tokens, Role.ANSWER, np.int8)
@@ -317,7 +317,7 @@ def plan_request(
             uses.append(SegmentUse(start, source))
     counts = np.bincount(roles, minlength=len(Role))
     runs = _owned_runs(prompt, owned, policy, num_prefix, guarded=rules.guarded)
-    lent = _lent(runs, lenders, index, length)
+    lent = _lent(runs, rules.lenders, index, length)
     first_other = int(np.argmax(roles == Role.REUSED)) if uses else len(roles)
     if lent is not None:
         first_other = min(first_other, lent.begin)

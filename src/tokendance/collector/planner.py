@@ -106,6 +106,7 @@ class Planner:
         publishes: bool,
         owns_order: bool,
         guarded: bool = False,
+        lenders: Lenders | None = None,
     ) -> ReuseRules:
         """What a request may take and leave; the arguments are a request's (`engine.request`)."""
         return ReuseRules(
@@ -114,20 +115,14 @@ class Planner:
             publish=self._prefix and publishes,
             owns_order=owns_order,
             guarded=guarded,
+            lenders=lenders,
         )
 
     def plan(
-        self,
-        prompt: EncodedPrompt,
-        max_new_tokens: int,
-        rules: ReuseRules,
-        round_id: RoundId,
-        lenders: Lenders | None = None,
+        self, prompt: EncodedPrompt, max_new_tokens: int, rules: ReuseRules, round_id: RoundId
     ) -> RequestPlan:
         """Plan a request; see `plan_request`."""
-        return plan_request(
-            prompt, max_new_tokens, self._index, self._policy, rules, round_id, lenders
-        )
+        return plan_request(prompt, max_new_tokens, self._index, self._policy, rules, round_id)
 
     def is_cached(self, text: EncodedPrompt) -> bool:
         """Whether a round may reuse the KV of all of a text, from its beginning."""

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from tokendance.collector.owners import Lenders
 from tokendance.collector.planner import Planner
 from tokendance.engine.answers import add_token, text_of
 from tokendance.engine.events import (
@@ -140,14 +141,8 @@ class Engine:
         for start in self._planner.order(prompts, round_id):
             request = others[start.index]
             request.owns_order = start.owns_order
-            # Log-probabilities of a prompt are those of its own context.
-            if start.lenders is not None and request.params.prompt_logprobs is None:
-                # In little memory texts would be evicted before their agents come.
-                room = self.store.num_slots // 2 - len(request.prompt)
-                request.lenders = start.lenders.within(room)
-                for text in request.lenders.texts:
-                    if not self._planner.is_cached(text):
-                        self._add_silent(make_silent(text, request, "a co-owner's text"), now)
+            if start.lenders is not None:
+                self._lend(request, start.lenders, now)
             self.scheduler.add(request)
         for request in alone:
             self.scheduler.add(request)
@@ -161,6 +156,16 @@ class Engine:
             self._add_silent(make_silent(prompt, guarded[0], "a neutral owner"), now)
         for request in guarded:
             self.scheduler.add(request)
+
+    def _lend(self, request: Request, lenders: Lenders, now: float) -> None:
+        """Let a request own its run with others, whose texts are computed before it."""
+        if request.params.prompt_logprobs is not None:
+            return  # log-probabilities of a prompt are those of its own context
+        # In little memory texts would be evicted before their agents come.
+        request.lenders = lenders.within(self.store.num_slots // 2 - len(request.prompt))
+        for text in request.lenders.texts:
+            if not self._planner.is_cached(text):
+                self._add_silent(make_silent(text, request, "a co-owner's text"), now)
 
     def _add_silent(self, request: Request, now: float) -> None:
         """Queue a request that computes for others of its round."""

@@ -104,16 +104,11 @@ class Reservations:
             publishes=request.publishes,
             owns_order=request.owns_order,
             guarded=request.guarded,
+            lenders=request.lenders,
         )
 
     def _plan(self, request: Request, rules: ReuseRules) -> RequestPlan:
-        return self._planner.plan(
-            request.prompt,
-            request.max_new_tokens,
-            rules,
-            request.round_id,
-            request.lenders,
-        )
+        return self._planner.plan(request.prompt, request.max_new_tokens, rules, request.round_id)
 
     def _too_large(self, request: Request, num_pages: int) -> BudgetError:
         budget = f"the budget is {self._kv_bytes(self._store.pool.num_pages)}"

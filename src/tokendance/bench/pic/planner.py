@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from tokendance.collector.correction import NO_CORRECTION
-from tokendance.collector.owners import Lenders, Start
+from tokendance.collector.owners import Start
 from tokendance.collector.plan import RequestPlan, ReuseRules, Role
 from tokendance.collector.planner import Planner
 from tokendance.collector.sources import KVIndex
@@ -43,15 +43,9 @@ class PicPlanner(Planner):
         return [Start(index) for index in range(len(prompts))]
 
     def plan(
-        self,
-        prompt: EncodedPrompt,
-        max_new_tokens: int,
-        rules: ReuseRules,
-        round_id: RoundId,
-        lenders: Lenders | None = None,
+        self, prompt: EncodedPrompt, max_new_tokens: int, rules: ReuseRules, round_id: RoundId
     ) -> RequestPlan:
-        """Plan a request: what it would read in place, it copies. Each run has one owner."""
-        del lenders
+        """Plan a request: what it would read in place, it copies."""
         rules = replace(rules, fresh_end=1, owns_order=False)
         plan = super().plan(prompt, max_new_tokens, rules, round_id)
         num_copied = int(np.count_nonzero(plan.roles == Role.REUSED))
