@@ -41,6 +41,9 @@ HEADLINES: dict[str, set[str]] = {
         for mode in ("pic", "collective")
     } | {"kl_ratio", "kl_next_ratio"},
     "corrections": {"kl_ratio_2", "kl_ratio_3", "speedup_2", "speedup_3"},
+    "rounds": {
+        f"kl_{when}_{mode}" for when in ("second", "last") for mode in ("pic", "collective")
+    },
     "weights": {"kl_bfloat16", "kl_int8", "perplexity_ratio_int8"},
     "leak": {"p_exact", "p_uncorrected", "p_corrected", "p_isolated"},
     "restore": {

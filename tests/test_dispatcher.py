@@ -57,6 +57,7 @@ class Desk:
         size: int | None = None,
         session: "FakeChat | None" = None,
         max_tokens: int = 4,
+        in_parts: bool = True,
     ) -> Job:
         """Let a request come now, of a named round if there is a name."""
         number = next(self._names)
@@ -67,7 +68,7 @@ class Desk:
         request = self.llm.requests.of(prompt, params, f"agent {number}", RoundId(-1))
         events: list[Event] = []
         key = None if name is None else RoundKey(salt, name)
-        job = Job(request, events.append, key, size, chat=cast(KeptChat, session))
+        job = Job(request, events.append, in_parts, key, size, chat=cast(KeptChat, session))
         self._events[job] = events
         self.arrivals.add([job], self.now)
         return job
@@ -178,6 +179,15 @@ def test_what_comes_within_moments_begins_together(desk: Desk) -> None:
     assert second.request.num_reused > 0.8 * len(NEWS) - 10
     assert 'round_agents_bucket{le="2.0"} 1.0' in desk.metrics.text().decode()
     assert desk.is_empty()
+
+
+def test_who_wants_the_whole_answer_is_told_of_no_part(desk: Desk) -> None:
+    whole, parts = desk.ask(in_parts=False), desk.ask()
+    desk.run()
+    assert desk.is_answered(parts)
+    (output,) = desk._events[whole]
+    assert isinstance(output, Output)
+    assert list(output.token_ids) == said(whole.request.prompt.token_ids.tolist(), 4)
 
 
 def test_a_stream_of_arrivals_keeps_nobody_waiting_for_ever(desk: Desk) -> None:

@@ -135,6 +135,12 @@ def talk(
         yield TownRound(prompts, result)
 
 
+def forced_answers(llm: LLM, played: TownRound) -> list[tuple[int, ...]]:
+    """What was said in a round, to be forced: one that ended at once is the token that ends it."""
+    end = (min(llm.model.stop_ids),)
+    return [output.token_ids or end for output in played.result.outputs]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AgentCache:
     """What an agent has read and said in a round, as it lies in the engine's memory."""

@@ -17,6 +17,7 @@ SuiteName = Literal[
     "capacity",
     "fidelity",
     "corrections",
+    "rounds",
     "weights",
     "leak",
     "serve",
@@ -41,11 +42,11 @@ class BenchSettings:
         model: an alias, a folder, or a Hugging Face hub id.
         size: full is what docs/benchmarks.md shows; tiny runs every line in seconds, and its
             figures mean nothing.
-        repeats: counted runs of each kind in prefill, plain and view; in fidelity and corrections,
-            workloads of other seeds; in leak, times 28 trials of each kind.
+        repeats: counted runs of each kind in prefill, plain and view; in fidelity, corrections
+            and rounds, workloads of other seeds; in leak, times 28 trials of each kind.
         seed: of texts, lengths and orders.
-        source: of private texts and what agents say, in prefill, capacity, fidelity and
-            corrections: town, the example, or a trace with personas.
+        source: of private texts and what agents say, in prefill, capacity, fidelity,
+            corrections and rounds: town, the example, or a trace with personas.
         against: measure this engine too, in its own environment (make vllm, make llamacpp), where
             a suite has a place for it.
         inside: measure TokenDance inside this engine, against the same one without it.

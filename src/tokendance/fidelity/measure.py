@@ -19,7 +19,6 @@ from tokendance.llm import LLM
 from tokendance.outputs import Output
 from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt
-from tokendance.rounds.segments import Segment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,13 +66,34 @@ def reference_answers(exact: LLM, prompts: Sequence[Prompt], num_tokens: int) ->
     return answers
 
 
+def forced_reference(
+    exact: LLM, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]
+) -> list[Reference]:
+    """What an engine that computes everything says of given answers, at least a token each.
+
+    Raises:
+        TokenDanceError: if a prompt cannot be run.
+    """
+    params = [
+        SamplingParams(max_tokens=len(ids), forced_tokens=ids, keep_logprobs=True)
+        for ids in answers
+    ]
+    result = exact.run_round(prompts, params)
+    result.raise_for_errors()
+    return [
+        Reference(ids, torch.stack(output.logprobs))
+        for ids, output in zip(answers, result.outputs, strict=True)
+    ]
+
+
 def measure_fidelity(
     llm: LLM, prompts: Sequence[Prompt], reference: Sequence[Reference]
 ) -> Fidelity:
     """Run a round with the reference's tokens forced, and compare distributions.
 
-    The engine's store may hold the private parts, but no shared block, or the round would have no
-    owner. `reference` has an answer for each of the prompts.
+    The engine's store may hold the private parts, and in a session what it has computed of earlier
+    rounds, but no shared block that is new, or the round would have no owner. `reference` has an
+    answer for each of the prompts.
 
     Raises:
         TokenDanceError: if a prompt cannot be run.
@@ -87,7 +107,7 @@ def measure_fidelity(
     result = llm.run_round(prompts, params)
     result.raise_for_errors()
     shared = [llm.encoder.encode(prompt).shared_segments() for prompt in prompts]
-    mirrors = _mirrors(shared, result.outputs)
+    mirrors = _mirrors(result.outputs)
     outputs = [result.outputs[index] for index in mirrors]
     num_shared = [sum(len(segment) for _, segment in shared[index]) for index in mirrors]
     compared = [
@@ -109,15 +129,11 @@ def measure_fidelity(
     )
 
 
-def _mirrors(shared: Sequence[list[tuple[int, Segment]]], outputs: Sequence[Output]) -> list[int]:
-    """Indices of the agents that reused shared tokens, corrected them, or own them with others.
-
-    All if none did.
-    """
-    mirrors = []
-    for index, (segments, output) in enumerate(zip(shared, outputs, strict=True)):
-        num_before = segments[0][0] if segments else output.prompt_tokens
-        is_near = output.corrected_tokens or output.approximate_tokens
-        if is_near or output.reused_tokens > num_before:
-            mirrors.append(index)
+def _mirrors(outputs: Sequence[Output]) -> list[int]:
+    """Indices of the agents that read KV of another context, or corrected it; all if none did."""
+    mirrors = [
+        index
+        for index, output in enumerate(outputs)
+        if output.approximate_tokens or output.corrected_tokens
+    ]
     return mirrors or list(range(len(outputs)))

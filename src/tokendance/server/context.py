@@ -21,6 +21,7 @@ from tokendance.server.errors import ApiError
 from tokendance.server.grammar import Grammars
 from tokendance.server.hosts import Hosts
 from tokendance.server.ids import new_id
+from tokendance.server.jobs import Mailbox
 from tokendance.server.metrics import Metrics
 from tokendance.server.responses_api.kept import KeptAnswers
 from tokendance.server.sessions import Sessions
@@ -44,6 +45,7 @@ class ServerContext:
         metrics: for Prometheus.
         connections: of clients.
         engine_thread: runs the engine; it is not started here.
+        mailbox: brings what it tells into the event loop.
         admission: limits open requests.
         kept_answers: of /v1/responses, that are remembered.
         sessions: that are open.
@@ -62,6 +64,7 @@ class ServerContext:
         self.connections = Connections(settings, self.metrics)
         dispatcher = Dispatcher(llm, self.metrics, settings)
         self.engine_thread = EngineThread(dispatcher, self.metrics.engine_watch)
+        self.mailbox = Mailbox()
         self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
         self.kept_answers = KeptAnswers(settings)
         self.sessions = Sessions(llm, self.engine_thread)

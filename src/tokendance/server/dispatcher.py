@@ -192,7 +192,7 @@ class Dispatcher:
         """Send new tokens and outputs to the jobs' listeners, and drop jobs that are done."""
         for request, job in list(self._live.items()):
             # A request that was restarted generates again the tokens that were sent already.
-            new = tuple(request.generated[job.num_sent :])
+            new = tuple(request.generated[job.num_sent :]) if job.in_parts else ()
             if new and request.error is None:
                 logprobs = tuple(request.logprobs[job.num_sent :])
                 job.num_sent += len(new)

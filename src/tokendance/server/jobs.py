@@ -1,9 +1,10 @@
 """Jobs: one for each answer that a client waits for, with its events and its text."""
 
 import asyncio
-import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tokenizers.decoders import DecodeStream
 
@@ -42,6 +43,7 @@ class Job:
     Attributes:
         request: for the engine; discovery may cut its prompt into other segments before it begins.
         on_event: called with each event, on the engine's thread.
+        in_parts: whether that is called with new tokens, too, and not with the output alone.
         key: of its round, if the client has named one.
         round_size: number of requests of that round, if the client has given it.
         marked: whether the client has marked shared parts of the prompt.
@@ -52,6 +54,7 @@ class Job:
 
     request: Request
     on_event: Callable[[Event], None]
+    in_parts: bool = False
     key: RoundKey | None = None
     round_size: int | None = None
     marked: bool = False
@@ -79,20 +82,47 @@ class Delta:
     output: Output | None = None
 
 
-class Listener:
-    """Brings events of several jobs from the engine's thread into the event loop that runs now."""
+class Mailbox:
+    """Brings events from the engine's thread into an event loop.
+
+    It wakes the loop once for all that is put there before it looks: each time the engine's thread
+    lets go of the interpreter, and has to wait for it again.
+    """
 
     def __init__(self) -> None:
+        self._events: deque[Callable[[], None]] = deque()
+        self._is_announced = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, take: Callable[[], None]) -> None:
+        """Have the loop, the same one each time, call something soon; on any thread."""
+        self._events.append(take)
+        if not self._is_announced:
+            self._is_announced = True
+            try:
+                loop.call_soon_threadsafe(self._empty)
+            except RuntimeError:  # the loop is closed: there is nobody to notify
+                self._events.clear()
+                self._is_announced = False
+
+    def _empty(self) -> None:
+        self._is_announced = False  # first: what comes from now on may be seen, or is announced
+        while self._events:
+            self._events.popleft()()
+
+
+class Listener:
+    """Brings events of several jobs into the event loop that runs now."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
         self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
     def of(self, index: int) -> Callable[[Event], None]:
         """What job `index` calls with its events, on the engine's thread."""
 
         def put(event: Event) -> None:
-            # The loop may be closed by now; then there is nobody to notify.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            self._mailbox.put(self._loop, partial(self._events.put_nowait, (index, event)))
 
         return put
 
@@ -109,7 +139,7 @@ class Listener:
                 yield index, event
 
     async def deltas(self, jobs: Mapping[int, Job], tokenizer: object) -> AsyncIterator[Delta]:
-        """New text and tokens of the jobs' answers, until all are done."""
+        """New text and tokens of the answers of jobs `in_parts`, until all are done."""
         streams = {
             i: TextStream(tokenizer, job.request.params.stop, job.request.params.min_tokens)
             for i, job in jobs.items()

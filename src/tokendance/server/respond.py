@@ -85,6 +85,11 @@ class Endpoint(ABC, Generic[Body]):
         self.headers: dict[str, str] = {}
         self.jobs: dict[int, Job] = {}
 
+    @property
+    def in_parts(self) -> bool:
+        """See `Job`."""
+        return False
+
     @abstractmethod
     def read(self) -> None:
         """Make jobs of the body; called on a thread. Raises ApiError for bodies that are wrong."""
@@ -113,7 +118,7 @@ class Endpoint(ABC, Generic[Body]):
 
     async def read_on_thread(self) -> list[Job]:
         """Call `read` on a thread, and return the jobs that it has made."""
-        self.listener = Listener()
+        self.listener = Listener(self.context.mailbox)
         await self.context.in_thread(self.tenant, self.read)
         return list(self.jobs.values())
 
@@ -173,7 +178,8 @@ class Endpoint(ABC, Generic[Body]):
                 request.constraint = constraint.copy(request.max_new_tokens)
             request.session = session
             request.tenant = self.context.encoder(self.tenant).salt
-            self.jobs[index] = Job(request, self.listener.of(index), key, size, marked)
+            put = self.listener.of(index)
+            self.jobs[index] = Job(request, put, self.in_parts, key, size, marked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +192,11 @@ class Answer:
 
 class PromptEndpoint(Endpoint[PromptBody]):
     """A request with prompts of one agent, which runs in a round with other requests."""
+
+    @property
+    def in_parts(self) -> bool:
+        """See `Job`."""
+        return bool(self.body.stream)
 
     @abstractmethod
     def document(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:

@@ -23,7 +23,15 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from tokendance.bench.arms import TownRound, agent_caches, load, make_engine, make_engines, talk
+from tokendance.bench.arms import (
+    TownRound,
+    agent_caches,
+    forced_answers,
+    load,
+    make_engine,
+    make_engines,
+    talk,
+)
 from tokendance.bench.plots import draw_lines
 from tokendance.bench.settings import BenchSettings
 from tokendance.bench.suite import LiveTable, Row, SuiteResult
@@ -103,9 +111,7 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
 
 def _replay(llm: LLM, played: TownRound) -> TownRound:
     """Run a round again, with the same answers."""
-    # A forced answer has at least one token; one that ended at once is the token that ends it.
-    end = (min(llm.model.stop_ids),)
-    answers = [output.token_ids or end for output in played.result.outputs]
+    answers = forced_answers(llm, played)
     params = [SamplingParams(max_tokens=len(answer), forced_tokens=answer) for answer in answers]
     result = llm.run_round(played.prompts, params)
     result.raise_for_errors()

@@ -24,9 +24,8 @@ from tokendance.bench.suite import LiveTable, Row, SuiteResult
 from tokendance.bench.vllm import VLLM, VLLMConfig
 from tokendance.bench.workload import RoundWorkload, WorkloadSpec, write_texts
 from tokendance.fidelity.compare import compare_logprobs
-from tokendance.fidelity.measure import Reference, measure_fidelity
+from tokendance.fidelity.measure import forced_reference, measure_fidelity
 from tokendance.llm import LLM
-from tokendance.params import SamplingParams
 from tokendance.rounds.prompts import Prompt, private, shared
 
 _COLUMNS = {
@@ -132,7 +131,7 @@ def _measure(
         )
         for prompt, view in zip(encoded, workload.views, strict=True)
     ]
-    reference = _forced(exact, tagged, answers)
+    reference = forced_reference(exact, tagged, answers)
     for mode, prompts in ((_OURS_TAGGED, tagged), (_OURS_ONE_BLOCK, one_block)):
         workload.warm(ours)
         found = measure_fidelity(ours, prompts, reference)
@@ -143,22 +142,6 @@ def _measure(
             "top1": found.top1,
         }
     return figures
-
-
-def _forced(
-    exact: LLM, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]
-) -> list[Reference]:
-    """What an engine that computes everything says of given answers."""
-    params = [
-        SamplingParams(max_tokens=len(answer), forced_tokens=answer, keep_logprobs=True)
-        for answer in answers
-    ]
-    result = exact.run_round(prompts, params)
-    result.raise_for_errors()
-    return [
-        Reference(answer, torch.stack(output.logprobs))
-        for answer, output in zip(answers, result.outputs, strict=True)
-    ]
 
 
 def _figures(expected: Sequence[Tensor], found: Sequence[Tensor], mirrors: Sequence[int]) -> Row:
