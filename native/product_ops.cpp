@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "instruction_sets.h"
+#include "product_ops.h"
 #include "tensor.h"
 #include "threads.h"
 
@@ -103,110 +104,102 @@ bool has_pairs(const std::string& kernel, int64_t inputs) {
     return set_named(kernel).products->has_pairs && inputs % 2 == 0;
 }
 
-// Weights of a linear layer in panels, in memory that somebody else keeps.
-class PackedWeights {
-  public:
-    PackedWeights(const std::string& kernel, const std::string& kind, nb::handle weight,
-                  nb::handle bias, nb::handle memory)
-        : kernel_(set_named(kernel).products), memory_(nb::borrow(memory)) {
-        const Tensor from(weight), to(memory);
-        require(from.ndim() == 2 && from.stride(1) == 1 && from.stride(0) == from.shape(1),
-                "a weight has two dimensions and is contiguous");
-        weights_ = {kind_named(kind), from.shape(1), from.shape(0), to.data(), nullptr};
-        require(weights_.kind == WeightKind::kBytes || has_pairs(kernel, from.shape(1)),
-                "pairs of bfloat16 are not multiplied by this kernel, or the inputs are no pairs");
-        const Layout layout(weights_.kind, weights_.inputs, weights_.outputs, kernel_->panel);
-        require(to.ndim() == 1 && to.stride(0) == 1 && to.shape(0) >= layout.bytes &&
-                    reinterpret_cast<uintptr_t>(to.data()) % kAlignment == 0,
-                "the memory is too small, or not aligned");
-        num_panels_ = layout.panels;
-        blocks_ = layout.blocks;
-        weights_.scales = reinterpret_cast<const float*>(static_cast<char*>(to.data()) + layout.scales_at);
-        pack(from, layout);
-        if (bias.is_none()) return;
-        const Tensor add(bias);
-        require(add.ndim() == 1 && add.shape(0) == weights_.outputs && add.stride(0) == 1 &&
-                    format_of(add) == Format::kFloat32,
-                "a bias has a float32 number for each output");
-        const float* const numbers = static_cast<const float*>(add.data());
-        bias_.assign(numbers, numbers + weights_.outputs);
+void pack(const Tensor& weight, const Weights& weights, const Layout& layout, int64_t panel) {
+    char* const to = static_cast<char*>(const_cast<void*>(weights.panels));
+    const auto as_bytes = [&](const auto* numbers) {
+        pack_bytes(numbers, weights, layout, panel, reinterpret_cast<uint8_t*>(to),
+                   reinterpret_cast<float*>(to + layout.scales_at));
+    };
+    const bool bytes = weights.kind == WeightKind::kBytes;
+    if (format_of(weight) == Format::kBFloat16) {
+        const auto* const halves = static_cast<const uint16_t*>(weight.data());
+        if (bytes) return as_bytes(halves);
+        pack_pairs(halves, weights, layout, panel, reinterpret_cast<uint16_t*>(to));
+    } else {
+        require(bytes, "only weights in bfloat16 are kept in bfloat16");
+        as_bytes(static_cast<const float*>(weight.data()));
     }
-
-    void multiply(nb::handle rows, nb::handle output, int threads) const {
-        const Tensor in = Tensor(rows).rows(), out = Tensor(output).rows();
-        require(in.ndim() == 2 && out.ndim() == 2, "rows have two dimensions");
-        const int64_t count = in.shape(0);
-        for (const Tensor* tensor : {&in, &out}) {
-            const int64_t size = tensor == &in ? weights_.inputs : weights_.outputs;
-            require(tensor->shape(0) == count && tensor->shape(1) == size,
-                    "rows have other shapes");
-            require(tensor->stride(1) == 1 && (count <= 1 || tensor->stride(0) == size),
-                    "rows are contiguous");
-        }
-        require(out.dtype().is(in.dtype()), "all tensors have one dtype");
-        const Format format = format_of(in);
-        require(weights_.kind == WeightKind::kBytes || format == Format::kBFloat16,
-                "weights in bfloat16 are multiplied with rows in bfloat16");
-        Product product{weights_, format, in.data(), {}, bias_.empty() ? nullptr : bias_.data(),
-                        out.data()};
-        const nb::gil_scoped_release release;
-        std::vector<int8_t> numbers;
-        std::vector<float> scales;
-        std::vector<int32_t> offsets;
-        if (weights_.kind == WeightKind::kBytes) {
-            numbers.resize(count * blocks_ * kBlock);
-            scales.resize(count * blocks_);
-            offsets.resize(count * blocks_);
-            product.bytes = {blocks_, numbers.data(), scales.data(), offsets.data()};
-            constexpr int64_t kRowsPerTask = 64;
-            run_tasks((count + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t i, int) {
-                kernel_->to_bytes(product, i * kRowsPerTask, std::min(count, (i + 1) * kRowsPerTask));
-            });
-        }
-        multiply_in_tasks(product, count, threads);
-    }
-
-  private:
-    void pack(const Tensor& weight, const Layout& layout) {
-        char* const to = static_cast<char*>(const_cast<void*>(weights_.panels));
-        const auto as_bytes = [&](const auto* numbers) {
-            pack_bytes(numbers, weights_, layout, kernel_->panel, reinterpret_cast<uint8_t*>(to),
-                       reinterpret_cast<float*>(to + layout.scales_at));
-        };
-        const bool bytes = weights_.kind == WeightKind::kBytes;
-        if (format_of(weight) == Format::kBFloat16) {
-            const auto* const halves = static_cast<const uint16_t*>(weight.data());
-            if (bytes) return as_bytes(halves);
-            pack_pairs(halves, weights_, layout, kernel_->panel, reinterpret_cast<uint16_t*>(to));
-        } else {
-            require(bytes, "only weights in bfloat16 are kept in bfloat16");
-            as_bytes(static_cast<const float*>(weight.data()));
-        }
-    }
-
-    void multiply_in_tasks(const Product& product, int64_t count, int threads) const {
-        if (count == 0) return;
-        const int64_t row_bytes = weights_.inputs * (weights_.kind == WeightKind::kBytes ? 1 : 2);
-        const int64_t most = std::max<int64_t>(1, kChunkBytes / row_bytes);
-        const int64_t chunks = (count + most - 1) / most;
-        // Some tasks for each thread, so that one which is held up does not hold up all.
-        const int64_t wanted = (4 * threads + chunks - 1) / chunks;
-        const int64_t parts = std::min(num_panels_, wanted);
-        run_tasks(chunks * parts, threads, [&](int64_t i, int) {
-            const int64_t part = i % parts, chunk = i / parts;
-            kernel_->multiply(product, count * chunk / chunks, count * (chunk + 1) / chunks,
-                              num_panels_ * part / parts, num_panels_ * (part + 1) / parts);
-        });
-    }
-
-    const ProductKernel* kernel_;
-    nb::object memory_;
-    Weights weights_;
-    int64_t num_panels_, blocks_;
-    std::vector<float> bias_;
-};
+}
 
 }  // namespace
+
+PackedWeights::PackedWeights(const std::string& kernel, const std::string& kind,
+                             nb::handle weight, nb::handle bias, nb::handle memory)
+    : kernel_(set_named(kernel).products), memory_(nb::borrow(memory)) {
+    const Tensor from(weight), to(memory);
+    require(from.ndim() == 2 && from.stride(1) == 1 && from.stride(0) == from.shape(1),
+            "a weight has two dimensions and is contiguous");
+    weights_ = {kind_named(kind), from.shape(1), from.shape(0), to.data(), nullptr};
+    require(weights_.kind == WeightKind::kBytes || has_pairs(kernel, from.shape(1)),
+            "pairs of bfloat16 are not multiplied by this kernel, or the inputs are no pairs");
+    const Layout layout(weights_.kind, weights_.inputs, weights_.outputs, kernel_->panel);
+    require(to.ndim() == 1 && to.stride(0) == 1 && to.shape(0) >= layout.bytes &&
+                reinterpret_cast<uintptr_t>(to.data()) % kAlignment == 0,
+            "the memory is too small, or not aligned");
+    num_panels_ = layout.panels;
+    blocks_ = layout.blocks;
+    weights_.scales = reinterpret_cast<const float*>(static_cast<char*>(to.data()) + layout.scales_at);
+    pack(from, weights_, layout, kernel_->panel);
+    if (bias.is_none()) return;
+    const Tensor add(bias);
+    require(add.ndim() == 1 && add.shape(0) == weights_.outputs && add.stride(0) == 1 &&
+                format_of(add) == Format::kFloat32,
+            "a bias has a float32 number for each output");
+    const float* const numbers = static_cast<const float*>(add.data());
+    bias_.assign(numbers, numbers + weights_.outputs);
+}
+
+void PackedWeights::multiply(nb::handle rows, nb::handle output, int threads) const {
+    const Tensor in = Tensor(rows).rows(), out = Tensor(output).rows();
+    require(in.ndim() == 2 && out.ndim() == 2, "rows have two dimensions");
+    const int64_t count = in.shape(0);
+    for (const Tensor* tensor : {&in, &out}) {
+        const int64_t size = tensor == &in ? weights_.inputs : weights_.outputs;
+        require(tensor->shape(0) == count && tensor->shape(1) == size,
+                "rows have other shapes");
+        require(tensor->stride(1) == 1 && (count <= 1 || tensor->stride(0) == size),
+                "rows are contiguous");
+    }
+    require(out.dtype().is(in.dtype()), "all tensors have one dtype");
+    const Format format = format_of(in);
+    require(takes(format), "weights in bfloat16 are multiplied with rows in bfloat16");
+    const nb::gil_scoped_release release;
+    multiply_rows(format, in.data(), out.data(), count, threads);
+}
+
+void PackedWeights::multiply_rows(Format format, const void* rows, void* output, int64_t count,
+                                  int threads) const {
+    Product product{weights_, format, rows, {}, bias_.empty() ? nullptr : bias_.data(), output};
+    std::vector<int8_t> numbers;
+    std::vector<float> scales;
+    std::vector<int32_t> offsets;
+    if (weights_.kind == WeightKind::kBytes) {
+        numbers.resize(count * blocks_ * kBlock);
+        scales.resize(count * blocks_);
+        offsets.resize(count * blocks_);
+        product.bytes = {blocks_, numbers.data(), scales.data(), offsets.data()};
+        constexpr int64_t kRowsPerTask = 64;
+        run_tasks((count + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t i, int) {
+            kernel_->to_bytes(product, i * kRowsPerTask, std::min(count, (i + 1) * kRowsPerTask));
+        });
+    }
+    multiply_in_tasks(product, count, threads);
+}
+
+void PackedWeights::multiply_in_tasks(const Product& product, int64_t count, int threads) const {
+    if (count == 0) return;
+    const int64_t row_bytes = weights_.inputs * (weights_.kind == WeightKind::kBytes ? 1 : 2);
+    const int64_t most = std::max<int64_t>(1, kChunkBytes / row_bytes);
+    const int64_t chunks = (count + most - 1) / most;
+    // Some tasks for each thread, so that one which is held up does not hold up all.
+    const int64_t wanted = (4 * threads + chunks - 1) / chunks;
+    const int64_t parts = std::min(num_panels_, wanted);
+    run_tasks(chunks * parts, threads, [&](int64_t i, int) {
+        const int64_t part = i % parts, chunk = i / parts;
+        kernel_->multiply(product, count * chunk / chunks, count * (chunk + 1) / chunks,
+                          num_panels_ * part / parts, num_panels_ * (part + 1) / parts);
+    });
+}
 
 void bind_products(nb::module_& m) {
     m.def("packed_bytes", &packed_bytes, nb::arg("kernel"), nb::arg("kind"), nb::arg("inputs"),

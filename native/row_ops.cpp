@@ -3,29 +3,20 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <algorithm>
 #include <string>
 
 #include "instruction_sets.h"
+#include "row_tasks.h"
 #include "tensor.h"
-#include "threads.h"
 
 namespace tokendance {
 
 namespace {
 
-// Fewer numbers than this are not worth a second thread.
-constexpr int64_t kNumbersPerTask = 1 << 15;
-
 template <class Work>
 void for_rows(int64_t rows, int64_t row_size, int threads, const Work& work) {
-    const int64_t chunk = std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, row_size));
-    const int64_t count = (rows + chunk - 1) / chunk;
     const nb::gil_scoped_release release;
-    if (count == 1) return work(0, rows);
-    run_tasks(count, threads, [&](int64_t i, int) {
-        work(i * chunk, std::min(rows, (i + 1) * chunk));
-    });
+    in_row_tasks(rows, row_size, threads, work);
 }
 
 // (T, n), row by row.
@@ -129,10 +120,7 @@ class RowOps {
         require_rows(in, count, 2 * size);
         require_rows(out, count, size);
         require_same_dtype(out, in);
-        require(activation == "silu" || activation == "gelu_tanh", "there is no such activation");
-        const Gate gate{format_of(in),
-                        activation == "silu" ? Activation::kSilu : Activation::kGeluTanh, size,
-                        in.data(), out.data()};
+        const Gate gate{format_of(in), activation_named(activation), size, in.data(), out.data()};
         for_rows(count, 2 * size, threads, [&](int64_t first, int64_t last) {
             kernel_->gate(gate, first, last);
         });

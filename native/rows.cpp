@@ -11,6 +11,7 @@
 namespace TD_NAMESPACE {
 
 using tokendance::Activation;
+using tokendance::Addition;
 using tokendance::Format;
 using tokendance::Gate;
 using tokendance::Norm;
@@ -68,17 +69,29 @@ inline void scale_row(const Number* row, const Number* weight, float factor, boo
     }
 }
 
+// Write the sums of numbers; they may take the place of one of them.
+template <class Number>
+inline void add_numbers(const Number* one, const Number* other, int64_t count, Number* sums) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) write(sums + i, read(one + i) + read(other + i));
+    for (; i < count; ++i) put(sums + i, to_float(one[i]) + to_float(other[i]));
+}
+
+template <class Number>
+void add_as(const Addition& addition, int64_t first, int64_t last) {
+    Number* const rows = static_cast<Number*>(addition.rows) + first * addition.size;
+    const Number* const added = static_cast<const Number*>(addition.added) + first * addition.size;
+    add_numbers(rows, added, (last - first) * addition.size, rows);
+}
+
 template <class Number>
 void normalise_as(const Norm& norm, int64_t first, int64_t last) {
     const int64_t size = norm.size;
     for (int64_t at = first * size; at < last * size; at += size) {
         const Number* row = static_cast<const Number*>(norm.rows) + at;
         if (norm.added != nullptr) {
-            const Number* const added = static_cast<const Number*>(norm.added) + at;
             Number* const sums = static_cast<Number*>(norm.sums) + at;
-            int64_t i = 0;
-            for (; i + kLanes <= size; i += kLanes) write(sums + i, read(row + i) + read(added + i));
-            for (; i < size; ++i) put(sums + i, to_float(row[i]) + to_float(added[i]));
+            add_numbers(row, static_cast<const Number*>(norm.added) + at, size, sums);
             row = sums;
         }
         scale_row(row, static_cast<const Number*>(norm.weight),
@@ -176,6 +189,11 @@ void gate(const Gate& gate, int64_t first, int64_t last) {
     gate_as<uint16_t>(gate, first, last);
 }
 
-extern const RowKernel kRows = {normalise, rotate, gate};
+void add(const Addition& addition, int64_t first, int64_t last) {
+    if (addition.format == Format::kFloat32) return add_as<float>(addition, first, last);
+    add_as<uint16_t>(addition, first, last);
+}
+
+extern const RowKernel kRows = {normalise, rotate, gate, add};
 
 }  // namespace TD_NAMESPACE

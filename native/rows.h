@@ -20,6 +20,14 @@ struct Norm {
     bool weight_from_one;    // the factor is 1 + weight, in float32
 };
 
+// Rows to which others are added, in place.
+struct Addition {
+    Format format;
+    int64_t size;            // of a row
+    void* rows;              // (T, size)
+    const void* added;       // (T, size)
+};
+
 // Rotation of the queries' and keys' heads of rows, in place; before that a norm of each head.
 struct Rotation {
     Format format;
@@ -50,6 +58,7 @@ struct RowKernel {
     void (*normalise)(const Norm&, int64_t first, int64_t last);
     void (*rotate)(const Rotation&, int64_t first, int64_t last);
     void (*gate)(const Gate&, int64_t first, int64_t last);
+    void (*add)(const Addition&, int64_t first, int64_t last);
 };
 
 }  // namespace tokendance

@@ -12,9 +12,11 @@ from torch.nn.functional import gelu, silu
 from transformers import AutoModelForCausalLM
 
 from tiny_models import MODELS, save_model
+from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.attention.backends import native_is_there
 from tokendance.models import demo, hook, loader
 from tokendance.models.fused import FusedLayer, fuse_layers
+from tokendance.options import EngineOptions, Weights
 
 pytestmark = pytest.mark.skipif(not native_is_there(), reason="the native kernel was not built")
 
@@ -182,6 +184,92 @@ def test_a_demo_model_is_nearer_to_float32(name: str, monkeypatch: pytest.Monkey
     plain = logits_of(loader.load_model(name, "bfloat16").module)
     exact = logits_of(loader.load_model(name, "float32").module)
     assert (fused - exact).norm() <= 1.1 * (plain - exact).norm()
+
+
+class Counting:
+    """A `DecoderLayer` that counts its calls."""
+
+    def __init__(self, whole: "_native.DecoderLayer") -> None:
+        self.whole, self.num_calls = whole, 0
+
+    def forward(self, *args: Any) -> None:
+        self.num_calls += 1
+        self.whole.forward(*args)
+
+
+@pytest.mark.parametrize("architecture", sorted(MODELS.keys() - NOT_FUSED))
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("float32", "int8"), ("bfloat16", "int8"), ("bfloat16", "native")]
+)
+@each_kernel
+def test_a_layer_in_one_call_says_the_same(
+    architecture: str,
+    dtype: str,
+    weights: Weights,
+    kernel: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit: prompts that share a run, and steps of one row and of several."""
+    monkeypatch.setattr(_native, "kernels", lambda: [kernel])
+    if weights == "native" and not _native.has_pairs(kernel, 2):
+        pytest.skip("this kernel does not multiply pairs of bfloat16")
+    save_model(tmp_path, architecture)
+    model = loader.load_model(str(tmp_path), dtype, weights=weights)
+    layers = [layer for layer in model.module.modules() if isinstance(layer, FusedLayer)]
+    whole = [Counting(layer._whole) for layer in layers if layer._whole is not None]
+    assert len(whole) == len(layers) == model.shape.num_layers
+    blocks = [shared([5 + number] * 9 + [40]) for number in range(3)]
+    prompts = [
+        Prompt([private([20 + agent] * (3 + agent)), *blocks, private([30])]) for agent in range(3)
+    ]
+    params = SamplingParams(max_tokens=5, ignore_eos=True, keep_logprobs=True)
+    said = []
+    for parts in (whole, [None] * len(layers)):
+        for layer, part in zip(layers, parts, strict=True):
+            layer._whole = part  # type: ignore[assignment]
+        llm = LLM.from_loaded(model, EngineOptions(kv_budget="8MiB", attention="native"))
+        outputs = [*llm.run_round(prompts, params).outputs, *llm.generate([[7, 8, 9]], params)]
+        said.append([(output.token_ids, output.logprobs) for output in outputs])
+    assert all(part.num_calls >= 10 for part in whole)
+    for (ids, logprobs), (expected_ids, expected) in zip(*said, strict=True):
+        assert ids == expected_ids
+        assert torch.equal(torch.stack(logprobs), torch.stack(expected))
+
+
+def test_a_layer_whose_parts_do_not_fit_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    model = loader.load_model(str(tmp_path), "float32", weights="int8")
+    layer = next(one for one in model.module.modules() if isinstance(one, FusedLayer))
+    attention, mlp = layer.self_attn, layer.mlp
+    norm = layer._before.parts
+
+    def make(size: int = layer._size, down: Any = mlp.down_proj, norm: Any = norm) -> None:
+        _native.DecoderLayer(
+            KERNELS[0],
+            attention.qkv.packed,  # type: ignore[arg-type]
+            attention.o_proj.packed,  # type: ignore[arg-type]
+            mlp.gate_up.packed,  # type: ignore[arg-type]
+            down.packed,
+            layer._num_heads,
+            layer._num_kv_heads,
+            size,
+            "silu",
+            norm,
+            None,
+            norm,
+            None,
+            None,
+            None,
+        )
+
+    make()
+    with pytest.raises(ValueError, match="fit each other"):
+        make(size=2 * layer._size)
+    with pytest.raises(ValueError, match="fit each other"):
+        make(down=mlp.gate_up)
+    with pytest.raises(ValueError, match="one number for each"):
+        make(norm=(norm[0][1:], *norm[1:]))
 
 
 def scale_what_it_adds(layer: Any, factor: Callable[[Tensor], Tensor | float]) -> None:

@@ -34,7 +34,7 @@ def other(model_folder: Callable[..., Path], request: pytest.FixtureRequest) -> 
 
 
 @dataclass
-class DenseHook:
+class DenseHook(hook.LayerHook):
     """Plain causal attention over one whole prompt, with some keys and values replaced.
 
     Attributes:

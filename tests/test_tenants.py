@@ -419,7 +419,7 @@ def test_one_alone_is_served_as_if_there_were_no_tenants(fake: LoadedModel) -> N
 
 @pytest.mark.parametrize(
     ("pass_s", "token_s", "least", "most"),
-    [(0.04, 0.0015, 30, 50), (0.5, 0.05, 16, 16), (0.002, 0.00001, 5000, 10_000)],
+    [(0.04, 0.0015, 30, 50), (0.5, 0.05, 32, 32), (0.002, 0.00001, 5000, 10_000)],
 )
 def test_the_pace_is_found(pass_s: float, token_s: float, least: int, most: int) -> None:
     pace = Pace()

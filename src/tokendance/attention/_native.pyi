@@ -137,6 +137,90 @@ class PackedWeights:
             ValueError: if shapes, strides or dtypes do not fit.
         """
 
+Norm = tuple[Tensor, float, bool]
+
+class DecoderLayer:
+    """A layer of a model: its norms, products and attention in one call."""
+
+    def __init__(
+        self,
+        kernel: str,
+        qkv: PackedWeights,
+        output: PackedWeights,
+        gate_up: PackedWeights,
+        down: PackedWeights,
+        heads: int,
+        kv_heads: int,
+        size: int,
+        activation: str,
+        before: Norm,
+        after_attention: Norm | None,
+        between: Norm,
+        after_mlp: Norm | None,
+        of_query: Norm | None,
+        of_key: Norm | None,
+    ) -> None:
+        """Put a layer together, which keeps its parts.
+
+        Args:
+            kernel: one of `kernels()`.
+            qkv: (n) -> (H + 2 KVH, D): queries, keys, values.
+            output: (H, D) -> (n).
+            gate_up: (n) -> (2 m): what is activated, and what that multiplies.
+            down: (m) -> (n).
+            heads: H.
+            kv_heads: KVH.
+            size: D.
+            activation: "silu" or "gelu_tanh".
+            before: norm of the rows, (n,): weight, what is added to the mean square, and whether
+                the factor is 1 + weight.
+            after_attention: of what attention adds, or None.
+            between: of the rows with that, before the gate.
+            after_mlp: of what the gate adds, or None.
+            of_query: of each head of the queries, (D,), or None.
+            of_key: of the keys', alike.
+
+        Raises:
+            ValueError: if shapes do not fit each other.
+        """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        step: Step,
+        keys: Tensor,
+        values: Tensor,
+        key_begin: Int32Array | None,
+        rope_cosines: Float32Array,
+        rope_sines: Float32Array,
+        interleaved: bool,
+        scale: float,
+        output: Tensor,
+        threads: int,
+    ) -> None:
+        """Compute the layer for T rows, contiguous, of float32 or bfloat16.
+
+        Args:
+            hidden: (T, n) or (1, T, n).
+            cosines: (T, rotary_dim), of the rows' positions.
+            sines: likewise.
+            step: like the next six, see `Step.attend`.
+            keys: likewise.
+            values: likewise.
+            key_begin: likewise.
+            rope_cosines: `cosines` there.
+            rope_sines: `sines` there.
+            interleaved: likewise.
+            scale: likewise.
+            output: like `hidden`, another tensor, written.
+            threads: at most.
+
+        Raises:
+            ValueError: if shapes, strides or dtypes do not fit.
+        """
+
 class RowOps:
     """What lies between the products of a model: each row by itself.
 

@@ -78,6 +78,13 @@ def _why_not_triton(head_dim: int, device: torch.device, dtype: torch.dtype) -> 
     return None
 
 
+def as_native(backend: Backend) -> "native_backend.NativeBackend | None":
+    """The native backend, if it is one."""
+    if native_is_there() and isinstance(backend, native_backend.NativeBackend):
+        return backend
+    return None
+
+
 def native_is_there() -> bool:
     """Whether the native kernel was built with the package."""
     return WHY_NOT_NATIVE is None

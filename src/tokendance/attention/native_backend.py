@@ -30,6 +30,28 @@ class _Alone(NamedTuple):
     slot: int
 
 
+class Place(NamedTuple):
+    """What a layer attends to in a step, as native code takes it.
+
+    Attributes:
+        step: the plan.
+        keys: (KVH, S, D), memory of the layer.
+        values: likewise.
+        key_begin: keys before these are not seen; None: all are.
+        cosines: (rotations, rotary_dim / 2), of the step's offsets.
+        sines: likewise.
+        interleaved: which components of a head form a pair.
+    """
+
+    step: _native.Step
+    keys: Tensor
+    values: Tensor
+    key_begin: Int32Array | None
+    cosines: Table
+    sines: Table
+    interleaved: bool
+
+
 def can_serve(head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel was made for such heads."""
     has_dtype = dtype in (torch.float32, torch.bfloat16)
@@ -115,26 +137,39 @@ class NativeBackend:
         output: Tensor | None = None,
     ) -> Tensor:
         """See `Backend.attend`."""
-        assert self._step is not None, "attend() before prepare()"
-        kind = self._layers[layer]
-        cos, sin = self._tables_of(kind.rope)
         if output is None:
             output = query.new_empty(query.shape)
-        self._step.attend(
+        place = self.place(layer, keys, values)
+        place.step.attend(
             query,
             key,
             value,
             keys,
             values,
             output,
-            None if kind.window is None else self._key_begin[kind.window],
-            cos,
-            sin,
-            kind.rope.layout is RopeLayout.INTERLEAVED,
+            place.key_begin,
+            place.cosines,
+            place.sines,
+            place.interleaved,
             scale,
             torch.get_num_threads(),
         )
         return output
+
+    def place(self, layer: int, keys: Tensor, values: Tensor) -> Place:
+        """What a layer attends to in the step that was prepared.
+
+        Args:
+            layer: index of the layer.
+            keys: (KVH, S, D), its memory.
+            values: likewise.
+        """
+        assert self._step is not None, "a layer before prepare()"
+        kind = self._layers[layer]
+        cos, sin = self._tables_of(kind.rope)
+        key_begin = None if kind.window is None else self._key_begin[kind.window]
+        interleaved = kind.rope.layout is RopeLayout.INTERLEAVED
+        return Place(self._step, keys, values, key_begin, cos, sin, interleaved)
 
     def _tables_of(self, rope: Rope) -> tuple[Table, Table]:
         """Cosines and sines of the step's offsets, made by the first layer that needs them."""

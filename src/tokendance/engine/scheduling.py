@@ -3,7 +3,6 @@
 And how many there are to take, where a step must not take long.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,12 +15,7 @@ from tokendance.engine.request import Request
 SlotFlags = npt.NDArray[np.bool_]
 
 # Of a pass that must not take long: fewer tokens cost hardly less, since all weights are read.
-_LEAST_TOKENS = 16
-# Of the time that a pass may take, for tokens at the speed of the fastest passes. If passes with so
-# many take too long, something else does it, and fewer tokens would be no cure.
-_LEAST_SHARE = 0.05
-# After each pass, how much slower the fastest one is taken to be.
-_FORGETTING = 1.01
+_LEAST_TOKENS = 32
 _MOST_TOKENS = 2**20
 _FIRST_GUESS = 64
 
@@ -99,9 +93,6 @@ class DecodingFirst:
 class Pace:
     """How many tokens a pass may compute to take about so long, as the passes before it tell.
 
-    Never so few that tokens are not what takes the time: where other threads keep a pass waiting
-    it takes as long with a tenth of them, and all who wait for theirs need ten times as many.
-
     Attributes:
         pass_s: seconds that it may take.
         num_tokens: that it may compute.
@@ -111,7 +102,6 @@ class Pace:
         """Begin with a guess."""
         self.pass_s = 0.0
         self.num_tokens = _FIRST_GUESS
-        self._token_s = math.inf  # seconds for each token of the fastest pass
 
     def note(self, num_tokens: int, seconds: float, beside_s: float = 0.0) -> None:
         """Learn from a pass; from one that is an exception no more than a factor of two.
@@ -127,13 +117,8 @@ class Pace:
             # What a small pass takes is to read the weights, so it says little of larger ones: only
             # that they take too long, if it does.
             if seconds > wanted_s:
-                self.num_tokens = max(num_tokens, self._least_tokens, self.num_tokens // 2)
+                self.num_tokens = max(num_tokens, _LEAST_TOKENS, self.num_tokens // 2)
             return
-        token_s = max(seconds, 1e-6) / num_tokens
-        self._token_s = min(_FORGETTING * self._token_s, token_s)
-        wanted = min(max(wanted_s / token_s, self.num_tokens / 2), 2 * self.num_tokens)
-        self.num_tokens = min(max(int(wanted), self._least_tokens), _MOST_TOKENS)
-
-    @property
-    def _least_tokens(self) -> int:
-        return max(_LEAST_TOKENS, int(_LEAST_SHARE * self.pass_s / self._token_s))
+        wanted = num_tokens * wanted_s / max(seconds, 1e-6)
+        wanted = min(max(wanted, self.num_tokens / 2), 2 * self.num_tokens)
+        self.num_tokens = min(max(int(wanted), _LEAST_TOKENS), _MOST_TOKENS)

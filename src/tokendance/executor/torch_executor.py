@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tokendance.attention.backends import as_native
 from tokendance.attention.interface import (
     BackendFactory,
     PackedBatch,
@@ -21,6 +22,9 @@ from tokendance.executor.step import SlotArray, StepInput, StepOutput
 from tokendance.models import hook
 from tokendance.models.loader import LoadedModel
 from tokendance.store.kv_rows import KVRows
+
+if TYPE_CHECKING:  # it may not be built
+    from tokendance.attention.native_backend import Place
 
 
 class TorchExecutor:
@@ -36,6 +40,8 @@ class TorchExecutor:
         self._model = model
         self.pool = pool
         self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)
+        self._native = as_native(self._backend)
+        self._layers = list(zip(pool.keys, pool.values, strict=True))  # to cut them out takes 2 us
         self.on_logits: Callable[[StepInput, Tensor], Tensor] | None = None
         # Of the last step's requests, by the id of their slots, which are kept so that no other
         # array has that id.
@@ -125,9 +131,12 @@ class TorchExecutor:
         del extra  # what it says was found at load time
         return self._attend(layer, query, key, value, scale)
 
+    def place(self, layer: int) -> "Place | None":
+        """Where native code finds what a layer attends to; see `models.hook.LayerHook`."""
+        return None if self._native is None else self._native.place(layer, *self._layers[layer])
+
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Attend in one layer; query (T, H, D), key and value (T, KVH, D)."""
-        keys, values = self.pool.keys[layer], self.pool.values[layer]
-        return self._backend.attend(layer, query, key, value, keys, values, scale)
+        return self._backend.attend(layer, query, key, value, *self._layers[layer], scale)

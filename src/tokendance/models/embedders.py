@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from tokendance.errors import ConfigError
 from tokendance.models.encoder import PromptEncoder
-from tokendance.models.hook import attend_plainly, register
+from tokendance.models.hook import LayerHook, attend_plainly, register
 from tokendance.models.loader import LoadedModel, choose_dtype, quiet, readable_errors
 from tokendance.rounds.prompts import Prompt
 
@@ -135,7 +135,7 @@ def _parted(rows: Tensor, groups: Sequence[_Group]) -> list[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class _SideBySide:
+class _SideBySide(LayerHook):
     """Attention of texts that lie in one row; see `hook.LayerHook`."""
 
     model: LoadedModel

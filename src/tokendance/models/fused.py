@@ -3,8 +3,10 @@
 A layer of transformers makes some forty calls for its norms, rotations and activations, each of
 which reads and writes all of a step's rows; where one request decodes, Python and the calls take
 longer than the products. A `FusedLayer` makes four, and multiplies queries, keys and values in one
-product, as it does the two of the gate. Which layers can be fused is not told by a list of models:
-a layer that has the parts is fused, and has to do what transformers' layer does, on numbers.
+product, as it does the two of the gate. Where its products are our own kernel's, too, it makes one
+for the few rows of a decoding step (`join_layers`), and lets go of the interpreter once. Which
+layers can be fused is not told by a list of models: a layer that has the parts is fused, and has to
+do what transformers' layer does, on numbers.
 """
 
 from collections.abc import Callable
@@ -20,10 +22,12 @@ from transformers import PreTrainedModel
 
 from tokendance.attention.backends import native_is_there
 from tokendance.models import hook
+from tokendance.models.packing import NativeLinear
 from tokendance.models.support import max_context
 
 if TYPE_CHECKING:  # it may not be built
-    from tokendance.attention._native import RowOps
+    from tokendance.attention._native import DecoderLayer, RowOps
+    from tokendance.attention.native_backend import Place
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -35,6 +39,8 @@ _NUM_CHECKED = 5  # tokens
 _TOLERANCE = 1e-4
 _NUM_ROUNDED = 4  # times that what is given is rounded on its way
 _DTYPES = (torch.float32, torch.bfloat16)
+# More rows take so long that the calls do not matter, and what they need on the way is not kept.
+_MOST_JOINED_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +57,11 @@ class _Norm:
     epsilon: float
     from_one: bool
 
+    @property
+    def parts(self) -> tuple[Tensor, float, bool]:
+        """As native code takes it."""
+        return self.weight, self.epsilon, self.from_one
+
     def is_like(self, other: "_Norm") -> bool:
         """Whether it does the same, with weights of its own."""
         return (self.epsilon, self.from_one) == (other.epsilon, other.from_one)
@@ -62,12 +73,12 @@ class _Gate(nn.Module):
     def __init__(self, gate_up: nn.Linear, down: nn.Linear, activation: str, ops: "RowOps") -> None:
         super().__init__()
         self.gate_up, self.down_proj = gate_up, down
-        self._activation, self._ops = activation, ops
+        self.activation, self._ops = activation, ops
 
     def forward(self, rows: Tensor) -> Tensor:
         both = self.gate_up(rows)
         active = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-        self._ops.gate(both, self._activation, active, torch.get_num_threads())
+        self._ops.gate(both, self.activation, active, torch.get_num_threads())
         result: Tensor = self.down_proj(active)
         return result
 
@@ -122,6 +133,7 @@ class FusedLayer(nn.Module):
                 raise _OtherLayerError
         qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.self_attn = _Heads(qkv, attention.o_proj)
+        self._whole: DecoderLayer | None = None
         gate_up = _joined(mlp.gate_proj, mlp.up_proj)
         self.mlp = _Gate(gate_up, mlp.down_proj, _activation_of(mlp.act_fn), ops)
 
@@ -140,6 +152,10 @@ class FusedLayer(nn.Module):
             position_embeddings: cosines and sines, (1, T, rotary_dim) each.
             tokendance: what attends.
         """
+        if self._whole is not None and hidden_states.shape[1] <= _MOST_JOINED_ROWS:
+            place = tokendance.place(self._index)
+            if place is not None:
+                return self._in_one_call(self._whole, hidden_states, position_embeddings, place)
         rows = self.self_attn.qkv(self._normed(hidden_states, self._before))
         self._rotate(rows, *position_embeddings)
         num_rows, num = hidden_states.shape[1], self._num_kv_heads
@@ -154,6 +170,60 @@ class FusedLayer(nn.Module):
         if self._after_mlp is not None:
             part = self._normed(part, self._after_mlp)
         return sums.add_(part)
+
+    def _in_one_call(
+        self,
+        whole: "DecoderLayer",
+        rows: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        place: "Place",
+    ) -> Tensor:
+        output = torch.empty_like(rows)
+        whole.forward(
+            rows,
+            *position_embeddings,
+            place.step,
+            place.keys,
+            place.values,
+            place.key_begin,
+            place.cosines,
+            place.sines,
+            place.interleaved,
+            self._scale,
+            output,
+            torch.get_num_threads(),
+        )
+        return output
+
+    def join(self) -> bool:
+        """Make the layer one call from now on, if our kernel has all its products."""
+        from tokendance.attention import _native
+
+        attention, mlp = self.self_attn, self.mlp
+        qkv, output, gate_up, down = (
+            product.packed if isinstance(product, NativeLinear) else None
+            for product in (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
+        )
+        if qkv is None or output is None or gate_up is None or down is None:
+            return False
+        self._whole = _native.DecoderLayer(
+            _native.kernels()[0],
+            qkv,
+            output,
+            gate_up,
+            down,
+            self._num_heads,
+            self._num_kv_heads,
+            self._size,
+            mlp.activation,
+            self._before.parts,
+            _parts(self._after_attention),
+            self._between.parts,
+            _parts(self._after_mlp),
+            _parts(self._of_query),
+            _parts(self._of_key),
+        )
+        return True
 
     def _added(self, rows: Tensor, part: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
         """The sum, and its norm."""
@@ -301,6 +371,21 @@ def fuse_layers(model: PreTrainedModel) -> int:
         if can_fuse[kind]:
             layers[index] = fused
     return sum(isinstance(layer, FusedLayer) for layer in layers)
+
+
+def join_layers(model: nn.Module) -> int:
+    """Make each fused layer one call for few rows, where our kernel has its products.
+
+    Its linear layers are packed (`models/packing.py`).
+
+    Returns:
+        How many are.
+    """
+    return sum(layer.join() for layer in model.modules() if isinstance(layer, FusedLayer))
+
+
+def _parts(norm: _Norm | None) -> tuple[Tensor, float, bool] | None:
+    return None if norm is None else norm.parts
 
 
 def _kind_of(layer: nn.Module) -> object:

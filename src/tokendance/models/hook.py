@@ -4,13 +4,16 @@ A model calls it in each layer with that layer's rotated queries and keys. It pa
 whatever `LayerHook` the forward call was given as the keyword argument `tokendance`.
 """
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+if TYPE_CHECKING:  # it may not be built
+    from tokendance.attention.native_backend import Place
 
 ATTENTION_NAME = "tokendance"
 
@@ -41,6 +44,11 @@ class LayerHook(Protocol):
             (T, H, D).
         """
 
+    def place(self, layer: int) -> "Place | None":
+        """Where native code finds what a layer attends to; None: `attend` has to be called."""
+        del layer
+        return None
+
 
 def attend_plainly(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
@@ -70,7 +78,7 @@ def attend_plainly(
     return output.transpose(1, 2)
 
 
-class PlainAttention:
+class PlainAttention(LayerHook):
     """A `LayerHook` for one text, in plain torch; no layer has a window."""
 
     def attend(

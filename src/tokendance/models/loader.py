@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from tokendance.attention.interface import LayerKind
 from tokendance.errors import ConfigError, ModelNotFoundError, TokenDanceError
 from tokendance.models import demo, hook
-from tokendance.models.fused import fuse_layers
+from tokendance.models.fused import fuse_layers, join_layers
 from tokendance.models.packing import pack_linear_layers
 from tokendance.models.support import ModelShape, probe, refusal, why_unsupported
 from tokendance.options import Weights
@@ -146,6 +146,7 @@ def prepare_model(
     shape, layers = probe(module, module.config)
     fuse_layers(module)
     pack_linear_layers(module, weights)
+    join_layers(module)
     stop_ids = _stop_ids(module, tokenizer)
     return LoadedModel(name, module, tokenizer, shape, layers, dtype, device, stop_ids, weights)
 

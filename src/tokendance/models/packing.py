@@ -74,13 +74,13 @@ class NativeLinear(nn.Module):
         self.nbytes = memory.nbytes
         bias = None if linear.bias is None else linear.bias.detach().float()
         weight = linear.weight.detach().contiguous()
-        self._packed = _native.PackedWeights(kernel, kind, weight, bias, memory)
+        self.packed = _native.PackedWeights(kernel, kind, weight, bias, memory)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Multiply (..., in_features) rows, of float32 or bfloat16."""
         flat = rows.reshape(-1, self.in_features).contiguous()
         output = flat.new_empty(len(flat), self.out_features)
-        self._packed.multiply(flat, output, torch.get_num_threads())
+        self.packed.multiply(flat, output, torch.get_num_threads())
         return output.view(*rows.shape[:-1], self.out_features)
 
 

@@ -105,7 +105,7 @@ def max_context(config: Any) -> int:
 
 
 @dataclass(slots=True)
-class _Probe:
+class _Probe(hook.LayerHook):
     """Records each layer's queries, keys and window, and answers zero."""
 
     queries: dict[int, Tensor] = field(default_factory=dict)

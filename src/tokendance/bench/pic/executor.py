@@ -17,6 +17,7 @@ written before anybody copies them.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.step import StepInput
 from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import LoadedModel
+
+if TYPE_CHECKING:  # it may not be built
+    from tokendance.attention.native_backend import Place
 
 CHECK_LAYER = 1
 MIN_LAYERS = CHECK_LAYER + 2  # rows are dropped between layers, so there has to be another one
@@ -72,6 +76,10 @@ class PicExecutor(TorchExecutor):
                 return self._call_model(step, blend.logit_rows)
         finally:
             self._blend = None
+
+    def place(self, layer: int) -> "Place | None":
+        """See `LayerHook`; layers of a blend are attended to by it."""
+        return None if self._blend is not None else super().place(layer)
 
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float

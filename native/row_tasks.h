@@ -1,0 +1,33 @@
+// Work on the rows of a step, divided among threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "rows.h"
+#include "tensor.h"
+#include "threads.h"
+
+namespace tokendance {
+
+// Fewer numbers than this are not worth a second thread.
+constexpr int64_t kNumbersPerTask = 1 << 15;
+
+// Calls `work(first, last)` for all rows, a part of them each time.
+template <class Work>
+void in_row_tasks(int64_t rows, int64_t row_size, int threads, const Work& work) {
+    const int64_t chunk = std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, row_size));
+    const int64_t count = (rows + chunk - 1) / chunk;
+    if (count == 1) return work(0, rows);
+    run_tasks(count, threads, [&](int64_t i, int) {
+        work(i * chunk, std::min(rows, (i + 1) * chunk));
+    });
+}
+
+inline Activation activation_named(const std::string& name) {
+    require(name == "silu" || name == "gelu_tanh", "there is no such activation");
+    return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
+}  // namespace tokendance
