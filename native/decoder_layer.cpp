@@ -17,7 +17,7 @@
 
 #include "instruction_sets.h"
 #include "product_ops.h"
-#include "row_tasks.h"
+#include "row_work.h"
 #include "scratch.h"
 #include "step.h"
 #include "tensor.h"
@@ -28,11 +28,11 @@ namespace {
 // A weight, what is added to the mean square, and whether the factor is 1 + weight.
 using NormOfPython = std::tuple<nb::object, float, bool>;
 
-// The norm of rows, or of heads.
-class OwnNorm {
+// The norm of rows, or of heads, with its weight.
+class HeldNorm {
   public:
-    OwnNorm() = default;
-    OwnNorm(const NormOfPython& norm, int64_t size) : kept_(std::get<0>(norm)) {
+    HeldNorm() = default;
+    HeldNorm(const NormOfPython& norm, int64_t size) : kept_(std::get<0>(norm)) {
         const Tensor weight(kept_);
         require(weight.ndim() == 1 && weight.shape(0) == size && weight.stride(0) == 1,
                 "a weight has one number for each of a row");
@@ -41,8 +41,8 @@ class OwnNorm {
         epsilon_ = std::get<1>(norm);
         from_one_ = std::get<2>(norm);
     }
-    OwnNorm(const std::optional<NormOfPython>& norm, int64_t size) {
-        if (norm) *this = OwnNorm(*norm, size);
+    HeldNorm(const std::optional<NormOfPython>& norm, int64_t size) {
+        if (norm) *this = HeldNorm(*norm, size);
     }
 
     explicit operator bool() const { return weight_ != nullptr; }
@@ -95,18 +95,16 @@ class DecoderLayer {
         require(in.ndim() == 2 && cos.ndim() == 2, "rows have two dimensions");
         const int64_t count = in.shape(0), rotary = cos.shape(1);
         require(rotary % 2 == 0 && rotary <= size_, "more is rotated than a head has");
-        for (const Tensor* tensor : {&in, &out, &cos, &sin}) {
-            const int64_t size = tensor == &in || tensor == &out ? hidden_ : rotary;
-            require(tensor->ndim() == 2 && tensor->shape(0) == count && tensor->shape(1) == size &&
-                        tensor->stride(1) == 1 && (count <= 1 || tensor->stride(0) == size),
-                    "rows have other shapes, or are not contiguous");
-            require(tensor->dtype().is(in.dtype()), "all tensors have one dtype");
-        }
+        require_rows(in, count, hidden_);
+        require_rows(out, count, hidden_);
+        require_rows(cos, count, rotary);
+        require_rows(sin, count, rotary);
+        for (const Tensor* tensor : {&out, &cos, &sin}) require_same_dtype(*tensor, in);
         const Format format = format_of(in);
         for (const PackedWeights* weights : {&*qkv_, &*output_, &*gate_up_, &*down_}) {
             require(weights->takes(format), "weights in bfloat16 are multiplied with such rows");
         }
-        for (const OwnNorm* norm :
+        for (const HeldNorm* norm :
              {&before_, &after_attention_, &between_, &after_mlp_, &of_query_, &of_key_}) {
             require(norm->is_of(format), "weights of norms have the dtype of rows");
         }
@@ -126,11 +124,11 @@ class DecoderLayer {
     }
 
   private:
-    // A product's weights, which Python keeps, too.
-    class Weights {
+    // One of its products, held as long as the layer.
+    class HeldProduct {
       public:
-        explicit Weights(nb::object weights)
-            : kept_(weights), weights_(nb::cast<const PackedWeights*>(weights)) {}
+        explicit HeldProduct(nb::object weights)
+            : kept_(weights), weights_(&nb::cast<const PackedWeights&>(weights)) {}
         const PackedWeights* operator->() const { return weights_; }
         const PackedWeights& operator*() const { return *weights_; }
 
@@ -147,7 +145,8 @@ class DecoderLayer {
         void* output;
     };
 
-    // What is made on the way, of all rows.
+    // What is made on the way, of all rows. `part` is what attention or the gate adds to them, and
+    // `other` the norm of that.
     struct Buffers {
         char *normed, *qkv, *attended, *part, *other, *gates, *active;
     };
@@ -158,7 +157,7 @@ class DecoderLayer {
         Buffers buffers{};
         char** const all[] = {&buffers.normed, &buffers.qkv, &buffers.attended, &buffers.part,
                               &buffers.other, &buffers.gates, &buffers.active};
-        const int64_t number = rows.format == Format::kFloat32 ? 4 : 2;
+        const int64_t number = bytes_of(rows.format);
         const auto bytes = [&](int64_t size) {
             constexpr int64_t kLine = sizeof(CacheLine);
             return (rows.count * size * number + kLine - 1) / kLine * kLine;
@@ -196,7 +195,7 @@ class DecoderLayer {
         weights.multiply_rows(rows.format, from, to, rows.count, rows.threads);
     }
 
-    void normalise(const Rows& rows, const OwnNorm& norm, const void* from, void* to,
+    void normalise(const Rows& rows, const HeldNorm& norm, const void* from, void* to,
                    const void* added = nullptr, void* sums = nullptr) const {
         const Norm work{rows.format,   hidden_, from,           added,          sums,
                         norm.weight(), to,      norm.epsilon(), norm.from_one()};
@@ -205,7 +204,7 @@ class DecoderLayer {
     }
 
     // The norm of a part, or the part where there is none.
-    const char* normalised(const Rows& rows, const OwnNorm& norm, char* part, char* other) const {
+    const char* normalised(const Rows& rows, const HeldNorm& norm, char* part, char* other) const {
         if (!norm) return part;
         normalise(rows, norm, part, other);
         return other;
@@ -225,7 +224,7 @@ class DecoderLayer {
     }
 
     void attend(const Rows& rows, const Buffers& to, Layer& layer, Step& step) const {
-        const int64_t number = rows.format == Format::kFloat32 ? 4 : 2;
+        const int64_t number = bytes_of(rows.format);
         layer.query = to.qkv;
         layer.key = to.qkv + heads_ * size_ * number;
         layer.value = to.qkv + (heads_ + kv_heads_) * size_ * number;
@@ -238,9 +237,9 @@ class DecoderLayer {
 
     const RowKernel* rows_;
     Activation activation_;
-    Weights qkv_, output_, gate_up_, down_;
+    HeldProduct qkv_, output_, gate_up_, down_;
     int64_t heads_, kv_heads_, size_, hidden_, inner_;
-    OwnNorm before_, after_attention_, between_, after_mlp_, of_query_, of_key_;
+    HeldNorm before_, after_attention_, between_, after_mlp_, of_query_, of_key_;
 };
 
 }  // namespace

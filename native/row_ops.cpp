@@ -6,7 +6,7 @@
 #include <string>
 
 #include "instruction_sets.h"
-#include "row_tasks.h"
+#include "row_work.h"
 #include "tensor.h"
 
 namespace tokendance {
@@ -17,18 +17,6 @@ template <class Work>
 void for_rows(int64_t rows, int64_t row_size, int threads, const Work& work) {
     const nb::gil_scoped_release release;
     in_row_tasks(rows, row_size, threads, work);
-}
-
-// (T, n), row by row.
-void require_rows(const Tensor& tensor, int64_t rows, int64_t size) {
-    require(tensor.ndim() == 2 && tensor.shape(0) == rows && tensor.shape(1) == size,
-            "rows have other shapes");
-    require(tensor.stride(1) == 1 && (rows <= 1 || tensor.stride(0) == size),
-            "rows are contiguous");
-}
-
-void require_same_dtype(const Tensor& tensor, const Tensor& other) {
-    require(tensor.dtype().is(other.dtype()), "all tensors have one dtype");
 }
 
 const void* weight_of(const nb::handle& weight, const Tensor& rows, int64_t size) {

@@ -63,10 +63,12 @@ class Step {
     void attend(nb::handle query, nb::handle key, nb::handle value, nb::handle keys,
                 nb::handle values, nb::handle output, std::optional<Array<int32_t>> key_begin,
                 Table cosines, Table sines, bool interleaved, float scale, int threads) {
+        const Tensor memory(keys);
+        require(memory.ndim() == 3, "memory has three dimensions");
         Layer layer{};
         describe(layer, Tensor(query), Tensor(key), Tensor(value), Tensor(output),
-                 static_cast<int64_t>(Tensor(keys).shape(0)));
-        set_memory(layer, Tensor(keys), Tensor(values));
+                 memory.shape(0));
+        set_memory(layer, memory, Tensor(values));
         set_tables(layer, key_begin, cosines, sines, interleaved, scale);
         require(threads > 0, "there is at least one thread");
         const nb::gil_scoped_release release;

@@ -70,4 +70,6 @@ inline Format format_of(const Tensor& tensor) {
     return Format::kBFloat16;
 }
 
+inline int64_t bytes_of(Format format) { return format == Format::kFloat32 ? 4 : 2; }
+
 }  // namespace tokendance

@@ -17,6 +17,7 @@ from tokendance import LLM, Prompt, private, shared
 from tokendance.attention.interface import LayerKind
 from tokendance.errors import ConfigError
 from tokendance.models import hook
+from tokendance.models.fused import FusedLayer
 from tokendance.models.loader import LoadedModel, load_model
 
 MakeLLM = Callable[..., LLM]
@@ -166,6 +167,24 @@ def test_pic_equals_the_reference_on_other_architectures(
     expected = torch.stack(reference(other, llm, prompts))
     found = logprobs(llm.run_round(prompts, KEEP))[:, 0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_pic_enters_layers_that_are_one_call(
+    model_folder: Callable[..., Path], make_llm: MakeLLM
+) -> None:
+    """Which would compute a blend as if nothing was copied."""
+    pytest.importorskip("tokendance.attention._native")
+    folder = model_folder("llama", num_hidden_layers=4)
+    model = load_model(str(folder), "float32", weights="int8")
+    layers = [layer for layer in model.module.modules() if isinstance(layer, FusedLayer)]
+    assert layers
+    assert all(layer._whole is not None for layer in layers)
+    prompts = some_blocks_only(3)
+    found = logprobs(make_llm(model=model, reuse="pic-batched").run_round(prompts, KEEP))
+    for layer in layers:
+        layer._whole = None
+    expected = logprobs(make_llm(model=model, reuse="pic-batched").run_round(prompts, KEEP))
+    assert torch.equal(found, expected)
 
 
 def test_equal_beginnings_wait_for_whoever_computes_them(

@@ -168,6 +168,8 @@ def bench(
             "restore: from a stored session to the first token. "
             "capacity: most agents in a time or a memory. "
             "fidelity: how near the answers are to full computation. "
+            "corrections: what corrections cost and buy, by the number of agents. "
+            "rounds: how near answers stay over the rounds of a session. "
             "weights: what dtypes and weights in bytes cost in what the model says. "
             "leak: what an agent can learn of another's private text. "
             "serve: what HTTP and finding shared text cost. "

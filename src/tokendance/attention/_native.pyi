@@ -137,7 +137,7 @@ class PackedWeights:
             ValueError: if shapes, strides or dtypes do not fit.
         """
 
-Norm = tuple[Tensor, float, bool]
+_Norm = tuple[Tensor, float, bool]
 
 class DecoderLayer:
     """A layer of a model: its norms, products and attention in one call."""
@@ -153,12 +153,12 @@ class DecoderLayer:
         kv_heads: int,
         size: int,
         activation: str,
-        before: Norm,
-        after_attention: Norm | None,
-        between: Norm,
-        after_mlp: Norm | None,
-        of_query: Norm | None,
-        of_key: Norm | None,
+        before: _Norm,
+        after_attention: _Norm | None,
+        between: _Norm,
+        after_mlp: _Norm | None,
+        of_query: _Norm | None,
+        of_key: _Norm | None,
     ) -> None:
         """Put a layer together, which keeps its parts.
 

@@ -164,7 +164,7 @@ class NativeBackend:
             keys: (KVH, S, D), its memory.
             values: likewise.
         """
-        assert self._step is not None, "a layer before prepare()"
+        assert self._step is not None, "place() before prepare()"
         kind = self._layers[layer]
         cos, sin = self._tables_of(kind.rope)
         key_begin = None if kind.window is None else self._key_begin[kind.window]

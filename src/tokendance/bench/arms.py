@@ -136,7 +136,10 @@ def talk(
 
 
 def forced_answers(llm: LLM, played: TownRound) -> list[tuple[int, ...]]:
-    """What was said in a round, to be forced: one that ended at once is the token that ends it."""
+    """What was said in a round, to be forced, at least a token each.
+
+    An answer that ended at once is the token that ended it.
+    """
     end = (min(llm.model.stop_ids),)
     return [output.token_ids or end for output in played.result.outputs]
 

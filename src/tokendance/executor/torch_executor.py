@@ -41,7 +41,7 @@ class TorchExecutor:
         self.pool = pool
         self._backend = backend(model.layers, model.shape.head_dim, model.device, model.dtype)
         self._native = as_native(self._backend)
-        self._layers = list(zip(pool.keys, pool.values, strict=True))  # to cut them out takes 2 us
+        self._memory = list(zip(pool.keys, pool.values, strict=True))  # to cut it takes 2 us
         self.on_logits: Callable[[StepInput, Tensor], Tensor] | None = None
         # Of the last step's requests, by the id of their slots, which are kept so that no other
         # array has that id.
@@ -133,10 +133,10 @@ class TorchExecutor:
 
     def place(self, layer: int) -> "Place | None":
         """Where native code finds what a layer attends to; see `models.hook.LayerHook`."""
-        return None if self._native is None else self._native.place(layer, *self._layers[layer])
+        return None if self._native is None else self._native.place(layer, *self._memory[layer])
 
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Attend in one layer; query (T, H, D), key and value (T, KVH, D)."""
-        return self._backend.attend(layer, query, key, value, *self._layers[layer], scale)
+        return self._backend.attend(layer, query, key, value, *self._memory[layer], scale)

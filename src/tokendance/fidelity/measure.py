@@ -3,8 +3,9 @@
 Both engines read the same prompts in the same dtype. The one that computes everything answers
 greedily; the other is made to say the same tokens, and the distributions of each are compared.
 
-All figures are means over the mirrors, that is over agents that reused shared tokens. Whoever owns
-a run has computed it exactly, so counting owners too would flatter: by half in a round of two.
+All figures are means over the mirrors, that is over agents whose prompt has KV of another context.
+Who owns what is new in a round, and has read nothing before, has computed all of it exactly, so
+counting owners too would flatter: by half in a round of two.
 """
 
 import statistics
@@ -33,7 +34,7 @@ class Reference:
 class Fidelity:
     """Against full computation, over the mirrors of a round.
 
-    Where nobody reuses shared tokens, it is over all agents.
+    Where nobody has KV of another context, it is over all agents.
     """
 
     kl_next: float  # mean KL divergence (nats) of the next token's distribution
@@ -74,11 +75,7 @@ def forced_reference(
     Raises:
         TokenDanceError: if a prompt cannot be run.
     """
-    params = [
-        SamplingParams(max_tokens=len(ids), forced_tokens=ids, keep_logprobs=True)
-        for ids in answers
-    ]
-    result = exact.run_round(prompts, params)
+    result = exact.run_round(prompts, _forced(answers))
     result.raise_for_errors()
     return [
         Reference(ids, torch.stack(output.logprobs))
@@ -98,42 +95,62 @@ def measure_fidelity(
     Raises:
         TokenDanceError: if a prompt cannot be run.
     """
-    params = [
-        SamplingParams(
-            max_tokens=len(answer.token_ids), forced_tokens=answer.token_ids, keep_logprobs=True
-        )
-        for answer in reference
-    ]
-    result = llm.run_round(prompts, params)
+    compared = compare_round(llm, prompts, reference)
+    return fidelity_of([agent for agent in compared if agent.is_mirror] or compared)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComparedAgent:
+    """One agent's answer beside that of full computation."""
+
+    output: Output
+    kl: Tensor  # float32 (tokens,), nats
+    same: Tensor  # (tokens,), whether both put the same token first
+    num_shared: int  # shared tokens of its prompt
+
+    @property
+    def is_mirror(self) -> bool:
+        """Whether its prompt has KV of another context, or had any that it corrected."""
+        return bool(self.output.approximate_tokens or self.output.corrected_tokens)
+
+
+def compare_round(
+    llm: LLM, prompts: Sequence[Prompt], reference: Sequence[Reference]
+) -> list[ComparedAgent]:
+    """Run a round with the reference's tokens forced; each of its agents, see `measure_fidelity`.
+
+    Raises:
+        TokenDanceError: if a prompt cannot be run.
+    """
+    result = llm.run_round(prompts, _forced([answer.token_ids for answer in reference]))
     result.raise_for_errors()
-    shared = [llm.encoder.encode(prompt).shared_segments() for prompt in prompts]
-    mirrors = _mirrors(result.outputs)
-    outputs = [result.outputs[index] for index in mirrors]
-    num_shared = [sum(len(segment) for _, segment in shared[index]) for index in mirrors]
-    compared = [
-        compare_logprobs(reference[index].logprobs, torch.stack(output.logprobs))
-        for index, output in zip(mirrors, outputs, strict=True)
+    return [
+        ComparedAgent(
+            output,
+            *compare_logprobs(answer.logprobs, torch.stack(output.logprobs)),
+            sum(len(segment) for _, segment in llm.encoder.encode(prompt).shared_segments()),
+        )
+        for prompt, answer, output in zip(prompts, reference, result.outputs, strict=True)
     ]
-    kl, same = [kl for kl, _ in compared], [same for _, same in compared]
+
+
+def fidelity_of(agents: Sequence[ComparedAgent]) -> Fidelity:
+    """Means over some agents of a round."""
     return Fidelity(
-        kl_next=float(torch.stack([of_agent[0] for of_agent in kl]).mean()),
-        kl_continuation=float(torch.cat(kl).mean()),
-        top1=float(torch.cat(same).mean()),
-        identical=statistics.mean(float(of_agent.min()) for of_agent in same),
-        corrected=statistics.mean(output.corrected_tokens for output in outputs),
+        kl_next=float(torch.stack([agent.kl[0] for agent in agents]).mean()),
+        kl_continuation=float(torch.cat([agent.kl for agent in agents]).mean()),
+        top1=float(torch.cat([agent.same for agent in agents]).mean()),
+        identical=statistics.mean(float(agent.same.min()) for agent in agents),
+        corrected=statistics.mean(agent.output.corrected_tokens for agent in agents),
         corrected_share=statistics.mean(
-            output.corrected_tokens / max(1, count)
-            for output, count in zip(outputs, num_shared, strict=True)
+            agent.output.corrected_tokens / max(1, agent.num_shared) for agent in agents
         ),
-        agents=tuple(output.agent for output in outputs),
+        agents=tuple(agent.output.agent for agent in agents),
     )
 
 
-def _mirrors(outputs: Sequence[Output]) -> list[int]:
-    """Indices of the agents that read KV of another context, or corrected it; all if none did."""
-    mirrors = [
-        index
-        for index, output in enumerate(outputs)
-        if output.approximate_tokens or output.corrected_tokens
+def _forced(answers: Sequence[tuple[int, ...]]) -> list[SamplingParams]:
+    return [
+        SamplingParams(max_tokens=len(ids), forced_tokens=ids, keep_logprobs=True)
+        for ids in answers
     ]
-    return mirrors or list(range(len(outputs)))

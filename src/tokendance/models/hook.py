@@ -1,7 +1,8 @@
-"""The one place where we enter a model: the attention function registered with transformers.
+"""Where we enter a model: the attention function registered with transformers.
 
 A model calls it in each layer with that layer's rotated queries and keys. It passes them on to
-whatever `LayerHook` the forward call was given as the keyword argument `tokendance`.
+whatever `LayerHook` the forward call was given as the keyword argument `tokendance`. A fused layer
+(`models/fused.py`) calls that hook itself.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,7 +46,11 @@ class LayerHook(Protocol):
         """
 
     def place(self, layer: int) -> "Place | None":
-        """Where native code finds what a layer attends to; None: `attend` has to be called."""
+        """Where native code finds what a layer attends to; None: `attend` has to be called.
+
+        Native code then computes all of the layer: it writes the new keys and values, too, and
+        neither `attend` nor the layer's parts are called. The plan is that of the pass's rows.
+        """
         del layer
         return None
 

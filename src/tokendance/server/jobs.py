@@ -85,8 +85,8 @@ class Delta:
 class Mailbox:
     """Brings events from the engine's thread into an event loop.
 
-    It wakes the loop once for all that is put there before it looks: each time the engine's thread
-    lets go of the interpreter, and has to wait for it again.
+    It wakes the loop once for all that is put there before it looks, since each time that the
+    engine's thread wakes it, it gives up the interpreter's lock and has to wait for it again.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,8 @@ class Mailbox:
                 self._is_announced = False
 
     def _empty(self) -> None:
-        self._is_announced = False  # first: what comes from now on may be seen, or is announced
+        # First, so that what comes from now on is seen below, or announced.
+        self._is_announced = False
         while self._events:
             self._events.popleft()()
 

@@ -1,4 +1,4 @@
-// Work on the rows of a step, divided among threads.
+// Rows of a step, as Python hands them over, and work on them that is divided among threads.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +23,18 @@ void in_row_tasks(int64_t rows, int64_t row_size, int threads, const Work& work)
     run_tasks(count, threads, [&](int64_t i, int) {
         work(i * chunk, std::min(rows, (i + 1) * chunk));
     });
+}
+
+// (T, n), row by row.
+inline void require_rows(const Tensor& tensor, int64_t rows, int64_t size) {
+    require(tensor.ndim() == 2 && tensor.shape(0) == rows && tensor.shape(1) == size,
+            "rows have other shapes");
+    require(tensor.stride(1) == 1 && (rows <= 1 || tensor.stride(0) == size),
+            "rows are contiguous");
+}
+
+inline void require_same_dtype(const Tensor& tensor, const Tensor& other) {
+    require(tensor.dtype().is(other.dtype()), "all tensors have one dtype");
 }
 
 inline Activation activation_named(const std::string& name) {
