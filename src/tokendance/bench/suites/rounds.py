@@ -97,7 +97,7 @@ def _measure(model: LoadedModel, settings: BenchSettings, plan: _Plan, seed: int
     people = shuffled(read_people(settings.source), np.random.default_rng(seed))[: plan.agents]
     heard = plan.rounds * len(people) * (plan.tokens + 20)
     # A text has fewer tokens than characters.
-    room = 2 * len(people) * (max(len(person.system) for person in people) + heard)
+    room = len(people) * (max(len(person.system) for person in people) + heard)
     exact = make_engine(model, settings.engine, "prefix", room)
     engines = {
         kind: make_engine(model, settings.engine, kind.mode, room, correction=kind.correction)
