@@ -11,6 +11,7 @@
 
 #include "instruction_sets.h"
 #include "product_ops.h"
+#include "row_work.h"
 #include "tensor.h"
 #include "threads.h"
 
@@ -153,14 +154,9 @@ void PackedWeights::multiply(nb::handle rows, nb::handle output, int threads) co
     const Tensor in = Tensor(rows).rows(), out = Tensor(output).rows();
     require(in.ndim() == 2 && out.ndim() == 2, "rows have two dimensions");
     const int64_t count = in.shape(0);
-    for (const Tensor* tensor : {&in, &out}) {
-        const int64_t size = tensor == &in ? weights_.inputs : weights_.outputs;
-        require(tensor->shape(0) == count && tensor->shape(1) == size,
-                "rows have other shapes");
-        require(tensor->stride(1) == 1 && (count <= 1 || tensor->stride(0) == size),
-                "rows are contiguous");
-    }
-    require(out.dtype().is(in.dtype()), "all tensors have one dtype");
+    require_rows(in, count, weights_.inputs);
+    require_rows(out, count, weights_.outputs);
+    require_same_dtype(out, in);
     const Format format = format_of(in);
     require(takes(format), "weights in bfloat16 are multiplied with rows in bfloat16");
     const nb::gil_scoped_release release;

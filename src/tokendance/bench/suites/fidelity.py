@@ -27,6 +27,14 @@ from tokendance.params import SamplingParams
 from tokendance.store.pages import Holder
 
 RECALL_TOKENS = 6  # the word that is asked for comes first
+DISTANCES = {
+    "kl_next": "KL next",
+    "kl": "KL",
+    "kl_min": "smallest",
+    "kl_max": "largest",
+    "top1": "top-1",
+    "identical": "identical",
+}
 _COLUMNS = {
     "dtype": "dtype",
     "order": "order",
@@ -34,12 +42,7 @@ _COLUMNS = {
     "correction": "correction",
     "corrected": "corrected",
     "corrected_share": "share",
-    "kl_next": "KL next",
-    "kl": "KL",
-    "kl_min": "smallest",
-    "kl_max": "largest",
-    "top1": "top-1",
-    "identical": "identical",
+    **DISTANCES,
     "recall": "recall",
     "recall_none": "of none",
 }
@@ -263,8 +266,17 @@ def _recall_share(answered: dict[str, bool], agents: Sequence[str]) -> float | N
 
 
 def _summary(measured: Sequence[_Measured]) -> Row:
-    """Means over workloads, and the spread of what matters most."""
     of_workloads = [of_workload.fidelity for of_workload in measured]
+    return {
+        **summary_of(of_workloads),
+        "mirrors": sum(len(fidelity.agents) for fidelity in of_workloads),
+        "recall": _mean([of_workload.recall for of_workload in measured]),
+        "recall_none": _mean([of_workload.recall_none for of_workload in measured]),
+    }
+
+
+def summary_of(of_workloads: Sequence[Fidelity]) -> Row:
+    """Means over workloads, and the spread of what matters most."""
     kl = [fidelity.kl_continuation for fidelity in of_workloads]
     return {
         "corrected": statistics.mean(fidelity.corrected for fidelity in of_workloads),
@@ -275,9 +287,6 @@ def _summary(measured: Sequence[_Measured]) -> Row:
         "kl_max": max(kl),
         "top1": statistics.mean(fidelity.top1 for fidelity in of_workloads),
         "identical": statistics.mean(fidelity.identical for fidelity in of_workloads),
-        "mirrors": sum(len(fidelity.agents) for fidelity in of_workloads),
-        "recall": _mean([of_workload.recall for of_workload in measured]),
-        "recall_none": _mean([of_workload.recall_none for of_workload in measured]),
     }
 
 

@@ -12,7 +12,7 @@ KL as in the fidelity suite, over the agents whose prompt has KV of another cont
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from tokendance.bench.arms import forced_answers, load, make_engine, talk
 from tokendance.bench.facts import shuffled
 from tokendance.bench.plots import draw_lines
 from tokendance.bench.settings import BenchSettings
-from tokendance.bench.suite import LiveTable, Row, SuiteResult
-from tokendance.bench.suites.fidelity import DEFAULT, Kind
+from tokendance.bench.suite import LiveTable, SuiteResult
+from tokendance.bench.suites.fidelity import DEFAULT, DISTANCES, Kind, summary_of
 from tokendance.bench.workload import read_people
 from tokendance.collector.correction import USUAL_EDGES
-from tokendance.fidelity.measure import compare_round, fidelity_of, forced_reference
+from tokendance.fidelity.measure import Fidelity, compare_round, fidelity_of, forced_reference
 from tokendance.models.loader import LoadedModel
 
 PIC = Kind("pic-batched", None)
@@ -37,12 +37,7 @@ _COLUMNS = {
     "round": "round",
     "agents": "agents",
     "corrected": "corrected",
-    "kl_next": "KL next",
-    "kl": "KL",
-    "kl_min": "smallest",
-    "kl_max": "largest",
-    "top1": "top-1",
-    "identical": "identical",
+    **DISTANCES,
 }
 
 
@@ -66,16 +61,19 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
         A row for each kind and round from the second on, each figure the mean over the workloads.
     """
     plan, model = _make_plan(settings), load(settings, "float32")
-    found: dict[tuple[str, int], list[Row]] = {}
+    found: dict[tuple[str, int], list[Fidelity]] = {}
     for seed in range(settings.seed, settings.seed + settings.repeats):
         with console.status("") as status:
-            for row in _measure(model, settings, plan, seed):
-                status.update(f"seed {seed}: round {row['round']}, {row['kind']} ...")
-                found.setdefault((row["kind"], row["round"]), []).append(row)
+            for label, number, fidelity in _measure(model, settings, plan, seed):
+                status.update(f"seed {seed}: round {number}, {label} ...")
+                found.setdefault((label, number), []).append(fidelity)
     table = LiveTable(console, "Fidelity of each round against full computation", _COLUMNS)
     kinds = [_label(kind) for kind in KINDS]
     for label, number in sorted(found, key=lambda key: (kinds.index(key[0]), key[1])):
-        table.add(_mean(found[label, number]))
+        of_workloads = found[label, number]
+        agents = statistics.mean(len(fidelity.agents) for fidelity in of_workloads)
+        row = {"kind": label, "round": number, "agents": agents}
+        table.add(row | summary_of(of_workloads))
     by_kind = {(row["kind"], row["round"]): row for row in table.rows}
     headline = {
         f"kl_{when}_{kind.mode.split('-')[0]}": by_kind[_label(kind), number]["kl"]
@@ -92,8 +90,10 @@ def run(settings: BenchSettings, console: Console) -> SuiteResult:
     return SuiteResult("rounds", settings.model, table.rows, headline, notes)
 
 
-def _measure(model: LoadedModel, settings: BenchSettings, plan: _Plan, seed: int) -> Iterator[Row]:
-    """Rows of one workload, round after round."""
+def _measure(
+    model: LoadedModel, settings: BenchSettings, plan: _Plan, seed: int
+) -> Iterator[tuple[str, int, Fidelity]]:
+    """What each kind shows in one workload, round after round: its label, the round, and that."""
     people = shuffled(read_people(settings.source), np.random.default_rng(seed))[: plan.agents]
     heard = plan.rounds * len(people) * (plan.tokens + 20)
     # A text has fewer tokens than characters.
@@ -117,30 +117,11 @@ def _measure(model: LoadedModel, settings: BenchSettings, plan: _Plan, seed: int
             for agents in zip(*compared.values(), strict=True)
         ]
         for kind, agents in compared.items():
-            fidelity = fidelity_of(list(itertools.compress(agents, common)))
-            yield {
-                "kind": _label(kind),
-                "round": number,
-                "agents": len(fidelity.agents),
-                "corrected": fidelity.corrected,
-                "kl_next": fidelity.kl_next,
-                "kl": fidelity.kl_continuation,
-                "top1": fidelity.top1,
-                "identical": fidelity.identical,
-            }
+            yield _label(kind), number, fidelity_of(list(itertools.compress(agents, common)))
 
 
 def _label(kind: Kind) -> str:
     return kind.correction or kind.mode
-
-
-def _mean(of_workloads: Sequence[Row]) -> Row:
-    """One row of those of all workloads."""
-    first, kl = of_workloads[0], [row["kl"] for row in of_workloads]
-    figures = [name for name in first if name not in ("kind", "round")]
-    means = {name: statistics.mean(row[name] for row in of_workloads) for name in figures}
-    named = {"kind": first["kind"], "round": first["round"]}
-    return named | means | {"kl_min": min(kl), "kl_max": max(kl)}
 
 
 def plot(result: SuiteResult, path: Path) -> None:
