@@ -56,7 +56,9 @@ def in_bytes(numbers: Tensor, as_made: Tensor) -> Tensor:
     as it made them, times 1. That each byte is one of the nearest is checked.
     """
     parts = []
-    blocks = zip(numbers.double().split(64, 1), as_made.double().split(64, 1), strict=True)
+    blocks = zip(
+        torch.split(numbers.double(), 64, 1), torch.split(as_made.double(), 64, 1), strict=True
+    )
     for block, made in blocks:
         scale = (block.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
         whole = (made / scale).round()
