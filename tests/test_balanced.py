@@ -17,7 +17,7 @@ from tokendance import LLM
 from tokendance.collector.correction import USUAL_EDGES, Edges, Reuse
 from tokendance.errors import ConfigError
 from tokendance.fidelity import balanced, shipped
-from tokendance.fidelity.balanced import NOISE, PRICE, Balanced
+from tokendance.fidelity.balanced import NOISE, OPENING, PRICE, Balanced
 from tokendance.fidelity.shipped import best_table, cautious_table, shipped_table
 from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
 from tokendance.models.demo import _folder as checkpoint_folder
@@ -50,8 +50,8 @@ def test_error_and_price_are_least_together() -> None:
     assert PRICE == 0.0001
     assert policy.edges_for(reuse(True, 10)) == Edges(2, 0)
     assert policy.edges_for(reuse(True, 5)) == Edges(8, 1)  # half as many tokens
-    # All that is read anew costs, and nothing else.
-    assert policy.edges_for(reuse(True, 10, num_inherited=5)) == Edges(8, 1)
+    # All that is read anew costs, and nothing else; an opening is not weighed.
+    assert policy.edges_for(reuse(True, 10, num_inherited=5)) == Edges(8, 1, OPENING)
 
 
 def test_nothing_is_chosen_that_is_farther_than_pic() -> None:
@@ -88,6 +88,7 @@ def test_every_reuse_has_a_correction_of_the_table(
     num_inherited = data.draw(st.integers(0, num_blocks - 1))
     edges = Balanced(found).edges_for(reuse(in_order, num_blocks, num_inherited))
     assert (edges.first, edges.last) in CORRECTIONS
+    assert edges.opening == (OPENING if num_inherited else 0)
     if num_blocks in BLOCKS and num_inherited == 0:  # by hand, where nothing is between cells
         alike = [
             cell

@@ -36,8 +36,8 @@ def block(length: int) -> Segment:
     return segment
 
 
-def chosen(policy: CorrectionPolicy, length: int) -> list[int]:
-    mask = policy.choose(REUSE, block(length))
+def chosen(policy: CorrectionPolicy, length: int, since_own: int = 0) -> list[int]:
+    mask = policy.choose(REUSE, block(length), since_own)
     assert mask is not None
     assert mask.shape == (length,)
     return np.flatnonzero(mask).tolist()
@@ -60,12 +60,23 @@ def test_what_is_corrected(policy: CorrectionPolicy, length: int, expected: list
 
 
 @pytest.mark.parametrize(
+    ("since_own", "expected"),
+    [(0, [0, 1, 2, 3, 5]), (2, [0, 1, 5]), (3, [0, 5]), (4, [0, 5]), (2**40, [0, 5])],
+)
+def test_what_is_corrected_of_an_opening(since_own: int, expected: list[int]) -> None:
+    """As many tokens as follow own text, whatever block they are of, and the edges of each."""
+    assert chosen(Edges(1, 1, opening=4), 6, since_own) == expected
+
+
+@pytest.mark.parametrize(
     ("spec", "policy"),
     [
         ("edges", USUAL_EDGES),
         ("edges:8+1", Edges(8, 1)),
         ("first-k", Edges(4, 0)),
         ("first:7", Edges(7, 0)),
+        ("opening:32", Edges(0, 0, opening=32)),
+        ("opening:32+3+1", Edges(3, 1, opening=32)),
         ("epic", Edges(16, 0)),
         ("none", NO_CORRECTION),
         ("all", CorrectAll()),
@@ -75,13 +86,25 @@ def test_specs(spec: str, policy: CorrectionPolicy) -> None:
     assert read_correction(spec) == policy
 
 
-@given(st.builds(Edges, st.integers(0, 99), st.integers(0, 99)) | st.just(CorrectAll()))
+@given(st.builds(Edges, *[st.integers(0, 99)] * 3) | st.just(CorrectAll()))
 def test_a_spec_reads_as_its_policy(policy: CorrectionPolicy) -> None:
     assert read_correction(policy.spec) == policy
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "hkvd", "edges:", "edges:3", "edges:3+-1", "first:", "first:-1", "none:1", "x:1"]
+    "spec",
+    [
+        "",
+        "hkvd",
+        "edges:",
+        "edges:3",
+        "edges:3+-1",
+        "first:",
+        "first:-1",
+        "none:1",
+        "x:1",
+        "opening:4+1",
+    ],
 )
 def test_other_specs_are_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match=r"no correction .* edges:3\+1"):
@@ -89,8 +112,9 @@ def test_other_specs_are_refused(spec: str) -> None:
 
 
 def test_edges_are_not_negative() -> None:
-    with pytest.raises(ConfigError, match="edges"):
-        Edges(-1, 0)
+    for numbers in ((-1, 0), (0, -1), (0, 0, -1)):
+        with pytest.raises(ConfigError, match="edges"):
+            Edges(*numbers)
 
 
 class Switched:
@@ -99,8 +123,8 @@ class Switched:
     spec = "switched"
     is_enough = True
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
-        return NO_CORRECTION.choose(reuse, segment) if self.is_enough else None
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask | None:
+        return NO_CORRECTION.choose(reuse, segment, since_own) if self.is_enough else None
 
 
 @pytest.mark.parametrize("is_enough", [True, False])
@@ -131,9 +155,9 @@ class Recorder:
     def __init__(self) -> None:
         self.chosen: set[Reuse] = set()
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask | None:
         self.chosen.add(reuse)
-        return Edges(1, 0).choose(reuse, segment)
+        return Edges(1, 0).choose(reuse, segment, since_own)
 
 
 HEAD, OTHERS = shared(range(5, 25)), [shared(range(30 + 9 * n, 39 + 9 * n)) for n in range(4)]
@@ -170,7 +194,8 @@ class EverySecond:
 
     spec = "second"
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask | None:
+        del since_own
         return np.arange(len(segment)) % 2 == 1 if reuse.num_blocks < 4 else None
 
 

@@ -13,6 +13,7 @@ from conftest import examples
 from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.collector.correction import Edges, Mask, Reuse
 from tokendance.collector.plan import RequestPlan, ReuseRules, Role, plan_request
+from tokendance.collector.sources import tokens_since_own
 from tokendance.engine.allocator import Allocator
 from tokendance.rounds import segments
 from tokendance.rounds.segments import (
@@ -213,7 +214,8 @@ class Refuses:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask | None:
+        del since_own
         self.asked.append((reuse.num_blocks, len(segment)))
         return None
 
@@ -228,6 +230,31 @@ def test_where_no_correction_is_enough_nothing_is_reused_out_of_context() -> Non
     assert policy.asked == [(1, 6)]
     assert spans(plan) == [(0, 4, "prefix"), (4, 14, "own"), (14, 18, "answer")]
     assert plan.num_exact == 18
+
+
+def test_an_opening_is_what_follows_own_text() -> None:
+    """It goes on over segments, and begins anew behind own text that is more than a template's."""
+    index = FakeIndex()
+    for place, token in enumerate((2, 3, 4, 5)):
+        index.add(6, token, run=0, index=place, start=9 + 6 * place)
+    heard = [(6, token, "shared") for token in (2, 3, 4, 5)]
+    asked = prompt((5, 1), heard[0], heard[1], (15, 9), heard[2], (16, 9), heard[3], (2, 1))
+    plan = plan_request(asked, 1, index, Edges(0, 1, opening=8), ALL, NOW)
+    corrected = np.flatnonzero(plan.roles == Role.CORRECTED).tolist()
+    assert corrected == [*range(5, 13), 16, 37, *range(54, 60)]
+    assert tokens_since_own(asked) == {5: 0, 11: 6, 32: 12, 54: 0}
+    # What stands before all own text is everybody's, and a neutral owner's readers have some.
+    far = tokens_since_own(prompt(*heard[:2], (1, 1), *heard[2:]))
+    assert min(far[0], far[6]) > 10**9
+    assert (far[13], far[19]) == (0, 6)
+    assert tokens_since_own(prompt(*heard)) == {0: 0, 6: 6, 12: 12, 18: 18}
+
+
+def test_an_opening_is_stored_apart() -> None:
+    heard = [(6, token, "shared") for token in (2, 3)]
+    plan = plan_request(prompt((5, 1), *heard, (2, 1)), 1, FakeIndex(), Edges(0, 1, 8), ALL, NOW)
+    (run,) = plan.runs
+    assert run.layout[run.num_common :].tolist() == [*range(5, 13), 16]
 
 
 # -- properties -------------------------------------------------------------------------------

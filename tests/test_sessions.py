@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,16 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokendance.tier.levels.ThreadPoolExecutor", KeepsUp)
 
 
-def open_llm(model: LoadedModel, folder: Path | None, pages: int = 2000, **budget: Any) -> LLM:
+def open_llm(
+    model: LoadedModel,
+    folder: Path | None,
+    pages: int = 2000,
+    correction: str | None = None,
+    **budget: Any,
+) -> LLM:
     page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
-    llm = LLM.from_loaded(model, EngineOptions(kv_budget=pages * page_bytes))
+    options = EngineOptions(kv_budget=pages * page_bytes, correction=correction)
+    llm = LLM.from_loaded(model, options)
     if folder is not None:
         llm.open_store(folder, **budget)
     return llm
@@ -164,8 +172,10 @@ def test_the_stored_form_is_shared(roomy: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_costs_what_it_held(roomy: LoadedModel, tmp_path: Path) -> None:
-    whole = run(open_llm(roomy, None).session(agents=PEOPLE, params=ANSWER), 3)
-    llm = open_llm(roomy, tmp_path / "store")
+    # All is exact, so what is computed again is what it was.
+    exact = partial(open_llm, roomy, correction="all")
+    whole = run(exact(None).session(agents=PEOPLE, params=ANSWER), 3)
+    llm = exact(tmp_path / "store")
     run(llm.session("town", PEOPLE, params=ANSWER), 2)
     assert llm.tier is not None
     readers = llm.tier.disk.index.readers(SessionKey("", "town"))
@@ -175,7 +185,7 @@ def test_a_damaged_file_costs_what_it_held(roomy: LoadedModel, tmp_path: Path) -
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    llm = open_llm(roomy, tmp_path / "store")
+    llm = exact(tmp_path / "store")
     (third,) = run(llm.session("town", params=ANSWER), 1)
     assert words([third]) == words(whole[2:])
     expected = {output.agent: output.computed_tokens for output in whole[2].outputs}

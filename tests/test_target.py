@@ -73,18 +73,18 @@ def test_the_cheapest_correction_that_met_the_target(
 ) -> None:
     target = FidelityTarget(kl, TABLE)
     assert target.edges_for(reuse) == expected
-    mask = target.choose(reuse, BLOCK)
+    mask = target.choose(reuse, BLOCK, 0)
     if expected is None or mask is None:
         assert mask is None
     else:
-        assert mask.tolist() == expected.choose(reuse, BLOCK).tolist()
+        assert mask.tolist() == expected.choose(reuse, BLOCK, 0).tolist()
 
 
 def test_owners_lay_out_runs_for_a_reuse_like_their_own() -> None:
     reuse = Reuse(True, 400, 16, 94 * 16)
     for kl, edges in {0.03: Edges(2, 1), 0.01: Edges(8, 1), 1e-9: NO_CORRECTION}.items():
-        layout = stored_apart(FidelityTarget(kl, TABLE), reuse, BLOCK)
-        assert layout.tolist() == edges.choose(reuse, BLOCK).tolist()
+        layout = stored_apart(FidelityTarget(kl, TABLE), reuse, BLOCK, 0)
+        assert layout.tolist() == edges.choose(reuse, BLOCK, 0).tolist()
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:

@@ -57,12 +57,13 @@ class CorrectionPolicy(Protocol):
         """Name of the policy, with its numbers."""
         ...
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask | None:
         """Choose the tokens of one segment that a mirror computes afresh.
 
         Args:
             reuse: all that the mirror's request reuses.
             segment: one of those.
+            since_own: tokens of shared text between it and the mirror's own text before it.
 
         Returns:
             Bool (tokens of the segment,), true where the mirror computes afresh. None if no
@@ -71,7 +72,7 @@ class CorrectionPolicy(Protocol):
         ...
 
 
-def stored_apart(policy: CorrectionPolicy, reuse: Reuse, segment: Segment) -> Mask:
+def stored_apart(policy: CorrectionPolicy, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
     """Choose the tokens of a segment that its owner stores apart, behind the common ones.
 
     They are those that a mirror with a prompt like the owner's computes afresh; none if that one
@@ -81,47 +82,56 @@ def stored_apart(policy: CorrectionPolicy, reuse: Reuse, segment: Segment) -> Ma
         policy: of the engine.
         reuse: what such a mirror would reuse.
         segment: one of those.
+        since_own: see `CorrectionPolicy.choose`.
 
     Returns:
         Bool (tokens of the segment,), true where the token is stored apart.
     """
-    mask = policy.choose(reuse, segment)
+    mask = policy.choose(reuse, segment, since_own)
     return np.zeros(len(segment), np.bool_) if mask is None else mask
 
 
 @dataclass(frozen=True, slots=True)
 class Edges:
-    """Corrects the first tokens of each segment, and the last ones.
+    """Corrects the first tokens of each segment, its last ones, and the opening.
 
     The tokens that open a block depend most on what stands before it; EPIC (arXiv 2410.15332)
     recomputes 16 of them, for blocks that were computed alone. The token that ends a block, a line
     break most often, gathers what stands before it, and what comes after reads it there. Computed
     afresh, it buys more than a further token at the beginning, most of all in another order than
     the owner's (`docs/log.md`).
+
+    What follows a mirror's own text directly depends on it most, whatever block it is of: the
+    opening. Where what stands before was itself reused, it is worth more than all edges
+    (`docs/log.md`).
     """
 
     first: int  # how many at the beginning
     last: int  # how many at the end
+    opening: int = 0  # how many that follow own text, of one segment or of several
 
     def __post_init__(self) -> None:
-        if self.first < 0 or self.last < 0:
+        if self.first < 0 or self.last < 0 or self.opening < 0:
             raise ConfigError(
                 f"Correction cannot have edges of the first {self.first} and the last {self.last} "
-                "tokens. Give numbers, 0 or more."
+                f"tokens, and an opening of {self.opening}. Give numbers, 0 or more."
             )
 
     @property
     def spec(self) -> str:
-        """As "edges:3+1", "first:4" or "none"."""
+        """As "edges:3+1", "first:4", "none", or with an opening as "opening:32+3+1"."""
+        if self.opening:
+            return f"opening:{self.opening}+{self.first}+{self.last}"
         if self.last:
             return f"edges:{self.first}+{self.last}"
         return f"first:{self.first}" if self.first else "none"
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask:
-        """Choose the first and the last tokens, whatever the reuse."""
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
+        """Choose the first and the last tokens, and those of the opening, whatever the reuse."""
         del reuse
         indices = np.arange(len(segment))
-        return (indices < self.first) | (indices >= len(segment) - self.last)
+        first = max(self.first, self.opening - since_own)
+        return (indices < first) | (indices >= len(segment) - self.last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +143,9 @@ class CorrectAll:
         """It is "all"."""
         return "all"
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
         """Choose every token."""
-        del reuse
+        del reuse, since_own
         return np.ones(len(segment), np.bool_)
 
 
@@ -163,7 +173,8 @@ def read_correction(spec: str, others: Mapping[str, SpecReader] | None = None) -
     """Make the policy of a spec; the `spec` of that policy reads as the same policy again.
 
     Args:
-        spec: as "edges:3+1" or "first:4"; "edges" and "first-k" take their usual numbers.
+        spec: as "edges:3+1", "first:4" or "opening:32+3+1"; "edges" and "first-k" take their usual
+            numbers.
         others: readers of policies that this file does not know, by their whole spec, or by its
             beginning up to a colon; each is given what stands behind that.
 
@@ -176,10 +187,12 @@ def read_correction(spec: str, others: Mapping[str, SpecReader] | None = None) -
         return Edges(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"first:(\d+)", spec):
         return Edges(int(match[1]), 0)
+    if match := re.fullmatch(r"opening:(\d+)(?:\+(\d+)\+(\d+))?", spec):
+        return Edges(int(match[2] or 0), int(match[3] or 0), int(match[1]))
     others = others or {}
     name, colon, value = spec.partition(":")
     if name + colon in others:
         return others[name + colon](value)
     known = (f"{other}N" if other.endswith(":") else other for other in others)
-    specs = [*_BY_NAME, "edges:3+1", "first:4", *known]
+    specs = [*_BY_NAME, "edges:3+1", "first:4", "opening:32+3+1", *known]
     raise ConfigError(f"There is no correction {spec!r}. Use one like {', '.join(specs)}.")

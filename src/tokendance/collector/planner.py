@@ -1,5 +1,6 @@
 """The planner: the collector as an engine uses it, over one index and with one policy."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -94,8 +95,10 @@ class Planner:
     def _num_reusable(self, run: Sequence[Segment]) -> int:
         """Tokens of a neutral owner's run that most mirrors will not compute afresh."""
         reuse = Reuse(True, 0, len(run), sum(map(len, run)), isolated=True)
+        since_own = itertools.accumulate(map(len, run), initial=0)
         return sum(
-            int(np.count_nonzero(~stored_apart(self._policy, reuse, segment))) for segment in run
+            int(np.count_nonzero(~stored_apart(self._policy, reuse, segment, since)))
+            for segment, since in zip(run, since_own, strict=False)
         )
 
     def rules(

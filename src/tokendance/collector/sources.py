@@ -10,6 +10,9 @@ from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, RunId
 
 # New tokens of a round that make what stands behind them in earlier rounds stale.
 _MANY_NEW_TOKENS = 32
+# Own text between shared segments that makes another beginning of what follows.
+_LEAST_OWN_TOKENS = 16
+_FAR = 2**40
 
 
 class KVIndex(Protocol):
@@ -120,6 +123,29 @@ def choose_sources(
             for at, sources in of_run.items():
                 chosen.setdefault(at, sources[-1])
     return dict(sorted(chosen.items()))
+
+
+def tokens_since_own(prompt: EncodedPrompt) -> dict[int, int]:
+    """Tokens of shared text between each shared segment and the prompt's own text before it.
+
+    A few tokens of its own, as a template has between messages, do not count. What stands before
+    all own text is read as it stands in everybody's prompt, so it is as far from own text as can
+    be; but a prompt without own text is a neutral owner's, and its readers have some before it.
+
+    Returns:
+        By the position of the segment.
+    """
+    found: dict[int, int] = {}
+    num_own, since = 0, 0 if prompt.num_public == len(prompt) else _FAR
+    for start, segment in zip(prompt.starts, prompt.segments, strict=True):
+        if not segment.shared:
+            num_own += len(segment)
+            continue
+        if num_own >= _LEAST_OWN_TOKENS or (num_own and since >= _FAR):
+            since = 0
+        found[start], num_own = since, 0
+        since += len(segment)
+    return found
 
 
 def describe_reuse(

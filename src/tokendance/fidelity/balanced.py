@@ -20,9 +20,14 @@ the numbers; beyond them the nearest counts. Over the lengths of the text before
 counts: so all agents of a round correct the same tokens, whatever their private parts, and read the
 run in the same pieces. A single agent may be farther away than the mean. What was not measured gets
 a fixed correction, `USUAL_EDGES`: blocks that are far longer or shorter, and isolated requests.
+
+The table is of single rounds. A request that goes on from what it has reused before also computes
+the first `OPENING` tokens behind its own text afresh: there reuse of reuse adds up, most of all in
+the next token, and further tokens elsewhere do not help (`tokendance bench rounds`).
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -35,6 +40,8 @@ from tokendance.rounds.segments import Segment
 
 # KL of a request, nats per token of its answer, for which one token more is computed afresh.
 PRICE = 0.0001
+# Tokens behind own text that are computed afresh where what stands before was reused.
+OPENING = 32
 # KL that does not count in comparisons with `pic`: what bfloat16 costs, whatever is reused.
 NOISE = 0.001
 # Of the tokens that are reused, as many as `pic` computes afresh.
@@ -70,12 +77,16 @@ class Balanced:
         self._block_tokens = table.block_tokens
         self._best = cache(self._find_best)
 
-    def choose(self, reuse: Reuse, segment: Segment) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
         """Choose by the correction whose error and price are least together."""
-        return self.edges_for(reuse).choose(reuse, segment)
+        return self.edges_for(reuse).choose(reuse, segment, since_own)
 
     def edges_for(self, reuse: Reuse) -> Edges:
         """The correction that a reuse gets."""
+        edges = self._edges_by_table(reuse)
+        return replace(edges, opening=OPENING) if reuse.num_inherited else edges
+
+    def _edges_by_table(self, reuse: Reuse) -> Edges:
         usual = self._block_tokens * reuse.num_blocks
         if reuse.isolated or not usual <= _MOST_TIMES * reuse.num_tokens <= _MOST_TIMES**2 * usual:
             return USUAL_EDGES

@@ -197,7 +197,7 @@ class FusedLayer(nn.Module):
         )
         return output
 
-    def join(self) -> bool:
+    def join(self) -> None:
         """Make the layer one call from now on, if our kernel has all its products."""
         from tokendance.attention import _native
 
@@ -207,7 +207,7 @@ class FusedLayer(nn.Module):
             for product in (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
         )
         if qkv is None or output is None or gate_up is None or down is None:
-            return False
+            return
         self._whole = _native.DecoderLayer(
             _native.kernels()[0],
             qkv,
@@ -225,7 +225,6 @@ class FusedLayer(nn.Module):
             _parts(self._of_query),
             _parts(self._of_key),
         )
-        return True
 
     def _added(self, rows: Tensor, part: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
         """The sum, and its norm."""
@@ -375,15 +374,14 @@ def fuse_layers(model: PreTrainedModel) -> int:
     return sum(isinstance(layer, FusedLayer) for layer in layers)
 
 
-def join_layers(model: nn.Module) -> int:
+def join_layers(model: nn.Module) -> None:
     """Make each fused layer one call for few rows, where our kernel has its products.
 
     Its linear layers are packed (`models/packing.py`).
-
-    Returns:
-        How many are.
     """
-    return sum(layer.join() for layer in model.modules() if isinstance(layer, FusedLayer))
+    for layer in model.modules():
+        if isinstance(layer, FusedLayer):
+            layer.join()
 
 
 def _parts(norm: _Norm | None) -> tuple[Tensor, float, bool] | None:

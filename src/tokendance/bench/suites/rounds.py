@@ -7,7 +7,8 @@ say its answers, so all read the same words, and each has of earlier rounds what
     round 2   [system] [task] [answer] [all answers of round 1] ...   KV behind one owner's text
     round 3   what stands before is reused, and is itself near only
 
-KL as in the fidelity suite, over the agents whose prompt has KV of another context in all engines.
+KL as in the fidelity suite, over the agents whose prompt has KV of another context in all engines;
+over all agents where that is nobody, as may be with two.
 """
 
 import itertools
@@ -117,7 +118,8 @@ def _measure(
             for agents in zip(*compared.values(), strict=True)
         ]
         for kind, agents in compared.items():
-            yield _label(kind), number, fidelity_of(list(itertools.compress(agents, common)))
+            mirrors = list(itertools.compress(agents, common))
+            yield _label(kind), number, fidelity_of(mirrors or agents)
 
 
 def _label(kind: Kind) -> str:
