@@ -300,19 +300,28 @@ def test_probabilities_of_a_prompt_are_those_of_its_own_context(make_llm: MakeLL
     assert set(map(num_owners, found)) == {1}
 
 
-def test_a_text_that_failed_is_not_lent(make_fake_llm: MakeLLM) -> None:
-    """Whoever computes for others may fail; they do without it."""
+@pytest.mark.parametrize(
+    ("num_ticks", "owners", "failed"),
+    [(2, [1, 2, 1, 1, 1], []), (6, [1, 3, 1, 1, 1], [1])],
+    ids=["text", "owner"],
+)
+def test_a_text_that_failed_is_not_lent(
+    num_ticks: int, owners: list[int], failed: list[int], make_fake_llm: MakeLLM
+) -> None:
+    """Its owner does without it, and where the owner fails it is alone in that."""
     llm = make_fake_llm(owners=3, max_num_batched_tokens=16)
-    prompts = a_round(3)
     round_id = llm.engine.new_round_id()
-    requests = [llm.requests.make(prompt, KEEP, round_id, "") for prompt in prompts]
+    requests = [llm.requests.make(prompt, KEEP, round_id, "") for prompt in a_round(3)]
     llm.engine.add(requests)
-    llm.engine.tick()
+    for _ in range(num_ticks):
+        llm.engine.tick()
+    assert [num_owners(request) for request in requests] == [1, 3, 1, 1, 1]
     llm.executor.fail = RuntimeError("once")  # type: ignore[attr-defined]
     while llm.engine.has_work:
         llm.engine.tick()
         llm.engine.check_integrity()
-    assert sum(request.error is None for request in requests) >= len(requests) - 1
+    assert [num_owners(request) for request in requests] == owners
+    assert [at for at, request in enumerate(requests) if request.error is not None] == failed
 
 
 def test_over_rounds_what_was_said_is_text(make_llm: MakeLLM) -> None:
