@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tokendance import LLM
 from tokendance.collector.correction import USUAL_EDGES, Edges, Reuse
 from tokendance.errors import ConfigError
 from tokendance.fidelity import balanced, shipped
-from tokendance.fidelity.balanced import NOISE, OPENING, PRICE, Balanced
+from tokendance.fidelity.balanced import NOISE, PRICE, Balanced
 from tokendance.fidelity.shipped import best_table, cautious_table, shipped_table
 from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
 from tokendance.models.demo import _folder as checkpoint_folder
@@ -50,8 +51,8 @@ def test_error_and_price_are_least_together() -> None:
     assert PRICE == 0.0001
     assert policy.edges_for(reuse(True, 10)) == Edges(2, 0)
     assert policy.edges_for(reuse(True, 5)) == Edges(8, 1)  # half as many tokens
-    # All that is read anew costs, and nothing else; an opening is not weighed.
-    assert policy.edges_for(reuse(True, 10, num_inherited=5)) == Edges(8, 1, OPENING)
+    # All that is read anew costs, and nothing else.
+    assert policy.edges_for(reuse(True, 10, num_inherited=5)) == Edges(8, 1)
 
 
 def test_nothing_is_chosen_that_is_farther_than_pic() -> None:
@@ -88,7 +89,7 @@ def test_every_reuse_has_a_correction_of_the_table(
     num_inherited = data.draw(st.integers(0, num_blocks - 1))
     edges = Balanced(found).edges_for(reuse(in_order, num_blocks, num_inherited))
     assert (edges.first, edges.last) in CORRECTIONS
-    assert edges.opening == (OPENING if num_inherited else 0)
+    assert edges.opening == 0
     if num_blocks in BLOCKS and num_inherited == 0:  # by hand, where nothing is between cells
         alike = [
             cell
@@ -104,6 +105,15 @@ def test_every_reuse_has_a_correction_of_the_table(
         good = {c: one for c, one in kl.items() if one <= max(pic, min(kl.values())) + NOISE}
         best = min(good, key=lambda c: good[c] + PRICE * num_blocks * sum(c))
         assert (edges.first, edges.last) == best
+
+
+@pytest.mark.parametrize(("goes_on", "isolated"), product((False, True), repeat=2))
+def test_an_opening_where_reuse_goes_on_from_reuse(goes_on: bool, isolated: bool) -> None:
+    found = table(lambda *_: (0.1, 0.1, 0.1, 0.01, 0.001, 1.0))
+    one = replace(reuse(True, 10), goes_on=goes_on, isolated=isolated)
+    edges = Balanced(found).edges_for(one)
+    opened = Balanced(replace(found, opening=7)).edges_for(one)
+    assert opened == replace(edges, opening=7 if goes_on and not isolated else 0)
 
 
 @pytest.mark.parametrize(

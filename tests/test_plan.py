@@ -13,7 +13,6 @@ from conftest import examples
 from tokendance import LLM, Prompt, SamplingParams, private, shared
 from tokendance.collector.correction import Edges, Mask, Reuse
 from tokendance.collector.plan import RequestPlan, ReuseRules, Role, plan_request
-from tokendance.collector.sources import tokens_since_own
 from tokendance.engine.allocator import Allocator
 from tokendance.rounds import segments
 from tokendance.rounds.segments import (
@@ -214,8 +213,8 @@ class Refuses:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask | None:
-        del since_own
+    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
+        del offset
         self.asked.append((reuse.num_blocks, len(segment)))
         return None
 
@@ -232,29 +231,34 @@ def test_where_no_correction_is_enough_nothing_is_reused_out_of_context() -> Non
     assert plan.num_exact == 18
 
 
-def test_an_opening_is_what_follows_own_text() -> None:
-    """It goes on over segments, and begins anew behind own text that is more than a template's."""
+HEARD = [(6, token, "shared") for token in (2, 3, 4, 5)]
+
+
+def test_an_opening_is_what_is_read_first_of_all_that_is_new() -> None:
+    """It goes on over segments and over own text between them, behind own text."""
     index = FakeIndex()
     for place, token in enumerate((2, 3, 4, 5)):
         index.add(6, token, run=0, index=place, start=9 + 6 * place)
-    heard = [(6, token, "shared") for token in (2, 3, 4, 5)]
-    asked = prompt((5, 1), heard[0], heard[1], (15, 9), heard[2], (16, 9), heard[3], (2, 1))
-    plan = plan_request(asked, 1, index, Edges(0, 1, opening=8), ALL, NOW)
-    corrected = np.flatnonzero(plan.roles == Role.CORRECTED).tolist()
-    assert corrected == [*range(5, 13), 16, 37, *range(54, 60)]
-    assert tokens_since_own(asked) == {5: 0, 11: 6, 32: 12, 54: 0}
-    # What stands before all own text is everybody's, and a neutral owner's readers have some.
-    far = tokens_since_own(prompt(*heard[:2], (1, 1), *heard[2:]))
-    assert min(far[0], far[6]) > 10**9
-    assert (far[13], far[19]) == (0, 6)
-    assert tokens_since_own(prompt(*heard)) == {0: 0, 6: 6, 12: 12, 18: 18}
+    policy = Edges(0, 1, opening=8)
+
+    def corrected(*parts: tuple[int, int] | tuple[int, int, str]) -> list[int]:
+        plan = plan_request(prompt(*parts), 1, index, policy, ALL, NOW)
+        return np.flatnonzero(plan.roles == Role.CORRECTED).tolist()
+
+    assert corrected((5, 1), *HEARD[:2], (9, 9), HEARD[2], (1, 1)) == [*range(5, 13), 16, 31]
+    # What stands before all own text is read in the same context by all.
+    assert corrected(HEARD[0], (5, 1), *HEARD[1:3], (1, 1)) == [5, *range(11, 19), 22]
+    # Behind a matched beginning, which may end within a segment.
+    index.add_page(8)
+    assert corrected((5, 1), *HEARD, (1, 1)) == [*range(8, 16), 16, 22, 28]
+    assert corrected(*HEARD, (1, 1)) == [*range(8, 16), 17, 23]
 
 
-def test_an_opening_is_stored_apart() -> None:
-    heard = [(6, token, "shared") for token in (2, 3)]
-    plan = plan_request(prompt((5, 1), *heard, (2, 1)), 1, FakeIndex(), Edges(0, 1, 8), ALL, NOW)
+def test_an_opening_is_not_stored_apart() -> None:
+    asked = prompt((5, 1), *HEARD[:2], (2, 1))
+    plan = plan_request(asked, 1, FakeIndex(), Edges(0, 1, 8), ALL, NOW)
     (run,) = plan.runs
-    assert run.layout[run.num_common :].tolist() == [*range(5, 13), 16]
+    assert run.layout[run.num_common :].tolist() == [10, 16]
 
 
 # -- properties -------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ def test_every_position_is_had_in_one_way(data: st.DataObject) -> None:
     num_tokens = sum(page.num_tokens for page in index.pages)
     if num_tokens > len(asked):
         index.pages.clear()
-    policy = Edges(data.draw(st.integers(0, 3)), data.draw(st.integers(0, 2)))
+    policy = Edges(*(data.draw(st.integers(0, most)) for most in (3, 2, 20)))
     plan = plan_of(index, asked, policy)
 
     bounds = [(span.start, span.stop) for span in plan.spans]

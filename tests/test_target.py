@@ -83,7 +83,7 @@ def test_the_cheapest_correction_that_met_the_target(
 def test_owners_lay_out_runs_for_a_reuse_like_their_own() -> None:
     reuse = Reuse(True, 400, 16, 94 * 16)
     for kl, edges in {0.03: Edges(2, 1), 0.01: Edges(8, 1), 1e-9: NO_CORRECTION}.items():
-        layout = stored_apart(FidelityTarget(kl, TABLE), reuse, BLOCK, 0)
+        layout = stored_apart(FidelityTarget(kl, TABLE), reuse, BLOCK)
         assert layout.tolist() == edges.choose(reuse, BLOCK, 0).tolist()
 
 

@@ -23,6 +23,9 @@ from tokendance.rounds.segments import Segment
 
 Mask = npt.NDArray[np.bool_]
 
+ANYWHERE = 2**40
+"""An offset behind all openings."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
@@ -38,6 +41,7 @@ class Reuse:
             context. They were corrected when they were read first, and are read as they are.
         isolated: it guards its private text, so what it reads may have been computed without any
             text before it.
+        goes_on: its beginning, which is not computed again, holds KV of another context.
     """
 
     in_order: bool
@@ -46,6 +50,7 @@ class Reuse:
     num_tokens: int
     num_inherited: int = 0
     isolated: bool = False
+    goes_on: bool = False
 
 
 @runtime_checkable
@@ -57,13 +62,14 @@ class CorrectionPolicy(Protocol):
         """Name of the policy, with its numbers."""
         ...
 
-    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
         """Choose the tokens of one segment that a mirror computes afresh.
 
         Args:
             reuse: all that the mirror's request reuses.
             segment: one of those.
-            since_own: tokens of shared text between it and the mirror's own text before it.
+            offset: at which token of all shared text that is read anew it begins; `ANYWHERE` if
+                that is not known.
 
         Returns:
             Bool (tokens of the segment,), true where the mirror computes afresh. None if no
@@ -72,22 +78,21 @@ class CorrectionPolicy(Protocol):
         ...
 
 
-def stored_apart(policy: CorrectionPolicy, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
+def stored_apart(policy: CorrectionPolicy, reuse: Reuse, segment: Segment) -> Mask:
     """Choose the tokens of a segment that its owner stores apart, behind the common ones.
 
-    They are those that a mirror with a prompt like the owner's computes afresh; none if that one
-    would reuse nothing.
+    They are those that a mirror with a prompt like the owner's computes afresh, wherever the
+    segment stands; none if that one would reuse nothing.
 
     Args:
         policy: of the engine.
         reuse: what such a mirror would reuse.
         segment: one of those.
-        since_own: see `CorrectionPolicy.choose`.
 
     Returns:
         Bool (tokens of the segment,), true where the token is stored apart.
     """
-    mask = policy.choose(reuse, segment, since_own)
+    mask = policy.choose(reuse, segment, ANYWHERE)
     return np.zeros(len(segment), np.bool_) if mask is None else mask
 
 
@@ -101,14 +106,14 @@ class Edges:
     afresh, it buys more than a further token at the beginning, most of all in another order than
     the owner's (`docs/log.md`).
 
-    What follows a mirror's own text directly depends on it most, whatever block it is of: the
-    opening. Where what stands before was itself reused, it is worth more than all edges
-    (`docs/log.md`).
+    The opening is what a mirror reads first of all that is new to it, right behind its own last
+    words. Where what stands before was itself reused, it is worth more than all edges
+    (`docs/log.md`). It is not stored apart: what is left of the common tokens is one piece.
     """
 
     first: int  # how many at the beginning
     last: int  # how many at the end
-    opening: int = 0  # how many that follow own text, of one segment or of several
+    opening: int = 0  # how many of all shared text that is read anew, in one segment or several
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.last < 0 or self.opening < 0:
@@ -126,11 +131,11 @@ class Edges:
             return f"edges:{self.first}+{self.last}"
         return f"first:{self.first}" if self.first else "none"
 
-    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask:
         """Choose the first and the last tokens, and those of the opening, whatever the reuse."""
         del reuse
         indices = np.arange(len(segment))
-        first = max(self.first, self.opening - since_own)
+        first = max(self.first, self.opening - offset)
         return (indices < first) | (indices >= len(segment) - self.last)
 
 
@@ -143,9 +148,9 @@ class CorrectAll:
         """It is "all"."""
         return "all"
 
-    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask:
         """Choose every token."""
-        del reuse, since_own
+        del reuse, offset
         return np.ones(len(segment), np.bool_)
 
 

@@ -21,7 +21,7 @@ An owned run is laid out as [common | corrected], so that its mirrors read one p
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -29,14 +29,20 @@ import numpy as np
 import numpy.typing as npt
 
 from tokendance.collector.co_owners import LentTexts, find_lent
-from tokendance.collector.correction import CorrectionPolicy, Mask, Reuse, stored_apart
+from tokendance.collector.correction import (
+    ANYWHERE,
+    CorrectionPolicy,
+    Mask,
+    Reuse,
+    stored_apart,
+)
 from tokendance.collector.owners import Lenders
 from tokendance.collector.sources import (
     KVIndex,
     choose_sources,
     describe_reuse,
+    offsets_of,
     reuse_like,
-    tokens_since_own,
 )
 from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, exact_length
@@ -292,14 +298,10 @@ def plan_request(
     masks: dict[int, Mask] = {}
     if chosen or reads_inexact_prefix:
         reuse = describe_reuse(prompt, num_exact, num_prefix, chosen, isolated=rules.guarded)
-        since_own = tokens_since_own(prompt)
-        wanted = {
-            at: policy.choose(reuse, segment, since_own[start])
-            for at, (start, segment) in enumerate(segments)
-            if at in chosen
-        }
+        offsets = list(offsets_of(prompt, segments, num_prefix))
+        wanted = {at: policy.choose(reuse, segments[at][1], offsets[at]) for at in chosen}
         if not chosen:  # its beginning is all that it reuses
-            wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact), 0)
+            wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact), ANYWHERE)
         if any(mask is None for mask in wanted.values()):
             exact = replace(rules, segments=False)
             return plan_request(prompt, max_new_tokens, index, policy, exact, round_id)
@@ -368,11 +370,11 @@ def _owned_runs(
             runs.append([(start, segment)])
     if not runs:
         return []
-    reuse, since_own = reuse_like(prompt, runs), tokens_since_own(prompt)
+    reuse = reuse_like(prompt, runs)
     return [
         OwnedRun(
             tuple((start, segment.hash, len(segment)) for start, segment in run),
-            *_layout(run, policy, reuse, since_own, num_prefix),
+            *_layout(run, policy, reuse, num_prefix),
             _context(prompt, run) if guarded else (),
         )
         for run in runs
@@ -389,17 +391,11 @@ def _context(prompt: EncodedPrompt, run: Sequence[tuple[int, Segment]]) -> tuple
 
 
 def _layout(
-    run: Sequence[tuple[int, Segment]],
-    policy: CorrectionPolicy,
-    reuse: Reuse,
-    since_own: Mapping[int, int],
-    num_prefix: int,
+    run: Sequence[tuple[int, Segment]], policy: CorrectionPolicy, reuse: Reuse, num_prefix: int
 ) -> tuple[Positions, int]:
     """A run's positions as they are stored, and how many of them are common."""
     positions = np.arange(run[0][0], run[-1][0] + len(run[-1][1]))
-    corrected = np.concatenate(
-        [stored_apart(policy, reuse, segment, since_own[start]) for start, segment in run]
-    )
+    corrected = np.concatenate([stored_apart(policy, reuse, segment) for _, segment in run])
     is_new = positions >= num_prefix
     common, apart = positions[is_new & ~corrected], positions[is_new & corrected]
     return np.concatenate([common, apart]), len(common)

@@ -4,15 +4,12 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from tokendance.collector.correction import Reuse
+from tokendance.collector.correction import ANYWHERE, Reuse
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Segment, SegmentHash
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, RunId
 
 # New tokens of a round that make what stands behind them in earlier rounds stale.
 _MANY_NEW_TOKENS = 32
-# Own text between shared segments that makes another beginning of what follows.
-_LEAST_OWN_TOKENS = 16
-_FAR = 2**40
 
 
 class KVIndex(Protocol):
@@ -125,27 +122,29 @@ def choose_sources(
     return dict(sorted(chosen.items()))
 
 
-def tokens_since_own(prompt: EncodedPrompt) -> dict[int, int]:
-    """Tokens of shared text between each shared segment and the prompt's own text before it.
+def offsets_of(
+    prompt: EncodedPrompt, segments: Sequence[tuple[int, Segment]], num_prefix: int
+) -> Iterator[int]:
+    """For each of a prompt's last shared segments, where it begins in all that is read anew.
 
-    A few tokens of its own, as a template has between messages, do not count. What stands before
-    all own text is read as it stands in everybody's prompt, so it is as far from own text as can
-    be; but a prompt without own text is a neutral owner's, and its readers have some before it.
+    What is read anew lies behind the matched beginning. Without one it lies behind some text of the
+    prompt's own, if it has any: what stands before that, all agents read in the same context.
+
+    Args:
+        prompt: that reuses.
+        segments: its shared segments that end behind its matched beginning.
+        num_prefix: length of that.
 
     Returns:
-        By the position of the segment.
+        Tokens; below 0 where the matched beginning ends within a segment.
     """
-    found: dict[int, int] = {}
-    num_own, since = 0, 0 if prompt.num_public == len(prompt) else _FAR
-    for start, segment in zip(prompt.starts, prompt.segments, strict=True):
-        if not segment.shared:
-            num_own += len(segment)
-            continue
-        if num_own >= _LEAST_OWN_TOKENS or (num_own and since >= _FAR):
-            since = 0
-        found[start], num_own = since, 0
-        since += len(segment)
-    return found
+    num_public = prompt.num_public
+    begin = num_prefix or (num_public if num_public < len(prompt) else 0)
+    num_read = 0
+    for start, segment in segments:
+        stop = start + len(segment)
+        yield num_read - max(0, begin - start) if stop > begin else ANYWHERE
+        num_read += max(0, stop - max(start, begin))
 
 
 def describe_reuse(
@@ -185,7 +184,15 @@ def describe_reuse(
         # Whatever shifts the owner's segment against this one is private text of one of them.
         num_private += max(0, sources[0].start - later[indices[0]][0])
     num_tokens = sum(len(part) for _, part in reused)
-    return Reuse(in_order, num_private, len(reused), num_tokens, len(inherited), isolated)
+    return Reuse(
+        in_order,
+        num_private,
+        len(reused),
+        num_tokens,
+        len(inherited),
+        isolated,
+        goes_on=num_exact < num_prefix,
+    )
 
 
 def reuse_like(prompt: EncodedPrompt, runs: Sequence[Sequence[tuple[int, Segment]]]) -> Reuse:

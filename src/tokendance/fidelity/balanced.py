@@ -17,17 +17,17 @@ With a table that says of 10 blocks of 94 tokens, (first, last) of each:
 
 Between the numbers of blocks that were measured, logarithms of KL are interpolated over those of
 the numbers; beyond them the nearest counts. Over the lengths of the text before it is the mean that
-counts: so all agents of a round correct the same tokens, whatever their private parts, and read the
-run in the same pieces. A single agent may be farther away than the mean. What was not measured gets
-a fixed correction, `USUAL_EDGES`: blocks that are far longer or shorter, and isolated requests.
+counts: so all agents of a round correct the same tokens of its blocks, whatever their private
+parts, and read the run in the same pieces. A single agent may be farther away than the mean. What
+was not measured gets a fixed correction, `USUAL_EDGES`: blocks that are far longer or shorter, and
+isolated requests.
 
-The table is of single rounds. A request that goes on from what it has reused before also computes
-the first `OPENING` tokens behind its own text afresh: there reuse of reuse adds up, most of all in
-the next token, and further tokens elsewhere do not help (`tokendance bench rounds`).
+These are figures of single rounds. A request that goes on from what it has reused before also
+computes the first tokens afresh of all that it reads anew, an opening as long as the table says:
+reuse of reuse adds up there, most of all in the next token (`docs/log.md`). They count in no bound.
 """
 
 import math
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -40,8 +40,6 @@ from tokendance.rounds.segments import Segment
 
 # KL of a request, nats per token of its answer, for which one token more is computed afresh.
 PRICE = 0.0001
-# Tokens behind own text that are computed afresh where what stands before was reused.
-OPENING = 32
 # KL that does not count in comparisons with `pic`: what bfloat16 costs, whatever is reused.
 NOISE = 0.001
 # Of the tokens that are reused, as many as `pic` computes afresh.
@@ -75,16 +73,19 @@ class Balanced:
             )
         self._curves = {order: _Curves(table, self._edges, in_order=order) for order in orders}
         self._block_tokens = table.block_tokens
+        self._opening = table.opening
         self._best = cache(self._find_best)
 
-    def choose(self, reuse: Reuse, segment: Segment, since_own: int) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask:
         """Choose by the correction whose error and price are least together."""
-        return self.edges_for(reuse).choose(reuse, segment, since_own)
+        return self.edges_for(reuse).choose(reuse, segment, offset)
 
     def edges_for(self, reuse: Reuse) -> Edges:
         """The correction that a reuse gets."""
         edges = self._edges_by_table(reuse)
-        return replace(edges, opening=OPENING) if reuse.num_inherited else edges
+        if not reuse.goes_on or reuse.isolated:
+            return edges
+        return Edges(edges.first, edges.last, self._opening)
 
     def _edges_by_table(self, reuse: Reuse) -> Edges:
         usual = self._block_tokens * reuse.num_blocks
