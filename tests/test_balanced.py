@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from test_exactness import KEEP, logprobs, random_round
-from tokendance import LLM
+from tokendance import LLM, Agent, Output, Part, SamplingParams, private, shared
 from tokendance.collector.correction import USUAL_EDGES, Edges, Reuse
 from tokendance.errors import ConfigError
 from tokendance.fidelity import balanced, shipped
@@ -22,6 +22,8 @@ from tokendance.fidelity.balanced import NOISE, PRICE, Balanced
 from tokendance.fidelity.shipped import best_table, cautious_table, shipped_table
 from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
 from tokendance.models.demo import _folder as checkpoint_folder
+from tokendance.models.loader import load_model
+from tokendance.rounds.prompts import Message
 
 CORRECTIONS = ((0, 0), (2, 0), (2, 1), (8, 1), (16, 1))
 BEFORE, BLOCKS = (256, 1024), (4, 16)
@@ -151,6 +153,57 @@ def test_a_round_is_corrected_as_the_table_has_it(
         rtol=0,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("with_messages", [False, True])
+def test_later_rounds_have_an_opening(
+    with_messages: bool, make_llm: Callable[..., LLM], model_folder: Callable[..., Path]
+) -> None:
+    """In sessions, and where a host keeps the messages, whose answers are shared text."""
+    model = load_model(str(model_folder("llama", max_position_embeddings=2048)), "float32")
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    corrected = []
+    for opening in (0, 12):
+        found = table(lambda *_: (0.022, 0.011, 0.0107, 0.0064, 0.006, 0.018))
+        options = replace(
+            make_llm().engine.options,
+            correction=Balanced(replace(found, opening=opening)),
+            kv_budget=2**26,
+        )
+        llm = LLM.from_loaded(model, options)
+        play = _with_messages(llm) if with_messages else _in_a_session(llm)
+        corrected.append([[one.corrected_tokens for one in play(params)] for _ in range(4)])
+    without, opened = corrected
+    assert without[:2] == opened[:2]
+    for before, after in zip(without[2:], opened[2:], strict=True):
+        more = [one - other for one, other in zip(after, before, strict=True)]
+        # The first two tokens of a block are corrected anyway, and who has owned all is exact.
+        assert set(more) <= {0, 9, 10}
+        assert np.count_nonzero(more) >= 2
+
+
+def _in_a_session(llm: LLM) -> Callable[[SamplingParams], Sequence[Output]]:
+    session = llm.session("talk", [Agent(f"a{n}", "who I am " * (3 + n)) for n in range(4)])
+    return lambda params: session.run("what now?", params).outputs
+
+
+def _with_messages(llm: LLM) -> Callable[[SamplingParams], Sequence[Output]]:
+    histories: list[list[Message]] = [
+        [{"role": "system", "content": "who I am " * (3 + n)}] for n in range(4)
+    ]
+    heard: list[Part] = []
+
+    def play(params: SamplingParams) -> Sequence[Output]:
+        for history in histories:
+            history.append({"role": "user", "content": [*heard, private("what now?")]})
+        outputs = llm.run_round(histories, params).outputs
+        heard.clear()
+        for number, (history, output) in enumerate(zip(histories, outputs, strict=True)):
+            history.append({"role": "assistant", "content": output.text})
+            heard.append(shared(f"a{number}: {output.text}\n"))
+        return outputs
+
+    return play
 
 
 def test_a_table_that_says_too_little_is_refused() -> None:

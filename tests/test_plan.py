@@ -212,10 +212,12 @@ class Refuses:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
+        self.reuses: list[Reuse] = []
 
     def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
         del offset
         self.asked.append((reuse.num_blocks, len(segment)))
+        self.reuses.append(reuse)
         return None
 
 
@@ -231,10 +233,22 @@ def test_where_no_correction_is_enough_nothing_is_reused_out_of_context() -> Non
     assert plan.num_exact == 18
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_reuse_goes_on_where_its_beginning_holds_kv_of_another_context(exact: bool) -> None:
+    """Also where that stands in private text, as all does that was not found to be shared."""
+    index = FakeIndex()
+    index.add_page(4)
+    index.add_page(4, exact=exact)
+    index.add(6, 2, run=0, index=0, start=9)
+    policy = Refuses()
+    plan_request(prompt((9, 1), (6, 2, "shared"), (3, 4)), 4, index, policy, ALL, NOW)
+    assert [reuse.goes_on for reuse in policy.reuses] == [not exact]
+
+
 HEARD = [(6, token, "shared") for token in (2, 3, 4, 5)]
 
 
-def test_an_opening_is_what_is_read_first_of_all_that_is_new() -> None:
+def test_an_opening_is_what_is_reused_first() -> None:
     """It goes on over segments and over own text between them, behind own text."""
     index = FakeIndex()
     for place, token in enumerate((2, 3, 4, 5)):
@@ -248,6 +262,12 @@ def test_an_opening_is_what_is_read_first_of_all_that_is_new() -> None:
     assert corrected((5, 1), *HEARD[:2], (9, 9), HEARD[2], (1, 1)) == [*range(5, 13), 16, 31]
     # What stands before all own text is read in the same context by all.
     assert corrected(HEARD[0], (5, 1), *HEARD[1:3], (1, 1)) == [5, *range(11, 19), 22]
+    # What is shared and not reused, as an answer of its own, is not counted.
+    assert corrected((5, 1), (9, 7, "shared"), HEARD[0], (9, 9), HEARD[1], (1, 1)) == [
+        *range(14, 20),
+        *range(29, 31),
+        34,
+    ]
     # Behind a matched beginning, which may end within a segment.
     index.add_page(8)
     assert corrected((5, 1), *HEARD, (1, 1)) == [*range(8, 16), 16, 22, 28]

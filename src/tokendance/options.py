@@ -46,8 +46,8 @@ class EngineOptions:
             15% of it that deviate most, one request at a time; pic-batched: many in a pass.
         correction: which tokens of a reused block each agent computes afresh: balanced (as many as
             are worth it, by what was measured of the model; taken if left out), edges:3+1 (the
-            first 3 and the last), first:4, opening:32+3+1 (these, and the first 32 of all that the
-            agent reads anew), epic (the first 16), none, all, or target:0.01, a fidelity target. In
+            first 3 and the last), first:4, opening:32+3+1 (these, and the first 32 of all that is
+            reused anew), epic (the first 16), none, all, or target:0.01, a fidelity target. In
             Python also a policy of your own.
         owners: agents that compute what all of a round read together, a token each in turn, behind
             their own texts: none of those who read it is as far from it as from a single owner. 1:

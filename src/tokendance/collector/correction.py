@@ -68,8 +68,8 @@ class CorrectionPolicy(Protocol):
         Args:
             reuse: all that the mirror's request reuses.
             segment: one of those.
-            offset: at which token of all shared text that is read anew it begins; `ANYWHERE` if
-                that is not known.
+            offset: at which token of all that is reused behind the beginning it begins; `ANYWHERE`
+                if that is not known.
 
         Returns:
             Bool (tokens of the segment,), true where the mirror computes afresh. None if no
@@ -106,14 +106,14 @@ class Edges:
     afresh, it buys more than a further token at the beginning, most of all in another order than
     the owner's (`docs/log.md`).
 
-    The opening is what a mirror reads first of all that is new to it, right behind its own last
-    words. Where what stands before was itself reused, it is worth more than all edges
+    The opening is what a mirror reads first of all that it reuses anew, behind its own last words
+    most often. Where what stands before was itself reused, it is worth more than all edges
     (`docs/log.md`). It is not stored apart: what is left of the common tokens is one piece.
     """
 
     first: int  # how many at the beginning
     last: int  # how many at the end
-    opening: int = 0  # how many of all shared text that is read anew, in one segment or several
+    opening: int = 0  # how many of all that is reused anew, of one segment or of several
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.last < 0 or self.opening < 0:

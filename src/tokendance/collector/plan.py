@@ -298,8 +298,11 @@ def plan_request(
     masks: dict[int, Mask] = {}
     if chosen or reads_inexact_prefix:
         reuse = describe_reuse(prompt, num_exact, num_prefix, chosen, isolated=rules.guarded)
-        offsets = list(offsets_of(prompt, segments, num_prefix))
-        wanted = {at: policy.choose(reuse, segments[at][1], offsets[at]) for at in chosen}
+        offsets = offsets_of(prompt, [segments[at] for at in chosen], num_prefix)
+        wanted = {
+            at: policy.choose(reuse, segments[at][1], offset)
+            for at, offset in zip(chosen, offsets, strict=True)
+        }
         if not chosen:  # its beginning is all that it reuses
             wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact), ANYWHERE)
         if any(mask is None for mask in wanted.values()):

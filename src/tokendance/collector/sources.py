@@ -123,16 +123,17 @@ def choose_sources(
 
 
 def offsets_of(
-    prompt: EncodedPrompt, segments: Sequence[tuple[int, Segment]], num_prefix: int
+    prompt: EncodedPrompt, reused: Sequence[tuple[int, Segment]], num_prefix: int
 ) -> Iterator[int]:
-    """For each of a prompt's last shared segments, where it begins in all that is read anew.
+    """For each shared segment that a prompt reuses, where it begins in all that it reuses.
 
-    What is read anew lies behind the matched beginning. Without one it lies behind some text of the
-    prompt's own, if it has any: what stands before that, all agents read in the same context.
+    That is counted from the end of the matched beginning. Without one, from where some text of the
+    prompt's own has been read, if it has any: what stands before that, all agents read in the same
+    context.
 
     Args:
         prompt: that reuses.
-        segments: its shared segments that end behind its matched beginning.
+        reused: its segments that are reused, in order, which end behind its matched beginning.
         num_prefix: length of that.
 
     Returns:
@@ -141,7 +142,7 @@ def offsets_of(
     num_public = prompt.num_public
     begin = num_prefix or (num_public if num_public < len(prompt) else 0)
     num_read = 0
-    for start, segment in segments:
+    for start, segment in reused:
         stop = start + len(segment)
         yield num_read - max(0, begin - start) if stop > begin else ANYWHERE
         num_read += max(0, stop - max(start, begin))

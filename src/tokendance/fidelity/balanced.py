@@ -23,7 +23,7 @@ was not measured gets a fixed correction, `USUAL_EDGES`: blocks that are far lon
 isolated requests.
 
 These are figures of single rounds. A request that goes on from what it has reused before also
-computes the first tokens afresh of all that it reads anew, an opening as long as the table says:
+computes the first tokens afresh of all that it reuses anew, an opening as long as the table says:
 reuse of reuse adds up there, most of all in the next token (`docs/log.md`). They count in no bound.
 """
 

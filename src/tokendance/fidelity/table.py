@@ -69,8 +69,8 @@ class FidelityTable:
     dtype: str  # that it ran in, as the command line spells it
     block_tokens: int  # of each shared block
     cells: tuple[Cell, ...]  # in any order
-    # Of all that is read anew, the first tokens that are worth computing afresh where reuse goes on
-    # from reuse.
+    # Of all that is reused anew, the first tokens that are worth computing afresh where reuse goes
+    # on from reuse.
     opening: int = 0
 
     def to_json(self) -> str:
