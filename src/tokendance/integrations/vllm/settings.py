@@ -25,7 +25,7 @@ class Settings:
 
     Attributes:
         correction: which tokens of a reused segment each mirror computes afresh: balanced,
-            edges:3+1, first:4, epic, none or all.
+            edges:3+1, first:4, opening:32+3+1, epic, none or all.
         window_ms: requests that arrive within so many milliseconds of each other make a round; more
             for clients that were seen to take longer, within the next. 0 waits for nobody.
         window_share: share of a lone request's time that it may wait for others at most.
