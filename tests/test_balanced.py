@@ -18,7 +18,7 @@ from tokendance import LLM, Agent, Output, Part, SamplingParams, private, shared
 from tokendance.collector.correction import USUAL_EDGES, Edges, Reuse
 from tokendance.errors import ConfigError
 from tokendance.fidelity import balanced, shipped
-from tokendance.fidelity.balanced import NOISE, PRICE, Balanced
+from tokendance.fidelity.balanced import NOISE, OPENING, PRICE, Balanced
 from tokendance.fidelity.shipped import best_table, cautious_table, shipped_table
 from tokendance.fidelity.table import Cell, FidelityTable, Measured, table_path
 from tokendance.models.demo import _folder as checkpoint_folder
@@ -111,11 +111,11 @@ def test_every_reuse_has_a_correction_of_the_table(
 
 @pytest.mark.parametrize(("goes_on", "isolated"), product((False, True), repeat=2))
 def test_an_opening_where_reuse_goes_on_from_reuse(goes_on: bool, isolated: bool) -> None:
-    found = table(lambda *_: (0.1, 0.1, 0.1, 0.01, 0.001, 1.0))
-    one = replace(reuse(True, 10), goes_on=goes_on, isolated=isolated)
-    edges = Balanced(found).edges_for(one)
-    opened = Balanced(replace(found, opening=7)).edges_for(one)
-    assert opened == replace(edges, opening=7 if goes_on and not isolated else 0)
+    policy = Balanced(table(lambda *_: (0.1, 0.1, 0.1, 0.01, 0.001, 1.0)))
+    one = replace(reuse(True, 10), isolated=isolated)
+    edges = policy.edges_for(one)
+    opened = policy.edges_for(replace(one, goes_on=goes_on))
+    assert opened == replace(edges, opening=OPENING if goes_on and not isolated else 0)
 
 
 @pytest.mark.parametrize(
@@ -157,19 +157,19 @@ def test_a_round_is_corrected_as_the_table_has_it(
 
 @pytest.mark.parametrize("with_messages", [False, True])
 def test_later_rounds_have_an_opening(
-    with_messages: bool, make_llm: Callable[..., LLM], model_folder: Callable[..., Path]
+    with_messages: bool,
+    make_llm: Callable[..., LLM],
+    model_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In sessions, and where a host keeps the messages, whose answers are shared text."""
     model = load_model(str(model_folder("llama", max_position_embeddings=2048)), "float32")
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     corrected = []
     for opening in (0, 12):
-        found = table(lambda *_: (0.022, 0.011, 0.0107, 0.0064, 0.006, 0.018))
-        options = replace(
-            make_llm().engine.options,
-            correction=Balanced(replace(found, opening=opening)),
-            kv_budget=2**26,
-        )
+        monkeypatch.setattr(balanced, "OPENING", opening)
+        policy = Balanced(table(lambda *_: (0.022, 0.011, 0.0107, 0.0064, 0.006, 0.018)))
+        options = replace(make_llm().engine.options, correction=policy, kv_budget=2**26)
         llm = LLM.from_loaded(model, options)
         play = _with_messages(llm) if with_messages else _in_a_session(llm)
         corrected.append([[one.corrected_tokens for one in play(params)] for _ in range(4)])

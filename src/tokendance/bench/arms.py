@@ -1,8 +1,7 @@
 """What suites have in common of what they compare: engines and rounds."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,6 @@ from tokendance.engine.request import Request
 from tokendance.errors import ConfigError
 from tokendance.executor.kv_pool import KVPool
 from tokendance.executor.torch_executor import TorchExecutor
-from tokendance.fidelity.measure import ComparedAgent, compare_round, forced_reference
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions, ReuseMode
@@ -144,38 +142,6 @@ def forced_answers(llm: LLM, played: TownRound) -> list[tuple[int, ...]]:
     """
     end = (min(llm.model.stop_ids),)
     return [output.token_ids or end for output in played.result.outputs]
-
-
-Engine = TypeVar("Engine")
-
-
-def compare_talk(
-    exact: LLM,
-    engines: Mapping[Engine, LLM],
-    people: Sequence[TraceAgent],
-    rounds: int,
-    max_tokens: int,
-    seed: int,
-) -> Iterator[dict[Engine, list[ComparedAgent]]]:
-    """Let people talk, and other engines read and say the same, round after round.
-
-    Each has of earlier rounds what it has computed itself. See `talk`, of which `exact` plays the
-    rounds.
-
-    Yields:
-        Of each round, by engine, how near each agent's answer is, in the order of `people`.
-    """
-    for played in talk(exact, people, rounds, max_tokens, seed):
-        answers = forced_reference(exact, played.prompts, forced_answers(exact, played))
-        yield {
-            engine: compare_round(llm, played.prompts, answers) for engine, llm in engines.items()
-        }
-
-
-def talk_room(people: Sequence[TraceAgent], rounds: int, max_tokens: int) -> int:
-    """Tokens of KV that are enough for people to talk: a text has fewer than characters."""
-    heard = rounds * len(people) * (max_tokens + 20)
-    return len(people) * (max(len(person.system) for person in people) + heard)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

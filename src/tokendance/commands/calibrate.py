@@ -1,7 +1,6 @@
 """`tokendance calibrate`: measure a model, and write its fidelity table into the cache folder."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,13 +10,7 @@ from rich.markup import escape
 from tokendance.bench.settings import Size
 from tokendance.bench.suite import LiveTable
 from tokendance.errors import ConfigError
-from tokendance.fidelity.calibrate import (
-    CORRECTIONS,
-    TINY,
-    CalibrationSize,
-    measure_cells,
-    measure_opening,
-)
+from tokendance.fidelity.calibrate import CORRECTIONS, TINY, CalibrationSize, measure_cells
 from tokendance.fidelity.table import Cell, FidelityTable, table_path
 from tokendance.models.loader import LoadedModel, load_model
 from tokendance.options import EngineOptions
@@ -80,12 +73,7 @@ def calibrate(
                     "pic": cell.pic,
                 }
             )
-        found = FidelityTable(model.name, model.precision, size.block_tokens, tuple(cells))
-        if not cells:
-            return found
-        opening = measure_opening(model, found, size, seed, options, status.update)
-    console.print(f"In later rounds the first {opening} tokens of all that is new are worth it.")
-    return replace(found, opening=opening)
+    return FidelityTable(model.name, model.precision, size.block_tokens, tuple(cells))
 
 
 def write_table(table: FidelityTable, console: Console) -> None:

@@ -23,8 +23,8 @@ was not measured gets a fixed correction, `USUAL_EDGES`: blocks that are far lon
 isolated requests.
 
 These are figures of single rounds. A request that goes on from what it has reused before also
-computes the first tokens afresh of all that it reuses anew, an opening as long as the table says:
-reuse of reuse adds up there, most of all in the next token (`docs/log.md`). They count in no bound.
+computes the first `OPENING` tokens afresh of all that it reuses anew, beside that bound: reuse of
+reuse adds up there, most of all in the next token (`docs/log.md`).
 """
 
 import math
@@ -40,6 +40,8 @@ from tokendance.rounds.segments import Segment
 
 # KL of a request, nats per token of its answer, for which one token more is computed afresh.
 PRICE = 0.0001
+# Tokens of an opening that a request corrects which goes on from what it has reused.
+OPENING = 32
 # KL that does not count in comparisons with `pic`: what bfloat16 costs, whatever is reused.
 NOISE = 0.001
 # Of the tokens that are reused, as many as `pic` computes afresh.
@@ -73,7 +75,6 @@ class Balanced:
             )
         self._curves = {order: _Curves(table, self._edges, in_order=order) for order in orders}
         self._block_tokens = table.block_tokens
-        self._opening = table.opening
         self._best = cache(self._find_best)
 
     def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask:
@@ -85,7 +86,7 @@ class Balanced:
         edges = self._edges_by_table(reuse)
         if not reuse.goes_on or reuse.isolated:
             return edges
-        return Edges(edges.first, edges.last, self._opening)
+        return Edges(edges.first, edges.last, OPENING)
 
     def _edges_by_table(self, reuse: Reuse) -> Edges:
         usual = self._block_tokens * reuse.num_blocks

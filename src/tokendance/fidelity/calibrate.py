@@ -5,37 +5,17 @@ then with each correction and by `pic`, as other engines reuse; the KL divergenc
 answer is noted. Of several workloads the worst counts. Cells of one private length read the same
 texts: for each correction private parts are computed once, and so are the blocks, by the owner of
 the largest round.
-
-How much of an opening is worth it shows in later rounds only: for that, people talk.
 """
 
-import itertools
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-
-from tokendance.bench.arms import compare_talk, make_engine, talk_room
-from tokendance.bench.facts import shuffled
-from tokendance.bench.workload import (
-    TOWN,
-    Order,
-    RoundWorkload,
-    WorkloadSpec,
-    read_people,
-    write_texts,
-)
+from tokendance.bench.arms import make_engine
+from tokendance.bench.workload import Order, RoundWorkload, WorkloadSpec, write_texts
 from tokendance.collector.correction import Edges
 from tokendance.executor.kv_pool import KVPool
-from tokendance.fidelity.balanced import NOISE, PRICE, Balanced
-from tokendance.fidelity.measure import (
-    Reference,
-    fidelity_of,
-    measure_fidelity,
-    reference_answers,
-)
-from tokendance.fidelity.table import Cell, FidelityTable, Measured
+from tokendance.fidelity.measure import Reference, measure_fidelity, reference_answers
+from tokendance.fidelity.table import Cell, Measured
 from tokendance.llm import LLM
 from tokendance.models.loader import LoadedModel
 from tokendance.options import EngineOptions, ReuseMode
@@ -47,8 +27,6 @@ CORRECTIONS = (
     *(Edges(first, 1) for first in (1, 2, 4, 8, 16, 32)),
 )
 _ANSWER_TOKENS = 24
-_OPENINGS = (0, 16, 32)
-_FIRST_LATER_ROUND = 2  # by index: in the second round nothing that was reused is read again
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +38,9 @@ class CalibrationSize:
     readers: int = 4  # agents of each round
     workloads: int = 2  # of each cell
     block_tokens: int = 94  # length of a block
-    talkers: int = 10  # people who talk
-    rounds: int = 4  # for so many rounds
-    said_tokens: int = 48  # most that each says in one
 
 
-TINY = CalibrationSize(
-    (60,), (3,), readers=3, workloads=1, block_tokens=20, talkers=3, rounds=3, said_tokens=8
-)
+TINY = CalibrationSize((60,), (3,), readers=3, workloads=1, block_tokens=20)
 _Kind = tuple[Order, int]  # of a round: the order of its blocks, and how many there are
 
 
@@ -95,50 +68,6 @@ def measure_cells(
         ]
         if kinds:
             yield from _measure(model, size, private, kinds, seed, options, on_status)
-
-
-def measure_opening(
-    model: LoadedModel,
-    table: FidelityTable,
-    size: CalibrationSize,
-    seed: int,
-    options: EngineOptions,
-    on_status: Callable[[str], None],
-) -> int:
-    """Tokens of an opening whose KL and price are least together, of those no farther than `pic`.
-
-    That is the rule of `fidelity/balanced.py`.
-
-    Args:
-        model: that is measured.
-        table: of the model, by which all else is corrected.
-        size: how much is measured.
-        seed: of the workloads.
-        options: of the engines, as in `measure_cells`.
-        on_status: is told what is being done.
-    """
-    kl: dict[int | None, list[float]] = {opening: [] for opening in (*_OPENINGS, None)}  # None: pic
-    for number in range(size.workloads):
-        on_status(f"{size.talkers} people talk, {number + 1} of {size.workloads} times ...")
-        generator = np.random.default_rng(seed + number)
-        people = shuffled(read_people(TOWN), generator)[: size.talkers]
-        room = talk_room(people, size.rounds, size.said_tokens)
-        exact = make_engine(model, options, "prefix", room)
-        policies = {opening: Balanced(replace(table, opening=opening)) for opening in _OPENINGS}
-        engines: dict[int | None, LLM] = {
-            opening: make_engine(model, options, "collective", room, correction=policy)
-            for opening, policy in policies.items()
-        }
-        engines[None] = make_engine(model, options, "pic-batched", room)
-        talking = compare_talk(exact, engines, people, size.rounds, size.said_tokens, seed + number)
-        for compared in itertools.islice(talking, _FIRST_LATER_ROUND, None):
-            for opening, agents in compared.items():
-                mirrors = [agent for agent in agents if agent.is_mirror]
-                kl[opening].append(fidelity_of(mirrors or agents).kl_continuation)
-    means = {opening: statistics.mean(found) for opening, found in kl.items()}
-    nearest = min(means[opening] for opening in _OPENINGS)
-    good = [one for one in _OPENINGS if means[one] <= max(means[None], nearest) + NOISE]
-    return min(good, key=lambda opening: means[opening] + PRICE * opening)
 
 
 def _measure(

@@ -63,8 +63,7 @@ def cautious_table() -> FidelityTable:
             size = round(math.log2(cell.num_before))
             alike.setdefault((cell.in_order, size, cell.num_blocks), []).append(cell)
     cells = tuple(map(_worst, alike.values()))
-    opening = max(table.opening for table in tables)
-    return FidelityTable("any model", "any dtype", tables[0].block_tokens, cells, opening)
+    return FidelityTable("any model", "any dtype", tables[0].block_tokens, cells)
 
 
 def _worst(cells: Sequence[Cell]) -> Cell:

@@ -8,8 +8,6 @@ for a model, cell by cell:
     yes        250             4        (0, 0) 0.03   (2, 1) 0.02   (8, 1) 0.02   pic 0.02
     no         1000            16       (0, 0) 0.07   (2, 1) 0.05   (8, 1) 0.04   pic 0.05
 
-How many tokens of an opening are worth it in later rounds is one number for all of them.
-
 Tables lie in the cache folder, beside converted checkpoints, one for each model and dtype.
 """
 
@@ -69,9 +67,6 @@ class FidelityTable:
     dtype: str  # that it ran in, as the command line spells it
     block_tokens: int  # of each shared block
     cells: tuple[Cell, ...]  # in any order
-    # Of all that is reused anew, the first tokens that are worth computing afresh where reuse goes
-    # on from reuse.
-    opening: int = 0
 
     def to_json(self) -> str:
         """Write it down."""
@@ -98,11 +93,7 @@ class FidelityTable:
                 raise ValueError(f"its format is {document['format']!r}, not {_FORMAT}")
             cells = tuple(_read_cell(cell) for cell in document["cells"])
             return cls(
-                str(document["model"]),
-                str(document["dtype"]),
-                int(document["block_tokens"]),
-                cells,
-                int(document.get("opening", 0)),  # tables of before have none
+                str(document["model"]), str(document["dtype"]), int(document["block_tokens"]), cells
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"The table {path} cannot be used: {error!r}. {again}") from error

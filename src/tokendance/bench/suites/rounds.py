@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from tokendance.bench.arms import compare_talk, load, make_engine, talk_room
+from tokendance.bench.arms import forced_answers, load, make_engine, talk
 from tokendance.bench.facts import shuffled
 from tokendance.bench.plots import draw_lines
 from tokendance.bench.settings import BenchSettings
@@ -28,7 +28,7 @@ from tokendance.bench.suite import LiveTable, SuiteResult
 from tokendance.bench.suites.fidelity import DEFAULT, DISTANCES, Kind, summary_of
 from tokendance.bench.workload import read_people
 from tokendance.collector.correction import USUAL_EDGES
-from tokendance.fidelity.measure import Fidelity, fidelity_of
+from tokendance.fidelity.measure import Fidelity, compare_round, fidelity_of, forced_reference
 from tokendance.models.loader import LoadedModel
 
 PIC = Kind("pic-batched", None)
@@ -96,14 +96,20 @@ def _measure(
 ) -> Iterator[tuple[str, int, Fidelity]]:
     """What each kind shows in one workload, round after round: its label, the round, and that."""
     people = shuffled(read_people(settings.source), np.random.default_rng(seed))[: plan.agents]
-    room = talk_room(people, plan.rounds, plan.tokens)
+    heard = plan.rounds * len(people) * (plan.tokens + 20)
+    # A text has fewer tokens than characters.
+    room = len(people) * (max(len(person.system) for person in people) + heard)
     exact = make_engine(model, settings.engine, "prefix", room)
     engines = {
         kind: make_engine(model, settings.engine, kind.mode, room, correction=kind.correction)
         for kind in KINDS
     }
-    talking = compare_talk(exact, engines, people, plan.rounds, plan.tokens, seed)
-    for number, compared in enumerate(talking, 1):
+    talking = talk(exact, people, plan.rounds, plan.tokens, seed)
+    for number, played in enumerate(talking, 1):
+        answers = forced_reference(exact, played.prompts, forced_answers(exact, played))
+        compared = {
+            kind: compare_round(llm, played.prompts, answers) for kind, llm in engines.items()
+        }
         if number == 1:
             continue  # there is nothing yet that all read
         # One owner is exact, and it need not be the same one in all engines.
