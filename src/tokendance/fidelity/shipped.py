@@ -26,17 +26,28 @@ _VERSION = re.compile(r"-\d+(\.\d+)+")
 def best_table(model: str, precision: str) -> FidelityTable:
     """The best that is known of a model: measured here, or elsewhere, or of other models.
 
+    For the arguments see `known_table`.
+    """
+    try:
+        table = known_table(model, precision)
+    except ConfigError as error:
+        log.warning("%s Until then what comes with the package is used.", error)
+        table = shipped_table(model)
+    return table or cautious_table()
+
+
+def known_table(model: str, precision: str) -> FidelityTable | None:
+    """What was measured of a model here, or what comes with the package; None if nothing was.
+
     Args:
         model: its name as the user gave it: an alias, a hub id or a folder.
         precision: of its weights, see `LoadedModel.precision`.
+
+    Raises:
+        ConfigError: if what was measured here cannot be read.
     """
     path = table_path(model, precision)
-    if path.exists():
-        try:
-            return FidelityTable.read(path)
-        except ConfigError as error:
-            log.warning("%s Until then what comes with the package is used.", error)
-    return shipped_table(model) or cautious_table()
+    return FidelityTable.read(path) if path.exists() else shipped_table(model)
 
 
 def shipped_table(model: str) -> FidelityTable | None:

@@ -10,8 +10,8 @@ from typing import Self
 
 from tokendance.collector.correction import Edges, Mask, Reuse
 from tokendance.errors import ConfigError
-from tokendance.fidelity.shipped import shipped_table
-from tokendance.fidelity.table import Cell, FidelityTable, table_path
+from tokendance.fidelity.shipped import known_table
+from tokendance.fidelity.table import Cell, FidelityTable
 from tokendance.rounds.segments import Segment
 
 
@@ -30,7 +30,7 @@ class FidelityTarget:
     def read(cls, kl: str, model: str, precision: str) -> Self:
         """Make a target from the number in its spec and what was measured of a model.
 
-        For the arguments see `best_table`.
+        For the arguments see `known_table`.
 
         Raises:
             ConfigError: if nothing was measured, or either cannot be used.
@@ -41,8 +41,7 @@ class FidelityTarget:
             raise ConfigError(
                 f"The fidelity target is {kl!r}. Give a KL divergence, as in target:0.01."
             ) from error
-        path = table_path(model, precision)
-        table = FidelityTable.read(path) if path.exists() else shipped_table(model)
+        table = known_table(model, precision)
         if table is None:
             raise ConfigError(
                 "A fidelity target needs a measured table. Run `tokendance calibrate MODEL` with "

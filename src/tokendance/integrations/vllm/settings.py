@@ -75,7 +75,7 @@ class Settings:
         return cls(**given)
 
     def policy(self, model: str, precision: str) -> CorrectionPolicy:
-        """The correction; for the arguments see `best_table`."""
+        """The correction; for the arguments see `known_table`."""
         return self._policy(lambda _: Balanced(best_table(model, precision)))
 
     def _policy(self, balanced: SpecReader) -> CorrectionPolicy:
