@@ -36,8 +36,8 @@ def block(length: int) -> Segment:
     return segment
 
 
-def chosen(policy: CorrectionPolicy, length: int, offset: int = 0) -> list[int]:
-    mask = policy.choose(REUSE, block(length), offset)
+def chosen(policy: CorrectionPolicy, length: int, num_read: int = 0) -> list[int]:
+    mask = policy.choose(REUSE, block(length), num_read)
     assert mask is not None
     assert mask.shape == (length,)
     return np.flatnonzero(mask).tolist()
@@ -60,12 +60,19 @@ def test_what_is_corrected(policy: CorrectionPolicy, length: int, expected: list
 
 
 @pytest.mark.parametrize(
-    ("offset", "expected"),
-    [(0, [0, 1, 2, 3, 5]), (2, [0, 1, 5]), (3, [0, 5]), (4, [0, 5]), (2**40, [0, 5])],
+    ("num_read", "expected"),
+    [
+        (-1, [0, 1, 2, 3, 4, 5]),
+        (0, [0, 1, 2, 3, 5]),
+        (2, [0, 1, 5]),
+        (3, [0, 5]),
+        (4, [0, 5]),
+        (2**40, [0, 5]),
+    ],
 )
-def test_what_is_corrected_of_an_opening(offset: int, expected: list[int]) -> None:
+def test_what_is_corrected_of_an_opening(num_read: int, expected: list[int]) -> None:
     """As many tokens as follow own text, whatever block they are of, and the edges of each."""
-    assert chosen(Edges(1, 1, opening=4), 6, offset) == expected
+    assert chosen(Edges(1, 1, opening=4), 6, num_read) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,8 +130,8 @@ class Switched:
     spec = "switched"
     is_enough = True
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
-        return NO_CORRECTION.choose(reuse, segment, offset) if self.is_enough else None
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask | None:
+        return NO_CORRECTION.choose(reuse, segment, num_read) if self.is_enough else None
 
 
 @pytest.mark.parametrize("is_enough", [True, False])
@@ -155,9 +162,9 @@ class Recorder:
     def __init__(self) -> None:
         self.chosen: set[Reuse] = set()
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask | None:
         self.chosen.add(reuse)
-        return Edges(1, 0).choose(reuse, segment, offset)
+        return Edges(1, 0).choose(reuse, segment, num_read)
 
 
 HEAD, OTHERS = shared(range(5, 25)), [shared(range(30 + 9 * n, 39 + 9 * n)) for n in range(4)]
@@ -194,8 +201,8 @@ class EverySecond:
 
     spec = "second"
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
-        del offset
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask | None:
+        del num_read
         return np.arange(len(segment)) % 2 == 1 if reuse.num_blocks < 4 else None
 
 

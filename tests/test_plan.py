@@ -214,8 +214,8 @@ class Refuses:
         self.asked: list[tuple[int, int]] = []
         self.reuses: list[Reuse] = []
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
-        del offset
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask | None:
+        del num_read
         self.asked.append((reuse.num_blocks, len(segment)))
         self.reuses.append(reuse)
         return None
@@ -260,8 +260,7 @@ def test_an_opening_is_what_is_reused_first() -> None:
         return np.flatnonzero(plan.roles == Role.CORRECTED).tolist()
 
     assert corrected((5, 1), *HEARD[:2], (9, 9), HEARD[2], (1, 1)) == [*range(5, 13), 16, 31]
-    # What stands before all own text is read in the same context by all.
-    assert corrected(HEARD[0], (5, 1), *HEARD[1:3], (1, 1)) == [5, *range(11, 19), 22]
+    assert corrected(*HEARD[:2]) == [*range(8), 11]
     # What is shared and not reused, as an answer of its own, is not counted.
     assert corrected((5, 1), (9, 7, "shared"), HEARD[0], (9, 9), HEARD[1], (1, 1)) == [
         *range(14, 20),
@@ -272,6 +271,21 @@ def test_an_opening_is_what_is_reused_first() -> None:
     index.add_page(8)
     assert corrected((5, 1), *HEARD, (1, 1)) == [*range(8, 16), 16, 22, 28]
     assert corrected(*HEARD, (1, 1)) == [*range(8, 16), 17, 23]
+
+
+@pytest.mark.parametrize("is_beginning", [True, False])
+def test_the_end_of_a_beginning_that_all_have_is_computed(is_beginning: bool) -> None:
+    """It fills no page; were it read from whoever was first, all behind it would be inexact."""
+    index = FakeIndex()
+    index.add_page(4)
+    index.add(6, 2, run=0, index=0, start=0 if is_beginning else 9)
+    index.add(6, 4, run=1, index=0, start=20)
+    asked = prompt(HEARD[0], (5, 1), HEARD[2], (1, 1))
+    plan = plan_request(asked, 4, index, Edges(0, 0, opening=3), ALL, NOW)
+    corrected = np.flatnonzero(plan.roles == Role.CORRECTED).tolist()
+    assert plan.num_exact == (14 if is_beginning else 12)
+    assert corrected == ([11, 12, 13] if is_beginning else [4, 5, 11])
+    assert not plan.runs
 
 
 def test_an_opening_is_not_stored_apart() -> None:

@@ -99,7 +99,8 @@ def test_its_sessions_go_on(
     monkeypatch.setattr("tokendance.llm.identity_of", lambda _: json.loads(identity))
     model = load_model(str(model_folder("llama", max_position_embeddings=4096)), "float32")
     page_bytes = model.shape.kv_bytes_per_token(model.dtype) * 16
-    llm = LLM.from_loaded(model, EngineOptions(kv_budget=2000 * page_bytes))
+    options = EngineOptions(kv_budget=2000 * page_bytes, correction="edges:3+1")
+    llm = LLM.from_loaded(model, options)
     llm.open_store(folder)
     session = llm.session("town", params=SamplingParams(max_tokens=4, ignore_eos=True))
     assert [agent.name for agent in session.agents] == ["Ann", "Bo"]

@@ -23,8 +23,8 @@ from tokendance.rounds.segments import Segment
 
 Mask = npt.NDArray[np.bool_]
 
-ANYWHERE = 2**40
-"""An offset behind all openings."""
+NO_OPENING = 2**40
+"""So many tokens that no opening reaches behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,15 @@ class CorrectionPolicy(Protocol):
         """Name of the policy, with its numbers."""
         ...
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask | None:
         """Choose the tokens of one segment that a mirror computes afresh.
 
         Args:
             reuse: all that the mirror's request reuses.
             segment: one of those.
-            offset: at which token of all that is reused behind the beginning it begins; `ANYWHERE`
-                if that is not known.
+            num_read: tokens that the request reuses between its beginning, which is not computed
+                again, and the segment; below 0 where the beginning ends within it. `NO_OPENING` for
+                what is no part of any opening.
 
         Returns:
             Bool (tokens of the segment,), true where the mirror computes afresh. None if no
@@ -92,7 +93,7 @@ def stored_apart(policy: CorrectionPolicy, reuse: Reuse, segment: Segment) -> Ma
     Returns:
         Bool (tokens of the segment,), true where the token is stored apart.
     """
-    mask = policy.choose(reuse, segment, ANYWHERE)
+    mask = policy.choose(reuse, segment, NO_OPENING)
     return np.zeros(len(segment), np.bool_) if mask is None else mask
 
 
@@ -131,11 +132,11 @@ class Edges:
             return f"edges:{self.first}+{self.last}"
         return f"first:{self.first}" if self.first else "none"
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask:
         """Choose the first and the last tokens, and those of the opening, whatever the reuse."""
         del reuse
         indices = np.arange(len(segment))
-        first = max(self.first, self.opening - offset)
+        first = max(self.first, self.opening - num_read)
         return (indices < first) | (indices >= len(segment) - self.last)
 
 
@@ -148,9 +149,9 @@ class CorrectAll:
         """It is "all"."""
         return "all"
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask:
         """Choose every token."""
-        del reuse, offset
+        del reuse, num_read
         return np.ones(len(segment), np.bool_)
 
 

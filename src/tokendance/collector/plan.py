@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from tokendance.collector.co_owners import LentTexts, find_lent
 from tokendance.collector.correction import (
-    ANYWHERE,
+    NO_OPENING,
     CorrectionPolicy,
     Mask,
     Reuse,
@@ -41,7 +41,8 @@ from tokendance.collector.sources import (
     KVIndex,
     choose_sources,
     describe_reuse,
-    offsets_of,
+    in_place,
+    read_before,
     reuse_like,
 )
 from tokendance.rounds.segments import EncodedPrompt, Segment, SegmentHash
@@ -54,6 +55,7 @@ Positions = npt.NDArray[np.int64]
 # the last tokens (docs/log.md). So many are computed afresh, unless another request of this round
 # already has.
 FRESH_END = 32
+_MOST_ANEW = 16  # tokens
 _DRAWING_COLUMNS = 72
 
 
@@ -294,17 +296,26 @@ def plan_request(
     chosen: dict[int, CachedSegment] = {}
     if rules.segments:
         chosen = choose_sources(prompt, segments, index, round_id, owns_order=rules.owns_order)
+    # The end of a beginning that all have fills no page. It is computed, or all behind it would
+    # pass for KV of another context. (Where pages are larger, that takes longer than it is worth.)
+    anew = [
+        at
+        for at in in_place(segments, chosen)
+        if segments[at][0] + len(segments[at][1]) - num_prefix < _MOST_ANEW
+    ]
+    for at in anew:
+        del chosen[at]
     reads_inexact_prefix = rules.segments and num_exact < num_prefix
     masks: dict[int, Mask] = {}
     if chosen or reads_inexact_prefix:
         reuse = describe_reuse(prompt, num_exact, num_prefix, chosen, isolated=rules.guarded)
-        offsets = offsets_of(prompt, [segments[at] for at in chosen], num_prefix)
+        num_read = read_before([segments[at] for at in chosen], num_prefix)
         wanted = {
-            at: policy.choose(reuse, segments[at][1], offset)
-            for at, offset in zip(chosen, offsets, strict=True)
+            at: policy.choose(reuse, segments[at][1], num)
+            for at, num in zip(chosen, num_read, strict=True)
         }
         if not chosen:  # its beginning is all that it reuses
-            wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact), ANYWHERE)
+            wanted[-1] = policy.choose(reuse, _segment_at(prompt, num_exact), NO_OPENING)
         if any(mask is None for mask in wanted.values()):
             exact = replace(rules, segments=False)
             return plan_request(prompt, max_new_tokens, index, policy, exact, round_id)
@@ -318,6 +329,8 @@ def plan_request(
     owned: list[tuple[int, Segment]] = []
     uses: list[SegmentUse] = []
     for at, (start, segment) in enumerate(segments):
+        if at in anew:
+            continue
         first, stop = max(start, num_prefix), start + len(segment)
         source = chosen.get(at)
         if source is None:

@@ -1,13 +1,12 @@
 """The planner: the collector as an engine uses it, over one index and with one policy."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tokendance.collector.co_owners import cached_pages, with_co_owners
-from tokendance.collector.correction import CorrectionPolicy, Reuse
+from tokendance.collector.correction import CorrectionPolicy, Reuse, stored_apart
 from tokendance.collector.neutral import neutral_runs
 from tokendance.collector.owners import Lenders, Start, order_starts
 from tokendance.collector.plan import RequestPlan, ReuseRules, plan_request
@@ -95,12 +94,9 @@ class Planner:
     def _num_reusable(self, run: Sequence[Segment]) -> int:
         """Tokens of a neutral owner's run that most mirrors will not compute afresh."""
         reuse = Reuse(True, 0, len(run), sum(map(len, run)), isolated=True)
-        offsets = itertools.accumulate(map(len, run), initial=0)
-        masks = (
-            self._policy.choose(reuse, segment, offset)
-            for segment, offset in zip(run, offsets, strict=False)
+        return sum(
+            int(np.count_nonzero(~stored_apart(self._policy, reuse, segment))) for segment in run
         )
-        return sum(int(np.count_nonzero(~mask)) for mask in masks if mask is not None)
 
     def rules(
         self,

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from tokendance.collector.correction import ANYWHERE, Reuse
+from tokendance.collector.correction import NO_OPENING, Reuse
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Segment, SegmentHash
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, RunId
 
@@ -122,29 +122,41 @@ def choose_sources(
     return dict(sorted(chosen.items()))
 
 
-def offsets_of(
-    prompt: EncodedPrompt, reused: Sequence[tuple[int, Segment]], num_prefix: int
+def in_place(
+    segments: Sequence[tuple[int, Segment]], chosen: Mapping[int, CachedSegment]
 ) -> Iterator[int]:
-    """For each shared segment that a prompt reuses, where it begins in all that it reuses.
-
-    That is counted from the end of the matched beginning. Without one, from where some text of the
-    prompt's own has been read, if it has any: what stands before that, all agents read in the same
-    context.
+    """Find the segments at a prompt's beginning that stand where they stood in their owner's.
 
     Args:
-        prompt: that reuses.
-        reused: its segments that are reused, in order, which end behind its matched beginning.
-        num_prefix: length of that.
+        segments: shared segments of a prompt, in order.
+        chosen: their sources, by index.
 
     Returns:
-        Tokens; below 0 where the matched beginning ends within a segment.
+        Indices.
     """
-    num_public = prompt.num_public
-    begin = num_prefix or (num_public if num_public < len(prompt) else 0)
+    length = 0
+    for at, (start, segment) in enumerate(segments):
+        source = chosen.get(at)
+        if source is None or not start == source.start == length:
+            return
+        yield at
+        length = start + len(segment)
+
+
+def read_before(reused: Sequence[tuple[int, Segment]], begin: int) -> Iterator[int]:
+    """For each segment that a request reuses, the tokens that it reuses before it.
+
+    Args:
+        reused: segments with their positions, in order.
+        begin: where to count from: what stands before is the request's own.
+
+    Returns:
+        See `num_read` of `CorrectionPolicy.choose`.
+    """
     num_read = 0
     for start, segment in reused:
         stop = start + len(segment)
-        yield num_read - max(0, begin - start) if stop > begin else ANYWHERE
+        yield num_read - max(0, begin - start) if stop > begin else NO_OPENING
         num_read += max(0, stop - max(start, begin))
 
 

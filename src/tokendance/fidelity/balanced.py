@@ -23,8 +23,8 @@ was not measured gets a fixed correction, `USUAL_EDGES`: blocks that are far lon
 isolated requests.
 
 These are figures of single rounds. A request that goes on from what it has reused before also
-computes the first `OPENING` tokens afresh of all that it reuses anew, beside that bound: reuse of
-reuse adds up there, most of all in the next token (`docs/log.md`).
+computes the first `OPENING` tokens afresh of all that it reuses anew, even if that is more than
+`pic` computes: reuse of reuse adds up there, most of all in the next token (`docs/log.md`).
 """
 
 import math
@@ -77,9 +77,9 @@ class Balanced:
         self._block_tokens = table.block_tokens
         self._best = cache(self._find_best)
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask:
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask:
         """Choose by the correction whose error and price are least together."""
-        return self.edges_for(reuse).choose(reuse, segment, offset)
+        return self.edges_for(reuse).choose(reuse, segment, num_read)
 
     def edges_for(self, reuse: Reuse) -> Edges:
         """The correction that a reuse gets."""

@@ -54,10 +54,10 @@ class FidelityTarget:
         """As "target:0.01"."""
         return f"target:{self.kl}"
 
-    def choose(self, reuse: Reuse, segment: Segment, offset: int) -> Mask | None:
+    def choose(self, reuse: Reuse, segment: Segment, num_read: int) -> Mask | None:
         """Choose by the cheapest correction that met the target; None where none did."""
         edges = self.edges_for(reuse)
-        return None if edges is None else edges.choose(reuse, segment, offset)
+        return None if edges is None else edges.choose(reuse, segment, num_read)
 
     def edges_for(self, reuse: Reuse) -> Edges | None:
         """The correction that a reuse gets; None if its request has to compute."""
