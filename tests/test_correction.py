@@ -71,7 +71,7 @@ def test_what_is_corrected(policy: CorrectionPolicy, length: int, expected: list
     ],
 )
 def test_what_is_corrected_of_an_opening(num_read: int, expected: list[int]) -> None:
-    """As many tokens as follow own text, whatever block they are of, and the edges of each."""
+    """As many tokens as are reused first, whatever block they are of, and the edges of each."""
     assert chosen(Edges(1, 1, opening=4), 6, num_read) == expected
 
 

@@ -249,7 +249,7 @@ HEARD = [(6, token, "shared") for token in (2, 3, 4, 5)]
 
 
 def test_an_opening_is_what_is_reused_first() -> None:
-    """It goes on over segments and over own text between them, behind own text."""
+    """It goes on over segments, and over own text between them."""
     index = FakeIndex()
     for place, token in enumerate((2, 3, 4, 5)):
         index.add(6, token, run=0, index=place, start=9 + 6 * place)

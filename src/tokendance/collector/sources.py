@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from tokendance.collector.correction import NO_OPENING, Reuse
+from tokendance.collector.correction import Reuse
 from tokendance.rounds.segments import EncodedPrompt, PrefixHashes, Segment, SegmentHash
 from tokendance.store.entries import CachedSegment, PrefixPage, RoundId, RunId
 
@@ -147,7 +147,7 @@ def read_before(reused: Sequence[tuple[int, Segment]], begin: int) -> Iterator[i
     """For each segment that a request reuses, the tokens that it reuses before it.
 
     Args:
-        reused: segments with their positions, in order.
+        reused: segments with their positions, in order, which end behind `begin`.
         begin: where to count from: what stands before is the request's own.
 
     Returns:
@@ -155,9 +155,9 @@ def read_before(reused: Sequence[tuple[int, Segment]], begin: int) -> Iterator[i
     """
     num_read = 0
     for start, segment in reused:
-        stop = start + len(segment)
-        yield num_read - max(0, begin - start) if stop > begin else NO_OPENING
-        num_read += max(0, stop - max(start, begin))
+        first = max(start, begin)
+        yield num_read - (first - start)
+        num_read += start + len(segment) - first
 
 
 def describe_reuse(
