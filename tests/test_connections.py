@@ -25,14 +25,19 @@ from serving import HELLO, chat, listening, serving, wait_until
 from soak.judge import is_error
 from tokendance import LLM
 from tokendance.errors import ConfigError
-from tokendance.server import connections
 from tokendance.server.app import create_app
-from tokendance.server.connections import Connections, Phase, Reason, raise_handle_limit
+from tokendance.server.auth import ApiKeys
+from tokendance.server.connection import Connection, network_of
+from tokendance.server.connections import Connections, Phase, Reason
+from tokendance.server.connections import log as connections_log
 from tokendance.server.context import ServerContext
 from tokendance.server.errors import ApiError
+from tokendance.server.handles import handles_for_connections, raise_handle_limit
 from tokendance.server.hosts import Hosts
+from tokendance.server.http_server import Server
 from tokendance.server.metrics import Metrics
 from tokendance.server.settings import ServerSettings
+from tokendance.server.shares import Shares
 
 MakeLLM = Callable[..., LLM]
 HEAD = (
@@ -160,7 +165,7 @@ def test_idle_connections_are_closed_in_time(
             slow.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" + HALF_HEAD)
             assert answer_on(slow)[0] == 200
             assert_refused(slow, 408, "The head of the request was not there after 0.2 s")
-    lines = [record for record in caplog.records if record.name == connections.log.name]
+    lines = [record for record in caplog.records if record.name == connections_log.name]
     assert len(lines) == 1  # of hundreds in ten seconds
     assert "(--head-timeout)" in lines[0].getMessage()
 
@@ -201,8 +206,10 @@ def test_who_has_gone_leaves_no_garbage(
     """Its connection is freed at once: a collection of garbage would stop the event loop."""
 
     def num_transports() -> int:
-        kinds = ("_SelectorSocketTransport", "_Connection")
-        return sum(type(one).__name__ in kinds for one in gc.get_objects())
+        return sum(
+            type(one) is Connection or type(one).__name__ == "_SelectorSocketTransport"
+            for one in gc.get_objects()
+        )
 
     with listening(make_fake_llm()) as (port, server, _):
         before = num_transports()
@@ -225,7 +232,7 @@ def test_connections_are_those_of_asyncio_where_there_is_uvloop(
     other = ModuleType("uvloop")
     other.new_event_loop = lambda: pytest.fail("uvloop was used")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "uvloop", other)
-    server = connections.Server(create_app(make_fake_llm(), ServerSettings()))
+    server = Server(create_app(make_fake_llm(), ServerSettings()))
     make_loop = server.config.get_loop_factory()
     assert make_loop is not None
     loop = make_loop()
@@ -235,7 +242,9 @@ def test_connections_are_those_of_asyncio_where_there_is_uvloop(
 
 def test_addresses_share_the_connections(make_fake_llm: MakeLLM) -> None:
     """Who has most gives way, with what has waited longest, and never while it is answered."""
-    all_of_them = Connections(ServerSettings(max_connections=6), Metrics(make_fake_llm()))
+    settings = ServerSettings(max_connections=6)
+    shares = Shares(1.0, lambda: False)
+    all_of_them = Connections(settings, Metrics(make_fake_llm()), ApiKeys(settings), shares)
     lone = Stub(all_of_them, "one")
     crowd = [Stub(all_of_them, "many") for _ in range(5)]
     crowd[0].move(Phase.ANSWER)
@@ -251,7 +260,7 @@ def test_addresses_share_the_connections(make_fake_llm: MakeLLM) -> None:
 
 
 def test_a_client_of_ipv6_has_one_address() -> None:
-    network = connections._network
+    network = network_of
     assert network("2001:db8::1") == network("2001:db8::ffff:1%eth0") != network("2001:db8:1::1")
     assert network("::ffff:10.0.0.1") == network("10.0.0.1") != network("10.0.0.2")
     assert network("a socket") == "a socket"
@@ -260,7 +269,7 @@ def test_a_client_of_ipv6_has_one_address() -> None:
 def test_the_limit_of_handles_is_raised() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with few_handles(256):
-        assert connections._handles_for_connections() == 128
+        assert handles_for_connections() == 128
         raise_handle_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
 
@@ -415,7 +424,7 @@ def test_what_is_not_http_is_refused(
         num_refused = sum(says == "neither" for _, says in WRONG.values())
         assert counted(server, 'refused_requests_total{status="400"}') == num_refused
         assert closed(server, Reason.INVALID) == len(WRONG) - num_refused
-    assert not [record for record in caplog.records if record.name != connections.log.name]
+    assert not [record for record in caplog.records if record.name != connections_log.name]
 
 
 def test_nonsense_behind_an_answer_that_has_begun(

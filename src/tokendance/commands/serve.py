@@ -17,7 +17,8 @@ from tokendance.llm import LLM
 from tokendance.options import EngineOptions
 from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
-from tokendance.server.connections import Server, raise_handle_limit
+from tokendance.server.handles import raise_handle_limit
+from tokendance.server.http_server import Server
 from tokendance.server.logs import configure
 from tokendance.server.malloc import limit_arenas, objects_frozen
 from tokendance.server.settings import ServerSettings

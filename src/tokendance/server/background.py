@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from tokendance.server.connections import Server
+from tokendance.server.http_server import Server
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from tokendance.server.metrics import Metrics
 from tokendance.server.responses_api.kept import KeptAnswers
 from tokendance.server.sessions import Sessions
 from tokendance.server.settings import ServerSettings
+from tokendance.server.shares import Shares
 from tokendance.server.tool_format import find_tool_format
 
 Result = TypeVar("Result")
@@ -61,11 +62,12 @@ class ServerContext:
         self.keys = ApiKeys(settings)
         self.hosts = Hosts(settings)
         self.metrics = Metrics(llm)
-        self.connections = Connections(settings, self.metrics)
         dispatcher = Dispatcher(llm, self.metrics, settings)
         self.engine_thread = EngineThread(dispatcher, self.metrics.engine_watch)
         self.mailbox = Mailbox()
         self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
+        shares = Shares(settings.http_share, lambda: self.admission.num_open > 0)
+        self.connections = Connections(settings, self.metrics, self.keys, shares)
         self.kept_answers = KeptAnswers(settings)
         self.sessions = Sessions(llm, self.engine_thread)
         self.grammars = Grammars(llm.model, settings)

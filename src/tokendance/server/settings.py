@@ -66,6 +66,10 @@ class ServerSettings:
         busy_pass_ms: while requests of several keys are computed, each forward pass is cut to take
             about so many milliseconds with what is done around it, and divided among them, so that
             none waits long for others.
+        http_share: while requests of several keys come, or of several addresses where there are no
+            keys, and something is being computed: share of the time (0.01 to 1) in which the
+            server's thread may begin new ones; what remains is the engine's. Whoever has taken more
+            than its part waits; the others do not.
         max_body: largest body of a request, like 8MiB; larger ones are refused.
         max_body_objects: messages, parts, references and calls in a body, or four times as many
             fields, eight times as many lists or fifty times as many values; more are refused, since
@@ -133,6 +137,7 @@ class ServerSettings:
     max_open_requests: int = 256
     reserved_kv: float = 0.25
     busy_pass_ms: float = 100.0
+    http_share: float = 0.1
     max_body: _Size = "8MiB"
     max_body_objects: int = 20_000
     max_arriving: _Size = "512MiB"
@@ -176,6 +181,7 @@ class ServerSettings:
         _check_size("--max-responses-size", self.max_responses_bytes, 0)
         check_range(self, 0, "reserved_kv", most=0.9)
         check_range(self, 0, "drain", most=MAX_DRAIN_S)
+        check_range(self, 0.01, "http_share", most=1)
         check_range(self, 1, "max_body_objects", "max_messages", "max_choices")
         _check_size("--max-body", self.max_body_bytes, 1)
         check_range(self, 1, "max_open_requests", "default_max_tokens", "max_connections")

@@ -1,0 +1,263 @@
+"""One connection: uvicorn's, which knows its phase (`connections.py`) and waits for its turn."""
+
+import asyncio
+import ipaddress
+import json
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import h11
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tokendance.server.connections import Connections, Phase, Reason
+from tokendance.server.errors import ApiError
+from tokendance.server.shares import Account
+
+Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+
+# Bytes read at a time: of bodies whose length is known, and of all else. Chunks may have one byte
+# each, 6 with its frame, for which h11 takes 7 us: 20 ms for what is read.
+_READ_BYTES_OF_BODY = 2**18
+_READ_BYTES = 2**14
+# A client reads its answer if it has taken so many bytes of it.
+_PROGRESS_BYTES = 2**14
+# `Limits` refuses a body that is late, and discards the rest for some seconds, before this cuts in.
+_BODY_GRACE_S = 15.0
+# Methods of its own that a transport of asyncio's selector loop keeps.
+_OWN_METHODS = {"_read_ready_cb", "_write_ready"}
+
+
+class Connection(H11Protocol):
+    """A connection of uvicorn's that knows its phase, and since when it is in it.
+
+    Attributes:
+        address: of the client, without port; of IPv6 the network, which one client has whole.
+        phase: see the module.
+    """
+
+    def __init__(self, connections: Connections, **others: Any) -> None:
+        super().__init__(**others)
+        self._connections = connections
+        self.address = ""
+        self.phase = Phase.HEAD
+        self._since = self.loop.time()
+        self._num_unsent = 0
+        self._leave: Callable[[], None] | None = None  # ends the waiting of a request
+        self._reading_s = 0.0  # of the thread's time, since the last request began or ended
+
+    # -- what asyncio and uvicorn call --------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take its place among all connections."""
+        super().connection_made(transport)
+        self._read_at_a_time(_READ_BYTES)
+        self.address = network_of(self.client[0]) if self.client else ""
+        self._connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give up its place, and all that refers back to it."""
+        self._connections.remove(self)
+        super().connection_lost(exc)
+        self._let_go()
+
+    @property
+    def app(self) -> Application:
+        """What answers a request, as uvicorn asks for it; kept, it would be a circle."""
+        return self._answer_in_turn
+
+    @app.setter
+    def app(self, application: Application) -> None:
+        self._application = application
+
+    def data_received(self, data: bytes) -> None:
+        """Read what has come; the next request pays for the time."""
+        begin_s = time.thread_time()
+        super().data_received(data)
+        self._look()
+        self._reading_s += time.thread_time() - begin_s
+
+    def on_response_complete(self) -> None:
+        """Go on with another phase."""
+        super().on_response_complete()
+        self._look()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client."""
+        super().pause_writing()
+        self._look()
+
+    def resume_writing(self) -> None:
+        """Wait for the client no more."""
+        super().resume_writing()
+        self._look()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP; called where h11 has raised an error."""
+        error = sys.exception()
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        self._refuse(ApiError(status, f"This is no valid HTTP request: {error or msg}."))
+        self._connections.note_closed(Reason.INVALID)
+
+    def _let_go(self) -> None:
+        """Drop what refers back to itself when the connection is lost.
+
+        So it is freed at once. Else it would wait for a collection of garbage, which stops the
+        event loop for as long as there are connections that have come and gone. An answer that is
+        under way ends by itself.
+        """
+        self._unset_keepalive_if_required()
+        self._end_turn()
+        for name in _OWN_METHODS & vars(self.transport).keys():
+            setattr(self.transport, name, _nothing)
+        self.cycle = None  # type: ignore[assignment]
+
+    # -- turns --------------------------------------------------------------------------------
+
+    async def _answer_in_turn(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request when others have had their share; not at all if its client has gone."""
+        shares, cycle = self._connections.shares, self.cycle
+        account = self._connections.account_of(scope, self.address)
+        self._charge_reading(account)
+        turn = shares.turn(account)
+        if turn is not None:
+            self._leave = partial(shares.leave, account, turn)
+            self._look()
+            try:
+                await turn
+            finally:
+                self._end_turn()
+            self._look()
+        if not self.transport.is_closing():
+            work = self._application(scope, receive, send)
+            await shares.metered(account, work, lambda: cycle.response_started)
+            self._charge_reading(account)
+
+    def _end_turn(self) -> None:
+        """Let a request that waits for its turn go on, and see that nobody is there."""
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
+
+    def _charge_reading(self, account: Account) -> None:
+        self._connections.shares.charge(account, self._reading_s)
+        self._reading_s = 0.0
+
+    def _read_at_a_time(self, num_bytes: int) -> None:
+        # Transports of asyncio's selector loop go by it.
+        self.transport.max_size = num_bytes  # type: ignore[attr-defined]
+
+    # -- phases -------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Find the phase anew."""
+        phase, num_unsent = self._find_phase(), self.transport.get_write_buffer_size()
+        has_read = num_unsent <= self._num_unsent - _PROGRESS_BYTES
+        if phase is not self.phase or (phase is Phase.UNREAD and has_read):
+            self.phase, self._num_unsent, self._since = phase, num_unsent, self.loop.time()
+            has_length = all(name != b"transfer-encoding" for name, _ in self.headers or ())
+            is_cheap = phase is Phase.BODY and has_length
+            self._read_at_a_time(_READ_BYTES_OF_BODY if is_cheap else _READ_BYTES)
+            self._connections.move(self)
+
+    def _find_phase(self) -> Phase:
+        if self._is_answering:
+            if self._leave is not None:
+                return Phase.TURN
+            if self.flow.write_paused:
+                return Phase.UNREAD
+            return Phase.BODY if self.cycle.more_body else Phase.ANSWER
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+            return Phase.UNREAD
+        if self.conn.their_state is h11.SEND_BODY:
+            return Phase.BODY
+        return Phase.HEAD if self.cycle is None or self._has_begun else Phase.IDLE
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _body_grace_s(self) -> float:
+        return _BODY_GRACE_S if self._is_answering else 0.0
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether something has come of a head that is awaited."""
+        return bool(self.conn.trailing_data[0])
+
+    # -- how it ends --------------------------------------------------------------------------
+
+    def close_if_late(self) -> None:
+        """Close the connection if its phase has lasted too long; uvicorn ends IDLE by itself."""
+        self._look()
+        settings = self._connections.settings
+        waited_s = self.loop.time() - self._since
+        match self.phase:
+            case Phase.HEAD if waited_s > settings.head_timeout:
+                if self._has_begun:
+                    text = (
+                        f"The head of the request was not there after {settings.head_timeout:g} s. "
+                        "Send it at once."
+                    )
+                    self._refuse(ApiError(408, text))
+                self.transport.close()
+                self._connections.note_closed(Reason.HEAD)
+            case Phase.BODY if waited_s > settings.body_timeout + self._body_grace_s:
+                self.transport.abort()
+                self._connections.note_closed(Reason.BODY)
+            case Phase.UNREAD if waited_s > settings.send_timeout:
+                self.transport.abort()
+                self._connections.note_closed(Reason.UNREAD)
+
+    def make_room(self) -> None:
+        """Close the connection at once, to have its place."""
+        if self.phase in (Phase.HEAD, Phase.TURN):
+            text = (
+                f"There are {self._connections.most} connections, and no room for more "
+                "(--max-connections). Ask again in a moment, and send each request at once."
+            )
+            self._refuse(ApiError(503, text, headers={"Retry-After": "1"}))
+        self.transport.abort()
+        self._connections.remove(self)
+        self._connections.note_closed(Reason.DISPLACED)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Say why, if no answer has begun, and close the connection."""
+        if self._is_answering:
+            # The application may still want to answer: its client is gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self._end_turn()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body()).encode()
+            own = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "connection": "close",
+            }
+            headers = list((own | error.headers).items())
+            head = h11.Response(status_code=error.status, headers=headers)
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def _nothing() -> None:
+    """Nothing is read or written any more."""
+
+
+def network_of(address: str) -> str:
+    """The address, or the network of 64 bits that an IPv6 client has for itself."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv4Address):
+        return address
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
