@@ -274,17 +274,21 @@ def test_an_opening_is_what_is_reused_first() -> None:
 
 
 @pytest.mark.parametrize("is_beginning", [True, False])
-def test_the_end_of_a_beginning_that_all_have_is_computed(is_beginning: bool) -> None:
+@pytest.mark.parametrize("before", [(), ((10, 8, "shared"),)], ids=["one", "two"])
+def test_the_end_of_a_beginning_that_all_have_is_computed(
+    before: tuple[tuple[int, int, str], ...], *, is_beginning: bool
+) -> None:
     """It fills no page; were it read from whoever was first, all behind it would be inexact."""
     index = FakeIndex()
-    index.add_page(4)
-    index.add(6, 2, run=0, index=0, start=0 if is_beginning else 9)
-    index.add(6, 4, run=1, index=0, start=20)
-    asked = prompt(HEARD[0], (5, 1), HEARD[2], (1, 1))
+    first = sum(length for length, *_ in before)
+    index.add_page(first + 4)
+    index.add(6, 2, run=0, index=0, start=first if is_beginning else first + 9)
+    index.add(6, 4, run=1, index=0, start=first + 20)
+    asked = prompt(*before, HEARD[0], (5, 1), HEARD[2], (1, 1))
     plan = plan_request(asked, 4, index, Edges(0, 0, opening=3), ALL, NOW)
-    corrected = np.flatnonzero(plan.roles == Role.CORRECTED).tolist()
-    assert plan.num_exact == (14 if is_beginning else 12)
-    assert corrected == ([11, 12, 13] if is_beginning else [4, 5, 11])
+    corrected = np.flatnonzero(plan.roles == Role.CORRECTED) - first
+    assert plan.num_exact == first + (14 if is_beginning else 12)
+    assert corrected.tolist() == ([11, 12, 13] if is_beginning else [4, 5, 11])
     assert not plan.runs
 
 

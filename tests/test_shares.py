@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving import chat, serving, wait_until
-from test_connections import HALF_HEAD, answer_on, closed, connected, crowd
+from test_connections import HALF_HEAD, answer_on, closed, connected, counted, crowd
 from tokendance import LLM
 from tokendance.errors import ConfigError
 from tokendance.server.connections import Phase, Reason
@@ -275,6 +275,7 @@ def test_one_key_waits_and_the_other_does_not(make_fake_llm: MakeLLM) -> None:
         for account in server.connections.shares._accounts.values():
             account.taken_s = 0.0
         assert answer_on(slow)[0] == 200
+        assert counted(server, "turn_wait_seconds_count") == 1
 
 
 def test_who_goes_away_waits_no_more(make_fake_llm: MakeLLM) -> None:

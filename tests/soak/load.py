@@ -63,6 +63,8 @@ class Target:
         port: of this machine.
         keys: of tenants.
         canary_key: of a tenant that shares its texts with nobody.
+        loiterer_key: of a tenant that lets the server wait: its requests do not wait for their turn
+            behind those of others, so that its deadlines are its own.
         max_body_bytes: larger bodies are refused.
         max_messages: longer conversations are refused.
         max_context: tokens; longer prompts are refused.
@@ -73,6 +75,7 @@ class Target:
     port: int
     keys: list[str]
     canary_key: str
+    loiterer_key: str
     max_body_bytes: int
     max_messages: int
     max_context: int
@@ -472,7 +475,9 @@ class Clients:
     def _loiterer(self, kind: str) -> Callable[[random.Random], Awaitable[None]]:
         """A client of `Loiterers`, whose problems are noted."""
         target = self.target
-        loiterers = Loiterers(target.port, target.keys[0], target.deadlines, target.max_connections)
+        loiterers = Loiterers(
+            target.port, target.loiterer_key, target.deadlines, target.max_connections
+        )
 
         async def client(rng: random.Random) -> None:
             begun = time.monotonic()

@@ -18,6 +18,8 @@ from soak.judge import is_error
 _LATE_S = 20.0
 _PROMPT_S = 5.0
 _CROWD = 700
+# Answers, of 76 kB each, that are more than the system keeps of what a client does not read.
+_PAGES = 100
 _AT_A_TIME = 50
 _CROWD_EVERY_S = 15.0
 
@@ -102,7 +104,7 @@ class Loiterers:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.setblocking(False)
             await loop.sock_connect(connection, ("127.0.0.1", self._port))
-            await loop.sock_sendall(connection, page * 300 + _POST + head + data)
+            await loop.sock_sendall(connection, page * _PAGES + _POST + head + data)
             # First the answers have to fill what the system keeps of them.
             await asyncio.sleep(self._deadlines["send_timeout"] + 10)
 

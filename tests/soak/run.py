@@ -38,9 +38,10 @@ from tokendance.server.pauses import Pauses
 _CONTEXT = 1024
 _NUM_PAGES = 2000
 _DISK_BYTES = 64 * 2**20
-_KEYS = ["one", "two", "three", "canary"]
+_KEYS = ["one", "two", "three"]
+_LOITERER, _CANARY = "loiterer", "canary"
 _SETTINGS: dict[str, Any] = {
-    "api_keys": tuple(_KEYS),
+    "api_keys": (*_KEYS, _LOITERER, _CANARY),
     "max_body": 200_000,
     "max_messages": 200,
     # Fewer than a burst: there have to be some who are told to come back.
@@ -139,8 +140,9 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
         llm.executor.pool.values.zero_()
         target = Target(
             port,
-            _KEYS[:-1],
-            _KEYS[-1],
+            _KEYS,
+            _CANARY,
+            _LOITERER,
             _SETTINGS["max_body"],
             _SETTINGS["max_messages"],
             _CONTEXT,

@@ -300,7 +300,7 @@ def plan_request(
     # pass for KV of another context. (Where pages are larger, that takes longer than it is worth.)
     anew = [
         at
-        for at in in_place(segments, chosen)
+        for at in in_place(prompt, segments, chosen)
         if segments[at][0] + len(segments[at][1]) - num_prefix < _MOST_ANEW
     ]
     for at in anew:

@@ -123,24 +123,26 @@ def choose_sources(
 
 
 def in_place(
-    segments: Sequence[tuple[int, Segment]], chosen: Mapping[int, CachedSegment]
-) -> Iterator[int]:
-    """Find the segments at a prompt's beginning that stand where they stood in their owner's.
+    prompt: EncodedPrompt,
+    segments: Sequence[tuple[int, Segment]],
+    chosen: Mapping[int, CachedSegment],
+) -> list[int]:
+    """Find the segments before all private text that stand where they did in their owner's prompt.
 
     Args:
-        segments: shared segments of a prompt, in order.
+        prompt: that reads them.
+        segments: shared segments of it, in order.
         chosen: their sources, by index.
 
     Returns:
-        Indices.
+        Indices, in order.
     """
-    length = 0
-    for at, (start, segment) in enumerate(segments):
-        source = chosen.get(at)
-        if source is None or not start == source.start == length:
-            return
-        yield at
-        length = start + len(segment)
+    return [
+        at
+        for at, source in sorted(chosen.items())
+        if segments[at][0] + len(segments[at][1]) <= prompt.num_public
+        and source.start == segments[at][0]
+    ]
 
 
 def read_before(reused: Sequence[tuple[int, Segment]], begin: int) -> Iterator[int]:
@@ -180,12 +182,8 @@ def describe_reuse(
     shared = prompt.shared_segments()
     inherited = [at for at in shared if num_exact < at[0] + len(at[1]) <= num_prefix]
     later = [at for at in shared if at[0] + len(at[1]) > num_prefix]
-    # What stands before all private text, as it did in its owner's prompt, is exact.
-    indices = [
-        at
-        for at in sorted(chosen)
-        if later[at][0] + len(later[at][1]) > prompt.num_public or chosen[at].start != later[at][0]
-    ] or sorted(chosen)
+    exact = set(in_place(prompt, later, chosen))
+    indices = [at for at in sorted(chosen) if at not in exact] or sorted(chosen)
     sources = [chosen[at] for at in indices]
     in_order = len({source.run for source in sources}) <= 1 and all(
         source.index < following.index for source, following in itertools.pairwise(sources)

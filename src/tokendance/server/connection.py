@@ -125,11 +125,13 @@ class Connection(H11Protocol):
         turn = shares.turn(account)
         if turn is not None:
             self._leave = partial(shares.leave, account, turn)
+            came_s = self.loop.time()
             self._look()
             try:
                 await turn
             finally:
                 self._end_turn()
+                self._connections.note_turn(self.loop.time() - came_s)
             self._look()
         if not self.transport.is_closing():
             work = self._application(scope, receive, send)

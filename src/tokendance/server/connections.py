@@ -152,6 +152,10 @@ class Connections:
             if not of_address:
                 those.pop(connection.address, None)
 
+    def note_turn(self, waited_s: float) -> None:
+        """Record a request that waited for its turn."""
+        self._metrics.note_turn(waited_s)
+
     def note_closed(self, reason: Reason) -> None:
         """Count a connection that the server has closed."""
         self._metrics.note_closed(reason)

@@ -64,6 +64,12 @@ class Metrics:
         self._closed = counter(
             "connections_closed", "Connections that the server has closed, and why.", ["reason"]
         )
+        self._turn_wait = histogram(
+            "turn_wait_seconds",
+            "Requests that waited for their turn, since their key had taken more than its part of "
+            "--http-share: for how long.",
+            buckets=_SECONDS,
+        )
         self._refused = counter(
             "refused_requests", "Requests refused before they were read, by status.", ["status"]
         )
@@ -117,6 +123,10 @@ class Metrics:
     def note_closed(self, reason: str) -> None:
         """Record a connection that the server has closed; there are few reasons."""
         self._closed.labels(reason).inc()
+
+    def note_turn(self, waited_s: float) -> None:
+        """Record a request that had to wait until others had had their turn."""
+        self._turn_wait.observe(waited_s)
 
     def note_embedded(self, num_tokens: int) -> None:
         """Count the tokens of texts that vectors were made of."""
