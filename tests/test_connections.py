@@ -20,6 +20,7 @@ from typing import Any, cast
 import h11
 import httpx
 import pytest
+from fastapi.exceptions import RequestValidationError
 
 from serving import HELLO, chat, listening, serving, wait_until
 from soak.judge import is_error
@@ -27,6 +28,7 @@ from tokendance import LLM
 from tokendance.errors import ConfigError
 from tokendance.server.app import create_app
 from tokendance.server.auth import ApiKeys
+from tokendance.server.chat import ChatEndpoint
 from tokendance.server.connection import Connection, network_of
 from tokendance.server.connections import Connections, Phase, Reason
 from tokendance.server.connections import log as connections_log
@@ -44,6 +46,7 @@ HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 )
 HALF_HEAD = HEAD[:40]
+ENDLESS = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "ignore_eos": True}
 
 # Opens many connections, sends half a head on each, and keeps them until its input ends.
 CROWD = """
@@ -180,9 +183,10 @@ def test_who_asks_nothing_more_is_let_go(make_fake_llm: MakeLLM) -> None:
 class Stub:
     """A connection without a client."""
 
-    def __init__(self, all_of_them: Connections, address: str) -> None:
+    def __init__(self, all_of_them: Connections, address: str, since_s: float = 0.0) -> None:
         self.address = address
         self.phase = Phase.HEAD
+        self.since_s = since_s
         self.is_closed = False
         self._all = all_of_them
         all_of_them.add(cast(Any, self))
@@ -225,6 +229,36 @@ def test_who_has_gone_leaves_no_garbage(
             gc.enable()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"{no JSON", b'{"model": "tiny"}', json.dumps({**ENDLESS, "stream": True}).encode()],
+    ids=["no JSON", "wrong", "stream"],
+)
+def test_a_request_that_fails_or_is_left_leaves_no_garbage(
+    make_fake_llm: MakeLLM, body: bytes
+) -> None:
+    """Nothing that refers to itself keeps the body of a request, or all of an answer."""
+
+    def num_kept() -> int:
+        return sum(
+            isinstance(one, RequestValidationError | ChatEndpoint | asyncio.CancelledError)
+            for one in gc.get_objects()
+        )
+
+    with listening(make_fake_llm()) as (port, server, _):
+        gc.collect()
+        before = num_kept()
+        gc.disable()
+        try:
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", port), 60) as client:
+                    client.sendall(HEAD + b"content-length: %d\r\n\r\n%b" % (len(body), body))
+                    assert client.recv(2**12)
+            wait_until(server, lambda: num_kept() <= before)
+        finally:
+            gc.enable()
+
+
 def test_connections_are_those_of_asyncio_where_there_is_uvloop(
     make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,11 +274,16 @@ def test_connections_are_those_of_asyncio_where_there_is_uvloop(
     assert isinstance(loop, asyncio.SelectorEventLoop)
 
 
+def connections_of(make_fake_llm: MakeLLM, most: int) -> Connections:
+    settings = ServerSettings(max_connections=most)
+    return Connections(
+        settings, Metrics(make_fake_llm()), ApiKeys(settings), Shares(settings.http_share, list)
+    )
+
+
 def test_addresses_share_the_connections(make_fake_llm: MakeLLM) -> None:
     """Who has most gives way, with what has waited longest, and never while it is answered."""
-    settings = ServerSettings(max_connections=6)
-    shares = Shares(1.0, lambda: False)
-    all_of_them = Connections(settings, Metrics(make_fake_llm()), ApiKeys(settings), shares)
+    all_of_them = connections_of(make_fake_llm, 6)
     lone = Stub(all_of_them, "one")
     crowd = [Stub(all_of_them, "many") for _ in range(5)]
     crowd[0].move(Phase.ANSWER)
@@ -257,6 +296,23 @@ def test_addresses_share_the_connections(make_fake_llm: MakeLLM) -> None:
         assert not one.is_closed
         one.move(Phase.ANSWER)
     assert Stub(all_of_them, "three").is_closed  # there is nobody else who waits for nothing
+
+
+def test_who_is_held_back_gives_way_behind_who_waits_for_nothing(make_fake_llm: MakeLLM) -> None:
+    """But before one that has just come, or whose address has fewer: nobody is locked out."""
+    all_of_them = connections_of(make_fake_llm, 6)
+    other = Stub(all_of_them, "one")
+    held = [Stub(all_of_them, "many") for _ in range(3)]
+    for one in held:
+        one.move(Phase.HELD)
+    idle = [Stub(all_of_them, "many") for _ in range(2)]
+    late = [Stub(all_of_them, "many", since_s=100.0) for _ in range(4)]
+    assert [one.is_closed for one in idle] == [True, True]
+    assert [one.is_closed for one in held] == [True, True, False]
+    assert not any(one.is_closed for one in (other, *late))
+    more = [Stub(all_of_them, "one", since_s=200.0) for _ in range(2)]
+    assert [one.is_closed for one in late] == [True, True, False, False]  # by now they have waited
+    assert not any(one.is_closed for one in (other, held[2], *more))
 
 
 def test_a_client_of_ipv6_has_one_address() -> None:
@@ -322,7 +378,7 @@ def test_who_does_not_read_is_not_waited_for(make_fake_llm: MakeLLM, is_stream: 
 
 
 def is_later(served: Any, since: float) -> bool:
-    return bool(served._since > since)
+    return bool(served.since_s > since)
 
 
 def test_who_reads_slowly_is_waited_for(make_fake_llm: MakeLLM) -> None:
@@ -336,7 +392,7 @@ def test_who_reads_slowly_is_waited_for(make_fake_llm: MakeLLM) -> None:
         (served,) = server.connections._open
         for _ in range(3):
             wait_until(server, lambda: served.phase is Phase.UNREAD)
-            since, num_bytes = served._since, 0
+            since, num_bytes = served.since_s, 0
             while num_bytes < 2**16:
                 num_bytes += len(connection.recv(2**16))
             wait_until(server, partial(is_later, served, since))

@@ -92,3 +92,31 @@ with objects_frozen():
 assert gc.get_freeze_count() == 0
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_garbage_is_collected_when_there_is_nothing_to_do() -> None:
+    script = """
+import anyio, gc, weakref
+from tokendance.server import malloc
+class Circle:
+    def __init__(self): self.itself = self
+async def run(busy):
+    circle = Circle()
+    gone = weakref.ref(circle)
+    gc.collect(1)  # what is not young any more is left to a full collection
+    del circle
+    looks = iter([busy] * 20)
+    with anyio.CancelScope() as scope:
+        def is_busy():
+            if gone() is None or (look := next(looks, None)) is None:
+                scope.cancel()
+                return True
+            return look
+        await malloc.collect_when_idle(is_busy, every_s=0.0)
+    return gone() is None
+with malloc.objects_frozen():
+    assert not anyio.run(run, True)
+    assert anyio.run(run, False)
+assert not anyio.run(run, False)  # it would look at all that was loaded
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

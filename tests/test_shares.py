@@ -1,8 +1,10 @@
 """The time of the event loop's thread is divided among those who ask."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import gc
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving import chat, serving, wait_until
-from test_connections import HALF_HEAD, answer_on, closed, connected, counted, crowd
+from test_connections import answer_on, connected, counted
 from tokendance import LLM
 from tokendance.errors import ConfigError
-from tokendance.server.connections import Phase, Reason
+from tokendance.server.connections import Phase
 from tokendance.server.context import ServerContext
 from tokendance.server.settings import ServerSettings
 from tokendance.server.shares import Account, Shares, drain
@@ -54,104 +56,108 @@ class Clocks:
         self.computed_s += seconds
 
 
-def shares_of(clocks: Clocks, share: float, *, is_busy: bool = True) -> Shares:
-    return Shares(share, lambda: is_busy, lambda: clocks.now_s, lambda: clocks.computed_s)
+def shares_of(clocks: Clocks, share: float, *answered: str) -> Shares:
+    return Shares(share, lambda: answered, lambda: clocks.now_s, lambda: clocks.computed_s)
 
 
 @pytest.mark.parametrize(
-    ("names", "is_busy", "waits"),
+    ("answered", "waits"),
     [
-        (["one", "two"], True, True),
-        (["one"], True, False),  # nobody else asks
-        (["one", "two"], False, False),  # there is nothing to slow down
+        (["two"], True),
+        (["one", "two"], True),
+        (["one"], False),  # nobody else is answered
+        ([], False),
     ],
 )
-def test_who_has_taken_most_waits(names: list[str], *, is_busy: bool, waits: bool) -> None:
+def test_who_has_taken_more_than_its_part_is_held_back(answered: list[str], *, waits: bool) -> None:
     async def come() -> None:
         clocks = Clocks()
-        shares = shares_of(clocks, 0.1, is_busy=is_busy)
-        for name in names[1:]:
-            shares.account(name)
+        shares = shares_of(clocks, 0.1, *answered)
+        one, two = shares.account("one"), shares.account("two")
         for _ in range(100):  # requests of 5 ms, without a pause
-            account = shares.account("one")
-            if shares.turn(account) is not None:
+            held = shares.hold(one)
+            if held is not None:
+                shares.release(one, held)
+                assert held.done()
                 break
             clocks.compute(0.005)
-            shares.charge(account, 0.005)
-        assert bool(account.waiting) is waits
-        for name in names[1:]:
-            assert shares.turn(shares.account(name)) is None
-        for account in shares._accounts.values():
-            for turn in tuple(account.waiting):
-                shares.leave(account, turn)
+            shares.charge(one, 0.005)
+        assert (held is not None) is waits
+        assert not one.held
+        assert shares.hold(two) is None
 
     asyncio.run(come())
 
 
-def test_it_gets_its_share_and_others_theirs_at_once() -> None:
-    """Two who ask without end get half of the share each; who asks little never waits."""
+def test_who_has_been_alone_owes_nothing_to_who_comes() -> None:
+    async def come() -> None:
+        clocks = Clocks()
+        answered = ["one"]
+        shares = Shares(0.1, lambda: answered, lambda: clocks.now_s, lambda: clocks.computed_s)
+        one = shares.account("one")
+        for _ in range(100):
+            assert shares.hold(one) is None
+            clocks.compute(0.005)
+            shares.charge(one, 0.005)
+        answered.append("two")
+        assert shares.hold(one) is None
+        # Those who are refused are held back, too, and hold back nobody.
+        answered.remove("two")
+        clocks.now_s += 6
+        wrong = shares.account("no key")
+        shares.hold(wrong)
+        shares.charge(wrong, 0.4)
+        clocks.now_s += 0.1
+        held = shares.hold(wrong)
+        assert held is not None
+        shares.release(wrong, held)
+        shares.charge(one, 0.4)
+        assert shares.hold(one) is None
+
+    asyncio.run(come())
+
+
+def test_all_have_their_part_and_who_takes_little_is_never_held_back() -> None:
+    """Two who ask without end get half of the share each."""
     clocks = Clocks()
-    answered = {"one": 0, "two": 0}
+    begun = {"one": 0, "two": 0}
     waited: list[bool] = []
     cost_s, share = 0.01, 0.2
+    shares = shares_of(clocks, share, "one", "two", "little")
 
-    async def ask(shares: Shares, name: str) -> None:
+    async def flood(name: str) -> None:
         account = shares.account(name)
-        turn = shares.turn(account)
-        if turn is not None:
-            await turn
-        clocks.compute(cost_s)
-        shares.charge(account, cost_s)
-        answered[name] = answered.get(name, 0) + 1
-
-    async def flood(shares: Shares, name: str) -> None:
-        while clocks.now_s < 60:
-            await ask(shares, name)
-            await asyncio.sleep(0)
-
-    async def little(shares: Shares) -> None:
-        last = 0.0
-        while clocks.now_s < 60:
-            if clocks.now_s - last > 1:
-                last = clocks.now_s
-                waited.append(shares.turn(shares.account("little")) is not None)
-                shares.charge(shares.account("little"), cost_s)
+        while True:
+            held = shares.hold(account)
+            if held is not None:
+                await held
+            clocks.compute(cost_s)
+            shares.charge(account, cost_s)
+            begun[name] += 1
             await asyncio.sleep(0)
 
     async def run() -> None:
-        loop = asyncio.get_running_loop()
         # Timers of the loop go by the same clock, which goes on when nothing else does.
-        loop.time = lambda: clocks.now_s  # type: ignore[method-assign]
-        shares = shares_of(clocks, share)
+        asyncio.get_running_loop().time = lambda: clocks.now_s  # type: ignore[method-assign]
+        floods = [asyncio.create_task(flood(name)) for name in begun for _ in range(4)]
+        little, last_s = shares.account("little"), 0.0
+        while clocks.now_s < 60:
+            clocks.now_s += 0.001
+            if clocks.now_s - last_s > 1:
+                last_s = clocks.now_s
+                waited.append(shares.hold(little) is not None)
+                shares.charge(little, cost_s)
+            await asyncio.sleep(0)
+        for task in floods:
+            task.cancel()
 
-        async def idle() -> None:
-            while clocks.now_s < 61:
-                clocks.now_s += 0.001
-                await asyncio.sleep(0)
-
-        floods = [flood(shares, name) for name in ("one", "two") for _ in range(4)]
-        await asyncio.gather(idle(), little(shares), *floods)
-
-    asyncio.run(asyncio.wait_for(run(), 100))
-    total_s = sum(answered.values()) * cost_s
+    asyncio.run(run())
+    total_s = sum(begun.values()) * cost_s
     # The bursts at the beginning are on top, and what is measured too late.
     assert 0.15 * 60 < total_s < share * 60 + 1.5
-    assert answered["one"] == pytest.approx(answered["two"], rel=0.1)
+    assert begun["one"] == pytest.approx(begun["two"], rel=0.1)
     assert len(waited) > 20
     assert not any(waited)
-
-
-def test_who_asks_no_more_is_forgotten() -> None:
-    clocks = Clocks()
-    shares = shares_of(clocks, 0.1)
-    shares.charge(shares.account("one"), 0.2)
-    shares.account("two")
-    clocks.now_s = 1.0
-    shares.account("one")
-    assert set(shares._accounts) == {"one", "two"}
-    clocks.now_s = 10.5
-    shares.account("one")
-    assert set(shares._accounts) == {"one"}
 
 
 def test_what_is_long_past_is_forgiven() -> None:
@@ -162,6 +168,10 @@ def test_what_is_long_past_is_forgiven() -> None:
 
 
 # -- the steps of a request -------------------------------------------------------------------
+
+
+async def as_task(work: Awaitable[None]) -> None:
+    await work
 
 
 def test_each_step_is_counted_until_the_answer_begins() -> None:
@@ -192,24 +202,22 @@ def test_each_step_is_counted_until_the_answer_begins() -> None:
 
     asyncio.run(as_task(shares.metered(account, work(), lambda: cycle.begun)))
     assert account.taken_s == pytest.approx(0.03)
-    assert account.num_open == 0
     assert seen == ["given"]
 
 
-async def as_task(work: object) -> None:
-    await work  # type: ignore[misc]
-
-
-def test_errors_and_cancellation_are_the_works_own() -> None:
+def test_errors_and_cancellation_are_the_works_own_and_leave_no_garbage() -> None:
     shares = shares_of(Clocks(), 0.1)
     account = shares.account("one")
     ended: list[str] = []
+    alive: list[weakref.ref[Clocks]] = []
 
     async def failing() -> None:
         await asyncio.sleep(0)
         raise ValueError("its own")
 
     async def endless() -> None:
+        local = Clocks()
+        alive.append(weakref.ref(local))
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -224,91 +232,126 @@ def test_errors_and_cancellation_are_the_works_own() -> None:
         task = asyncio.create_task(as_task(shares.metered(account, endless(), lambda: False)))
         await asyncio.sleep(0)
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError):
             await task
+        del task
+        await asyncio.sleep(0)
+        assert alive[0]() is None
 
-    asyncio.run(run())
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
     assert ended == ["cancelled", "ended"]
-    assert account.num_open == 0
 
 
 # -- a server ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def short_of_time(
-    make_fake_llm: MakeLLM, **settings: object
+def one_held_back(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[httpx.Client, ServerContext]]:
-    """A server on which the key `one` has taken so much that it waits for long, and `two` asks."""
-    fields = {"api_keys": ("one", "two"), "http_share": 0.01, "idle_timeout": 60.0, **settings}
-    with serving(make_fake_llm(), **fields) as (client, server):
+    """A server on which the key `one` and who has none have taken much; `two` is answered."""
+    monkeypatch.setattr("tokendance.server.shares._MOST_S", 1e9)
+    with serving(make_fake_llm(), api_keys=("one", "two"), idle_timeout=60.0) as (client, server):
         client.headers["authorization"] = "Bearer two"
         shares = server.connections.shares
         with server.admission.admitted("somebody, who is answered for long"):
             assert chat(client).status_code == 200
             one = server.keys.authenticate({"path": "/v1", "headers": [(b"authorization", b"one")]})
-            shares.charge(shares.account(one), 1000.0)
+            for name in (one, "no key"):
+                shares.charge(shares.account(name), 1e9)
             yield client, server
 
 
-def in_turn(server: ServerContext) -> int:
-    """How many connections wait for their turn."""
-    return sum(one.phase is Phase.TURN for one in tuple(server.connections._open))
+def num_held(server: ServerContext) -> int:
+    """How many connections are held back."""
+    return sum(one.phase is Phase.HELD for one in tuple(server.connections._open))
 
 
-def is_in_turn(server: ServerContext, number: int) -> bool:
-    return in_turn(server) == number
+def is_held(server: ServerContext, number: int) -> bool:
+    return num_held(server) == number
 
 
-def test_one_key_waits_and_the_other_does_not(make_fake_llm: MakeLLM) -> None:
-    with short_of_time(make_fake_llm) as (client, server), connected(client) as slow:
+def test_one_key_is_held_back_and_the_other_is_not(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        one_held_back(make_fake_llm, monkeypatch) as (client, server),
+        connected(client) as slow,
+        connected(client) as wrong,
+    ):
         slow.sendall(_ASK % b"one")
-        wait_until(server, lambda: in_turn(server) == 1)
+        wrong.sendall(_ASK % b"wrong")
+        wait_until(server, partial(is_held, server, 2))
         assert chat(client).status_code == 200
-        wrong = client.get("/v1/models", headers={"authorization": "Bearer wrong"})
-        assert wrong.status_code == 401
-        assert in_turn(server) == 1
-        slow.settimeout(0.01)
-        with pytest.raises(TimeoutError):
-            slow.recv(1)
-        slow.settimeout(60)
-        for account in server.connections.shares._accounts.values():
-            account.taken_s = 0.0
+        # Whether the server is well is told at once, also to those without a key.
+        assert httpx.get(client.base_url.join("/health")).status_code == 200
+        assert num_held(server) == 2
+        for one in (slow, wrong):
+            one.settimeout(0.01)
+            with pytest.raises(TimeoutError):
+                one.recv(1)
+            one.settimeout(60)
+        server.connections.shares._share = 1e12  # all drains when the loop looks again
         assert answer_on(slow)[0] == 200
-        assert counted(server, "turn_wait_seconds_count") == 1
+        assert answer_on(wrong)[0] == 401
+        assert counted(server, "held_back_seconds_count") == 2
 
 
-def test_who_goes_away_waits_no_more(make_fake_llm: MakeLLM) -> None:
-    with short_of_time(make_fake_llm) as (client, server):
-        accounts = server.connections.shares._accounts
+def test_who_goes_away_is_held_back_no_more(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_held_back(make_fake_llm, monkeypatch) as (client, server):
+        accounts = server.connections.shares._accounts.values()
         with connected(client) as first, connected(client) as second:
             for one in (first, second):
                 one.sendall(_ASK % b"one")
-            wait_until(server, lambda: in_turn(server) == 2)
-        wait_until(server, lambda: not any(one.waiting for one in accounts.values()))
-        assert in_turn(server) == 0
+            wait_until(server, partial(is_held, server, 2))
+        wait_until(server, lambda: not any(one.held for one in accounts))
+        assert num_held(server) == 0
         assert chat(client).status_code == 200
 
 
-def test_who_waits_for_a_turn_gives_way_last(make_fake_llm: MakeLLM) -> None:
-    """To those who say nothing it does not, and to others it does: nobody is locked out."""
-    with short_of_time(make_fake_llm, max_connections=8) as (client, server), ExitStack() as stack:
-        waiting = [stack.enter_context(connected(client)) for _ in range(4)]
-        for one in waiting:
+def test_who_has_to_make_room_is_told(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        one_held_back(make_fake_llm, monkeypatch) as (client, server),
+        connected(client) as slow,
+        connected(client) as next_one,
+    ):
+        for one in (slow, next_one):
             one.sendall(_ASK % b"one")
-        wait_until(server, lambda: in_turn(server) == 4)
-        with crowd(client.base_url.port or 0, 20, HALF_HEAD):
-            wait_until(server, lambda: closed(server, Reason.DISPLACED) >= 17)
-            assert in_turn(server) == 4
-        wait_until(server, lambda: len(server.connections._open) == 4)  # the client's own is gone
-        for number in (5, 6, 7, 8):
-            stack.enter_context(connected(client)).sendall(_ASK % b"one")
-            wait_until(server, partial(is_in_turn, server, number))
-        stack.enter_context(connected(client)).sendall(_ASK % b"one")
-        status, body = answer_on(waiting[0])
-        assert status == 503
-        assert b"--max-connections" in body
-        assert chat(client).status_code == 200
+        wait_until(server, partial(is_held, server, 2))
+        server.connections.most = 3
+        client.close()
+        wait_until(server, lambda: len(server.connections._open) == 2)
+        with connected(client) as third:
+            third.sendall(_ASK % b"one")
+            wait_until(server, partial(is_held, server, 3))
+            with connected(client) as fourth:
+                fourth.sendall(_ASK % b"one")
+                status, body = answer_on(slow)
+                assert status == 503
+                assert b"--max-connections" in body
+                wait_until(server, partial(is_held, server, 3))
+
+
+def test_a_server_answers_who_is_held_back_before_it_stops(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When others are gone, nothing is held back any more."""
+    monkeypatch.setattr("tokendance.server.shares._PRESENT_S", 0.5)
+    with ExitStack() as stack:
+        with one_held_back(make_fake_llm, monkeypatch) as (client, server):
+            held = stack.enter_context(connected(client))
+            held.sendall(_ASK % b"one")
+            wait_until(server, partial(is_held, server, 1))
+        assert answer_on(held)[0] == 200
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5])

@@ -38,6 +38,10 @@ class Admission:
         """Requests that are being answered."""
         return self._open.total()
 
+    def tenants(self) -> list[str]:
+        """Whose requests are being answered; nobody's while the server stops."""
+        return [] if self.is_draining else [one for one, count in self._open.items() if count]
+
     @contextmanager
     def admitted(self, tenant: str, num_agents: int = 1) -> Iterator[None]:
         """Count a tenant's request as open while the context lasts.

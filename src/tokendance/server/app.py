@@ -27,7 +27,7 @@ from tokendance.server.errors import ApiError, as_api_error
 from tokendance.server.home_page import home_page
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
-from tokendance.server.malloc import give_back_memory
+from tokendance.server.malloc import collect_when_idle, give_back_memory
 from tokendance.server.openapi import DocumentedAPI, whole_or_stream
 from tokendance.server.pauses import watch_event_loop
 from tokendance.server.protocol import ChatRequest, CompletionRequest, RoundRequest
@@ -70,6 +70,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         context.embeddings.start()
         background = [
             asyncio.create_task(give_back_memory()),
+            asyncio.create_task(collect_when_idle(lambda: context.admission.num_open > 0)),
             asyncio.create_task(context.connections.watch()),
             asyncio.create_task(watch_event_loop(context.metrics.event_loop_pauses)),
         ]
@@ -116,6 +117,9 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
 
 async def _answer_error(request: Request, error: Exception) -> JSONAnswer:
     answer = as_api_error(error)
+    if isinstance(error, RequestValidationError):
+        # FastAPI keeps it in the frame that raises it: a circle, with the whole body in it.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
     if isinstance(error, HTTPException) and error.status_code == 404:
         answer.message = _not_found(request.url.path, request.app)
     elif answer.status == 405:
@@ -180,7 +184,7 @@ def _add_endpoints(app: FastAPI, context: ServerContext) -> None:
     @app.post("/v1/embeddings", response_model=EmbeddingAnswer)
     async def embeddings(body: EmbeddingRequest, request: Request, tenant: Tenant) -> Response:
         """Make vectors of texts, or of token ids."""
-        return await unless_gone(request, embed(context, tenant, body))
+        return await unless_gone(request.receive, embed(context, tenant, body))
 
     @app.post("/tokenize", response_model=Tokens)
     async def tokens(body: TokenizeRequest, tenant: Tenant) -> Tokens:

@@ -1,10 +1,9 @@
-"""One connection: uvicorn's, which knows its phase (`connections.py`) and waits for its turn."""
+"""One connection: uvicorn's, which knows its phase (`connections.py`) and may be held back."""
 
 import asyncio
 import ipaddress
 import json
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -36,7 +35,8 @@ class Connection(H11Protocol):
 
     Attributes:
         address: of the client, without port; of IPv6 the network, which one client has whole.
-        phase: see the module.
+        phase: see `connections.py`.
+        since_s: when that began, by the loop's clock.
     """
 
     def __init__(self, connections: Connections, **others: Any) -> None:
@@ -44,10 +44,11 @@ class Connection(H11Protocol):
         self._connections = connections
         self.address = ""
         self.phase = Phase.HEAD
-        self._since = self.loop.time()
+        self.since_s = self.loop.time()
         self._num_unsent = 0
-        self._leave: Callable[[], None] | None = None  # ends the waiting of a request
-        self._reading_s = 0.0  # of the thread's time, since the last request began or ended
+        self._account: Account | None = None  # that pays for what is read
+        self._unpaid_s = 0.0  # of reading, before it is known
+        self._release: Callable[[], None] | None = None  # a request that is held back
 
     # -- what asyncio and uvicorn call --------------------------------------------------------
 
@@ -66,19 +67,27 @@ class Connection(H11Protocol):
 
     @property
     def app(self) -> Application:
-        """What answers a request, as uvicorn asks for it; kept, it would be a circle."""
-        return self._answer_in_turn
+        """What answers a request, as uvicorn asks for it.
+
+        If it were kept, the connection would refer to itself.
+        """
+        return self._answer_unless_held
 
     @app.setter
     def app(self, application: Application) -> None:
         self._application = application
 
     def data_received(self, data: bytes) -> None:
-        """Read what has come; the next request pays for the time."""
-        begin_s = time.thread_time()
+        """Read what has come, of the request that is under way or of the next."""
+        shares = self._connections.shares
+        begin_s = shares.cpu_clock()
         super().data_received(data)
         self._look()
-        self._reading_s += time.thread_time() - begin_s
+        taken_s = shares.cpu_clock() - begin_s
+        if self._account is None:
+            self._unpaid_s += taken_s
+        else:
+            shares.charge(self._account, taken_s)
 
     def on_response_complete(self) -> None:
         """Go on with another phase."""
@@ -110,43 +119,52 @@ class Connection(H11Protocol):
         under way ends by itself.
         """
         self._unset_keepalive_if_required()
-        self._end_turn()
+        self._end_holding()
         for name in _OWN_METHODS & vars(self.transport).keys():
             setattr(self.transport, name, _nothing)
         self.cycle = None  # type: ignore[assignment]
 
-    # -- turns --------------------------------------------------------------------------------
+    # -- shares of the loop's time ------------------------------------------------------------
 
-    async def _answer_in_turn(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request when others have had their share; not at all if its client has gone."""
-        shares, cycle = self._connections.shares, self.cycle
-        account = self._connections.account_of(scope, self.address)
-        self._charge_reading(account)
-        turn = shares.turn(account)
-        if turn is not None:
-            self._leave = partial(shares.leave, account, turn)
-            came_s = self.loop.time()
-            self._look()
-            try:
-                await turn
-            finally:
-                self._end_turn()
-                self._connections.note_turn(self.loop.time() - came_s)
-            self._look()
-        if not self.transport.is_closing():
-            work = self._application(scope, receive, send)
-            await shares.metered(account, work, lambda: cycle.response_started)
-            self._charge_reading(account)
+    async def _answer_unless_held(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request when it may begin; not at all if its client has gone by then."""
+        cycle, account = self.cycle, self._connections.account_of(scope)
+        self._account = account
+        if account is not None and not self.transport.is_closing():
+            await self._begin(account)
+        if self.transport.is_closing():
+            if cycle is not None:
+                cycle.disconnected = True  # so that uvicorn expects no answer
+            return
+        work = self._application(scope, receive, send)
+        if account is not None:
+            shares = self._connections.shares
+            work = shares.metered(account, work, lambda: cycle.response_started)
+        await work
 
-    def _end_turn(self) -> None:
-        """Let a request that waits for its turn go on, and see that nobody is there."""
-        if self._leave is not None:
-            self._leave()
-            self._leave = None
+    async def _begin(self, account: Account) -> None:
+        """Wait until the next request of an account may begin."""
+        shares = self._connections.shares
+        shares.charge(account, self._unpaid_s)
+        self._unpaid_s = 0.0
+        held = shares.hold(account)
+        if held is None:
+            return
+        self._release = partial(shares.release, account, held)
+        self._look()
+        begin_s = self.loop.time()
+        try:
+            await held
+        finally:
+            self._end_holding()
+            self._connections.note_held(self.loop.time() - begin_s)
+        self._look()
 
-    def _charge_reading(self, account: Account) -> None:
-        self._connections.shares.charge(account, self._reading_s)
-        self._reading_s = 0.0
+    def _end_holding(self) -> None:
+        """Let a request that is held back go on, and see whether somebody is there."""
+        if self._release is not None:
+            self._release()
+            self._release = None
 
     def _read_at_a_time(self, num_bytes: int) -> None:
         # Transports of asyncio's selector loop go by it.
@@ -159,16 +177,16 @@ class Connection(H11Protocol):
         phase, num_unsent = self._find_phase(), self.transport.get_write_buffer_size()
         has_read = num_unsent <= self._num_unsent - _PROGRESS_BYTES
         if phase is not self.phase or (phase is Phase.UNREAD and has_read):
-            self.phase, self._num_unsent, self._since = phase, num_unsent, self.loop.time()
+            self.phase, self._num_unsent, self.since_s = phase, num_unsent, self.loop.time()
             has_length = all(name != b"transfer-encoding" for name, _ in self.headers or ())
             is_cheap = phase is Phase.BODY and has_length
             self._read_at_a_time(_READ_BYTES_OF_BODY if is_cheap else _READ_BYTES)
             self._connections.move(self)
 
     def _find_phase(self) -> Phase:
-        if self._is_answering:
-            if self._leave is not None:
-                return Phase.TURN
+        if self._is_answering and not self.transport.is_closing():
+            if self._release is not None:
+                return Phase.HELD
             if self.flow.write_paused:
                 return Phase.UNREAD
             return Phase.BODY if self.cycle.more_body else Phase.ANSWER
@@ -197,7 +215,7 @@ class Connection(H11Protocol):
         """Close the connection if its phase has lasted too long; uvicorn ends IDLE by itself."""
         self._look()
         settings = self._connections.settings
-        waited_s = self.loop.time() - self._since
+        waited_s = self.loop.time() - self.since_s
         match self.phase:
             case Phase.HEAD if waited_s > settings.head_timeout:
                 if self._has_begun:
@@ -217,7 +235,7 @@ class Connection(H11Protocol):
 
     def make_room(self) -> None:
         """Close the connection at once, to have its place."""
-        if self.phase in (Phase.HEAD, Phase.TURN):
+        if self.phase in (Phase.HEAD, Phase.HELD):
             text = (
                 f"There are {self._connections.most} connections, and no room for more "
                 "(--max-connections). Ask again in a moment, and send each request at once."
@@ -233,7 +251,7 @@ class Connection(H11Protocol):
             # The application may still want to answer: its client is gone.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-            self._end_turn()
+            self._end_holding()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body()).encode()
             own = {

@@ -3,24 +3,25 @@
 A connection is in one of six phases:
 
     HEAD    the head of a request is awaited: the first one, or a later one that has begun
-    TURN    the request waits until others have had their share of the server (`shares.py`)
+    HELD    the request is held back, since its key has taken more than its part (`shares.py`)
     BODY    the rest of a request, whether or not it has been answered already
     ANSWER  the server's turn
     UNREAD  the client does not read its answer as fast as it is made
     IDLE    all is answered, and nothing of another request has come
 
-TURN and ANSWER may last as long as the server needs. Each of the others ends in time, by the client
+HELD and ANSWER may last as long as the server needs. Each of the others ends in time, by the client
 or by the server. When there are as many connections as there may be, each new one takes the place
-of an old one: of the address that keeps the server waiting most often, the connection that has done
-so longest; only where none does, one that waits for its turn, likewise. So addresses share the
-connections evenly when there are too few; and where all have the same address, as behind a proxy,
-those who ask at once still find the server open.
+of an old one. It is one of the address that has most, but for those in ANSWER: which keeps the
+server waiting longest, if it has done so for a while, or else one that is held back. So addresses
+share the connections evenly when there are too few; and where all have the same address, as behind
+a proxy, those who ask at once still find the server open.
 """
 
 import asyncio
 import logging
 import math
 from collections import Counter
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ log = logging.getLogger("tokendance.server.connections")
 # Between two looks at all connections, and between two lines in the log.
 _LOOK_S = 1.0
 _LOG_S = 10.0
+# Who has been connected for less time is not the first that makes room.
+_JUST_CAME_S = 1.0
+# What tells whether the server is well costs nothing, and must not wait behind a flood.
+_PROBES = {"/health", "/ready"}
+_NO_KEY = "no key"  # an account's name; those of tenants are hashes
 # Looked at in one turn of the loop: each may be late, and closing one takes some 0.1 ms.
 _LOOKS_IN_A_TURN = 32
 
@@ -49,7 +55,7 @@ class Phase(Enum):
     """What a connection is about; see the module."""
 
     HEAD = "head"
-    TURN = "turn"
+    HELD = "held"
     BODY = "body"
     ANSWER = "answer"
     UNREAD = "unread"
@@ -75,7 +81,36 @@ _EXPLANATIONS = {
 }
 
 
-_ByAddress = dict[str, dict["Connection", None]]
+@dataclass(slots=True)
+class _OfAddress:
+    """Connections of one address that may have to make room, each kind in the order it began.
+
+    Attributes:
+        waiting: which keep the server waiting.
+        held: which are held back.
+    """
+
+    waiting: dict["Connection", None] = field(default_factory=dict)
+    held: dict["Connection", None] = field(default_factory=dict)
+
+    def count(self) -> int:
+        return len(self.waiting) + len(self.held)
+
+    def add(self, connection: "Connection") -> None:
+        kind = self.held if connection.phase is Phase.HELD else self.waiting
+        kind[connection] = None
+
+    def discard(self, connection: "Connection") -> None:
+        self.waiting.pop(connection, None)
+        self.held.pop(connection, None)
+
+    def first(self, since_s: float) -> "Connection":
+        """The first to make room; whoever waits since later than that is not to blame yet."""
+        waiting, held = next(iter(self.waiting), None), next(iter(self.held), None)
+        if waiting is None or (held is not None and waiting.since_s > since_s):
+            assert held is not None
+            return held
+        return waiting
 
 
 class Connections:
@@ -84,7 +119,7 @@ class Connections:
     Attributes:
         most: that there may be: what the settings say, or less where there are few handles.
         settings: of the server.
-        shares: when the next request of somebody may begin.
+        shares: of the loop's time, which say when the next request of a key may begin.
     """
 
     def __init__(
@@ -102,10 +137,7 @@ class Connections:
         self._metrics = metrics
         self._keys = keys
         self._open: set[Connection] = set()
-        # Those that keep the server waiting, by address, first who has done so longest; and those
-        # that wait for their turn.
-        self._waiting: _ByAddress = {}
-        self._in_turn: _ByAddress = {}
+        self._replaceable: dict[str, _OfAddress] = {}
         self._num_closed: Counter[Reason] = Counter()  # since the last line in the log
         self._logged_s = -math.inf
 
@@ -114,10 +146,8 @@ class Connections:
         self._open.add(connection)
         self._enlist(connection)
         if len(self._open) > self.most:
-            is_only_one = sum(map(len, self._waiting.values())) == 1
-            those = self._in_turn if is_only_one and self._in_turn else self._waiting
-            most_often = max(those.values(), key=lambda of_address: len(of_address))
-            next(iter(most_often)).make_room()
+            most = max(self._replaceable.values(), key=_OfAddress.count)
+            most.first(connection.since_s - _JUST_CAME_S).make_room()
         self._metrics.note_connections(len(self._open))
 
     def remove(self, connection: "Connection") -> None:
@@ -133,28 +163,27 @@ class Connections:
             if connection.phase is not Phase.ANSWER:
                 self._enlist(connection)
 
-    def account_of(self, scope: Scope, address: str) -> Account:
-        """The account of whoever asks something: by its key, or else by its address."""
+    def account_of(self, scope: Scope) -> Account | None:
+        """The account of whoever asks something; None if that is never held back."""
+        if scope["path"] in _PROBES:
+            return None
         try:
-            tenant = self._keys.authenticate(scope)
-        except ApiError:  # it will be told
-            tenant = ""
-        return self.shares.account(tenant or address)
+            return self.shares.account(self._keys.authenticate(scope))
+        except ApiError:  # `Limits` refuses it in a moment
+            return self.shares.account(_NO_KEY)
 
     def _enlist(self, connection: "Connection") -> None:
-        those = self._in_turn if connection.phase is Phase.TURN else self._waiting
-        those.setdefault(connection.address, {})[connection] = None
+        self._replaceable.setdefault(connection.address, _OfAddress()).add(connection)
 
     def _delist(self, connection: "Connection") -> None:
-        for those in (self._waiting, self._in_turn):
-            of_address = those.get(connection.address, {})
-            of_address.pop(connection, None)
-            if not of_address:
-                those.pop(connection.address, None)
+        of_address = self._replaceable.get(connection.address, _OfAddress())
+        of_address.discard(connection)
+        if not of_address.count():
+            self._replaceable.pop(connection.address, None)
 
-    def note_turn(self, waited_s: float) -> None:
-        """Record a request that waited for its turn."""
-        self._metrics.note_turn(waited_s)
+    def note_held(self, seconds: float) -> None:
+        """Record a request that was held back."""
+        self._metrics.note_held(seconds)
 
     def note_closed(self, reason: Reason) -> None:
         """Count a connection that the server has closed."""

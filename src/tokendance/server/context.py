@@ -66,7 +66,7 @@ class ServerContext:
         self.engine_thread = EngineThread(dispatcher, self.metrics.engine_watch)
         self.mailbox = Mailbox()
         self.admission = Admission(settings, lambda: self.engine_thread.is_alive)
-        shares = Shares(settings.http_share, lambda: self.admission.num_open > 0)
+        shares = Shares(settings.http_share, self.admission.tenants)
         self.connections = Connections(settings, self.metrics, self.keys, shares)
         self.kept_answers = KeptAnswers(settings)
         self.sessions = Sessions(llm, self.engine_thread)

@@ -64,10 +64,9 @@ class Metrics:
         self._closed = counter(
             "connections_closed", "Connections that the server has closed, and why.", ["reason"]
         )
-        self._turn_wait = histogram(
-            "turn_wait_seconds",
-            "Requests that waited for their turn, since their key had taken more than its part of "
-            "--http-share: for how long.",
+        self._held = histogram(
+            "held_back_seconds",
+            "Requests held back, as their key had taken more than its part of --http-share.",
             buckets=_SECONDS,
         )
         self._refused = counter(
@@ -124,9 +123,9 @@ class Metrics:
         """Record a connection that the server has closed; there are few reasons."""
         self._closed.labels(reason).inc()
 
-    def note_turn(self, waited_s: float) -> None:
-        """Record a request that had to wait until others had had their turn."""
-        self._turn_wait.observe(waited_s)
+    def note_held(self, seconds: float) -> None:
+        """Record a request that was held back before it began."""
+        self._held.observe(seconds)
 
     def note_embedded(self, num_tokens: int) -> None:
         """Count the tokens of texts that vectors were made of."""

@@ -52,6 +52,8 @@ Body = TypeVar("Body", ChatRequest, CompletionRequest, RoundRequest)
 PromptBody = TypeVar("PromptBody", ChatRequest, CompletionRequest)
 
 _MAX_HEADER = 1000
+# A status that nobody sees: the client has disconnected.
+_GONE = 499
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _NO_ROUND = RoundId(-1)  # until the dispatcher has found the round
 
@@ -320,22 +322,22 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         stack.callback(context.engine_thread.cancel, jobs)
         if endpoint.body.stream:
             return ReleasingStream(endpoint.events(), endpoint.headers, stack.pop_all())
-        answer = dump(await unless_gone(request, endpoint.whole()))
+        answer = dump(await unless_gone(request.receive, endpoint.whole()))
         return JSONAnswer(answer, headers=endpoint.headers)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Wait for `work`, but cancel it if the client disconnects."""
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Wait for `work`, but cancel it if the client disconnects: ApiError 499."""
 
     async def wait_for_disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "The client has gone.")
+            raise ApiError(_GONE, "The client has gone.")
         return task.result()
     finally:
         for waiting in (task, gone):
@@ -393,6 +395,15 @@ class ReleasingStream(StreamingResponse):
         self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request.
+
+        Starlette's way leaves a circle of references to all of it if the client disconnects: a
+        task group of anyio (4.16) keeps the error of the task that it cancels.
+        """
+        del scope
         async with self._stack:
-            await super().__call__(scope, receive, send)
+            try:
+                await unless_gone(receive, self.stream_response(send))
+            except ApiError as error:
+                if error.status != _GONE:
+                    raise

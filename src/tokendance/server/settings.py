@@ -66,10 +66,9 @@ class ServerSettings:
         busy_pass_ms: while requests of several keys are computed, each forward pass is cut to take
             about so many milliseconds with what is done around it, and divided among them, so that
             none waits long for others.
-        http_share: while requests of several keys come, or of several addresses where there are no
-            keys, and something is being computed: share of the time (0.01 to 1) in which the
-            server's thread may begin new ones; what remains is the engine's. Whoever has taken more
-            than its part waits; the others do not.
+        http_share: while requests of several keys are answered: share (0.01 to 1) of the time of
+            the thread that reads requests, which is divided among the keys. Whoever has taken more
+            than its part, as by a flood of requests, is held back before the next one begins.
         max_body: largest body of a request, like 8MiB; larger ones are refused.
         max_body_objects: messages, parts, references and calls in a body, or four times as many
             fields, eight times as many lists or fifty times as many values; more are refused, since
