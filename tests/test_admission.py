@@ -24,6 +24,17 @@ def refused(admission: Admission, tenant: str, num_agents: int = 1) -> bool:
         return error.status == 429
 
 
+def test_it_tells_who_is_answered() -> None:
+    server = admission(api_keys=("one", "two"))
+    with server.admitted("one"), server.admitted("one"):
+        with server.admitted("two"):
+            assert sorted(server.tenants()) == ["one", "two"]
+        assert server.tenants() == ["one"]
+        server.is_draining = True
+        assert server.tenants() == []
+    assert server.tenants() == []
+
+
 def test_a_tenant_leaves_room_for_the_others() -> None:
     server = admission(api_keys=("one", "two", "three"), max_open_requests=12)
     with ExitStack() as one, ExitStack() as rest:

@@ -103,7 +103,8 @@ class Circle:
 async def run(busy):
     circle = Circle()
     gone = weakref.ref(circle)
-    gc.collect(1)  # what is not young any more is left to a full collection
+    for _ in range(10):
+        gc.collect(1)  # what is not young any more is left to a full collection
     del circle
     looks = iter([busy] * 20)
     with anyio.CancelScope() as scope:

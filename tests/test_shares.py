@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import json
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import chat, serving, wait_until
+from serving import HELLO, chat, serving, wait_until
 from test_connections import answer_on, connected, counted
 from tokendance import LLM
 from tokendance.errors import ConfigError
+from tokendance.server.connection import Connection
 from tokendance.server.connections import Phase
 from tokendance.server.context import ServerContext
 from tokendance.server.settings import ServerSettings
@@ -24,6 +27,10 @@ from tokendance.server.shares import Account, Shares, drain
 
 MakeLLM = Callable[..., LLM]
 
+_POST = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\n"
+    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+)
 _ASK = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\n\r\n"
 
 
@@ -104,7 +111,7 @@ def test_who_has_been_alone_owes_nothing_to_who_comes() -> None:
         # Those who are refused are held back, too, and hold back nobody.
         answered.remove("two")
         clocks.now_s += 6
-        wrong = shares.account("no key")
+        wrong = shares.account("")
         shares.hold(wrong)
         shares.charge(wrong, 0.4)
         clocks.now_s += 0.1
@@ -164,7 +171,7 @@ def test_what_is_long_past_is_forgiven() -> None:
     shares = shares_of(Clocks(), 0.1)
     account = shares.account("one")
     shares.charge(account, 1000.0)
-    assert account.taken_s == 0.5
+    assert account.taken_s == 2.0
 
 
 # -- the steps of a request -------------------------------------------------------------------
@@ -205,7 +212,8 @@ def test_each_step_is_counted_until_the_answer_begins() -> None:
     assert seen == ["given"]
 
 
-def test_errors_and_cancellation_are_the_works_own_and_leave_no_garbage() -> None:
+def test_errors_and_cancellation_are_the_works_own() -> None:
+    """And a cancelled request leaves no garbage."""
     shares = shares_of(Clocks(), 0.1)
     account = shares.account("one")
     ended: list[str] = []
@@ -261,15 +269,22 @@ def one_held_back(
         shares = server.connections.shares
         with server.admission.admitted("somebody, who is answered for long"):
             assert chat(client).status_code == 200
-            one = server.keys.authenticate({"path": "/v1", "headers": [(b"authorization", b"one")]})
-            for name in (one, "no key"):
+            for name in (tenant_of(server, b"one"), ""):
                 shares.charge(shares.account(name), 1e9)
             yield client, server
 
 
+def tenant_of(server: ServerContext, key: bytes) -> str:
+    return server.keys.authenticate({"path": "/v1", "headers": [(b"authorization", key)]})
+
+
+def open_ones(server: ServerContext) -> Iterator[Connection]:
+    return iter(tuple(server.connections._open))
+
+
 def num_held(server: ServerContext) -> int:
     """How many connections are held back."""
-    return sum(one.phase is Phase.HELD for one in tuple(server.connections._open))
+    return sum(one.phase is Phase.HELD for one in open_ones(server))
 
 
 def is_held(server: ServerContext, number: int) -> bool:
@@ -300,6 +315,45 @@ def test_one_key_is_held_back_and_the_other_is_not(
         assert answer_on(slow)[0] == 200
         assert answer_on(wrong)[0] == 401
         assert counted(server, "held_back_seconds_count") == 2
+
+
+def test_what_a_body_holds_is_held_back_too(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a request that had begun before its key had taken so much."""
+    monkeypatch.setattr("tokendance.server.shares._MOST_S", 1e9)
+    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1}).encode()
+    with (
+        serving(make_fake_llm(), api_keys=("one", "two"), idle_timeout=60.0) as (client, server),
+        server.admission.admitted("somebody, who is answered for long"),
+        connected(client) as late,
+    ):
+        late.sendall(_POST % (b"one", len(body)))
+        wait_until(server, lambda: any(one.phase is Phase.BODY for one in open_ones(server)))
+        shares = server.connections.shares
+        shares.charge(shares.account(tenant_of(server, b"one")), 1e9)
+        late.sendall(body)
+        wait_until(server, partial(is_held, server, 1))
+        shares._share = 1e12
+        assert answer_on(late)[0] == 200
+
+
+def test_little_is_read_of_who_is_held_back(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1}).encode()
+    body = body.rjust(4_000_000)
+    with one_held_back(make_fake_llm, monkeypatch) as (client, server), connected(client) as slow:
+        slow.sendall(_POST % (b"one", len(body)))
+        wait_until(server, partial(is_held, server, 1))
+        sender = threading.Thread(target=slow.sendall, args=[body])
+        sender.start()
+        (held,) = [one for one in open_ones(server) if one.phase is Phase.HELD]
+        wait_until(server, lambda: held.flow.read_paused)
+        assert 2**12 < len(held.cycle.body) <= 2**12 + 2**14
+        server.connections.shares._share = 1e12
+        assert answer_on(slow)[0] == 200
+        sender.join(60)
 
 
 def test_who_goes_away_is_held_back_no_more(

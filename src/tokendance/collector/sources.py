@@ -129,6 +129,8 @@ def in_place(
 ) -> list[int]:
     """Find the segments before all private text that stand where they did in their owner's prompt.
 
+    That what stands before them is the same there is not looked at, but taken for granted.
+
     Args:
         prompt: that reads them.
         segments: shared segments of it, in order.

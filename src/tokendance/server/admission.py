@@ -39,7 +39,7 @@ class Admission:
         return self._open.total()
 
     def tenants(self) -> list[str]:
-        """Whose requests are being answered; nobody's while the server stops."""
+        """Whose requests are being answered; while the server stops, that counts for nothing."""
         return [] if self.is_draining else [one for one, count in self._open.items() if count]
 
     @contextmanager

@@ -117,8 +117,9 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
 
 async def _answer_error(request: Request, error: Exception) -> JSONAnswer:
     answer = as_api_error(error)
-    if isinstance(error, RequestValidationError):
-        # FastAPI keeps it in the frame that raises it: a circle, with the whole body in it.
+    if answer.status < 500:
+        # FastAPI keeps it, or what it comes from, in the frame that raises it: that would be a
+        # circle of references, with the whole body in it.
         error.__traceback__ = error.__cause__ = error.__context__ = None
     if isinstance(error, HTTPException) and error.status_code == 404:
         answer.message = _not_found(request.url.path, request.app)

@@ -22,6 +22,8 @@ Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 # each, 6 with its frame, for which h11 takes 7 us: 20 ms for what is read.
 _READ_BYTES_OF_BODY = 2**18
 _READ_BYTES = 2**14
+# Of the body of a request that is held back.
+_READ_WHILE_HELD = 2**12
 # A client reads its answer if it has taken so many bytes of it.
 _PROGRESS_BYTES = 2**14
 # `Limits` refuses a body that is late, and discards the rest for some seconds, before this cuts in.
@@ -46,8 +48,8 @@ class Connection(H11Protocol):
         self.phase = Phase.HEAD
         self.since_s = self.loop.time()
         self._num_unsent = 0
-        self._account: Account | None = None  # that pays for what is read
-        self._unpaid_s = 0.0  # of reading, before it is known
+        self._account: Account | None = None  # of the request that is under way
+        self._unpaid_s = 0.0  # of reading, before it is known who pays
         self._release: Callable[[], None] | None = None  # a request that is held back
 
     # -- what asyncio and uvicorn call --------------------------------------------------------
@@ -78,7 +80,7 @@ class Connection(H11Protocol):
         self._application = application
 
     def data_received(self, data: bytes) -> None:
-        """Read what has come, of the request that is under way or of the next."""
+        """Read what has come, and charge it to whose request it is."""
         shares = self._connections.shares
         begin_s = shares.cpu_clock()
         super().data_received(data)
@@ -88,9 +90,12 @@ class Connection(H11Protocol):
             self._unpaid_s += taken_s
         else:
             shares.charge(self._account, taken_s)
+        if self._release is not None and len(self.cycle.body) > _READ_WHILE_HELD:
+            self.flow.pause_reading()  # until the request goes on
 
     def on_response_complete(self) -> None:
         """Go on with another phase."""
+        self._account = None
         super().on_response_complete()
         self._look()
 
@@ -107,6 +112,8 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP; called where h11 has raised an error."""
         error = sys.exception()
+        if error is not None:  # h11 keeps it in the frame that raises it
+            error.__traceback__ = error.__context__ = None
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         self._refuse(ApiError(status, f"This is no valid HTTP request: {error or msg}."))
         self._connections.note_closed(Reason.INVALID)
@@ -129,25 +136,25 @@ class Connection(H11Protocol):
     async def _answer_unless_held(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request when it may begin; not at all if its client has gone by then."""
         cycle, account = self.cycle, self._connections.account_of(scope)
-        self._account = account
-        if account is not None and not self.transport.is_closing():
-            await self._begin(account)
-        if self.transport.is_closing():
-            if cycle is not None:
-                cycle.disconnected = True  # so that uvicorn expects no answer
+        unpaid_s, self._unpaid_s = self._unpaid_s, 0.0
+        if account is None or cycle is None:
+            await self._application(scope, receive, send)
             return
+        shares, self._account = self._connections.shares, account
+        shares.charge(account, unpaid_s)
+        await self._wait_if_held(account)
+        if self.transport.is_closing():
+            cycle.disconnected = True  # so that uvicorn expects no answer
+            return
+        # What a body holds costs most: `Limits` waits once more when it is whole.
+        scope["state"]["wait_if_held"] = partial(self._wait_if_held, account)
         work = self._application(scope, receive, send)
-        if account is not None:
-            shares = self._connections.shares
-            work = shares.metered(account, work, lambda: cycle.response_started)
-        await work
+        await shares.metered(account, work, lambda: cycle.response_started)
 
-    async def _begin(self, account: Account) -> None:
-        """Wait until the next request of an account may begin."""
+    async def _wait_if_held(self, account: Account) -> None:
+        """Wait until a request may go on."""
         shares = self._connections.shares
-        shares.charge(account, self._unpaid_s)
-        self._unpaid_s = 0.0
-        held = shares.hold(account)
+        held = None if self.transport.is_closing() else shares.hold(account)
         if held is None:
             return
         self._release = partial(shares.release, account, held)
@@ -161,7 +168,7 @@ class Connection(H11Protocol):
         self._look()
 
     def _end_holding(self) -> None:
-        """Let a request that is held back go on, and see whether somebody is there."""
+        """Let a request that is held back go on: its time has come, or its client has gone."""
         if self._release is not None:
             self._release()
             self._release = None

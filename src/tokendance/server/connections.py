@@ -11,8 +11,8 @@ A connection is in one of six phases:
 
 HELD and ANSWER may last as long as the server needs. Each of the others ends in time, by the client
 or by the server. When there are as many connections as there may be, each new one takes the place
-of an old one. It is one of the address that has most, but for those in ANSWER: which keeps the
-server waiting longest, if it has done so for a while, or else one that is held back. So addresses
+of an old one: of the address that has most which are not in ANSWER, the one that keeps the server
+waiting longest; but if few of them do, one that is held back, where there is one. So addresses
 share the connections evenly when there are too few; and where all have the same address, as behind
 a proxy, those who ask at once still find the server open.
 """
@@ -42,11 +42,13 @@ log = logging.getLogger("tokendance.server.connections")
 # Between two looks at all connections, and between two lines in the log.
 _LOOK_S = 1.0
 _LOG_S = 10.0
-# Who has been connected for less time is not the first that makes room.
-_JUST_CAME_S = 1.0
-# What tells whether the server is well costs nothing, and must not wait behind a flood.
+# Of those that keep the server waiting so many may have just come, and have asked already: two
+# turns of the loop accept as many.
+_MAY_HAVE_ASKED = 64
+# Whether the server is well is to be told at once, also behind a flood.
 _PROBES = {"/health", "/ready"}
-_NO_KEY = "no key"  # an account's name; those of tenants are hashes
+_BODY_HEADERS = {b"content-length", b"transfer-encoding"}
+_NO_KEY = ""  # as a tenant's name where no key is needed
 # Looked at in one turn of the loop: each may be late, and closing one takes some 0.1 ms.
 _LOOKS_IN_A_TURN = 32
 
@@ -104,13 +106,10 @@ class _OfAddress:
         self.waiting.pop(connection, None)
         self.held.pop(connection, None)
 
-    def first(self, since_s: float) -> "Connection":
-        """The first to make room; whoever waits since later than that is not to blame yet."""
-        waiting, held = next(iter(self.waiting), None), next(iter(self.held), None)
-        if waiting is None or (held is not None and waiting.since_s > since_s):
-            assert held is not None
-            return held
-        return waiting
+    def first(self) -> "Connection":
+        """The first to make room."""
+        kind = self.held if self.held and len(self.waiting) <= _MAY_HAVE_ASKED else self.waiting
+        return next(iter(kind))
 
 
 class Connections:
@@ -147,7 +146,7 @@ class Connections:
         self._enlist(connection)
         if len(self._open) > self.most:
             most = max(self._replaceable.values(), key=_OfAddress.count)
-            most.first(connection.since_s - _JUST_CAME_S).make_room()
+            most.first().make_room()
         self._metrics.note_connections(len(self._open))
 
     def remove(self, connection: "Connection") -> None:
@@ -165,7 +164,8 @@ class Connections:
 
     def account_of(self, scope: Scope) -> Account | None:
         """The account of whoever asks something; None if that is never held back."""
-        if scope["path"] in _PROBES:
+        has_body = any(name in _BODY_HEADERS for name, _ in scope["headers"])
+        if scope["path"] in _PROBES and scope["method"] == "GET" and not has_body:
             return None
         try:
             return self.shares.account(self._keys.authenticate(scope))

@@ -5,8 +5,10 @@ or too slow.
 """
 
 import json
+from collections.abc import Awaitable, Callable
 
 import anyio
+import anyio.lowlevel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,11 +53,18 @@ class Limits:
             await self._refuse(error, receive, send, more_body=True)
             return
         is_refused = False
+        # Our connections say so (`connection.py`); another server's do not.
+        wait_if_held: Callable[[], Awaitable[None]]
+        wait_if_held = scope["state"].get("wait_if_held", anyio.lowlevel.checkpoint)
 
         async def receive_unless_refused() -> Message:
             nonlocal is_refused
             try:
-                return await body.receive(receive)
+                was_whole = body.is_whole
+                message = await body.receive(receive)
+                if body.is_whole and not was_whole:
+                    await wait_if_held()
+                return message
             except ApiError as error:
                 is_refused = True
                 await self._refuse(error, receive, send, more_body=not body.is_whole)

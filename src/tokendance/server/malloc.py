@@ -18,6 +18,8 @@ _ARENAS = 2
 _GIVE_BACK_S = 30.0
 # As many collections of what is young before one of all: hours, mostly.
 _YOUNG_COLLECTIONS = 10_000
+# And so many, at least, before one of all when there is nothing to do.
+_FEWEST_YOUNG_COLLECTIONS = 10
 _IDLE_S = 1.0
 
 
@@ -82,15 +84,15 @@ def objects_frozen() -> Iterator[None]:
 
 
 async def collect_when_idle(is_busy: Callable[[], bool], every_s: float = _IDLE_S) -> None:
-    """Collect all garbage when there is nothing to do, until cancelled; see `objects_frozen`.
+    """Collect all garbage when twice in a row there is nothing to do, until cancelled.
 
-    Nothing happens where objects are not frozen, or none was made that has grown old.
+    See `objects_frozen`; nothing happens where objects are not frozen, or few have grown old.
     """
     was_busy = True
     while True:
         await anyio.sleep(every_s)
-        is_idle = not (is_busy() or was_busy)
-        was_busy = is_busy()
-        _, _, num_young_collections = gc.get_count()
-        if is_idle and num_young_collections and gc.get_freeze_count():
+        was_busy, was_busy_before = is_busy(), was_busy
+        _, _, num_young = gc.get_count()
+        is_worth_it = num_young >= _FEWEST_YOUNG_COLLECTIONS and gc.get_freeze_count()
+        if is_worth_it and not (was_busy or was_busy_before):
             gc.collect()

@@ -66,7 +66,8 @@ class Metrics:
         )
         self._held = histogram(
             "held_back_seconds",
-            "Requests held back, as their key had taken more than its part of --http-share.",
+            "Seconds that requests were held back, as their key had taken more than its part of "
+            "--http-share; also if their clients left meanwhile.",
             buckets=_SECONDS,
         )
         self._refused = counter(

@@ -52,8 +52,6 @@ Body = TypeVar("Body", ChatRequest, CompletionRequest, RoundRequest)
 PromptBody = TypeVar("PromptBody", ChatRequest, CompletionRequest)
 
 _MAX_HEADER = 1000
-# A status that nobody sees: the client has disconnected.
-_GONE = 499
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _NO_ROUND = RoundId(-1)  # until the dispatcher has found the round
 
@@ -326,8 +324,15 @@ async def respond(endpoint: Endpoint[Body], request: Request) -> Response:
         return JSONAnswer(answer, headers=endpoint.headers)
 
 
+class ClientGoneError(ApiError):
+    """The client has disconnected; nobody sees it."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client has gone.")
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Wait for `work`, but cancel it if the client disconnects: ApiError 499."""
+    """Wait for `work`; cancel it, and raise ClientGoneError, if the client disconnects."""
 
     async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -337,7 +342,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(_GONE, "The client has gone.")
+            raise ClientGoneError
         return task.result()
     finally:
         for waiting in (task, gone):
@@ -402,8 +407,5 @@ class ReleasingStream(StreamingResponse):
         """
         del scope
         async with self._stack:
-            try:
+            with contextlib.suppress(ClientGoneError):
                 await unless_gone(receive, self.stream_response(send))
-            except ApiError as error:
-                if error.status != _GONE:
-                    raise

@@ -114,7 +114,8 @@ class LoneRound(RoundEndpoint):
             try:
                 self.add_job(index, self._encode(agent, encoder))
             except ApiError as error:
-                self.refused[index] = error
+                # Its traceback leads back to here: a circle of references, with all of the body.
+                self.refused[index] = error.with_traceback(None)
 
     def _encode(self, agent: RoundAgent, encoder: PromptEncoder) -> EncodedPrompt:
         blocks = self.body.blocks

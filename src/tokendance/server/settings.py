@@ -66,9 +66,9 @@ class ServerSettings:
         busy_pass_ms: while requests of several keys are computed, each forward pass is cut to take
             about so many milliseconds with what is done around it, and divided among them, so that
             none waits long for others.
-        http_share: while requests of several keys are answered: share (0.01 to 1) of the time of
-            the thread that reads requests, which is divided among the keys. Whoever has taken more
-            than its part, as by a flood of requests, is held back before the next one begins.
+        http_share: while requests of several keys are answered, all requests together may take this
+            share (0.01 to 1) of the time of the thread that reads them, and each key an even part.
+            Whoever has taken more, as by a flood of requests, is held back before the next one.
         max_body: largest body of a request, like 8MiB; larger ones are refused.
         max_body_objects: messages, parts, references and calls in a body, or four times as many
             fields, eight times as many lists or fifty times as many values; more are refused, since
@@ -84,7 +84,8 @@ class ServerSettings:
         idle_timeout: connections on which nothing is asked for so many seconds are closed.
         max_connections: connections at a time, or fewer if the limit of open files (ulimit -n) does
             not allow them. Beyond that, a new one takes the place of the one that has kept the
-            server waiting longest; so nobody is locked out by those who ask nothing.
+            server waiting longest, or of one that is held back; so nobody is locked out by those
+            who ask nothing, or too much.
         max_messages: messages in a conversation; more are refused.
         max_choices: answers to one request; more are refused.
         max_responses: answers of /v1/responses that are remembered of each key, so that a later

@@ -1,17 +1,18 @@
 """The time of the event loop's thread, divided among the keys whose requests it reads.
 
 The loop and the engine take turns at one interpreter, so requests that come fast, refused ones too,
-slow down every pass of the model. While several keys are answered, the requests of all have a share
-of the time together, which is divided evenly. Whoever has taken more than its part is held back
-before its next request begins; what one leaves of its part goes to the others:
+slow down every pass of the model. While several keys are answered, all requests together may take a
+share of the time, and each key an even part of it. Whoever has taken more is held back before its
+next request begins, and while its body is read; what one leaves of its part goes to the others:
 
     one    ##########|.held.|##|.held.|##|.held.|##     has taken more
     other      #         #        #         #           begins at once
 
-Each key has a leaky bucket: what the tasks of its requests compute until their answers begin, and
-reading their bytes, fills it; the share drains it; and above some level nothing new begins. What a
-request takes elsewhere is not counted, nor are streams, which are as fast as the engine. All
-who have no valid key are one. Who is alone is not held back, whoever else is refused meanwhile.
+Each key has a leaky bucket: what a request's task computes until its answer begins, and reading its
+bytes, fills it; the share drains it; and above some level nothing goes on. What a request takes on
+other threads or in tasks of its own is not counted, nor are streams, which are as fast as the
+engine. All who have no valid key are one. Whoever alone is answered is not held back, whoever else
+is refused meanwhile.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from typing import Any
 # What somebody may have taken beyond its part: a hundred requests that come at once begin at once.
 _BURST_S = 0.25
 # More than this is forgiven, so that nobody is held back for what is long past.
-_MOST_S = 2 * _BURST_S
+_MOST_S = 2.0
 # Who has been answered within this time may ask again.
 _PRESENT_S = 5.0
 # Between two looks at what all have taken, and the longest between two at somebody held back.
@@ -39,7 +40,7 @@ class Account:
     Attributes:
         taken_s: seconds of the loop's thread, less what has drained since.
         answered_s: when one of its requests was last seen being answered, by the clock.
-        held: requests that are held back, first come first served: each is done when it may begin.
+        held: requests that are held back, first come first served: each is done when it may go on.
         has_timer: whether the loop will look at those.
     """
 
@@ -73,11 +74,11 @@ class Shares:
         self._settled_s = clock()
 
     def account(self, name: str) -> Account:
-        """An account by its name; there are no more than keys, and one."""
+        """An account by its name: a tenant's, or "" for all who have none."""
         return self._accounts.setdefault(name, Account())
 
     def hold(self, account: Account) -> asyncio.Future[None] | None:
-        """Hold back a request that has come, until what is returned is done; None if it may begin.
+        """Hold back a request until what is returned is done; None if it may go on now.
 
         It has to be released if its client goes away.
         """
