@@ -201,7 +201,14 @@ class Stub:
 
 
 @pytest.mark.parametrize(
-    "text", [b"", HALF_HEAD, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"]
+    "text",
+    [
+        b"",
+        HALF_HEAD,
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"no HTTP\r\n\r\n",
+    ],
 )
 @pytest.mark.parametrize("is_read", [False, True])
 def test_who_has_gone_leaves_no_garbage(

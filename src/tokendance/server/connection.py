@@ -129,7 +129,7 @@ class Connection(H11Protocol):
         self._end_holding()
         for name in _OWN_METHODS & vars(self.transport).keys():
             setattr(self.transport, name, _nothing)
-        self.cycle = None  # type: ignore[assignment]
+        self.cycle = self.scope = None  # type: ignore[assignment]
 
     # -- shares of the loop's time ------------------------------------------------------------
 
