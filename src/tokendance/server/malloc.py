@@ -18,8 +18,9 @@ _ARENAS = 2
 _GIVE_BACK_S = 30.0
 # As many collections of what is young before one of all: hours, mostly.
 _YOUNG_COLLECTIONS = 10_000
-# And so many, at least, before one of all when there is nothing to do.
+# And so many, at least, before one of all when so many looks in a row have seen nothing to do.
 _FEWEST_YOUNG_COLLECTIONS = 10
+_IDLE_LOOKS = 5
 _IDLE_S = 1.0
 
 
@@ -84,15 +85,15 @@ def objects_frozen() -> Iterator[None]:
 
 
 async def collect_when_idle(is_busy: Callable[[], bool], every_s: float = _IDLE_S) -> None:
-    """Collect all garbage when twice in a row there is nothing to do, until cancelled.
+    """Collect all garbage when there was nothing to do for some looks, until cancelled.
 
     See `objects_frozen`; nothing happens where objects are not frozen, or few have grown old.
     """
-    was_busy = True
+    num_idle = 0
     while True:
         await anyio.sleep(every_s)
-        was_busy, was_busy_before = is_busy(), was_busy
+        num_idle = 0 if is_busy() else num_idle + 1
         _, _, num_young = gc.get_count()
         is_worth_it = num_young >= _FEWEST_YOUNG_COLLECTIONS and gc.get_freeze_count()
-        if is_worth_it and not (was_busy or was_busy_before):
+        if num_idle >= _IDLE_LOOKS and is_worth_it:
             gc.collect()
