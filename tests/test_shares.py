@@ -108,6 +108,15 @@ def test_who_has_been_alone_owes_nothing_to_who_comes() -> None:
             shares.charge(one, 0.005)
         answered.append("two")
         assert shares.hold(one) is None
+        # That the other has gone a moment ago is enough to be let in, but not to be forgiven.
+        shares.charge(one, 0.4)
+        assert shares.hold(one) is not None
+        shares.release(one, next(iter(one.held)))
+        answered.remove("two")
+        clocks.now_s += 0.01
+        assert shares.hold(one) is None
+        assert one.taken_s > 0.3
+        answered.append("two")
         # Those who are refused are held back, too, and hold back nobody.
         answered.remove("two")
         clocks.now_s += 6
@@ -171,7 +180,7 @@ def test_what_is_long_past_is_forgiven() -> None:
     shares = shares_of(Clocks(), 0.1)
     account = shares.account("one")
     shares.charge(account, 1000.0)
-    assert account.taken_s == 2.0
+    assert account.taken_s == 1.0
 
 
 # -- the steps of a request -------------------------------------------------------------------

@@ -11,8 +11,7 @@ next request begins, and while its body is read; what one leaves of its part goe
 Each key has a leaky bucket: what a request's task computes until its answer begins, and reading its
 bytes, fills it; the share drains it; and above some level nothing goes on. What a request takes on
 other threads or in tasks of its own is not counted, nor are streams, which are as fast as the
-engine. All who have no valid key are one. Whoever alone is answered is not held back, whoever else
-is refused meanwhile.
+engine. All who have no valid key are one. Nobody is held back while no other is being answered.
 """
 
 import asyncio
@@ -25,8 +24,8 @@ from typing import Any
 # What somebody may have taken beyond its part: a hundred requests that come at once begin at once.
 _BURST_S = 0.25
 # More than this is forgiven, so that nobody is held back for what is long past.
-_MOST_S = 2.0
-# Who has been answered within this time may ask again.
+_MOST_S = 1.0
+# Who has been answered within this time may ask again, and be slowed by what others have taken.
 _PRESENT_S = 5.0
 # Between two looks at what all have taken, and the longest between two at somebody held back.
 _SETTLE_S = 0.005
@@ -70,7 +69,6 @@ class Shares:
         self._clock = clock
         self.cpu_clock = cpu_clock
         self._accounts: dict[str, Account] = {}
-        self._present: set[Account] = set()  # who was answered not long ago
         self._settled_s = clock()
 
     def account(self, name: str) -> Account:
@@ -143,13 +141,12 @@ class Shares:
     def _wait_s(self, account: Account) -> float:
         """Seconds until its next request may begin, if all goes on as it is."""
         beyond_s = account.taken_s - _BURST_S
-        if beyond_s <= 0 or self._is_alone(account):
+        if beyond_s <= 0 or not any(
+            self._accounts.get(name) is not account for name in self._answered()
+        ):
             return 0.0
         num_taking = sum(one.taken_s > 0 for one in self._accounts.values())
         return max(_SETTLE_S, beyond_s * num_taking / self._share)
-
-    def _is_alone(self, account: Account) -> bool:
-        return self._present <= {account}
 
     def _settle(self) -> None:
         """Let drain what has drained since the last time."""
@@ -162,9 +159,9 @@ class Shares:
             self.account(name).answered_s = now_s
         accounts = self._accounts.values()
         since_s = now_s - _PRESENT_S
-        self._present = {account for account in accounts if account.answered_s > since_s}
+        present = {account for account in accounts if account.answered_s > since_s}
         for account in accounts:
-            if self._is_alone(account):
+            if present <= {account}:
                 account.taken_s = 0.0  # it has taken nothing from anybody
         drain([account for account in accounts if account.taken_s > 0], passed_s * self._share)
 
