@@ -72,7 +72,7 @@ def test_attacks_end_one_request_each() -> None:
         for one in (name, f"{name}, tool"):
             assert statuses[one] == 400
             assert f"--max-schema-{option} raised" in messages[one]
-    assert "--schema-memory" in messages["memory"]
+    assert statuses["memory"] == 400  # for its memory, or its time where that is short
     assert statuses["fuel"] == 400
     assert set(statuses.values()) == {200, 400}
     for name in bodies():
@@ -121,6 +121,14 @@ def test_time_is_limited(fake: LoadedModel) -> None:
         for _ in range(2):
             with pytest.raises(ApiError, match=r"more than 0\.05 s \(--schema-timeout\)"):
                 constrain(grammars, attacks()["memory"])
+
+
+def test_memory_is_limited(fake: LoadedModel) -> None:
+    with (
+        closing(Grammars(fake, ServerSettings(schema_timeout=60))) as grammars,
+        pytest.raises(ApiError, match="--schema-memory"),
+    ):
+        constrain(grammars, attacks()["memory"])
 
 
 def test_a_stack_that_overflows_is_one_requests_trouble(fake: LoadedModel) -> None:

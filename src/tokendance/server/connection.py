@@ -268,8 +268,8 @@ class Connection(H11Protocol):
             }
             headers = list((own | error.headers).items())
             head = h11.Response(status_code=error.status, headers=headers)
-            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            events = (head, h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
 
 

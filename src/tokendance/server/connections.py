@@ -42,7 +42,7 @@ log = logging.getLogger("tokendance.server.connections")
 # Between two looks at all connections, and between two lines in the log.
 _LOOK_S = 1.0
 _LOG_S = 10.0
-# Of those that keep the server waiting so many may have just come, and have asked already: two
+# Of those that keep the server waiting so many may have just come, and have asked already: some
 # turns of the loop accept as many.
 _MAY_HAVE_ASKED = 64
 # Whether the server is well is to be told at once, also behind a flood.

@@ -3,7 +3,7 @@
 The loop and the engine take turns at one interpreter, so requests that come fast, refused ones too,
 slow down every pass of the model. While several keys are answered, all requests together may take a
 share of the time, and each key an even part of it. Whoever has taken more is held back before its
-next request begins, and while its body is read; what one leaves of its part goes to the others:
+next request begins, and before its whole body is parsed; what one leaves goes to the others:
 
     one    ##########|.held.|##|.held.|##|.held.|##     has taken more
     other      #         #        #         #           begins at once
