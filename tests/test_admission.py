@@ -30,6 +30,7 @@ def test_it_tells_who_is_answered() -> None:
         with server.admitted("two"):
             assert sorted(server.tenants()) == ["one", "two"]
         assert server.tenants() == ["one"]
+        assert server.activity() == (3, 2)
         server.is_draining = True
         assert server.tenants() == []
     assert server.tenants() == []

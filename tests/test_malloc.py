@@ -100,24 +100,25 @@ import anyio, gc, weakref
 from tokendance.server import malloc
 class Circle:
     def __init__(self): self.itself = self
-async def run(busy):
+async def run(num_open, num_begun=0):
     circle = Circle()
     gone = weakref.ref(circle)
     for _ in range(10):
         gc.collect(1)  # what is not young any more is left to a full collection
     del circle
-    looks = iter([busy] * 20)
+    looks = iter(range(20))
     with anyio.CancelScope() as scope:
-        def is_busy():
+        def activity():
             if gone() is None or (look := next(looks, None)) is None:
                 scope.cancel()
-                return True
-            return look
-        await malloc.collect_when_idle(is_busy, every_s=0.0)
+                return 0, 1
+            return look * num_begun, num_open
+        await malloc.collect_when_idle(activity, every_s=0.0)
     return gone() is None
 with malloc.objects_frozen():
-    assert not anyio.run(run, True)
-    assert anyio.run(run, False)
-assert not anyio.run(run, False)  # it would look at all that was loaded
+    assert not anyio.run(run, 1)
+    assert not anyio.run(run, 0, 1)  # short ones, which are over at each look
+    assert anyio.run(run, 0)
+assert not anyio.run(run, 0)  # it would look at all that was loaded
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -26,6 +26,7 @@ class Admission:
         self._num_for_all = settings.max_open_requests - self._num_reserved * num_tenants
         self._is_serving = is_serving
         self._open: Counter[str] = Counter()  # by tenant
+        self._num_begun = 0
         self.is_draining = False
 
     @property
@@ -37,6 +38,10 @@ class Admission:
     def num_open(self) -> int:
         """Requests that are being answered."""
         return self._open.total()
+
+    def activity(self) -> tuple[int, int]:
+        """How many requests have been admitted since the server began, and how many are open."""
+        return self._num_begun, self.num_open
 
     def tenants(self) -> list[str]:
         """Whose requests are being answered; while the server stops, that counts for nothing."""
@@ -68,6 +73,7 @@ class Admission:
                 headers={"Retry-After": "1"},
             )
         self._open[tenant] += count
+        self._num_begun += 1
         try:
             yield
         finally:

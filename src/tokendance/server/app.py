@@ -70,7 +70,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
         context.embeddings.start()
         background = [
             asyncio.create_task(give_back_memory()),
-            asyncio.create_task(collect_when_idle(lambda: context.admission.num_open > 0)),
+            asyncio.create_task(collect_when_idle(context.admission.activity)),
             asyncio.create_task(context.connections.watch()),
             asyncio.create_task(watch_event_loop(context.metrics.event_loop_pauses)),
         ]

@@ -84,15 +84,20 @@ def objects_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-async def collect_when_idle(is_busy: Callable[[], bool], every_s: float = _IDLE_S) -> None:
+async def collect_when_idle(
+    activity: Callable[[], tuple[int, int]], every_s: float = _IDLE_S
+) -> None:
     """Collect all garbage when there was nothing to do for some looks, until cancelled.
 
     See `objects_frozen`; nothing happens where objects are not frozen, or few have grown old.
+    `activity` is how many requests have ever begun, and how many are under way.
     """
-    num_idle = 0
+    num_idle, num_before = 0, -1
     while True:
         await anyio.sleep(every_s)
-        num_idle = 0 if is_busy() else num_idle + 1
+        num_begun, num_open = activity()
+        num_idle = num_idle + 1 if num_open == 0 and num_begun == num_before else 0
+        num_before = num_begun
         _, _, num_young = gc.get_count()
         is_worth_it = num_young >= _FEWEST_YOUNG_COLLECTIONS and gc.get_freeze_count()
         if num_idle >= _IDLE_LOOKS and is_worth_it:
