@@ -200,6 +200,19 @@ class Stub:
         self._all.remove(cast(Any, self))
 
 
+@contextmanager
+def nothing_kept(server: ServerContext, count: Callable[[], int]) -> Iterator[None]:
+    """Without a collection of garbage there are no more of some objects at the end than before."""
+    gc.collect()
+    before = count()
+    gc.disable()
+    try:
+        yield
+        wait_until(server, lambda: count() <= before)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -222,18 +235,12 @@ def test_who_has_gone_leaves_no_garbage(
             for one in gc.get_objects()
         )
 
-    with listening(make_fake_llm()) as (port, server, _):
-        before = num_transports()
-        gc.disable()
-        try:
-            for _ in range(20):
-                with socket.create_connection(("127.0.0.1", port)) as client:
-                    client.sendall(text)
-                    if is_read and text.endswith(b"\r\n\r\n"):
-                        assert client.recv(2**16)
-            wait_until(server, lambda: num_transports() <= before)
-        finally:
-            gc.enable()
+    with listening(make_fake_llm()) as (port, server, _), nothing_kept(server, num_transports):
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(text)
+                if is_read and text.endswith(b"\r\n\r\n"):
+                    assert client.recv(2**16)
 
 
 @pytest.mark.parametrize(
@@ -255,18 +262,11 @@ def test_a_request_that_fails_or_is_left_leaves_no_garbage(
     def num_kept() -> int:
         return sum(type(one) in kinds for one in gc.get_objects())
 
-    with listening(make_fake_llm()) as (port, server, _):
-        gc.collect()
-        before = num_kept()
-        gc.disable()
-        try:
-            for _ in range(5):
-                with socket.create_connection(("127.0.0.1", port), 60) as client:
-                    client.sendall(HEAD + b"content-length: %d\r\n\r\n%b" % (len(body), body))
-                    assert client.recv(2**12)
-            wait_until(server, lambda: num_kept() <= before)
-        finally:
-            gc.enable()
+    with listening(make_fake_llm()) as (port, server, _), nothing_kept(server, num_kept):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port), 60) as client:
+                client.sendall(HEAD + b"content-length: %d\r\n\r\n%b" % (len(body), body))
+                assert client.recv(2**12)
 
 
 def test_connections_are_those_of_asyncio_where_there_is_uvloop(
@@ -329,10 +329,10 @@ def test_who_is_held_back_gives_way_where_few_ask_nothing(
 
 
 def test_a_client_of_ipv6_has_one_address() -> None:
-    network = network_of
-    assert network("2001:db8::1") == network("2001:db8::ffff:1%eth0") != network("2001:db8:1::1")
-    assert network("::ffff:10.0.0.1") == network("10.0.0.1") != network("10.0.0.2")
-    assert network("a socket") == "a socket"
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:1%eth0")
+    assert network_of("2001:db8::1") != network_of("2001:db8:1::1")
+    assert network_of("::ffff:10.0.0.1") == network_of("10.0.0.1") != network_of("10.0.0.2")
+    assert network_of("a socket") == "a socket"
 
 
 def test_the_limit_of_handles_is_raised() -> None:

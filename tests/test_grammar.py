@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -72,7 +73,8 @@ def test_attacks_end_one_request_each() -> None:
         for one in (name, f"{name}, tool"):
             assert statuses[one] == 400
             assert f"--max-schema-{option} raised" in messages[one]
-    assert statuses["memory"] == 400  # for its memory, or its time where that is short
+    # Where the machine has much else to do, its time is over first.
+    assert re.search("--schema-(memory|timeout)", messages["memory"])
     assert statuses["fuel"] == 400
     assert set(statuses.values()) == {200, 400}
     for name in bodies():

@@ -31,6 +31,7 @@ _POST = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\n"
     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
 )
+_BODY = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1}).encode()
 _ASK = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer %s\r\n\r\n"
 
 
@@ -268,19 +269,35 @@ def test_errors_and_cancellation_are_the_works_own() -> None:
 
 
 @contextmanager
+def two_keys(
+    make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[httpx.Client, ServerContext]]:
+    """A server of two keys, of which `two` is the client's, and somebody is answered for long."""
+    monkeypatch.setattr("tokendance.server.shares._MOST_S", 1e9)
+    with (
+        serving(make_fake_llm(), api_keys=("one", "two"), idle_timeout=60.0) as (client, server),
+        server.admission.admitted("somebody"),
+    ):
+        client.headers["authorization"] = "Bearer two"
+        yield client, server
+
+
+def take_much(server: ServerContext, *tenants: str) -> None:
+    """Charge tenants so much that they are held back for ever."""
+    shares = server.connections.shares
+    for tenant in tenants:
+        shares.charge(shares.account(tenant), 1e9)
+
+
+@contextmanager
 def one_held_back(
     make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[httpx.Client, ServerContext]]:
-    """A server on which the key `one` and who has none have taken much; `two` is answered."""
-    monkeypatch.setattr("tokendance.server.shares._MOST_S", 1e9)
-    with serving(make_fake_llm(), api_keys=("one", "two"), idle_timeout=60.0) as (client, server):
-        client.headers["authorization"] = "Bearer two"
-        shares = server.connections.shares
-        with server.admission.admitted("somebody, who is answered for long"):
-            assert chat(client).status_code == 200
-            for name in (tenant_of(server, b"one"), ""):
-                shares.charge(shares.account(name), 1e9)
-            yield client, server
+    """The same, where the key `one` and who has none have taken much."""
+    with two_keys(make_fake_llm, monkeypatch) as (client, server):
+        assert chat(client).status_code == 200
+        take_much(server, tenant_of(server, b"one"), "")
+        yield client, server
 
 
 def tenant_of(server: ServerContext, key: bytes) -> str:
@@ -330,28 +347,20 @@ def test_what_a_body_holds_is_held_back_too(
     make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a request that had begun before its key had taken so much."""
-    monkeypatch.setattr("tokendance.server.shares._MOST_S", 1e9)
-    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1}).encode()
-    with (
-        serving(make_fake_llm(), api_keys=("one", "two"), idle_timeout=60.0) as (client, server),
-        server.admission.admitted("somebody, who is answered for long"),
-        connected(client) as late,
-    ):
-        late.sendall(_POST % (b"one", len(body)))
+    with two_keys(make_fake_llm, monkeypatch) as (client, server), connected(client) as late:
+        late.sendall(_POST % (b"one", len(_BODY)))
         wait_until(server, lambda: any(one.phase is Phase.BODY for one in open_ones(server)))
-        shares = server.connections.shares
-        shares.charge(shares.account(tenant_of(server, b"one")), 1e9)
-        late.sendall(body)
+        take_much(server, tenant_of(server, b"one"))
+        late.sendall(_BODY)
         wait_until(server, partial(is_held, server, 1))
-        shares._share = 1e12
+        server.connections.shares._share = 1e12
         assert answer_on(late)[0] == 200
 
 
 def test_little_is_read_of_who_is_held_back(
     make_fake_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 1}).encode()
-    body = body.rjust(4_000_000)
+    body = _BODY.rjust(4_000_000)
     with one_held_back(make_fake_llm, monkeypatch) as (client, server), connected(client) as slow:
         slow.sendall(_POST % (b"one", len(body)))
         wait_until(server, partial(is_held, server, 1))

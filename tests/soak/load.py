@@ -63,8 +63,8 @@ class Target:
         port: of this machine.
         keys: of tenants.
         canary_key: of a tenant that shares its texts with nobody.
-        loiterer_key: of a tenant that lets the server wait: its requests do not wait for their turn
-            behind those of others, so that its deadlines are its own.
+        loiterer_key: of a tenant that lets the server wait: it is not held back for what others
+            have taken, so that its deadlines are its own.
         max_body_bytes: larger bodies are refused.
         max_messages: longer conversations are refused.
         max_context: tokens; longer prompts are refused.

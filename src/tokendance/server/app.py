@@ -23,7 +23,7 @@ from tokendance.server.completions import CompletionEndpoint
 from tokendance.server.context import ServerContext
 from tokendance.server.dashboard import add_dashboard
 from tokendance.server.embeddings import EmbeddingAnswer, EmbeddingRequest, embed
-from tokendance.server.errors import ApiError, as_api_error
+from tokendance.server.errors import ApiError, as_api_error, without_origin
 from tokendance.server.home_page import home_page
 from tokendance.server.limits import Limits
 from tokendance.server.logs import RequestLog
@@ -118,9 +118,7 @@ def create_app(llm: LLM, settings: ServerSettings) -> FastAPI:
 async def _answer_error(request: Request, error: Exception) -> JSONAnswer:
     answer = as_api_error(error)
     if answer.status < 500:
-        # FastAPI keeps it, or what it comes from, in the frame that raises it: that would be a
-        # circle of references, with the whole body in it.
-        error.__traceback__ = error.__cause__ = error.__context__ = None
+        without_origin(error)  # FastAPI keeps it, or what it comes from, where it is raised
     if isinstance(error, HTTPException) and error.status_code == 404:
         answer.message = _not_found(request.url.path, request.app)
     elif answer.status == 405:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokendance.server.connections import Connections, Phase, Reason
-from tokendance.server.errors import ApiError
+from tokendance.server.errors import ApiError, without_origin
 from tokendance.server.shares import Account
 
 Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
@@ -112,8 +112,8 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP; called where h11 has raised an error."""
         error = sys.exception()
-        if error is not None:  # h11 keeps it in the frame that raises it
-            error.__traceback__ = error.__context__ = None
+        if error is not None:
+            without_origin(error)  # h11 keeps it where it is raised
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         self._refuse(ApiError(status, f"This is no valid HTTP request: {error or msg}."))
         self._connections.note_closed(Reason.INVALID)

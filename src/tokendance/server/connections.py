@@ -176,10 +176,12 @@ class Connections:
         self._replaceable.setdefault(connection.address, _OfAddress()).add(connection)
 
     def _delist(self, connection: "Connection") -> None:
-        of_address = self._replaceable.get(connection.address, _OfAddress())
+        of_address = self._replaceable.get(connection.address)
+        if of_address is None:
+            return
         of_address.discard(connection)
         if not of_address.count():
-            self._replaceable.pop(connection.address, None)
+            del self._replaceable[connection.address]
 
     def note_held(self, seconds: float) -> None:
         """Record a request that was held back."""

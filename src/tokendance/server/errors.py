@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -17,6 +17,8 @@ from tokendance.errors import (
     StoreError,
     TokenDanceError,
 )
+
+Raised = TypeVar("Raised", bound=BaseException)
 
 _NO_OBJECT = (
     "The body was not read as a JSON object. Send one, with the header Content-Type: "
@@ -112,3 +114,13 @@ def _field_name(location: Sequence[str | int]) -> str | None:
 def _type_of(status: int) -> str:
     types = {401: "authentication_error", 429: "rate_limit_error"}
     return types.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def without_origin(error: Raised) -> Raised:
+    """An error that is kept, or was by whoever raised it, without what led to it.
+
+    Its traceback, and those of the errors behind it, lead to frames. One that knows the error
+    closes a circle of references, with all else that it knows, as the whole body of a request.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error

@@ -125,7 +125,7 @@ class Metrics:
         self._closed.labels(reason).inc()
 
     def note_held(self, seconds: float) -> None:
-        """Record a request that was held back before it began."""
+        """Record a request that was held back, before it began or before its body was parsed."""
         self._held.observe(seconds)
 
     def note_embedded(self, num_tokens: int) -> None:

@@ -27,7 +27,7 @@ from tokendance.rounds.prompts import Prompt, private, shared
 from tokendance.rounds.segments import EncodedPrompt
 from tokendance.server.chat_prompt import as_message, check_length
 from tokendance.server.context import ServerContext
-from tokendance.server.errors import ApiError, as_api_error, bad_request
+from tokendance.server.errors import ApiError, as_api_error, bad_request, without_origin
 from tokendance.server.messages import TextPart
 from tokendance.server.protocol import BlockRef, RoundAgent, RoundPart, RoundRequest
 from tokendance.server.respond import Endpoint, finish_reason, usage_of
@@ -114,8 +114,7 @@ class LoneRound(RoundEndpoint):
             try:
                 self.add_job(index, self._encode(agent, encoder))
             except ApiError as error:
-                # Its traceback leads back to here: a circle of references, with all of the body.
-                self.refused[index] = error.with_traceback(None)
+                self.refused[index] = without_origin(error)
 
     def _encode(self, agent: RoundAgent, encoder: PromptEncoder) -> EncodedPrompt:
         blocks = self.body.blocks
