@@ -24,7 +24,6 @@ from rich.table import Table
 
 from serving import comes_true, held_by, listening
 from soak.load import Target
-from soak.stacks import Stacks
 from tiny_models import save_model
 from tokendance import LLM
 from tokendance.engine.events import Event, StepDone
@@ -32,6 +31,7 @@ from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
 from tokendance.server.context import ServerContext
+from tokendance.server.event_loop import quick_switches
 from tokendance.server.malloc import objects_frozen
 from tokendance.server.pauses import Pauses
 
@@ -67,7 +67,6 @@ _CANARY_S = 2.0
 # which is shown beside it, it waits for the processor and the interpreter's lock, which the clients
 # and all else on this machine want, too.
 _COMPUTING_S = 0.05
-_WATCHED = {"engine", "http"}  # names of their threads
 # Pools of threads that grow to a limit when there is much to do.
 _POOLS = ("AnyIO", "discovery", "store")
 
@@ -81,14 +80,12 @@ class Watch:
         memory: MiB, of each kind.
         problems: what was not as it has to be.
         pauses: seconds of the longest of each kind, and the most that its thread computed in one.
-        in_pauses: of each kind, what the thread was at in the pause in which it computed most.
     """
 
     seconds: list[float] = field(default_factory=list)
     memory: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     pauses: dict[str, tuple[float, float]] = field(default_factory=dict)
-    in_pauses: dict[str, str] = field(default_factory=dict)
     longest_pass_s: float = 0.0
 
     def on_event(self, event: Event) -> None:
@@ -96,13 +93,10 @@ class Watch:
         if isinstance(event, StepDone):
             self.longest_pass_s = max(self.longest_pass_s, event.seconds)
 
-    def note_pause(self, who: str, seconds: float, computing_s: float, stacks: Stacks) -> None:
+    def note_pause(self, who: str, seconds: float, computing_s: float) -> None:
         """Note a pause of the calling thread that has just ended."""
         longest, most = self.pauses.get(who, (0.0, 0.0))
         self.pauses[who] = max(longest, seconds), max(most, computing_s)
-        if computing_s > most:
-            now = time.perf_counter()
-            self.in_pauses[who] = stacks.report(now - seconds, now)
 
     def look(self, seconds: float, remembered_mib: float) -> None:
         """Look at the memory, but for so much that is remembered and has a bound of its own."""
@@ -132,6 +126,7 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
         _llm() as llm,
         listening(llm, **_SETTINGS) as (port, server, runner),
         objects_frozen(),  # the application's, too, as `tokendance serve` has them
+        quick_switches(),
         _errors_noted(watch),
     ):
         # Memory for KV is mapped where it is first written, which would look like growth.
@@ -255,17 +250,14 @@ def _check_books(server: ServerContext, watch: Watch) -> None:
 def _pauses_noted(server: ServerContext, watch: Watch) -> Iterator[None]:
     """Watch the threads that must not pause for long; the metrics tell of the last minute only."""
     metrics = server.metrics
-    with Stacks().looking(_WATCHED) as stacks:
-        for who, pauses in (
-            ("engine", metrics.engine_pauses),
-            ("event loop", metrics.event_loop_pauses),
-        ):
-            _note_also(pauses, partial(watch.note_pause, who, stacks=stacks))
-        try:
-            yield
-        finally:
-            for pauses in (metrics.engine_pauses, metrics.event_loop_pauses):
-                del pauses.__dict__["note"]
+    by_name = {"engine": metrics.engine_pauses, "event loop": metrics.event_loop_pauses}
+    for who, pauses in by_name.items():
+        _note_also(pauses, partial(watch.note_pause, who))
+    try:
+        yield
+    finally:
+        for pauses in by_name.values():
+            del pauses.__dict__["note"]
 
 
 def _note_also(pauses: Pauses, also: Callable[[float, float], None]) -> None:
@@ -396,15 +388,15 @@ def _show(result: dict[str, Any], watch: Watch, console: Console) -> None:
     console.print(f"The slowest answer took {result['slowest_s']:.2f} s: {result['slowest']}.")
     canary_s = result["canary_s"]
     console.print(
-        f"A small request of another key took {np.median(canary_s):.2f} s, {max(canary_s):.2f} at "
-        f"most; the longest pass {watch.longest_pass_s:.2f} s."
+        f"A small request of another key took {np.median(canary_s):.2f} s, the slowest hundredth "
+        f"{np.quantile(canary_s, 0.99):.2f} or more, {max(canary_s):.2f} at most; "
+        f"the longest pass {watch.longest_pass_s:.2f} s."
     )
     for who, (pause_s, computing_s) in watch.pauses.items():
         console.print(
             f"Longest pause of the {who}: {1000 * pause_s:.0f} ms; "
-            f"its thread computed for {1000 * computing_s:.0f} ms of one at most:"
+            f"its thread computed for {1000 * computing_s:.0f} ms of one at most."
         )
-        console.print(watch.in_pauses.get(who, ""), markup=False, highlight=False)
     for kind, mib in watch.memory.items():
         third = max(1, len(mib) // 3)
         console.print(

@@ -17,6 +17,7 @@ from tokendance.llm import LLM
 from tokendance.options import EngineOptions
 from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
+from tokendance.server.event_loop import quick_switches
 from tokendance.server.handles import raise_handle_limit
 from tokendance.server.http_server import Server
 from tokendance.server.logs import configure
@@ -46,7 +47,7 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
         f"{torch.get_num_threads()} threads, KV budget {format_bytes(llm.kv_bytes)}"
     )
     try:
-        with objects_frozen():
+        with objects_frozen(), quick_switches():
             _DrainingServer(app, settings, console).run()
     finally:
         if app.state.context.engine_thread.is_running:

@@ -13,7 +13,7 @@ from tokendance.server.connection import Connection
 from tokendance.server.connections import Connections
 
 # In one turn of the loop: each may take the place of another, and both together 2 ms.
-_ACCEPTED_AT_ONCE = 8
+_ACCEPTED_AT_ONCE = 4
 # Those not accepted yet wait in the system, which may allow fewer.
 _QUEUE_LENGTH = 2048
 
