@@ -1,5 +1,6 @@
 """Who may ask, and how much at a time; without a model."""
 
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,6 +35,16 @@ def test_it_tells_who_is_answered() -> None:
         server.is_draining = True
         assert server.tenants() == []
     assert server.tenants() == []
+
+
+def test_threads_take_turns_quickly_while_several_are_answered() -> None:
+    server, usual = admission(api_keys=("one", "two")), sys.getswitchinterval()
+    with server.admitted("one"), server.admitted("one"):
+        assert sys.getswitchinterval() == usual
+        with server.admitted("two"):
+            assert sys.getswitchinterval() < usual / 10
+        assert sys.getswitchinterval() == usual
+    assert sys.getswitchinterval() == usual
 
 
 def test_a_tenant_leaves_room_for_the_others() -> None:

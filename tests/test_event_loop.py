@@ -3,7 +3,6 @@
 import asyncio
 import selectors
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
@@ -106,10 +105,3 @@ def test_timers_are_due_between_the_events_of_a_crowd(pairs: list[Pair]) -> None
     assert sum(turns) == len(pairs)
     assert max(turns) == FEW
     assert num_before_timer[0] <= FEW
-
-
-def test_what_the_process_had_is_set_again() -> None:
-    before = sys.getswitchinterval()
-    with event_loop.quick_switches():
-        assert sys.getswitchinterval() < before
-    assert sys.getswitchinterval() == before

@@ -31,7 +31,6 @@ from tokendance.executor.torch_executor import TorchExecutor
 from tokendance.models.loader import load_model
 from tokendance.options import EngineOptions
 from tokendance.server.context import ServerContext
-from tokendance.server.event_loop import quick_switches
 from tokendance.server.malloc import objects_frozen
 from tokendance.server.pauses import Pauses
 
@@ -126,7 +125,6 @@ def soak(seconds: float, seed: int, console: Console) -> list[str]:
         _llm() as llm,
         listening(llm, **_SETTINGS) as (port, server, runner),
         objects_frozen(),  # the application's, too, as `tokendance serve` has them
-        quick_switches(),
         _errors_noted(watch),
     ):
         # Memory for KV is mapped where it is first written, which would look like growth.

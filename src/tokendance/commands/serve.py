@@ -17,7 +17,6 @@ from tokendance.llm import LLM
 from tokendance.options import EngineOptions
 from tokendance.params import SamplingParams
 from tokendance.server.app import create_app
-from tokendance.server.event_loop import quick_switches
 from tokendance.server.handles import raise_handle_limit
 from tokendance.server.http_server import Server
 from tokendance.server.logs import configure
@@ -47,7 +46,7 @@ def serve(model: str, options: EngineOptions, settings: ServerSettings, console:
         f"{torch.get_num_threads()} threads, KV budget {format_bytes(llm.kv_bytes)}"
     )
     try:
-        with objects_frozen(), quick_switches():
+        with objects_frozen():
             _DrainingServer(app, settings, console).run()
     finally:
         if app.state.context.engine_thread.is_running:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from tokendance.server.errors import ApiError
 from tokendance.server.settings import ServerSettings
+from tokendance.server.switches import switch_quickly
 
 
 class Admission:
@@ -72,12 +73,16 @@ class Admission:
                 code="too_many_requests",
                 headers={"Retry-After": "1"},
             )
-        self._open[tenant] += count
         self._num_begun += 1
+        self._count(tenant, count)
         try:
             yield
         finally:
-            self._open[tenant] -= count
+            self._count(tenant, -count)
+
+    def _count(self, tenant: str, change: int) -> None:
+        self._open[tenant] += change
+        switch_quickly(len(self.tenants()) > 1)
 
     def _has_room(self, tenant: str, count: int) -> bool:
         would_be = self._open + Counter({tenant: count})

@@ -9,16 +9,10 @@ Hundreds of connections that come or end at once would make that one long turn:
 
 import asyncio
 import selectors
-import sys
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 # A request takes a millisecond or two of the loop's thread, and so does a connection that ends.
 _EVENTS_IN_A_TURN = 8
-
-# Who computes keeps the interpreter's lock for so long when another wants it.
-_SWITCH_S = 0.0002
 
 Event = tuple[selectors.SelectorKey, int]
 
@@ -26,22 +20,6 @@ Event = tuple[selectors.SelectorKey, int]
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """Make an event loop for a server: by selectors on every system."""
     return asyncio.SelectorEventLoop(FewAtATime())
-
-
-@contextmanager
-def quick_switches() -> Iterator[None]:
-    """Let the interpreter's lock change hands quickly; for the whole process.
-
-    A pass of the model gives the lock away at each of some hundred calls of torch, and then waits
-    for it: by default for up to 5 ms each time while the event loop computes, or another thread
-    that reads requests.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 class FewAtATime(selectors.DefaultSelector):

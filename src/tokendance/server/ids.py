@@ -4,8 +4,8 @@ import secrets
 from collections import deque
 
 _NUM_BYTES = 12
-# Drawn at once: each call of the system lets another thread have the interpreter, for 5 ms if it
-# has much to compute.
+# Drawn at once: each call of the system lets another thread have the interpreter, for as long as it
+# may keep it.
 _NUM_DRAWN = 256
 
 _drawn: deque[str] = deque()
