@@ -30,7 +30,7 @@ from tokendance.store.entries import RoundId
 # Time between looks at prompts that are being compared, if there is nothing to compute.
 _LOOK_S = 0.002
 # Before each pass, so that a burst of requests does not keep those that run waiting.
-_ADMISSION_S = 0.02
+_ADMISSION_S = 0.01
 # How many times `busy_pass_ms` a pass takes whose tenant is alone for the moment.
 _ALONE = 2.5
 
